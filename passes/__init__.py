@@ -1,0 +1,11 @@
+"""The passes of repfx, one a file. Importing this package registers them."""
+
+if __name__ != "repfx.passes":
+    raise ImportError(f"import repfx.passes, not {__name__}")
+
+from repfx.passes.bnfold import BnFold
+from repfx.passes.fuse import Fuse
+from repfx.passes.ptq import Ptq
+
+
+__all__ = ["BnFold", "Fuse", "Ptq"]

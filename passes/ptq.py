@@ -1,0 +1,136 @@
+"""ptq: fake quantization on the input and the (merged) weight of every convolution and linear layer.
+
+    conv(x)   ->   F.conv2d(input_quant(x), weight_quant(conv.weight), conv.bias, ...)
+
+One quantizer a tensor: layers that read the same value share it. Weights get their scale here, activations from
+`calibrate`; until then the activation quantizers pass values through. Every state_dict key stays; quantizers add
+`<layer>.input_quant.scale` and `<layer>.weight_quant.scale`. Layers already quantized are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from repfx.errors import unknown
+from repfx.graph.edit import free_path, put_module
+from repfx.graph.ops import CALLS, Map, convolution, linear
+from repfx.graph.signs import non_negative
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant, search_scale
+from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.work import Work
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
+
+
+@register
+@dataclass(frozen=True)
+class Ptq(Pass):
+    """`bits` of activations, and of weights unless `weight_bits` says otherwise.
+
+    `per_channel`: one weight scale per output channel, else per tensor. `weights`: how weight ranges are chosen, max,
+    mse or mae.
+    """
+
+    name: ClassVar[str] = "ptq"
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    requires: ClassVar[tuple[str, ...]] = ("fuse",)
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.NAMES})
+
+    bits: int = 8
+    weight_bits: int | None = None
+    per_channel: bool = True
+    weights: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.weights not in _POWERS:
+            raise unknown("method for weights", self.weights, _POWERS)
+
+    def run(self, work: Work) -> Result:
+        view = work.view()
+        inputs: dict[fx.Node, fx.Node] = {}
+        weights: dict[Any, fx.Node] = {}
+        inserted: list[str] = []
+        for node in view.nodes:
+            op = view.ops[node]
+            if not (isinstance(op, Map) and op.kind in ("conv", "linear")):
+                continue
+            name = str(node.target) if node.op == "call_module" else _owner(node)
+            if op.x not in inputs:
+                grid = work.target.activation(self.bits, non_negative(view, op.x))
+                inputs[op.x] = self._insert(work, node, op.x, f"{name}.input_quant", FakeQuant(grid), inserted)
+            self._quantize(work, view, node, inputs[op.x], name, weights, inserted)
+        return Result(self.name, inserted=tuple(inserted))
+
+    def _quantize(
+        self,
+        work: Work,
+        view: GraphView,
+        node: fx.Node,
+        x: fx.Node,
+        name: str,
+        weights: dict[Any, fx.Node],
+        inserted: list[str],
+    ) -> None:
+        graph = work.module.graph
+        if node.op == "call_module":
+            layer = work.module.get_submodule(name)
+            with graph.inserting_before(node):
+                call = _as_function(graph, name, layer, x)
+            node.replace_all_uses_with(call)
+            call.meta = dict(node.meta)
+            graph.erase_node(node)
+        else:
+            call = node
+            call.replace_input_with(view.ops[node].x, x)  # type: ignore[union-attr]
+        weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+        assert isinstance(weight, fx.Node)
+        key = weight.target if weight.op == "get_attr" else weight
+        if key not in weights:
+            value = view.tensor(str(weight.target) if weight.op == "get_attr" else weight)
+            grid = work.target.weight(self.weight_bits or self.bits, self.per_channel)
+            power = _POWERS[self.weights]
+            scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
+            quant = FakeQuant(grid, scale.detach(), of_weight=True)
+            weights[key] = self._insert(work, call, weight, f"{name}.weight_quant", quant, inserted)
+        call.replace_input_with(weight, weights[key])
+
+    @staticmethod
+    def _insert(
+        work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]
+    ) -> fx.Node:
+        path = free_path(work.module, wanted)
+        quant.train(work.module.training)
+        put_module(work.module, path, quant)
+        inserted.append(path)
+        with work.module.graph.inserting_before(before):
+            return work.module.graph.call_module(path, (value,))
+
+
+def _owner(node: fx.Node) -> str:
+    """A path for the quantizers of a functional layer: where its weight lives, or the node's own name."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    return path or node.name
+
+
+def _as_function(graph: fx.Graph, name: str, layer: Any, x: fx.Node) -> fx.Node:
+    """The layer's call with its weight and bias as values of the graph."""
+    weight = graph.get_attr(f"{name}.weight")
+    bias = None if layer.bias is None else graph.get_attr(f"{name}.bias")
+    if isinstance(layer, nn.Linear):
+        return graph.call_function(F.linear, (x, weight, bias))
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x = graph.call_function(F.pad, (x, list(layer._reversed_padding_repeated_twice), layer.padding_mode))
+        padding = (0,) * len(layer.kernel_size)
+    args = (x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    return graph.call_function(_CONVS[len(layer.kernel_size)], args)
+
+
+assert CALLS[F.linear] is linear and CALLS[F.conv2d] is convolution  # what is written here is what is read back

@@ -1,0 +1,215 @@
+"""The shape of an affine, shift-invariant map, and the exact conditions under which two of them are one.
+
+Per axis, with x0 the source extended by zeros (or by `mode`):
+
+    y[o, n] = b[o] + sum_{i, t < taps} K[o, i, t] * x0[i, stride * n + t - before]
+    size(y) = floor((size(x) + before + after - taps) / stride) + 1
+
+`before` and `after` are paddings; negative ones crop. Everything here is integers and flags: legality and cost are
+decided without touching a weight, so a zero-valued bias is still a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import gcd, prod
+
+from repfx.errors import Inexact
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a map: `taps` positions read per output, `stride`, zeros `before` and `after` (in pixels)."""
+
+    taps: int = 1
+    stride: int = 1
+    before: int = 0
+    after: int = 0
+
+    def size(self, n: int) -> int:
+        """Output size for an input of n pixels.
+
+        >>> Axis(taps=3, stride=2, before=1, after=1).size(7)
+        4
+        """
+        return (n + self.before + self.after - self.taps) // self.stride + 1
+
+    def then(self, outer: Axis) -> Axis:
+        """The axis of `outer(self(x))`: T' = T + s*(T2 - 1), s' = s*s2, p' = p + s*p2.
+
+        >>> Axis(3, 1, 1, 1).then(Axis(3, 2, 0, 0))
+        Axis(taps=5, stride=2, before=1, after=1)
+        """
+        s = self.stride
+        return Axis(
+            self.taps + s * (outer.taps - 1),
+            s * outer.stride,
+            self.before + s * outer.before,
+            self.after + s * outer.after,
+        )
+
+    def plus(self, other: Axis) -> Axis:
+        """The axis that holds both maps, aligned at their pixel of origin. Assumes equal strides and sizes."""
+        before = max(self.before, other.before)
+        end = max(self.taps - self.before, other.taps - other.before)
+        return Axis(before + end, self.stride, before, self.surplus + end)
+
+    @property
+    def surplus(self) -> int:
+        """p + q - T: two axes of one stride give equal sizes for every input exactly when these are equal."""
+        return self.before + self.after - self.taps
+
+    @property
+    def is_point(self) -> bool:
+        return self == Axis()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a map: channels, groups, axes, whether it has a bias, how it pads, where its channels stand.
+
+    `channel_axis` is 1 for maps of images (N, C, ...) and -1 for linears (..., C), which have no axes.
+
+    >>> a = Geometry.conv(8, 8, taps=(1, 1), bias=True)
+    >>> a.then(Geometry.conv(8, 4, taps=(3, 3), pad=(1, 1)))
+    Traceback (most recent call last):
+    ...
+    repfx.errors.Inexact: a value with a bias is padded with zeros
+    >>> Geometry.conv(8, 8, taps=(1, 1)).then(Geometry.conv(8, 4, taps=(3, 3), pad=(1, 1))).macs
+    Fraction(288, 1)
+    """
+
+    inputs: int
+    outputs: int
+    groups: int
+    axes: tuple[Axis, ...]
+    bias: bool = False
+    mode: str = "zeros"
+    channel_axis: int = 1
+
+    @staticmethod
+    def conv(
+        inputs: int,
+        outputs: int,
+        taps: tuple[int, ...] = (),
+        stride: tuple[int, ...] | None = None,
+        pad: tuple[int, ...] | None = None,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> Geometry:
+        """A convolution with symmetric zero padding `pad` per axis."""
+        stride, pad = stride or (1,) * len(taps), pad or (0,) * len(taps)
+        axes = tuple(Axis(t, s, p, p) for t, s, p in zip(taps, stride, pad, strict=True))
+        return Geometry(inputs, outputs, groups, axes, bias)
+
+    @staticmethod
+    def identity(channels: int, axes: int, channel_axis: int = 1) -> Geometry:
+        return Geometry(channels, channels, channels, (Axis(),) * axes, channel_axis=channel_axis)
+
+    @property
+    def taps(self) -> int:
+        return prod(a.taps for a in self.axes)
+
+    @property
+    def stride(self) -> int:
+        return prod(a.stride for a in self.axes)
+
+    @property
+    def macs(self) -> Fraction:
+        """Multiply-accumulates per position of the source."""
+        return Fraction(self.outputs * (self.inputs // self.groups) * self.taps, self.stride)
+
+    @property
+    def params(self) -> int:
+        return self.outputs * (self.inputs // self.groups) * self.taps + self.outputs * self.bias
+
+    @property
+    def is_diagonal(self) -> bool:
+        """One number a channel: y = a*x + c, as batch norm, layer scale and identity are."""
+        return self.inputs == self.outputs == self.groups and all(a.is_point for a in self.axes)
+
+    @property
+    def pads(self) -> bool:
+        return any(a.before > 0 or a.after > 0 for a in self.axes)
+
+    def with_bias(self) -> Geometry:
+        return self if self.bias else replace(self, bias=True)
+
+    def then(self, outer: Geometry) -> Geometry:
+        """The geometry of `outer(self(x))`. Raises Inexact where that is not one map for every input size."""
+        self._same_space(outer)
+        if self.outputs != outer.inputs:
+            raise Inexact(f"{self.outputs} channels meet a map of {outer.inputs}")
+        if outer.pads:
+            self._paddable_by(outer)
+        mode = outer.mode if outer.pads and outer.mode != "zeros" else self.mode
+        if mode != "zeros" and self.pads and outer.pads:
+            raise Inexact(f"two paddings in a row, one of them {mode!r}", "only zero paddings compose")
+        return Geometry(
+            self.inputs,
+            outer.outputs,
+            gcd(self.groups, outer.groups),
+            tuple(a.then(b) for a, b in zip(self.axes, outer.axes, strict=True)),
+            self.bias or outer.bias,
+            mode,
+            self.channel_axis,
+        )
+
+    def padded_with_bias(self, axes: tuple[Axis, ...]) -> Geometry:
+        """The geometry after a pad whose value is this map's own bias, which commutes with it where `then` cannot."""
+        bare = replace(self, bias=False).then(Geometry(self.outputs, self.outputs, self.outputs, axes))
+        return replace(bare, groups=self.groups, bias=True)
+
+    def scaled(self, factor: float) -> Geometry:
+        return self
+
+    def __add__(self, other: Geometry) -> Geometry:
+        """The geometry of `self(x) + other(x)`. Raises Inexact where the two differ in size, stride or padding mode."""
+        self._same_space(other)
+        if self.outputs != other.outputs or self.inputs != other.inputs:
+            raise Inexact(f"the operands have {self.outputs} and {other.outputs} channels")
+        for a, b in zip(self.axes, other.axes, strict=True):
+            if a.stride != b.stride:
+                raise Inexact(f"the operands have different strides, {a.stride} and {b.stride}")
+            if a.surplus != b.surplus:
+                raise Inexact("the operands have different sizes")
+        modes = {g.mode for g in (self, other) if g.pads}
+        if len(modes) > 1:
+            raise Inexact(f"the branches pad in different ways: {', '.join(sorted(modes))}", "use one padding mode")
+        return Geometry(
+            self.inputs,
+            self.outputs,
+            gcd(self.groups, other.groups),
+            tuple(a.plus(b) for a, b in zip(self.axes, other.axes, strict=True)),
+            self.bias or other.bias,
+            modes.pop() if modes else "zeros",
+            self.channel_axis,
+        )
+
+    def _same_space(self, other: Geometry) -> None:
+        if len(self.axes) != len(other.axes) or self.channel_axis != other.channel_axis:
+            raise Inexact("maps over different axes (a linear and a convolution, or 1d and 2d)")
+
+    def _paddable_by(self, outer: Geometry) -> None:
+        """A pad sees the end of y; the single map sees K reach past the end of x. Equal where K finds only zeros there.
+
+        Left: K's last tap at position -1 reads pixel -s + T - 1 - p, beyond the source iff p >= T - s.
+        Right: the worst remainder of the division puts the first position past the end at H - q + T - 1: q >= T - 1.
+        """
+        if outer.mode != "zeros":
+            if not all(a.is_point for a in self.axes):
+                raise Inexact(f"a {outer.mode!r} padding after a map that is not 1x1", "only zero paddings compose")
+            return
+        if self.bias:
+            raise Inexact(
+                "a value with a bias is padded with zeros",
+                "drop the bias, remove the second padding, or pad with the bias as DBB does",
+            )
+        for a, b in zip(self.axes, outer.axes, strict=True):
+            if (b.before > 0 and a.before < a.taps - a.stride) or (b.after > 0 and a.after < a.taps - 1):
+                raise Inexact(
+                    f"a padding after a map of {a.taps} taps that is itself padded by {a.before} and {a.after}",
+                    "pad once, before the first map",
+                )
+

@@ -1,0 +1,158 @@
+"""Kernel: an affine, shift-invariant map as (geometry, weight, bias), with `+` and `then`.
+
+    (a + b)(x)     == a(x) + b(x)
+    a.then(b)(x)   == b(a(x))
+
+Both raise `Inexact` where no single map equals that for every input size; `Geometry` decides, this file computes.
+Every operation is a plain differentiable torch expression of the weights with static shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repfx.algebra.geometry import Axis, Geometry
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """`weight` (out, in / groups, *taps) and `bias` (out,) or None, under `geometry`."""
+
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @staticmethod
+    def identity(geometry: Geometry, like: Tensor) -> Kernel:
+        """The map y = x with the channels and axes of a diagonal `geometry`, in the dtype and on the device of `like`."""
+        shape = (geometry.outputs, 1) + (1,) * len(geometry.axes)
+        return Kernel(geometry, torch.ones(shape, dtype=like.dtype, device=like.device))
+
+    @staticmethod
+    def diagonal(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Kernel:
+        """y = scale * x + shift per channel; scale and shift are (channels,)."""
+        return Kernel(geometry, scale.reshape((-1, 1) + (1,) * len(geometry.axes)), shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Runs the map on x (N, in, ...) or, for a linear, (..., in)."""
+        g = self.geometry
+        if g.channel_axis == -1:
+            return F.linear(x, _regroup(self.weight, g.groups, 1), self.bias)
+        if not g.axes:
+            raise ValueError("a map without axes runs on linears only")
+        pads = [side for a in reversed(g.axes) for side in (a.before, a.after)]
+        if any(pads):
+            x = F.pad(x, pads, mode="constant" if g.mode == "zeros" else g.mode)
+        return _CONVS[len(g.axes)](x, self.weight, self.bias, [a.stride for a in g.axes], groups=g.groups)
+
+    def __add__(self, other: Kernel) -> Kernel:
+        """The map x -> self(x) + other(x). Raises Inexact where sizes, strides or padding modes differ."""
+        geometry = self.geometry + other.geometry
+        a, b = self._embedded(geometry), other._embedded(geometry)
+        if self.bias is None or other.bias is None:
+            bias = self.bias if other.bias is None else other.bias
+        else:
+            bias = self.bias + other.bias
+        return Kernel(geometry, a + b, bias)
+
+    def scaled(self, factor: float) -> Kernel:
+        if factor == 1:
+            return self
+        return Kernel(self.geometry, self.weight * factor, None if self.bias is None else self.bias * factor)
+
+    def then(self, outer: Kernel) -> Kernel:
+        """The map x -> outer(self(x)):
+
+        K'[o, i, t + s*u] = sum_{m, u} W[o, m, u] K[m, i, t],    b' = b_W + (sum_u W) b.
+
+        Raises Inexact where padding between the two makes that wrong at the border.
+        """
+        geometry = self.geometry.then(outer.geometry)
+        weight = _compose(self, outer, geometry)
+        shift = None if self.bias is None else _over_inputs(outer.weight * _per_input(self.bias, outer.geometry))
+        if shift is None or outer.bias is None:
+            bias = outer.bias if shift is None else shift
+        else:
+            bias = shift + outer.bias
+        return Kernel(geometry, weight, bias)
+
+    def padded_with_bias(self, axes: tuple[Axis, ...]) -> Kernel:
+        """The map followed by a pad whose value is this map's own bias: the bias then covers the border too."""
+        return replace(self, geometry=self.geometry.padded_with_bias(axes))
+
+    def _embedded(self, geometry: Geometry) -> Tensor:
+        """The weight with the groups and taps of a geometry that holds it."""
+        weight = _regroup(self.weight, self.geometry.groups, geometry.groups)
+        pads: list[int] = []
+        for mine, whole in zip(reversed(self.geometry.axes), reversed(geometry.axes), strict=True):
+            left = whole.before - mine.before
+            pads += [left, whole.taps - mine.taps - left]
+        return F.pad(weight, pads) if any(pads) else weight
+
+
+def _per_input(values: Tensor, g: Geometry) -> Tensor:
+    """Values (in, *taps) of a map's inputs, shaped to multiply its weight: (out, in / groups, *taps or 1s)."""
+    width = g.inputs // g.groups
+    rows = values.reshape(g.groups, 1, width, *values.shape[1:])
+    rows = rows.expand(g.groups, g.outputs // g.groups, width, *values.shape[1:])
+    taps = values.shape[1:] or (1,) * len(g.axes)
+    return rows.reshape(g.outputs, width, *taps)
+
+
+def _over_inputs(weight: Tensor) -> Tensor:
+    return weight.flatten(1).sum(1)
+
+
+def _regroup(weight: Tensor, groups: int, fewer: int) -> Tensor:
+    """Block-diagonal weight (out, in / fewer, *taps) of a grouped one (out, in / groups, *taps); fewer divides groups."""
+    if groups == fewer:
+        return weight
+    blocks = groups // fewer
+    taps = weight.shape[2:]
+    out, inner = weight.shape[0] // groups, weight.shape[1]
+    eye = torch.eye(blocks, dtype=weight.dtype, device=weight.device).reshape((1, blocks, 1, blocks, 1) + (1,) * len(taps))
+    spread = weight.reshape((fewer, blocks, out, 1, inner, *taps)) * eye
+    return spread.reshape((fewer * blocks * out, blocks * inner, *taps))
+
+
+def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
+    """Sum over middle channels and outer taps, each tap of `outer` shifting `inner` by its position times the stride.
+
+    Where either map keeps its channels apart (depthwise, batch norm, identity) the sum over channels is one product.
+    """
+    a, b = inner.geometry, outer.geometry
+    if _is_depthwise(b):
+        rows, columns = inner.weight, outer.weight
+    elif _is_depthwise(a):
+        rows, columns = _per_input(inner.weight[:, 0], b), outer.weight
+    else:
+        rows = _regroup(inner.weight, a.groups, geometry.groups)
+        rows = rows.reshape(geometry.groups, rows.shape[0] // geometry.groups, -1)
+        columns = _regroup(outer.weight, b.groups, geometry.groups)
+    whole, strides = [x.taps for x in geometry.axes], [x.stride for x in a.axes]
+    total: Tensor | None = None
+    for at in product(*(range(x.taps) for x in b.axes)):
+        column = columns[(slice(None), slice(None), *at)]
+        if _is_depthwise(b) or _is_depthwise(a):
+            part = rows * column.reshape(*column.shape, *(1,) * len(whole))
+        else:
+            part = column.reshape(geometry.groups, b.outputs // geometry.groups, -1) @ rows
+            part = part.reshape(b.outputs, a.inputs // geometry.groups, *(x.taps for x in a.axes))
+        pads: list[int] = []
+        for size, x, s, u in reversed(list(zip(whole, a.axes, strides, at, strict=True))):
+            pads += [s * u, size - x.taps - s * u]
+        part = F.pad(part, pads) if any(pads) else part
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _is_depthwise(g: Geometry) -> bool:
+    return g.inputs == g.outputs == g.groups

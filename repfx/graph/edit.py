@@ -1,0 +1,143 @@
+"""The only writer of graphs: puts a new module where a region was, and takes out what nothing refers to any more.
+
+A module is never changed, since another call may share it; names of what stays are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.algebra import Geometry, Kernel
+
+_CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def layer_of(kernel: Kernel, dtype: torch.dtype) -> nn.Module:
+    """A convolution or linear layer that computes `kernel`, without the padding that it cannot express."""
+    g = kernel.geometry
+    with torch.device("meta"):
+        if g.channel_axis == -1:
+            layer: nn.Module = nn.Linear(g.inputs, g.outputs, g.bias)
+        else:
+            layer = _CONVS[len(g.axes)](
+                g.inputs,
+                g.outputs,
+                tuple(a.taps for a in g.axes),
+                tuple(a.stride for a in g.axes),
+                (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
+                groups=g.groups,
+                bias=g.bias,
+                padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
+            )
+    layer._parameters["weight"] = nn.Parameter(kernel.weight.detach().to(dtype, copy=True).contiguous())
+    if kernel.bias is not None:
+        layer._parameters["bias"] = nn.Parameter(kernel.bias.detach().to(dtype, copy=True))
+    return layer
+
+
+def uneven(g: Geometry) -> bool:
+    """Whether a pad of its own must stand before the layer: sides that differ, or a crop."""
+    return any(a.before != a.after or a.before < 0 for a in g.axes)
+
+
+def replace_region(
+    graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], g: Geometry, target: str
+) -> fx.Node:
+    """Calls module `target` on the source in place of the removed nodes, the last of which is the sink."""
+    with graph.inserting_before(sink):
+        x = source
+        if g.channel_axis != -1 and uneven(g):
+            sides = [side for a in reversed(g.axes) for side in (a.before, a.after)]
+            x = graph.call_function(F.pad, (source, sides, "constant" if g.mode == "zeros" else g.mode))
+        merged = graph.call_module(target, (x,))
+    merged.meta = dict(sink.meta)
+    sink.replace_all_uses_with(merged)
+    for node in sorted(removed, reverse=True):
+        graph.erase_node(node)
+    return merged
+
+
+def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
+    """Puts a module at a dotted path, making plain holders on the way. Returns the module that stood there."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    old = root._modules.get(name)
+    root._modules[name] = module
+    return old
+
+
+def free_path(root: nn.Module, wanted: str) -> str:
+    """`wanted`, or the first of wanted_1, wanted_2, ... that names nothing yet."""
+    path, n = wanted, 0
+    while _exists(root, path):
+        n += 1
+        path = f"{wanted}_{n}"
+    return path
+
+
+def references(graph: fx.Graph) -> set[str]:
+    """Every path that the graph reads."""
+    return {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+
+
+def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterable[nn.Module]) -> None:
+    """Takes out dead constants, then the modules and tensors that the graph read before and does not read now."""
+    graph = module.graph
+    for node in reversed(graph.nodes):
+        if not node.users and node.op in ("get_attr", "call_function", "call_method") and not node.is_impure():
+            graph.erase_node(node)
+    now = references(graph)
+    # A path stays if something below it is still read, or if it now is a tensor of a new layer above it.
+    above = {path[:i] for path in now for i, c in enumerate(path) if c == "."}
+    gone = {id(m) for m in replaced}
+    for path in before - now:
+        if path in above or path.rpartition(".")[0] in now:
+            continue
+        parent, _, name = path.rpartition(".")
+        holder = module.get_submodule(parent)
+        for store in (holder._modules, holder._parameters, holder._buffers, holder.__dict__):
+            found: Any = store.get(name)
+            if isinstance(found, (nn.Module, Tensor)):
+                gone.add(id(found))
+                del store[name]
+    live = {id(module.get_submodule(path)) for path in now if _is_module(module, path)}
+    for holder in list(module.modules()):
+        for name in [n for n, m in holder._modules.items() if m is not None and id(m) in gone and id(m) not in live]:
+            del holder._modules[name]
+    _prune(module, live)
+
+
+def _prune(module: nn.Module, live: set[int]) -> None:
+    """Removes plain holders with nothing left in them."""
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        _prune(child, live) if type(child) is nn.Module else None
+        empty = type(child) is nn.Module and not (child._modules or child._parameters or child._buffers)
+        if empty and id(child) not in live:
+            del module._modules[name]
+
+
+def _exists(root: nn.Module, path: str) -> bool:
+    *parents, name = path.split(".")
+    for parent in parents:
+        child = root._modules.get(parent)
+        if child is None:
+            return False
+        root = child
+    return hasattr(root, name)
+
+
+def _is_module(root: nn.Module, path: str) -> bool:
+    *parents, name = path.split(".")
+    for parent in parents:
+        root = root._modules[parent]  # type: ignore[assignment]
+    return isinstance(root._modules.get(name), nn.Module)

@@ -1,0 +1,38 @@
+"""What makes a traced graph follow `.train()` and `.eval()`: two stateless modules that read the flag when they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Mode(nn.Module):
+    """Returns whether it is in training mode: the argument `training=` of F.dropout and F.batch_norm in a graph."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class TrainOnly(nn.Module):
+    """`inner` in training mode, y = x in eval mode: stochastic depth and its kin, seen by the rewrite as an identity."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner(x, *args, **kwargs) if self.training else x
+
+
+class ModeFlag:
+    """Stands for `self.training` while a model is traced: an `if` on it takes the branch of `value` and is noted, and
+    an argument made of it becomes a `Mode` node."""
+
+    def __init__(self, value: bool = False) -> None:
+        self.value = value
+        self.asked = 0
+
+    def __bool__(self) -> bool:
+        self.asked += 1
+        return self.value

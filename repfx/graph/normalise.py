@@ -1,0 +1,27 @@
+"""normalise: drop from a graph what only reads metadata to assert on it, so that values have their true readers.
+
+    y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+_ASSERTS = {
+    torch._assert,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Erases assertions and everything that only they read, in place."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTS and not node.users:
+            graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op != "placeholder" and node.op != "output" and not node.users and not node.is_impure():
+            graph.erase_node(node)

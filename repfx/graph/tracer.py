@@ -1,0 +1,258 @@
+"""One torch.fx tracer for models as they are written.
+
+It differs from `torch.fx.Tracer` in what a rewrite needs:
+
+- a module whose forward cannot be traced becomes a leaf, and the reason is kept; the rest goes on;
+- parameters and buffers are proxies that know their concrete shape, so weight expressions stay expressions;
+- `self.training` is not baked in: see `repfx.graph.modes`;
+- a BatchNorm subclass that inlines `F.batch_norm` is seen as the batch norm it is; asserts are not recorded;
+- arguments with defaults keep their defaults unless the example names them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _NormBase
+
+from repfx.errors import Declined
+from repfx.graph.modes import Mode, ModeFlag, TrainOnly
+
+MODE = "_mode"
+BRANCHES = "its forward branches on self.training"
+
+
+class ConstantProxy(fx.Proxy):
+    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and type it really has."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    shape = property(lambda self: self.value.shape)
+    ndim = property(lambda self: self.value.ndim)
+    dtype = property(lambda self: self.value.dtype)
+    device = property(lambda self: self.value.device)
+    requires_grad = property(lambda self: self.value.requires_grad)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.value.size() if dim is None else self.value.size(dim)
+
+    def dim(self) -> int:
+        return self.value.dim()
+
+    def numel(self) -> int:
+        return self.value.numel()
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __repr__(self) -> str:
+        return f"ConstantProxy({self.node.name}, {tuple(self.value.shape)})"
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Modules a graph calls rather than enters: torch.nn's own, what torch has parametrized, and graphs themselves."""
+    if isinstance(module, (Mode, TrainOnly, fx.GraphModule)) or getattr(module, "is_graph_leaf", False):
+        return True
+    if nn.utils.parametrize.is_parametrized(module):
+        return True
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+class Tracer(fx.Tracer):
+    """Traces one module. `opaque` collects the paths that became leaves, each with its reason."""
+
+    def __init__(self, example_names: frozenset[str], training: bool = False) -> None:
+        super().__init__(param_shapes_constant=False)
+        self.branches = False
+        self.example_names = example_names
+        self.opaque: dict[str, Declined] = {}
+        self.train_only: set[str] = set()
+        self.plain_norms: set[str] = set()
+        self.flag = ModeFlag(training)
+        self.stack: list[nn.Module] = []
+        self.names: dict[int, str] = {}
+        self.constants: dict[str, ConstantProxy] = {}
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        modules = list(root.modules())
+        kept = [(m, m.training) for m in modules]
+        for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+            self.names.setdefault(id(tensor), name)
+        try:
+            for m in modules:
+                if not is_leaf(m):
+                    m.__dict__["training"] = False if isinstance(m, _NormBase) else self.flag
+            self.stack = [root]
+            asked = self.flag.asked
+            graph = super().trace(root)
+            self.branches = self.flag.asked > asked
+            return graph
+        finally:
+            for m, training in kept:
+                m.__dict__["training"] = training
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.opaque or is_leaf(m)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for the arguments without defaults, and for those of the example."""
+        args: list[Any] = [self.root]
+        for p in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if p.kind is p.VAR_KEYWORD or p.kind is p.VAR_POSITIONAL:
+                continue
+            if p.kind is p.KEYWORD_ONLY and p.default is p.empty:
+                raise TraceError(f"its forward has a required keyword-only argument {p.name!r}")
+            wanted = p.default is p.empty or p.name in self.example_names
+            if p.kind is not p.KEYWORD_ONLY:
+                args.append(self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default)
+        return root_fn, args
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in self.constants:
+            node = self.create_node("get_attr", name, (), {})
+            self.constants[name] = ConstantProxy(node, self, attr_val)
+        return self.constants[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, ModeFlag):
+            for node in self.graph.nodes:
+                if node.target == MODE:
+                    return node
+            if not hasattr(self.root, MODE):
+                self.root.add_module(MODE, Mode())
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                return self.create_node("call_module", MODE, (), {})
+        if isinstance(a, Tensor) and id(a) in self.names:
+            return self.create_node("get_attr", self.names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        if target is torch._assert:
+            return None
+        if target is F.batch_norm and isinstance(self.stack[-1], _NormBase):
+            path = self.path_of_module(self.stack[-1])
+            self.plain_norms.add(path)
+            return super().create_proxy("call_module", path, (args[0] if args else kwargs["input"],), {})
+        constants = _constants((args, kwargs)) if kind in ("call_function", "call_method") else None
+        if constants:
+            if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
+                raise TraceError(f"it changes a parameter or buffer in place ({target})")
+            values = fx.node.map_aggregate((args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v)
+            with torch.no_grad():
+                call_args, call_kwargs = values  # type: ignore[misc]
+                f = target if kind == "call_function" else getattr(type(call_args[0]), target)
+                value = f(*call_args, **call_kwargs)
+            if isinstance(value, Tensor):
+                node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+                return ConstantProxy(node, self, value)
+            if not isinstance(value, (tuple, list)):
+                return value
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if type(m) is nn.Identity and len(args) == 1 and not m._forward_hooks:
+            return args[0]
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        mark = next(iter(reversed(self.graph.nodes)), None)
+        asked, scopes = self.flag.asked, dict(self.module_stack)
+        self.stack.append(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if self.flag.asked == asked:
+                return result
+            self.flag.asked = asked
+            if args and result is args[0] and not m.state_dict():
+                self.train_only.add(path)
+                return self.create_proxy("call_module", path, args, kwargs)
+            if self._same_in_training(mark, result, forward, args, kwargs):
+                return result
+            reason = BRANCHES
+        except Exception as error:
+            reason = f"its forward cannot be traced: {_first_line(error)}"
+        finally:
+            self.stack.pop()
+        self.module_stack.clear()
+        self.module_stack.update(scopes)
+        self.opaque[path] = Declined(path, reason)
+        self._forget_after(mark)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _same_in_training(self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the module's forward records the same operators again where `self.training` is true."""
+        end = next(iter(reversed(self.graph.nodes)), None)
+        self.flag.value = True
+        try:
+            again = forward(*args, **kwargs)
+            same = _signature(self.graph, mark, end, result) == _signature(self.graph, end, None, again)
+        except Exception:  # the training branch cannot be traced: then it is not the same
+            same = False
+        finally:
+            self.flag.value = False
+            self._forget_after(end)
+        return same
+
+    def _forget_after(self, mark: fx.Node | None) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is mark:
+                break
+            if node.op != "placeholder" and node.target != MODE and not node.users:
+                self.graph.erase_node(node)
+        self.constants = {name: proxy for name, proxy in self.constants.items() if not proxy.node._erased}
+
+
+def signature(graph: fx.Graph) -> list[Any]:
+    """What a graph computes, free of node names: equal for two traces that recorded the same operators."""
+    return _signature(graph, None, None, None)
+
+
+def _signature(graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, result: Any) -> list[Any]:
+    """The nodes in (after, until] by operator and position; values from before stand for themselves, as does MODE."""
+    position: dict[fx.Node, Any] = {}
+    found: list[Any] = []
+    inside = after is None
+
+    def place(v: Any) -> Any:
+        v = v.node if isinstance(v, fx.Proxy) else v
+        return repr(position.get(v, v.target if v.op == "get_attr" else v.name)) if isinstance(v, fx.Node) else v
+
+    for node in graph.nodes:
+        if inside and node.target != MODE and node.op != "get_attr":
+            position[node] = len(found)
+            found.append(repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place))))
+        if node is after:
+            inside = True
+        if node is until:
+            break
+    found.append(repr(fx.node.map_aggregate(result, place)))
+    return found
+
+
+def _constants(values: Any) -> bool:
+    """Whether the proxies among the arguments are all constants, and at least one is."""
+    found = {True: 0, False: 0}
+
+    def count(v: Any) -> Any:
+        if isinstance(v, (fx.Proxy, fx.Node, ModeFlag)):
+            found[isinstance(v, ConstantProxy)] += 1
+        return v
+
+    fx.node.map_aggregate(values, count)
+    return found[True] > 0 and found[False] == 0
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

@@ -1,0 +1,162 @@
+"""GraphView: a read-only snapshot of a graph, as the algebra sees it.
+
+Every node has an Op; nodes that do not depend on the input are constants; the data-flow graph of the rest has
+dominators: d dominates v when every path from the input to v passes through d.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from repfx.graph.modes import Mode
+from repfx.graph.modules import of_module
+from repfx.graph.ops import CALLS, Op, Opaque, Ref
+
+_RANDOM = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "dropout", "normal"}
+
+
+class GraphView:
+    """Reads one GraphModule; the graph must not change while a view of it is in use."""
+
+    def __init__(self, module: fx.GraphModule, example: tuple[Any, ...] | None = None) -> None:
+        self.module = module
+        self.example = example
+        self.nodes = list(module.graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._tensors: dict[Ref, Tensor] = {}
+        self._modes: set[fx.Node] = set()
+        self._constants: set[fx.Node] = set()
+        for node in self.nodes:
+            self._classify(node)
+        self.ops: dict[fx.Node, Op] = {node: self._op(node) for node in self.nodes}
+
+    def is_constant(self, value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, fx.Node) and value in self._constants)
+
+    def follows_mode(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self._modes
+
+    def tensor(self, ref: Ref) -> Tensor:
+        """The value of a constant: a parameter or buffer by its path, or an expression of them."""
+        if ref not in self._tensors:
+            if isinstance(ref, str):
+                self._tensors[ref] = attrgetter(ref)(self.module)
+            else:
+                self._tensors[ref] = self._evaluate(ref)
+        return self._tensors[ref]
+
+    def rank(self, node: fx.Node) -> int | None:
+        """The number of dimensions of a value in a run of the example; None without one."""
+        return self._ranks.get(node)
+
+    def name(self, node: fx.Node) -> str:
+        """What a person calls this node: a module's path, or the operator with the module it stands in."""
+        if node.op in ("call_module", "get_attr"):
+            return str(node.target)
+        stack = node.meta.get("nn_module_stack")
+        scope = list(stack.values())[-1][0] if stack else ""
+        return f"{scope}.{node.name}".lstrip(".")
+
+    def data_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if n not in self._constants and n not in self._modes]
+
+    def is_data(self, node: fx.Node) -> bool:
+        return node not in self._constants and node not in self._modes
+
+    def changed_in_place(self, node: fx.Node) -> bool:
+        """Whether a reader overwrites this value while others read it too."""
+        return len(node.users) > 1 and any(self._writes(user, node) for user in node.users)
+
+    @cached_property
+    def dominator(self) -> dict[fx.Node, fx.Node | None]:
+        """The immediate dominator of each data node; None at the inputs."""
+        flow = nx.DiGraph()
+        for node in self.nodes:
+            if self.is_data(node):
+                i = self.index[node]
+                inputs = self.data_inputs(node)
+                flow.add_edges_from([(self.index[n], i) for n in inputs] if inputs else [(-1, i)])
+        if not flow:
+            return {}
+        above = nx.immediate_dominators(flow, -1)
+        return {self.nodes[i]: self.nodes[d] if d is not None and d >= 0 else None for i, d in above.items() if i >= 0}
+
+    @cached_property
+    def _ranks(self) -> dict[fx.Node, int]:
+        ranks: dict[fx.Node, int] = {}
+        if self.example is None:
+            return ranks
+
+        class Shapes(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if isinstance(result, Tensor):
+                    ranks[n] = result.dim()
+                return result
+
+        kept = [(m, m.training) for m in self.module.modules()]
+        try:
+            for m, _ in kept:
+                m.__dict__["training"] = False
+            with torch.no_grad():
+                Shapes(self.module).run(*self.example)
+        finally:
+            for m, training in kept:
+                m.__dict__["training"] = training
+        return ranks
+
+    def _classify(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self._constants.add(node)
+        elif node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), Mode):
+            self._modes.add(node)
+        elif node.op in ("call_function", "call_method") and node.all_input_nodes:
+            name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+            if all(n in self._constants for n in node.all_input_nodes) and name not in _RANDOM:
+                self._constants.add(node)
+
+    def _op(self, node: fx.Node) -> Op:
+        if not self.is_data(node):
+            return Opaque()
+        if node.op == "call_module":
+            path = str(node.target)
+            return of_module(self, path, self.module.get_submodule(path), node.args, node.kwargs)
+        rule = CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+        if rule is None:
+            return Opaque()
+        kwargs = dict(node.kwargs)
+        args = node.args if node.args else (kwargs.pop("input", None),)
+        if args[0] is None and "self" in kwargs:
+            args = (kwargs.pop("self"),)
+        try:
+            return rule(self, *args, **kwargs)
+        except TypeError:
+            return Opaque("arguments that are not static")
+
+    def _evaluate(self, node: fx.Node) -> Tensor:
+        """Runs a constant expression."""
+        if node.op == "get_attr":
+            return self.tensor(str(node.target))
+        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
+            (node.args, node.kwargs), lambda v: self.tensor(v) if isinstance(v, fx.Node) else v
+        )
+        with torch.no_grad():
+            f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
+            return f(*args, **kwargs)
+
+    def _writes(self, user: fx.Node, node: fx.Node) -> bool:
+        if not user.args or user.args[0] is not node:
+            return False
+        if user.op == "call_module":
+            return bool(getattr(self.module.get_submodule(str(user.target)), "inplace", False))
+        name = str(getattr(user.target, "__name__", user.target))
+        if isinstance(user.target, torch._ops.OpOverload):
+            return user.target._schema.is_mutable
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or user.kwargs.get("inplace") is True or name in ("iadd", "isub", "imul", "itruediv", "setitem")

@@ -1,0 +1,66 @@
+"""Grid: the integers a number format has. Every grid here is uniform with zero at code 0.
+
+    codes(v) = clamp(round(v / s), low, high),    Q(v) = s * codes(v)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repfx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`bits` wide, `signed` or not, one scale for the tensor (`axis` None) or one per index of `axis`.
+
+    A signed grid is symmetric, [-(2^(b-1) - 1), 2^(b-1) - 1], so that a sign can be folded into the codes; `full` adds
+    the one code -2^(b-1).
+
+    >>> Grid(8).low, Grid(8).high, Grid(8, signed=False).high
+    (-127, 127, 255)
+    """
+
+    bits: int = 8
+    signed: bool = True
+    axis: int | None = None
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 2 <= self.bits <= 16):
+            raise InputError(f"bits must be an integer from 2 to 16, not {self.bits!r}")
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def low(self) -> int:
+        return -self.high - self.full if self.signed else 0
+
+    def along(self, scale: Tensor, like: Tensor) -> Tensor:
+        """The scale shaped to broadcast over `like`."""
+        if self.axis is None:
+            return scale
+        shape = [1] * like.dim()
+        shape[self.axis] = -1
+        return scale.reshape(shape)
+
+    def codes(self, v: Tensor, scale: Tensor) -> Tensor:
+        """The integer codes of v, as floats, ties to even as ONNX's QuantizeLinear."""
+        return torch.clamp(torch.round(v / self.along(scale, v)), self.low, self.high)
+
+    def quantize(self, v: Tensor, scale: Tensor) -> Tensor:
+        """v rounded to the grid, with the gradient of a straight-through estimator inside it and none outside."""
+        s = self.along(scale, v)
+        u = torch.clamp(v / s, self.low, self.high)
+        return (u + (torch.round(u) - u).detach()) * s
+
+    def amax(self, v: Tensor) -> Tensor:
+        """Largest magnitude of v: a scalar, or one per index of `axis`."""
+        if self.axis is None:
+            return v.detach().abs().amax()
+        return v.detach().abs().movedim(self.axis, 0).flatten(1).amax(1)

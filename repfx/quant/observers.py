@@ -1,0 +1,138 @@
+"""Ranges from data: one pass, memory flat in the number of batches.
+
+Values are kept as a histogram of |v| in BINS equal bins over [0, limit]. When a larger value comes, limit doubles and
+neighbouring bins add up, so nothing seen is lost and the final bin width is at most 2 * max / BINS. Zeros (and, for an
+unsigned grid, negative values) are the same for every scale: they are counted but have no bin.
+
+    max         s = max|v| / high
+    percentile  s = the 99.99th percentile of |v| / high
+    mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
+    entropy     s = argmin over clip of  KL(histogram || quantized histogram)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from repfx.errors import InputError, unknown
+from repfx.quant.grid import Grid
+
+BINS = 4096
+CANDIDATES = 256
+
+
+class Observer:
+    """Sees batches of values for one quantizer and gives its scale by a method."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.amax = 0.0
+        self.limit = 0.0
+        self.seen = 0
+        self.counts: Tensor | None = None
+
+    def see(self, x: Tensor) -> None:
+        """Adds a batch. Raises InputError where it holds NaN or infinity."""
+        values = x.detach().reshape(-1).float()
+        values = values.abs() if self.grid.signed else values.clamp(min=0)
+        top = float(values.amax()) if values.numel() else 0.0
+        if not top < float("inf"):
+            raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
+        self.seen += values.numel()
+        self.amax = max(self.amax, top)
+        if top == 0.0:
+            return
+        if self.counts is None:
+            self.limit, self.counts = top, torch.zeros(BINS, dtype=torch.float64)
+        while top > self.limit:
+            self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
+            self.limit *= 2
+        where = (values[values > 0] * (BINS / self.limit)).long().clamp_(max=BINS - 1)
+        self.counts += torch.bincount(where, minlength=BINS).cpu()
+
+    def scale(self, method: str) -> Tensor:
+        """The scale by `method`, a scalar. Raises InputError for an unknown one or where nothing was seen."""
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        if self.counts is None:
+            return torch.tensor(0.0)
+        edges = torch.arange(BINS, dtype=torch.float64)
+        middles = (edges + 0.5) * (self.limit / BINS)
+        return torch.tensor(METHODS[method](middles, self.counts, self))
+
+
+def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
+    """argmin over s = a * max|v| / high, a in {.01 ... 1.00}, of sum |Q(v) - v|^power; per index of the grid's axis."""
+    if grid.axis is None:
+        rows = v.detach().reshape(1, -1)
+    else:
+        rows = v.detach().movedim(grid.axis, 0).flatten(1)
+    top = rows.abs().amax(1).clamp(min=torch.finfo(v.dtype).tiny)
+    best, best_error = top / grid.high, torch.full_like(top, float("inf"))
+    for a in range(1, 101):
+        scale = (top * (a / 100 / grid.high)).unsqueeze(1)
+        error = (torch.clamp(torch.round(rows / scale), grid.low, grid.high) * scale - rows).abs().pow(power).sum(1)
+        better = error < best_error
+        best, best_error = torch.where(better, scale[:, 0], best), torch.where(better, error, best_error)
+    return best.reshape(()) if grid.axis is None else best
+
+
+def _max(middles: Tensor, counts: Tensor, of: Observer) -> float:
+    return of.amax / of.grid.high
+
+
+def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999) -> float:
+    share = 1 - (counts.sum() - counts.cumsum(0)) / of.seen
+    at = int(torch.searchsorted(share, torch.tensor(q, dtype=share.dtype)).clamp(max=len(share) - 1))
+    return min(float(middles[at] + middles[0]), of.amax) / of.grid.high
+
+
+def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
+    def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
+        seen = counts > 0
+        v, w = middles[seen], counts[seen]
+        best = (float("inf"), of.amax / of.grid.high)
+        for i in range(1, CANDIDATES + 1):
+            s = of.amax * i / CANDIDATES / of.grid.high
+            q = torch.clamp(torch.round(v / s), 0, of.grid.high) * s
+            best = min(best, (float((w * (q - v).abs().pow(power)).sum()), s))
+        return best[1]
+
+    return search
+
+
+def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
+    """KL divergence of the clipped histogram from its own quantization, as TensorRT's entropy calibrator."""
+    levels = of.grid.high + 1
+    if levels >= BINS:
+        return of.amax / of.grid.high
+    used = int((counts > 0).nonzero()[-1]) + 1
+    best = (float("inf"), of.amax / of.grid.high)
+    for stop in range(levels, used + 1, max(1, (used - levels) // CANDIDATES)):
+        p = counts[:stop].clone()
+        p[-1] += counts[stop:].sum()
+        edges = torch.linspace(0, stop, levels + 1).round().long().tolist()
+        q = torch.zeros(stop, dtype=torch.float64)
+        for a, b in pairwise(edges):
+            part = counts[a:b]
+            filled = part > 0
+            if filled.any():
+                q[a:b][filled] = part.sum() / filled.sum()
+        p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)
+        both = p > 0
+        divergence = float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
+        best = min(best, (divergence, float(middles[stop - 1] + middles[0]) / of.grid.high))
+    return min(best[1], of.amax / of.grid.high)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Observer], float]] = {
+    "max": _max,
+    "percentile": _percentile,
+    "mse": _error(2.0),
+    "mae": _error(1.0),
+    "entropy": _entropy,
+}

@@ -1,0 +1,36 @@
+"""Targets: the number formats that a runtime runs fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from repfx.errors import unknown
+from repfx.quant.grid import Grid
+
+
+@dataclass(frozen=True)
+class Target:
+    """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want."""
+
+    name: str
+    unsigned_after_relu: bool
+
+    def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
+        return Grid(bits, axis=0 if per_channel else None)
+
+    def activation(self, bits: int = 8, non_negative: bool = False) -> Grid:
+        return Grid(bits, signed=not (non_negative and self.unsigned_after_relu))
+
+
+TARGETS = {
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True),
+    "openvino": Target("openvino", unsigned_after_relu=True),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of this name. Raises InputError naming the known ones."""
+    if name not in TARGETS:
+        raise unknown("target", name, TARGETS)
+    return TARGETS[name]

@@ -1,0 +1,133 @@
+"""The pass contract: what a pass says of itself, and what the runner then checks.
+
+A pass is a frozen dataclass whose fields are its options. It declares where it belongs (`stage`), which passes it builds
+on (`requires`) and what it promises; the runner orders, runs and proves, and says which promise was broken by whom.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from repfx.errors import Declined, InputError, unknown
+
+if TYPE_CHECKING:
+    from repfx.rewrite.work import Work
+
+
+class Stage(IntEnum):
+    """Passes run in this order, whatever order they are named in."""
+
+    EXPAND = 0
+    STRUCTURE = 1
+    TRAIN = 2
+    MERGE = 3
+    QUANTIZE = 4
+
+
+class Promise(Enum):
+    """REGIONS: every merged region equals itself. NAMES: every key of the state_dict stays. SAME: the output stays."""
+
+    REGIONS = "each merged region computes what it did"
+    NAMES = "every key of the state_dict stays"
+    SAME = "the output of the whole model stays"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One region that became one layer: its operators by name, the layer's path, and what both cost.
+
+    MACs are multiply-accumulates per position of the region's input; `error` is relative, in float64.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    into: str
+    macs_before: float
+    macs_after: float
+    params_before: int
+    params_after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one pass did to one graph."""
+
+    name: str
+    merged: tuple[Merged, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    inserted: tuple[str, ...] = ()
+
+
+class Pass(ABC):
+    """Base of every pass."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    requires: ClassVar[tuple[str, ...]] = ()
+    promises: ClassVar[frozenset[Promise]] = frozenset()
+
+    @abstractmethod
+    def run(self, work: Work) -> Result:
+        """Rewrites `work.module` in place."""
+
+
+REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
+    """Names, specs such as "ptq(bits=6)" and pass objects, with what they require, in order of stage.
+
+    Raises InputError for an unknown pass or option, naming the known ones.
+    """
+    if isinstance(passes, str):
+        raise InputError(f"passes is a list: [{passes!r}]")
+    found = [parse(p) if isinstance(p, str) else p for p in passes]
+    for p in found:
+        if not isinstance(p, Pass):
+            raise InputError(f"a pass is a name, a spec or a configured pass, not {p!r}")
+    for p in list(found):
+        found += [REGISTRY[name]() for name in p.requires if all(q.name != name for q in found)]
+    return sorted(found, key=lambda p: p.stage)
+
+
+def parse(spec: str) -> Pass:
+    """A pass from its spec.
+
+    >>> import repfx.passes
+    >>> parse("ptq(bits=6, per_channel=False)")
+    Ptq(bits=6, weight_bits=None, per_channel=False, weights='max')
+    >>> parse("fues")
+    Traceback (most recent call last):
+    ...
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, fuse, ptq
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
+    if match is None:
+        raise InputError(f"a pass is written name or name(option=value, ...), not {spec!r}")
+    name, text = match.groups()
+    if name not in REGISTRY:
+        raise unknown("pass", name, REGISTRY)
+    cls = REGISTRY[name]
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        key, eq, value = (s.strip() for s in part.partition("="))
+        if not eq or key not in known:
+            raise unknown(f"option of {name}", key, known or {"none"})
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value  # a bare word, as in bn=estimate
+    return cls(**options)

@@ -1,0 +1,166 @@
+"""merge_regions: which stretches of a model to merge, decided by multiply-accumulates before any weight is read.
+
+A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is exact, or what it was.
+The cut with the fewest multiply-accumulates wins, then the one that leaves the fewest operators:
+
+    best(i) = min over j > i of  cost(i, j) + best(j),    cost(i, j) = (MACs(merged) + MACs(kept), operators left)
+
+so a block merges as a whole where that pays, and its inner blocks do where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import fx
+
+from repfx.algebra import Geometry
+from repfx.errors import Declined, Inexact
+from repfx.graph.edit import uneven
+from repfx.graph.ops import Map, Op, Opaque, Sum
+from repfx.graph.regions import Region, Run, describe, is_linear, region_of, run_to, why_alone
+from repfx.graph.view import GraphView
+from repfx.rewrite.kernel_of import geometries
+
+Cost = tuple[Fraction, int]
+Accept = Callable[[list[Op]], bool]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A region that will become one convolution of `geometry`. MACs are per position of the region's source."""
+
+    region: Region
+    geometry: Geometry
+    macs_before: Fraction
+    params_before: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to merge and what was left alone."""
+
+    merges: tuple[Merge, ...]
+    declined: tuple[Declined, ...]
+
+
+def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
+    """Finds every region to merge. `accept` may narrow the choice by the operators a region holds."""
+    merges: list[Merge] = []
+    declined: dict[str, Declined] = {}
+    taken: set[fx.Node] = set()
+    for sink in reversed(view.nodes):
+        if sink in taken or not is_linear(view, sink):
+            continue
+        run = run_to(view, sink, taken)
+        if len(run.ends) < 2:
+            continue
+        for merge in _cut(view, run, accept, declined):
+            merges.append(merge)
+            taken.update(merge.region.removed)
+    for node in view.nodes:
+        op = view.ops[node]
+        if isinstance(op, Opaque):
+            if op.reason and not op.reason.startswith(("a product", "a quotient")):
+                declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
+        elif node not in taken and (isinstance(op, Sum) or op.kind == "bn"):
+            declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
+    return Plan(tuple(reversed(merges)), tuple(declined.values()))
+
+
+def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined]) -> Iterator[Merge]:
+    """The cheapest cut of a run, as the merges in it; the reason of each cut goes to `declined`."""
+    n = len(run.steps)
+    nodes = [node for step in run.steps for node in step]
+    rates = _rates(view, run.ends[0], nodes)
+    alone: list[Cost] = [(_macs(view, step, rates), len(step)) for step in run.steps]
+    best: list[tuple[Cost, int, Merge | None]] = [((Fraction(0), 0), n, None)]
+    known: list[dict[fx.Node, Geometry | Inexact]] = []
+    for i in reversed(range(n)):
+        after = tuple(node for step in run.steps[i:] for node in step)
+        known.insert(0, geometries(view, run.ends[i], after))
+        choices: list[tuple[Cost, int, Merge | None]] = []
+        for j in range(n, i, -1):
+            stretch = tuple(node for step in run.steps[i:j] for node in step)
+            offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept)
+            rest = best[j - i - 1][0]
+            if offer is not None:
+                choices.append(((offer[0][0] + rest[0], offer[0][1] + rest[1]), j, offer[1]))
+            elif j == i + 1:
+                choices.append(((alone[i][0] + rest[0], alone[i][1] + rest[1]), j, None))
+        best.insert(0, min(choices, key=lambda c: c[0]))  # the first of equals is the longest
+    i, parts = 0, []
+    while i < n:
+        _, j, merge = best[i]
+        parts.append((i, j))
+        if merge is not None:
+            yield merge
+        i = j
+    for (i, j), (_, k) in zip(parts, parts[1:], strict=False):
+        why = known[i][run.ends[k]]
+        if isinstance(why, Inexact):
+            reason, cure = why.reason, why.cure
+        else:
+            reason, cure = _costly(view, run, i, k, why, rates), ""
+        if reason:
+            where = view.name(run.ends[j])
+            declined.setdefault(where, Declined(where, f"not merged with {describe(view, run.ends[k])}: {reason}", cure))
+
+
+def _offer(
+    view: GraphView,
+    source: fx.Node,
+    sink: fx.Node,
+    nodes: tuple[fx.Node, ...],
+    geometry: Geometry | Inexact,
+    rates: dict[fx.Node, Fraction],
+    accept: Accept,
+) -> tuple[Cost, Merge] | None:
+    """The merge of a stretch and what it costs; None where it is not exact, has no convolution or removes nothing."""
+    if isinstance(geometry, Inexact):
+        return None
+    region = region_of(view, source, sink, nodes)
+    removed = region.removed
+    ops = [view.ops[node] for node in removed]
+    if not any(isinstance(op, Map) and op.macs for op in ops) or not accept(ops):
+        return None
+    left = 1 + uneven(geometry)
+    before = _macs(view, removed, rates)
+    merged = geometry.macs * rates[source]
+    if left >= len(removed) or merged > before:
+        return None
+    kept = _macs(view, tuple(region.kept), rates)
+    per_source = before / rates[source]
+    merge = Merge(region, geometry, per_source, sum(op.params for op in ops if not isinstance(op, Opaque)))
+    return (merged + kept, left + len(region.kept)), merge
+
+
+def _rates(view: GraphView, source: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, Fraction]:
+    """Positions of each value per position of the run's first."""
+    rates = {source: Fraction(1)}
+    for node in nodes:
+        op = view.ops[node]
+        assert not isinstance(op, Opaque)
+        rates[node] = rates[op.values[0]] / op.stride
+    return rates
+
+
+def _macs(view: GraphView, nodes: tuple[fx.Node, ...], rates: dict[fx.Node, Fraction]) -> Fraction:
+    return sum((view.ops[node].macs * rates[node] for node in nodes), Fraction(0))  # type: ignore[union-attr]
+
+
+def _costly(
+    view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]
+) -> str:
+    """Says that a merge would multiply the work; empty where the stretch holds no two convolutions to speak of."""
+    stretch = tuple(node for step in run.steps[i:k] for node in step)
+    region = region_of(view, run.ends[i], run.ends[k], stretch)
+    before = _macs(view, region.removed, rates)
+    merged = geometry.macs * rates[run.ends[i]]
+    if merged <= before:
+        return ""
+    if region.kept:
+        return f"{describe(view, min(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
+    return f"one convolution would take {float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"

@@ -1,0 +1,100 @@
+"""The oracle: a region's own forward in eval mode, in float64, on inputs of several odd and even sizes.
+
+It runs the model's modules and functions as they are and shares nothing with the algebra it judges.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra import Geometry, Kernel
+from repfx.errors import CheckError
+from repfx.graph.ops import Ref
+from repfx.graph.regions import Region
+from repfx.graph.view import GraphView
+
+# The one place for tolerances: largest difference over largest value, a dtype at a time.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref], Tensor]) -> float:
+    """The relative difference between the region and its kernel. Raises CheckError where it is not rounding."""
+    worst = 0.0
+    twins: dict[fx.Node, nn.Module] = {}
+    generator = torch.Generator(device=kernel.weight.device).manual_seed(0)
+    with torch.no_grad():
+        for sizes in input_sizes(kernel.geometry):
+            x = torch.randn(sizes, generator=generator, dtype=torch.float64, device=kernel.weight.device)
+            want, scale = _run(view, region, x, fetch, twins)
+            got = kernel(x)
+            if got.shape != want.shape:
+                raise CheckError(f"the merge of {view.name(region.sink)!r} has shape {got.shape}, not {want.shape}")
+            worst = max(worst, float((got - want).abs().amax()) / (scale or 1.0))
+    if not worst <= TOLERANCE[torch.float64]:
+        raise CheckError(f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this is a bug of repfx")
+    return worst
+
+
+def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
+    """Shapes of inputs that show both borders and the interior, each axis odd once and even once."""
+    if g.channel_axis == -1:
+        return [(3, g.inputs)]
+    least = []
+    for a in g.axes:
+        reach = max(a.taps, a.taps - a.before - a.after + a.stride)
+        least.append(max(reach, 1 + a.before, 1 + a.after) if g.mode != "zeros" else reach)
+    return [(1, g.inputs, *(n + more + i % 2 for i, n in enumerate(least))) for more in (0, 1)]
+
+
+def _run(
+    view: GraphView, region: Region, x: Tensor, fetch: Callable[[Ref], Tensor], twins: dict[fx.Node, nn.Module]
+) -> tuple[Tensor, float]:
+    """The region's output on x, and the largest value seen on the way, against which rounding is judged."""
+    values: dict[fx.Node, Any] = {region.source: x}
+    scale = 0.0
+
+    def value(v: Any) -> Any:
+        if not isinstance(v, fx.Node):
+            return v
+        if view.follows_mode(v):
+            return False
+        return values[v] if v in values else fetch(v)
+
+    last = {v: node for node in region.nodes for v in node.all_input_nodes}
+    for node in region.nodes:
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[misc]
+        if node.op == "call_module":
+            if node not in twins:
+                twins[node] = _twin(view.module.get_submodule(str(node.target)), x)
+            values[node] = twins[node](*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        scale = max(scale, float(values[node].abs().amax()))
+        for v in node.all_input_nodes:
+            if last[v] is node and v is not region.source:
+                values.pop(v, None)
+    return values[region.sink], scale
+
+
+def _twin(module: nn.Module, like: Tensor) -> nn.Module:
+    """The module in eval mode with its tensors in the dtype of `like`; the module itself is left as it is."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return copy.deepcopy(module).eval().to(like)
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {
+        k: None if p is None else nn.Parameter(p.detach().to(like), requires_grad=False)
+        for k, p in module._parameters.items()
+    }
+    twin.__dict__["_buffers"] = {
+        k: b.to(like) if b is not None and b.is_floating_point() else b for k, b in module._buffers.items()
+    }
+    twin.__dict__["_modules"] = {k: None if m is None else _twin(m, like) for k, m in module._modules.items()}
+    twin.__dict__["training"] = False
+    return twin

@@ -1,0 +1,103 @@
+"""The runner: capture, order the passes, run each on each graph, and check what it promised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.errors import CheckError, Declined, InputError
+from repfx.graph.capture import Captured, capture, graphs, own_tensors, run_eval
+from repfx.graph.ops import Map
+from repfx.graph.view import GraphView
+from repfx.quant import target_named
+from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
+from repfx.rewrite.prove import TOLERANCE
+from repfx.rewrite.verify import difference
+from repfx.rewrite.work import Work
+
+
+@dataclass
+class Report:
+    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed as written."""
+
+    results: list[Result] = field(default_factory=list)
+    untraced: list[Declined] = field(default_factory=list)
+
+    @property
+    def merged(self) -> list[Merged]:
+        return [m for r in self.results for m in r.merged]
+
+    @property
+    def declined(self) -> list[Declined]:
+        return [*self.untraced, *(d for r in self.results for d in r.declined)]
+
+
+def rewrite(model: Any, passes: Iterable[str | Pass], example: Any, target: str) -> tuple[nn.Module, Report]:
+    """Runs passes on a private copy of the model. Raises InputError for bad input, CheckError for a broken promise."""
+    ordered = resolve(passes)
+    formats = target_named(target)
+    args = as_args(example)
+    captured = capture(model, args)
+    require_convolutions(captured)
+    report = Report(untraced=captured.declined)
+    for path, module in list(graphs(captured.model)):
+        for p in ordered:
+            work = Work(module, formats, captured.examples.get(path))
+            result = _run(p, work)
+            report.results.append(_prefixed(result, path))
+    if isinstance(model, nn.Module):
+        own_tensors(captured.model, model)
+    captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
+    return captured.model, report
+
+
+def as_args(example: Any) -> tuple[Any, ...] | None:
+    return example if example is None or isinstance(example, tuple) else (example,)
+
+
+def require_convolutions(captured: Captured) -> None:
+    """Raises InputError where nothing in the model can be merged or quantized."""
+    if captured.declined:
+        return
+    for _, module in graphs(captured.model):
+        view = GraphView(module)
+        if any(isinstance(op, Map) and op.macs for op in view.ops.values()):
+            return
+    raise InputError("the model holds no convolution and no linear layer: there is nothing to merge or quantize")
+
+
+def _run(p: Pass, work: Work) -> Result:
+    module = work.module
+    keys = set(module.state_dict())
+    same = Promise.SAME in p.promises and work.example is not None
+    expected = run_eval(module, work.example) if same and work.example is not None else None
+    result = p.run(work)
+    module.graph.lint()
+    module.recompile()
+    if Promise.NAMES in p.promises and not keys <= set(module.state_dict()):
+        lost = sorted(keys - set(module.state_dict()))
+        raise CheckError(f"pass {p.name!r} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}")
+    if expected is not None and work.example is not None:
+        off = difference(expected, run_eval(module, work.example))
+        if not off.relative <= TOLERANCE[torch.float32]:
+            raise CheckError(f"pass {p.name!r} promised that {Promise.SAME.value}, and changed it by {off.relative:.1e}")
+    return result
+
+
+def _prefixed(result: Result, path: str) -> Result:
+    """The result with the names of a nested graph made those of the whole model."""
+    if not path:
+        return result
+    full = lambda name: f"{path}.{name}"  # noqa: E731
+    merged = tuple(
+        Merged(full(m.name), tuple(map(full, m.ops)), full(m.into), *list(vars(m).values())[3:]) for m in result.merged
+    )
+    declined = tuple(Declined(full(d.where), d.reason, d.cure) for d in result.declined)
+    return Result(result.name, merged, declined, tuple(map(full, result.inserted)))
+
+
+__all__ = ["Report", "as_args", "fx", "rewrite"]

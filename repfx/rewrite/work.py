@@ -1,0 +1,174 @@
+"""Work: what a pass is given. It reads the graph through a view and rewrites it through a few verbs, each proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.errors import Declined
+from repfx.graph.edit import drop_unreferenced, free_path, layer_of, put_module, references, replace_region
+from repfx.graph.ops import Map, Op, Ref
+from repfx.graph.view import GraphView
+from repfx.quant import Target
+from repfx.rewrite.contract import Merged, Result
+from repfx.rewrite.kernel_of import kernel_of
+from repfx.rewrite.merge_regions import Accept, Merge, plan_merges
+from repfx.rewrite.prove import prove
+
+
+class Work:
+    """One GraphModule under rewrite, with the target its formats are chosen for and an example of its input, if any."""
+
+    def __init__(self, module: fx.GraphModule, target: Target, example: tuple[Any, ...] | None) -> None:
+        self.module = module
+        self.target = target
+        self.example = example
+
+    def view(self) -> GraphView:
+        """A snapshot of the graph as it is now."""
+        return GraphView(self.module, self.example)
+
+    def merge(self, name: str, accept: Accept = lambda ops: True) -> Result:
+        """Merges every region that pays and that `accept` takes, each proved against itself before it goes in."""
+        view = self.view()
+        plan = plan_merges(view, accept)
+        before = references(self.module.graph)
+        names = _Names(view, self.module)
+        layers: list[tuple[Merge, nn.Module, float, str]] = []
+        made: dict[Any, nn.Module] = {}
+        # The largest first: what it needs for a moment is then not on top of all the others' results.
+        for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
+            layer, error, key = self._layer(view, merge, names, made)
+            layers.append((merge, layer, error, key))
+        return Result(name, self._apply(view, layers, names, before), plan.declined)
+
+    def _layer(
+        self, view: GraphView, merge: Merge, names: _Names, made: dict[Any, nn.Module]
+    ) -> tuple[nn.Module, float, str]:
+        region = merge.region
+        key = names.signature(merge)
+        fetch = _float64(view)
+        kernel = kernel_of(view, region, fetch)
+        error = prove(view, region, kernel, fetch)
+        if key not in made:
+            made[key] = layer_of(kernel, view.tensor(names.weight(merge)).dtype)
+        return made[key], error, key
+
+    def _apply(
+        self, view: GraphView, layers: list[tuple[Merge, nn.Module, float, str]], names: _Names, before: set[str]
+    ) -> tuple[Merged, ...]:
+        moved: dict[fx.Node, fx.Node] = {}
+        paths: dict[int, str] = {}
+        replaced: list[nn.Module] = []
+        done: list[tuple[int, Merged]] = []
+        together: dict[str, list[Merge]] = {}
+        for merge, _, _, key in layers:
+            together.setdefault(key, []).append(merge)
+        for merge, layer, error, key in sorted(layers, key=lambda entry: view.index[entry[0].region.sink]):
+            region = merge.region
+            label = names.label(merge)
+            if id(layer) not in paths:
+                paths[id(layer)] = names.path(together[key])
+                old = put_module(self.module, paths[id(layer)], layer)
+                if old is not None:
+                    replaced.append(old)
+            ops = tuple(view.name(node) for node in region.removed)
+            source = moved.get(region.source, region.source)
+            at = view.index[region.sink]
+            moved[region.sink] = replace_region(
+                self.module.graph, source, region.sink, region.removed, merge.geometry, paths[id(layer)]
+            )
+            after = float(merge.geometry.macs)
+            counts = (merge.params_before, merge.geometry.params)
+            done.append((at, Merged(label, ops, paths[id(layer)], float(merge.macs_before), after, *counts, error)))
+        if layers:
+            drop_unreferenced(self.module, before, replaced)
+        return tuple(m for _, m in sorted(done, key=lambda pair: pair[0]))
+
+
+class _Names:
+    """Where merged layers go: in the place of their region's widest convolution, unless another call still needs it."""
+
+    def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
+        self.view = view
+        self.module = module
+        self.calls: dict[str, list[fx.Node]] = {}
+        for node in view.nodes:
+            if node.op == "call_module":
+                self.calls.setdefault(str(node.target), []).append(node)
+
+    def main(self, merge: Merge) -> fx.Node:
+        def width(node: fx.Node) -> tuple[int, int]:
+            op = self.view.ops[node]
+            assert isinstance(op, Map)
+            weight = self.view.tensor(self.weight_of(node))
+            return (weight[0, 0].numel() if weight.dim() > 2 else 1, op.macs)
+
+        convs = [n for n in merge.region.removed if getattr(self.view.ops[n], "kind", "") in ("conv", "linear")]
+        return max(convs, key=width)
+
+    def weight_of(self, node: fx.Node) -> Ref:
+        if node.op == "call_module":
+            return f"{node.target}.weight"
+        return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]  # type: ignore[return-value]
+
+    def weight(self, merge: Merge) -> Ref:
+        return self.weight_of(self.main(merge))
+
+    def label(self, merge: Merge) -> str:
+        """The innermost module that holds every part of the region, or its main convolution."""
+        parts = [self.view.name(n).split(".") for n in merge.region.removed]
+        shared = []
+        for names in zip(*parts, strict=False):
+            if len(set(names)) > 1:
+                break
+            shared.append(names[0])
+        return ".".join(shared) or self.view.name(self.main(merge))
+
+    def signature(self, merge: Merge) -> str:
+        """Equal for two calls of the same modules in the same way, which then share one layer; else the sink's name."""
+        region = merge.region
+        if all(len(self.calls.get(str(n.target), [])) < 2 for n in region.removed if n.op == "call_module"):
+            return region.sink.name
+        position = {region.source: -1, **{n: i for i, n in enumerate(region.nodes)}}
+
+        def place(v: Any) -> Any:
+            return repr(position.get(v, v.name)) if isinstance(v, fx.Node) else v
+
+        return repr([(n.op, n.target, fx.node.map_aggregate((n.args, n.kwargs), place)) for n in region.nodes])
+
+    def path(self, merges: list[Merge]) -> str:
+        """The path for the layer that these merges share."""
+        removed = {n for m in merges for n in m.region.removed}
+        main = self.main(merges[0])
+        if main.op == "call_module":
+            path = str(main.target)
+            if all(n in removed for n in self.calls[path]):
+                return path
+            return free_path(self.module, f"{path}_merged")
+        weight = self.weight_of(main)
+        path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+        holder = self.module.get_submodule(path) if path else None
+        if holder is not None and type(holder) is nn.Module and not holder._modules and not holder._buffers:
+            reads = [n for n in self.view.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")]
+            if {str(n.target) for n in reads} >= {f"{path}.{k}" for k in holder._parameters}:
+                if set(holder._parameters) <= {"weight", "bias"} and all(u in removed for n in reads for u in n.users):
+                    return path
+        return free_path(self.module, f"{path}.merged" if path else "merged")
+
+
+def _float64(view: GraphView) -> Callable[[Ref], Tensor]:
+    cache: dict[Ref, Tensor] = {}
+
+    def fetch(ref: Ref) -> Tensor:
+        if ref not in cache:
+            cache[ref] = view.tensor(ref).detach().to(torch.float64)
+        return cache[ref]
+
+    return fetch
+
+
+__all__ = ["Declined", "Op", "Work"]

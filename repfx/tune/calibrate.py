@@ -1,0 +1,75 @@
+"""calibrate: one pass over the batches gives every activation quantizer its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from repfx.errors import InputError, unknown
+from repfx.quant import METHODS, FakeQuant, Observer
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", progress: bool = False) -> nn.Module:
+    """Sets the scales of the model's activation quantizers in place and returns the model.
+
+    `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a DataLoader of
+    (image, label) gives, or a dict of keyword arguments. Values are seen as the unquantized model computes them, in
+    eval mode. Memory does not grow with the number of batches. `method`: max, percentile, mse, mae or entropy.
+
+    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives NaN, and a model
+    without quantizers. Whatever happens, no quantizer is left half set.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
+    acts = {name: m for name, m in quants.items() if not m.of_weight}
+    if not acts:
+        raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
+    kept = [(m, m.training) for m in model.modules()]
+    weights_on = [(m, m.calibrated) for m in quants.values() if m.of_weight]
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    seen = 0
+    try:
+        model.eval()
+        for quant in acts.values():
+            quant.observer = Observer(quant.grid)
+        for quant, _ in weights_on:
+            quant.calibrated = False
+        with torch.no_grad():
+            for batch in track(batches, "calibrating", disable=not progress):
+                _feed(model, batch, device)
+                seen += 1
+        if not seen:
+            raise InputError("the calibration set is empty: give at least one batch")
+        scales = {name: m.observer.scale(method) for name, m in acts.items() if m.observer.seen}
+    finally:
+        for quant in acts.values():
+            quant.observer = None
+        for quant, on in weights_on:
+            quant.calibrated = on
+        for m, training in kept:
+            m.training = training
+    for name, scale in scales.items():
+        acts[name].set_scale(scale.to(acts[name].scale))
+    return model
+
+
+def _feed(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    try:
+        if isinstance(batch, Mapping):
+            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        elif isinstance(batch, Tensor):
+            if batch.shape[:1] == (0,):
+                raise InputError("a calibration batch is empty")
+            model(batch.to(device))
+        else:
+            raise InputError(f"a calibration batch is a tensor, a tuple or a dict, not a {type(batch)}")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        raise InputError(f"the model does not take a calibration batch{shape}: {error}") from error
