@@ -1,0 +1,37 @@
+"""repfx: finds every re-parameterizable part of a CNN, merges it into one convolution, quantizes and lowers it."""
+
+from repfx.api import (
+    Artifact,
+    Difference,
+    Inspection,
+    Report,
+    calibrate,
+    inspect,
+    load,
+    lower,
+    save,
+    transform,
+    verify,
+)
+from repfx.errors import CheckError, Declined, InputError, MissingPart, RepfxError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "CheckError",
+    "Declined",
+    "Difference",
+    "InputError",
+    "Inspection",
+    "MissingPart",
+    "Report",
+    "RepfxError",
+    "calibrate",
+    "inspect",
+    "load",
+    "lower",
+    "save",
+    "transform",
+    "verify",
+]

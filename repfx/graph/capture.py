@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,11 @@ def _capture(
     module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured
 ) -> nn.Module:
     if isinstance(module, fx.GraphModule):
-        _normalise(module)
+        normalise(module.graph)
+        module.recompile()
+        if example is not None:
+            run_eval(_Ranks(module), example)
+            captured.examples[path] = example
         return module
     reason = None
     try:
@@ -97,13 +102,13 @@ def _capture(
         graph = tracer.trace(module)
         if tracer.branches and signature(graph) != signature(Tracer(names, training=True).trace(module)):
             raise TraceError(BRANCHES)
+        normalise(graph)
         result = _graph_module(module, graph, tracer)
-        _normalise(result)
         if tracer.opaque:
             _inside_opaque(result, path, tracer.opaque, example, captured)
         if example is None:
             return result
-        if _agree(run_eval(result, example), expected):
+        if _agree(run_eval(_Ranks(result), example), expected):
             captured.examples[path] = example
             return result
         reason = "the traced graph does not compute what its forward computes"
@@ -114,6 +119,24 @@ def _capture(
     if example is not None and not _agree(run_eval(module, example), expected):
         raise InputError(f"{path or 'the model'} reaches into its children: it changed when they were traced")
     return module
+
+
+class _Ranks(nn.Module):
+    """Runs a GraphModule and notes the number of dimensions of each value on its node."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+    def forward(self, *args: Any) -> Any:
+        class Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if isinstance(result, Tensor):
+                    n.meta["rank"] = result.dim()
+                return result
+
+        return Interpreter(self.graph_module).run(*args)
 
 
 def _inside_opaque(
@@ -224,31 +247,44 @@ def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Mo
     return holder
 
 
-def _normalise(graph_module: fx.GraphModule) -> None:
-    normalise(graph_module.graph)
-    graph_module.recompile()
-
-
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent)._modules[name] = module
 
 
 def _alias(model: nn.Module) -> nn.Module:
-    """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model."""
+    """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model.
+
+    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of every module.
+    """
     memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        if id(tensor) not in memo:
+            alias = tensor.detach()
+            memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+    plain: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
-        for store in (module._parameters, module._buffers, module.__dict__):
-            for tensor in store.values():
-                if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                    alias = tensor.detach()
-                    if isinstance(tensor, nn.Parameter):
-                        alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
-                    memo[id(tensor)] = alias
+        if not isinstance(module, fx.GraphModule) and not hasattr(module, "__deepcopy__"):
+            memo[id(module)] = type(module).__new__(type(module))
+            plain.append((module, memo[id(module)]))
     try:
-        return copy.deepcopy(model, memo)
+        for module, twin in plain:
+            twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
+        return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
+
+
+def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (dict, OrderedDict):
+        if not value:
+            return type(value)()
+        return type(value)((k, _alias_value(v, memo)) for k, v in value.items())
+    return copy.deepcopy(value, memo)
 
 
 def _refuse_non_finite(model: nn.Module) -> None:
@@ -274,7 +310,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
 def _guess_example(model: nn.Module) -> tuple[Any, ...] | None:
     """A random image or feature batch that the model accepts, or None."""
     required = [p for p in _parameters(model) if p.default is p.empty]
-    if len(required) != 1 or isinstance(model, fx.GraphModule):
+    if len(required) != 1:
         return None
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():

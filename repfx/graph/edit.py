@@ -20,20 +20,20 @@ _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 def layer_of(kernel: Kernel, dtype: torch.dtype) -> nn.Module:
     """A convolution or linear layer that computes `kernel`, without the padding that it cannot express."""
     g = kernel.geometry
-    with torch.device("meta"):
-        if g.channel_axis == -1:
-            layer: nn.Module = nn.Linear(g.inputs, g.outputs, g.bias)
-        else:
-            layer = _CONVS[len(g.axes)](
-                g.inputs,
-                g.outputs,
-                tuple(a.taps for a in g.axes),
-                tuple(a.stride for a in g.axes),
-                (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
-                groups=g.groups,
-                bias=g.bias,
-                padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
-            )
+    if g.channel_axis == -1:
+        layer: nn.Module = nn.Linear(g.inputs, g.outputs, g.bias, device="meta")
+    else:
+        layer = _CONVS[len(g.axes)](
+            g.inputs,
+            g.outputs,
+            tuple(a.taps for a in g.axes),
+            tuple(a.stride for a in g.axes),
+            (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
+            groups=g.groups,
+            bias=g.bias,
+            padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
+            device="meta",
+        )
     layer._parameters["weight"] = nn.Parameter(kernel.weight.detach().to(dtype, copy=True).contiguous())
     if kernel.bias is not None:
         layer._parameters["bias"] = nn.Parameter(kernel.bias.detach().to(dtype, copy=True))

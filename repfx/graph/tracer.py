@@ -173,7 +173,7 @@ class Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
             if self.flag.asked == asked:
                 return result
-            self.flag.asked = asked
+            self.flag.asked = asked  # answered here, whatever the answer: the parents did not ask
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -192,7 +192,7 @@ class Tracer(fx.Tracer):
 
     def _same_in_training(self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any) -> bool:
         """Whether the module's forward records the same operators again where `self.training` is true."""
-        end = next(iter(reversed(self.graph.nodes)), None)
+        end, asked = next(iter(reversed(self.graph.nodes)), None), self.flag.asked
         self.flag.value = True
         try:
             again = forward(*args, **kwargs)
@@ -200,7 +200,7 @@ class Tracer(fx.Tracer):
         except Exception:  # the training branch cannot be traced: then it is not the same
             same = False
         finally:
-            self.flag.value = False
+            self.flag.value, self.flag.asked = False, asked
             self._forget_after(end)
         return same
 

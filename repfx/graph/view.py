@@ -24,9 +24,8 @@ _RANDOM = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "dropout", "
 class GraphView:
     """Reads one GraphModule; the graph must not change while a view of it is in use."""
 
-    def __init__(self, module: fx.GraphModule, example: tuple[Any, ...] | None = None) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
-        self.example = example
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self._tensors: dict[Ref, Tensor] = {}
@@ -52,8 +51,8 @@ class GraphView:
         return self._tensors[ref]
 
     def rank(self, node: fx.Node) -> int | None:
-        """The number of dimensions of a value in a run of the example; None without one."""
-        return self._ranks.get(node)
+        """The number of dimensions of a value, noted when the graph was checked on an example; None if it was not."""
+        return node.meta.get("rank")
 
     def name(self, node: fx.Node) -> str:
         """What a person calls this node: a module's path, or the operator with the module it stands in."""
@@ -86,30 +85,6 @@ class GraphView:
             return {}
         above = nx.immediate_dominators(flow, -1)
         return {self.nodes[i]: self.nodes[d] if d is not None and d >= 0 else None for i, d in above.items() if i >= 0}
-
-    @cached_property
-    def _ranks(self) -> dict[fx.Node, int]:
-        ranks: dict[fx.Node, int] = {}
-        if self.example is None:
-            return ranks
-
-        class Shapes(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if isinstance(result, Tensor):
-                    ranks[n] = result.dim()
-                return result
-
-        kept = [(m, m.training) for m in self.module.modules()]
-        try:
-            for m, _ in kept:
-                m.__dict__["training"] = False
-            with torch.no_grad():
-                Shapes(self.module).run(*self.example)
-        finally:
-            for m, training in kept:
-                m.__dict__["training"] = training
-        return ranks
 
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":

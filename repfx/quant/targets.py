@@ -19,7 +19,9 @@ class Target:
         return Grid(bits, axis=0 if per_channel else None)
 
     def activation(self, bits: int = 8, non_negative: bool = False) -> Grid:
-        return Grid(bits, signed=not (non_negative and self.unsigned_after_relu))
+        """Signed activations use the whole range, as QuantizeLinear saturates; weights stay symmetric."""
+        signed = not (non_negative and self.unsigned_after_relu)
+        return Grid(bits, signed, full=signed)
 
 
 TARGETS = {

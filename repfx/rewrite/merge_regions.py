@@ -162,5 +162,5 @@ def _costly(
     if merged <= before:
         return ""
     if region.kept:
-        return f"{describe(view, min(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
+        return f"{describe(view, max(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
     return f"one convolution would take {float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"

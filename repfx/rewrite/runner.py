@@ -13,7 +13,7 @@ from repfx.errors import CheckError, Declined, InputError
 from repfx.graph.capture import Captured, capture, graphs, own_tensors, run_eval
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
-from repfx.quant import target_named
+from repfx.quant import FakeQuant, target_named
 from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
 from repfx.rewrite.prove import TOLERANCE
 from repfx.rewrite.verify import difference
@@ -42,13 +42,14 @@ def rewrite(model: Any, passes: Iterable[str | Pass], example: Any, target: str)
     formats = target_named(target)
     args = as_args(example)
     captured = capture(model, args)
-    require_convolutions(captured)
     report = Report(untraced=captured.declined)
     for path, module in list(graphs(captured.model)):
         for p in ordered:
             work = Work(module, formats, captured.examples.get(path))
             result = _run(p, work)
             report.results.append(_prefixed(result, path))
+    if not report.merged and not any(r.inserted for r in report.results):
+        require_convolutions(captured)
     if isinstance(model, nn.Module):
         own_tensors(captured.model, model)
     captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
@@ -61,7 +62,7 @@ def as_args(example: Any) -> tuple[Any, ...] | None:
 
 def require_convolutions(captured: Captured) -> None:
     """Raises InputError where nothing in the model can be merged or quantized."""
-    if captured.declined:
+    if captured.declined or any(isinstance(m, FakeQuant) for m in captured.model.modules()):
         return
     for _, module in graphs(captured.model):
         view = GraphView(module)

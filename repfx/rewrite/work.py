@@ -29,7 +29,7 @@ class Work:
 
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""
-        return GraphView(self.module, self.example)
+        return GraphView(self.module)
 
     def merge(self, name: str, accept: Accept = lambda ops: True) -> Result:
         """Merges every region that pays and that `accept` takes, each proved against itself before it goes in."""

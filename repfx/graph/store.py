@@ -1,0 +1,323 @@
+"""save and load without pickle: tensors in a safetensors file, modules and graphs as JSON in its header.
+
+Only what is on a list can come back: layers of torch.nn and quantizers of repfx by class name, functions that torch
+lists as overridable, operators, aten. Everything else in a file is data. A file therefore cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from repfx.errors import InputError
+from repfx.graph.modes import Mode, TrainOnly
+from repfx.quant import FakeQuant, Grid
+
+FORMAT = "1"
+_OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
+_INTERNAL = set(nn.Module().__dict__) | {"observer"}
+_READABLE = {"shape", "ndim", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "requires_grad", "is_cuda"}
+_PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the model to `path`: graph, layers, tensors, modes. The file appears whole or not at all.
+
+    A train-only module of a class of one's own (stochastic depth) is saved as the identity that it is in eval mode.
+    Raises InputError where the model holds another module of such a class, or the path cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    keys: dict[int, str] = {}
+    tree = _encode_module(model, "", tensors, keys, {})
+    text = json.dumps({"format": FORMAT, "model": tree})
+    write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """The model that `save` wrote. Raises InputError for a missing, damaged or foreign file."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("repfx")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a model saved by repfx, or it is damaged: {error}") from error
+    if text is None:
+        raise InputError(f"{path} holds tensors but no model: it was not written by repfx.save")
+    try:
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise InputError(f"{path} has format {data['format']!r}; this version reads {FORMAT!r}")
+        return _decode_module(data["model"], tensors, {})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
+    """Calls `write` with a path beside `path` and renames the result, so that no half-written file is ever left."""
+    goal = Path(path)
+    try:
+        handle, part = tempfile.mkstemp(dir=goal.parent, prefix=f".{goal.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        write(part)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
+        os.replace(part, goal)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _encode_module(
+    module: nn.Module, path: str, tensors: dict[str, Tensor], keys: dict[int, str], seen: dict[int, str]
+) -> dict[str, Any]:
+    if id(module) in seen:
+        return {"same": seen[id(module)]}
+    seen[id(module)] = path
+    if isinstance(module, TrainOnly) and not module.training:
+        return {"class": "torch.nn.Identity", "training": False}
+    out: dict[str, Any] = {"class": _class_name(module, path), "training": module.training, "path": path}
+    names = {"params": module._parameters, "buffers": module._buffers}
+    for kind, store in names.items():
+        out[kind] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in store.items()}
+    out["transient"] = sorted(module._non_persistent_buffers_set)
+    if isinstance(module, fx.GraphModule):
+        out["graph"] = _encode_graph(module.graph)
+        out["name"] = type(module).__name__
+    elif type(module) is not nn.Module:
+        attributes = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL}
+        out["attributes"] = {k: _encode(v, f"{path}.{k}") for k, v in attributes.items() if not isinstance(v, Tensor)}
+    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)}
+    out["plain"] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in plain.items()}
+    out["children"] = {
+        k: None if m is None else _encode_module(m, f"{path}.{k}".lstrip("."), tensors, keys, seen)
+        for k, m in module._modules.items()
+    }
+    return out
+
+
+def _decode_module(data: dict[str, Any], tensors: dict[str, Tensor], seen: dict[str, nn.Module]) -> nn.Module:
+    if "same" in data:
+        return seen[data["same"]]
+    cls = _class_named(data["class"])
+    module = cls.__new__(cls) if cls is not fx.GraphModule else fx.GraphModule(nn.Module(), fx.Graph(), _safe_name(data))
+    if cls is not fx.GraphModule:
+        nn.Module.__init__(module)
+    if "path" in data:
+        seen[data["path"]] = module
+    module.training = bool(data["training"])
+    for key, value in data.get("attributes", {}).items():
+        if key in _INTERNAL or hasattr(nn.Module, key):
+            raise ValueError(f"attribute {key!r} cannot be set")
+        module.__dict__[key] = _decode(value, {})
+    for name, entry in data.get("params", {}).items():
+        module._parameters[name] = None if entry is None else _decode_tensor(entry, tensors)  # type: ignore[assignment]
+    for name, entry in data.get("buffers", {}).items():
+        module._buffers[name] = None if entry is None else _decode_tensor(entry, tensors)
+    for name, entry in data.get("plain", {}).items():
+        module.__dict__[name] = _decode_tensor(entry, tensors)
+    module._non_persistent_buffers_set = set(data.get("transient", []))
+    for name, child in data.get("children", {}).items():
+        module._modules[name] = None if child is None else _decode_module(child, tensors, seen)
+    if isinstance(module, FakeQuant):
+        module.observer = None
+    if isinstance(module, fx.GraphModule):
+        module.graph = _decode_graph(data["graph"])
+        module.graph.lint()
+    return module
+
+
+def _encode_tensor(t: Tensor | None, name: str, tensors: dict[str, Tensor], keys: dict[int, str]) -> Any:
+    if t is None:
+        return None
+    if id(t) not in keys:
+        keys[id(t)] = name
+        tensors[name] = t.detach().contiguous().clone()
+    return [keys[id(t)], isinstance(t, nn.Parameter), t.requires_grad]
+
+
+def _decode_tensor(entry: Any, tensors: dict[str, Tensor]) -> Tensor:
+    key, parameter, requires_grad = entry
+    if parameter and not isinstance(tensors[key], nn.Parameter):
+        tensors[key] = nn.Parameter(tensors[key], bool(requires_grad))
+    return tensors[key]
+
+
+def _encode_graph(graph: fx.Graph) -> list[Any]:
+    nodes = []
+    for node in graph.nodes:
+        target = _function_name(node.target) if node.op == "call_function" else node.target
+        rank = node.meta.get("rank")
+        nodes.append([node.name, node.op, target, _encode(node.args, node.name), _encode(node.kwargs, node.name), rank])
+    return nodes
+
+
+def _decode_graph(nodes: list[Any]) -> fx.Graph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for name, op, target, args, kwargs, rank in nodes:
+        if op == "call_function":
+            target = _function_named(target)
+        elif op == "call_method" and target not in _methods():
+            raise ValueError(f"method {target!r} is not allowed")
+        elif op in ("placeholder", "output") and not str(target).isidentifier():
+            raise ValueError(f"{target!r} is not an identifier")
+        elif op in ("call_module", "get_attr") and not _PATH.fullmatch(target):
+            raise ValueError(f"{target!r} is not a path")
+        decoded_args, decoded_kwargs = _decode(args, made), _decode(kwargs, made)
+        if target is getattr and decoded_args[1] not in _READABLE:
+            raise ValueError(f"attribute {decoded_args[1]!r} is not allowed")
+        made[name] = graph.create_node(op, target, decoded_args, decoded_kwargs, name=name)
+        if isinstance(rank, int):
+            made[name].meta["rank"] = rank
+    return graph
+
+
+def _encode(v: Any, where: str) -> Any:
+    """Plain data as JSON; what JSON lacks is a one-key object."""
+    if v is None or isinstance(v, (bool, int, str)) or (isinstance(v, float) and math.isfinite(v)):
+        return v
+    if isinstance(v, float):
+        return {"float": str(v)}
+    if isinstance(v, fx.Node):
+        return {"node": v.name}
+    if isinstance(v, (list, tuple, set, torch.Size)):
+        kind = "list" if isinstance(v, list) else "set" if isinstance(v, set) else "tuple"
+        return {kind: [_encode(e, where) for e in v]}
+    if isinstance(v, dict):
+        return {"dict": [[_encode(k, where), _encode(e, where)] for k, e in v.items()]}
+    if isinstance(v, slice):
+        return {"slice": [_encode(e, where) for e in (v.start, v.stop, v.step)]}
+    if isinstance(v, Grid):
+        return {"grid": [v.bits, v.signed, v.axis, v.full]}
+    if isinstance(v, (torch.dtype, torch.memory_format, torch.layout)):
+        return {"torch": str(v).removeprefix("torch.")}
+    if isinstance(v, torch.device):
+        return {"device": str(v)}
+    if v is Ellipsis:
+        return {"ellipsis": 0}
+    if callable(v):
+        return {"function": _function_name(v)}
+    raise InputError(f"cannot save {where}: a value of {type(v)} has no form without pickle")
+
+
+def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
+    if not isinstance(v, dict):
+        return v
+    ((kind, data),) = v.items()
+    if kind == "node":
+        return nodes[data]
+    if kind in ("list", "tuple", "set"):
+        return {"list": list, "tuple": tuple, "set": set}[kind](_decode(e, nodes) for e in data)
+    if kind == "dict":
+        return {_decode(k, nodes): _decode(e, nodes) for k, e in data}
+    if kind == "slice":
+        return slice(*(_decode(e, nodes) for e in data))
+    if kind == "torch":
+        found = getattr(torch, data)
+        if not isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):
+            raise ValueError(f"torch.{data} is not allowed")
+        return found
+    simple: dict[str, Callable[[Any], Any]] = {
+        "float": float,
+        "grid": lambda d: Grid(*d),
+        "device": torch.device,
+        "ellipsis": lambda _: Ellipsis,
+        "function": _function_named,
+    }
+    return simple[kind](data)
+
+
+def _class_name(module: nn.Module, path: str) -> str:
+    for name, own in _OWN.items():
+        if type(module) is own:
+            return name
+    if isinstance(module, fx.GraphModule):
+        return "torch.fx.GraphModule"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name == "torch.nn.modules.module.Module" or (name.startswith("torch.nn.modules.") and _class_named(name)):
+        return name
+    raise InputError(
+        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form without pickle. "
+        "Save its state_dict beside your code, or use torch.export.save"
+    )
+
+
+def _class_named(name: str) -> type[nn.Module]:
+    if name in _OWN:
+        return _OWN[name]
+    if name == "torch.fx.GraphModule":
+        return fx.GraphModule
+    *_, short = name.split(".")
+    found = nn.Module if short == "Module" else getattr(nn, short, None)
+    found = found or getattr(nn.modules.linear, short, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and name.startswith("torch.nn.")):
+        raise ValueError(f"class {name!r} is not allowed")
+    return found
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    table: dict[str, Any] = {"getattr": getattr}
+    for space, functions in torch.overrides.get_overridable_functions().items():
+        prefix = getattr(space, "__name__", "")
+        if space is not torch.Tensor and isinstance(prefix, str):
+            table.update({f"{prefix}.{f.__name__}": f for f in functions if hasattr(f, "__name__")})
+    makers = {"attrgetter", "itemgetter", "methodcaller", "call"}
+    table.update({f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers})
+    return table
+
+
+@cache
+def _names() -> dict[Any, str]:
+    return {f: name for name, f in _functions().items()}
+
+
+@cache
+def _methods() -> set[str]:
+    found = {getattr(f, "__name__", "") for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
+    return {name for name in found if name.isidentifier() and not name.startswith("_")}
+
+
+def _function_name(f: Any) -> str:
+    if isinstance(f, torch._ops.OpOverload) and f.namespace == "aten":
+        return f"aten:{f._opname}.{f._overloadname}"
+    if f in _names():
+        return _names()[f]
+    raise InputError(f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle")
+
+
+def _function_named(name: str) -> Any:
+    if name.startswith("aten:"):
+        op, _, overload = name.removeprefix("aten:").rpartition(".")
+        found = getattr(getattr(torch.ops.aten, op), overload)
+        if not isinstance(found, torch._ops.OpOverload):
+            raise ValueError(f"function {name!r} is not allowed")
+        return found
+    if name not in _functions():
+        raise ValueError(f"function {name!r} is not allowed")
+    return _functions()[name]
+
+
+def _safe_name(data: dict[str, Any]) -> str:
+    name = str(data.get("name", "GraphModule"))
+    return name if name.isidentifier() else "GraphModule"

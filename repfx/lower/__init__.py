@@ -1,0 +1,6 @@
+"""Lowering: a model with quantizers becomes an ONNX file with QuantizeLinear and DequantizeLinear, checked by running it."""
+
+from repfx.lower.onnx import Artifact, lower
+from repfx.lower.parity import CodeDifference, Parity
+
+__all__ = ["Artifact", "CodeDifference", "Parity", "lower"]

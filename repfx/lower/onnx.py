@@ -1,0 +1,207 @@
+"""lower: torch -> ONNX Q/DQ.
+
+    FakeQuant of an activation   ->   QuantizeLinear, DequantizeLinear
+    FakeQuant of a weight        ->   int8 codes as a constant, DequantizeLinear along its axis
+    bias                         ->   a float constant
+
+The batch dimension is dynamic. The file is checked by onnx.checker, run in ONNX Runtime and compared with the torch
+model before it gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.errors import CheckError, InputError
+from repfx.graph.capture import graphs, run_eval
+from repfx.graph.store import write_whole
+from repfx.lower.parity import Parity, compare
+from repfx.quant import FakeQuant, target_named
+
+OPSET = 20
+KEY = "repfx.quantizer"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX Runtime."""
+
+    onnx: Path
+    parity: Parity
+
+
+def lower(
+    model: nn.Module, path: str | os.PathLike[str], *, example: Any, target: str = "tensorrt", opset: int = OPSET
+) -> Artifact:
+    """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
+
+    `example`: a tensor (N, ...) or a tuple of them; the first dimension of each is dynamic in the file. `target` must
+    be the one the model was quantized for. A model without quantizers gives a float file.
+
+    Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit or the
+    path cannot be written; CheckError where the file is not valid or computes something else.
+    """
+    args = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
+        raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
+    _check_formats(model, target)
+    try:
+        run_eval(model, args)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(a.shape)) for a in args)
+        raise InputError(f"the model does not accept the example {shapes}: {error}") from error
+    proto = _export(model, args, opset)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
+    parity = compare(model, proto, args)
+    if not parity.agrees:
+        raise CheckError(f"the exported graph does not compute what the model computes: {parity}")
+    write_whole(path, lambda part: onnx.save(proto, part))
+    return Artifact(Path(path), parity)
+
+
+class _Activation(nn.Module):
+    """QuantizeLinear and DequantizeLinear, with the path of the quantizer on the node."""
+
+    def __init__(self, quant: FakeQuant, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.dtype = torch.int8 if quant.grid.signed else torch.uint8
+        self.register_buffer("scale", quant.scale.detach().clone())
+        self.register_buffer("zero", torch.zeros((), dtype=self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, self.scale, self.zero), dtype=self.dtype, shape=x.shape, metadata_props={KEY: self.path}
+        )
+        return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, self.zero), dtype=x.dtype, shape=x.shape)
+
+
+class _Weight(nn.Module):
+    """Integer codes and DequantizeLinear: what the deployed file holds of a weight."""
+
+    def __init__(self, quant: FakeQuant, weight: Tensor) -> None:
+        super().__init__()
+        self.axis = quant.grid.axis
+        self.dtype = weight.dtype
+        self.register_buffer("codes", quant.codes(weight.detach()).to(torch.int8))
+        self.register_buffer("scale", quant.scale.detach().clone())
+        self.register_buffer("zero", torch.zeros(quant.scale.shape, dtype=torch.int8))
+
+    def forward(self) -> Tensor:
+        attrs = {} if self.axis is None else {"axis": self.axis}
+        inputs = (self.codes, self.scale, self.zero)
+        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs, dtype=self.dtype, shape=self.codes.shape)
+
+
+def _check_formats(model: nn.Module, target: str) -> None:
+    formats = target_named(target)
+    raw, other = [], []
+    for name, m in model.named_modules():
+        if not isinstance(m, FakeQuant):
+            continue
+        if not m.calibrated:
+            raw.append(name)
+        elif not m.of_weight and m.grid.bits != 8:
+            raise InputError(
+                f"{name} rounds activations to {m.grid.bits} bits; QuantizeLinear has 8. Quantize with ptq(bits=8), or "
+                "use ptq(bits=8, weight_bits=...) to narrow the weights alone"
+            )
+        elif m.of_weight and m.grid.bits > 8:
+            raise InputError(f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold 8 at most")
+        elif not m.of_weight and not m.grid.signed and not formats.unsigned_after_relu:
+            other.append(name)
+    if raw:
+        raise InputError(f"{len(raw)} quantizers are not calibrated ({', '.join(raw[:3])}): run repfx.calibrate first")
+    if other:
+        raise InputError(f"{other[0]} is unsigned, which {target} does not run: transform the model with target={target!r}")
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], opset: int) -> onnx.ModelProto:
+    """The ONNX graph of a copy whose quantizers are symbolic."""
+    symbolic = copy.deepcopy(model).eval().cpu()
+    for path, module in graphs(symbolic):
+        _make_symbolic(module, path)
+    wide = tuple(torch.cat([a, a]).cpu() if a.shape[0] == 1 else a.cpu() for a in args)
+    batch = torch.export.Dim("batch")
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(symbolic, wide, dynamic_shapes=tuple({0: batch} for _ in wide))
+            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+    except Exception as error:
+        raise InputError(f"torch.onnx cannot export the model: {str(error).strip().splitlines()[0][:300]}") from error
+    finally:
+        quiet.setLevel(level)
+    assert program is not None
+    proto = program.model_proto
+    _name_codes(proto)
+    return proto
+
+
+def _make_symbolic(module: fx.GraphModule, prefix: str) -> None:
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        path = str(node.target)
+        quant = module.get_submodule(path)
+        if not isinstance(quant, FakeQuant):
+            continue
+        parent, _, name = path.rpartition(".")
+        holder = module.get_submodule(parent)
+        if quant.of_weight:
+            holder._modules[name] = _Weight(quant, _constant(module, node.args[0]))
+            node.args = ()
+        else:
+            holder._modules[name] = _Activation(quant, f"{prefix}.{path}".lstrip("."))
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _constant(module: fx.GraphModule, node: Any) -> Tensor:
+    """The value of a constant expression of the graph."""
+    if node.op == "get_attr":
+        value: Any = module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom)
+        return value
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda v: _constant(module, v) if isinstance(v, fx.Node) else v
+    )
+    f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
+    return f(*args, **kwargs)
+
+
+def _name_codes(proto: onnx.ModelProto) -> None:
+    """Names each quantizer's codes after the quantizer: conv1.input_quant.codes."""
+    renamed: dict[str, str] = {}
+    for node in proto.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == KEY:
+                renamed[node.output[0]] = f"{entry.value}.codes"
+    taken = {o for n in proto.graph.node for o in n.output}
+    renamed = {old: new for old, new in renamed.items() if new not in taken and list(renamed.values()).count(new) == 1}
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = renamed.get(name, name)
+    for info in proto.graph.value_info:
+        info.name = renamed.get(info.name, info.name)

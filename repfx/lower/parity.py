@@ -1,0 +1,119 @@
+"""Parity: the ONNX file against the torch model, code by code.
+
+Two runtimes add in different orders, so a value on the edge between two codes may go either way, and one such tie moves
+everything after it. To count ties and nothing else, each stretch between two quantizers is compared on the same codes:
+the torch model runs with every quantizer answering what ONNX Runtime computed there, and is asked what it would have
+said. One layer deep, codes may differ by one, rarely; anything more is an error of the lowering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from repfx.graph.capture import run_eval
+from repfx.quant import FakeQuant
+from repfx.rewrite.verify import Difference, difference
+
+# Ties are rare: more than this share of differing codes at one quantizer is not rounding.
+SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class CodeDifference:
+    """At one quantizer, on equal codes before it: `codes` compared, how many are `different`, the `largest` difference."""
+
+    codes: int
+    different: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """`output`: the torch model against the file, each on its own. `forced`: the same on the file's codes.
+
+    `quantizers`: per activation quantizer, in order of the graph.
+    """
+
+    output: Difference
+    forced: Difference
+    quantizers: dict[str, CodeDifference] = field(default_factory=dict)
+
+    @property
+    def different(self) -> int:
+        return sum(q.different for q in self.quantizers.values())
+
+    @property
+    def codes(self) -> int:
+        return sum(q.codes for q in self.quantizers.values())
+
+    @property
+    def sqnr(self) -> float:
+        """Signal over noise of the output in dB, torch against the file."""
+        return self.output.sqnr
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing but ties differs."""
+        ties = all(q.largest <= 1 and q.different <= max(2, SHARE * q.codes) for q in self.quantizers.values())
+        return ties and self.forced.relative <= 1e-3
+
+    def __str__(self) -> str:
+        codes = f"{self.different} of {self.codes} codes differ by one; " if self.quantizers else ""
+        return f"{codes}output: {self.output}"
+
+
+def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...]) -> Parity:
+    """Runs both on the same input and compares the output and every activation quantizer's codes."""
+    quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(proto)
+    outputs = len(proto.graph.output)
+    made = {o for n in proto.graph.node if n.op_type == "QuantizeLinear" for o in n.output}
+    names = [n for n in quants if f"{n}.codes" in made]
+    for name in names:
+        kind = onnx.TensorProto.INT8 if quants[name].grid.signed else onnx.TensorProto.UINT8
+        exposed.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.codes", kind, None))
+    reference = run_onnx(exposed, args, optimize=False)
+    theirs = dict(zip(names, reference[outputs:], strict=True))
+    found: dict[str, CodeDifference] = {}
+
+    def force(name: str) -> Any:
+        def hook(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
+            codes = theirs[name].to(result)
+            off = (m.codes(inputs[0]) - codes).abs()
+            found[name] = CodeDifference(off.numel(), int((off > 0).sum()), int(off.max()) if off.numel() else 0)
+            return codes * m.scale
+
+        return hook
+
+    free = run_eval(model, args)
+    hooks = [quants[n].register_forward_hook(force(n)) for n in names]
+    try:
+        forced = run_eval(model, args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    leaves = lambda value: [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]  # noqa: E731
+    deployed = difference(leaves(free), run_onnx(proto, args))
+    return Parity(deployed, difference(leaves(forced), reference[:outputs]), found)
+
+
+def run_onnx(proto: onnx.ModelProto, args: tuple[Tensor, ...], optimize: bool = True) -> list[Tensor]:
+    """The outputs of an ONNX model in ONNX Runtime on the CPU; without `optimize` each operator runs as written.
+
+    Optimized, convolutions run on integers and biases are rounded to int32, which the file does not ask for.
+    """
+    options = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {i.name: a.detach().cpu().numpy() for i, a in zip(session.get_inputs(), args, strict=True)}
+    return [torch.from_numpy(np.asarray(o)) for o in session.run(None, feeds)]

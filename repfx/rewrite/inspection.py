@@ -1,0 +1,98 @@
+"""inspect: what would merge, what it would become and cost, and what would not and why, without touching a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from repfx.algebra import Geometry
+from repfx.errors import Declined
+from repfx.graph.capture import capture, graphs
+from repfx.graph.view import GraphView
+from repfx.rewrite.merge_regions import plan_merges
+from repfx.rewrite.runner import as_args, require_convolutions
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One block. MACs are per position of its input. `merged` is the layer it becomes, None with a `reason` if none."""
+
+    name: str
+    ops: tuple[str, ...]
+    merged: str | None
+    reason: str
+    macs_before: float
+    macs_after: float
+    params_before: int
+    params_after: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`regions`: every block found, merged or not. `declined`: what is left alone, each with its reason."""
+
+    regions: tuple[RegionReport, ...]
+    declined: tuple[Declined, ...]
+
+    def __str__(self) -> str:
+        console = Console(width=140)
+        with console.capture() as text:
+            console.print(self.__rich__())
+        return text.get()
+
+    def __rich__(self) -> Table:
+        merged = [r for r in self.regions if r.merged]
+        table = Table(title=f"{len(merged)} blocks merge, {len(self.declined)} left alone", title_justify="left")
+        for column in ("block", "operators", "becomes", "MACs", "parameters"):
+            table.add_column(column, overflow="fold", justify="right" if column in ("MACs", "parameters") else "left")
+        for r in merged:
+            change = f"{r.macs_before:,.0f} → {r.macs_after:,.0f}"
+            table.add_row(r.name, _tally(r.ops), r.merged, change, f"{r.params_before:,} → {r.params_after:,}")
+        for d in self.declined:
+            table.add_row(d.where, "[dim]left alone[/dim]", f"{d.reason}" + (f"; {d.cure}" if d.cure else ""), "", "")
+        return table
+
+
+def inspect(model: Any, *, example: Any = None) -> Inspection:
+    """Finds every block of the model and says what `fuse` would make of it. Raises InputError as `transform` does."""
+    captured = capture(model, as_args(example))
+    require_convolutions(captured)
+    regions: list[RegionReport] = []
+    declined: list[Declined] = list(captured.declined)
+    for path, module in graphs(captured.model):
+        view = GraphView(module)
+        plan = plan_merges(view)
+        prefix = f"{path}." if path else ""
+        for m in plan.merges:
+            removed = m.region.removed
+            kinds = tuple(view.ops[node].kind for node in removed)  # type: ignore[union-attr]
+            name = prefix + view.name(m.region.sink)
+            macs, params = (float(m.macs_before), float(m.geometry.macs)), (m.params_before, m.geometry.params)
+            regions.append(RegionReport(name, kinds, describe(m.geometry), "", *macs, *params))
+        for d in plan.declined:
+            regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0))
+            declined.append(Declined(prefix + d.where, d.reason, d.cure))
+    return Inspection(tuple(regions), tuple(declined))
+
+
+def describe(g: Geometry) -> str:
+    """A layer in words.
+
+    >>> describe(Geometry.conv(64, 128, taps=(3, 3), stride=(2, 2), pad=(1, 1), groups=4))
+    'conv 3x3, 64 → 128, stride 2, groups 4'
+    """
+    if g.channel_axis == -1:
+        return f"linear {g.inputs} → {g.outputs}"
+    strides = [a.stride for a in g.axes]
+    text = f"conv {'x'.join(str(a.taps) for a in g.axes)}, {g.inputs} → {g.outputs}"
+    if any(s != 1 for s in strides):
+        text += f", stride {strides[0] if len(set(strides)) == 1 else 'x'.join(map(str, strides))}"
+    return text + (f", groups {g.groups}" if g.groups > 1 else "") + (f", {g.mode}" if g.mode != "zeros" else "")
+
+
+def _tally(kinds: tuple[str, ...]) -> str:
+    counts = {k: kinds.count(k) for k in dict.fromkeys(kinds)}
+    return ", ".join(k if n == 1 else f"{n} {k}" for k, n in counts.items())
