@@ -53,18 +53,20 @@ class Ptq(Pass):
 
     def run(self, work: Work) -> Result:
         view = work.view()
+        found = [(n, op) for n, op in view.ops.items() if isinstance(op, Map) and op.kind in ("conv", "linear")]
+        # Read the graph in full before the first change: the view is a snapshot.
+        grids = {op.x: work.target.activation(self.bits, non_negative(view, op.x)) for _, op in found}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
+        moved: dict[fx.Node, fx.Node] = {}
         inserted: list[str] = []
-        for node in view.nodes:
-            op = view.ops[node]
-            if not (isinstance(op, Map) and op.kind in ("conv", "linear")):
-                continue
+        for node, op in found:
             name = str(node.target) if node.op == "call_module" else _owner(node)
-            if op.x not in inputs:
-                grid = work.target.activation(self.bits, non_negative(view, op.x))
-                inputs[op.x] = self._insert(work, node, op.x, f"{name}.input_quant", FakeQuant(grid), inserted)
-            self._quantize(work, view, node, inputs[op.x], name, weights, inserted)
+            x = moved.get(op.x, op.x)
+            if x not in inputs or view.changed_in_place(op.x):
+                quant = FakeQuant(grids[op.x])
+                inputs[x] = self._insert(work, node, x, f"{name}.input_quant", quant, inserted)
+            moved[node] = self._quantize(work, view, node, x, inputs[x], name, weights, inserted)
         return Result(self.name, inserted=tuple(inserted))
 
     def _quantize(
@@ -72,11 +74,13 @@ class Ptq(Pass):
         work: Work,
         view: GraphView,
         node: fx.Node,
+        plain: fx.Node,
         x: fx.Node,
         name: str,
         weights: dict[Any, fx.Node],
         inserted: list[str],
-    ) -> None:
+    ) -> fx.Node:
+        """Makes the layer's call read the quantized input x in place of the plain one, and a quantized weight."""
         graph = work.module.graph
         if node.op == "call_module":
             layer = work.module.get_submodule(name)
@@ -87,7 +91,7 @@ class Ptq(Pass):
             graph.erase_node(node)
         else:
             call = node
-            call.replace_input_with(view.ops[node].x, x)  # type: ignore[union-attr]
+            call.replace_input_with(plain, x)
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
         assert isinstance(weight, fx.Node)
         key = weight.target if weight.op == "get_attr" else weight
@@ -99,6 +103,7 @@ class Ptq(Pass):
             quant = FakeQuant(grid, scale.detach(), of_weight=True)
             weights[key] = self._insert(work, call, weight, f"{name}.weight_quant", quant, inserted)
         call.replace_input_with(weight, weights[key])
+        return call
 
     @staticmethod
     def _insert(

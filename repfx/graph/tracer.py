@@ -63,7 +63,9 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if nn.utils.parametrize.is_parametrized(module):
         return True
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
 
 
 class Tracer(fx.Tracer):

@@ -1,0 +1,162 @@
+"""repfx demo: the main job on real data in a minute. Train, merge, calibrate, lower, run, and one table of what it gave."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from repfx import api
+from repfx.blocks import RepVGGBlock
+from repfx.errors import InputError, MissingPart
+
+TARGET = "onnxruntime"
+
+
+@dataclass
+class Row:
+    """One form of the model: a file, a way to run it on pictures, and what it holds."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    path: Path
+    convs: int
+    params: int
+    milliseconds: float = 0.0
+    accuracy: float = 0.0
+
+
+def small_repvgg(classes: int = 10) -> nn.Sequential:
+    """Seven RepVGG blocks for 8x8 pictures of one channel."""
+    return nn.Sequential(
+        RepVGGBlock(1, 32),
+        RepVGGBlock(32, 32),
+        RepVGGBlock(32, 64, stride=2),
+        RepVGGBlock(64, 64),
+        RepVGGBlock(64, 64),
+        RepVGGBlock(64, 128, stride=2),
+        RepVGGBlock(128, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
+def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1 797 handwritten digits, 8x8: training pictures and labels, then test ones (a quarter)."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise MissingPart("the demo's pictures come with scikit-learn: pip install repfx[demo]") from error
+    data = load_digits()
+    x = (data.images / 8.0 - 1.0).astype(np.float32)[:, None]
+    parts = train_test_split(x, data.target, test_size=0.25, random_state=seed, stratify=data.target)
+    return torch.from_numpy(parts[0]), torch.tensor(parts[2]), torch.from_numpy(parts[1]), torch.tensor(parts[3])
+
+
+def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
+    """Runs the whole path and prints the table. Raises InputError where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+    torch.manual_seed(seed)
+    train_x, train_y, test_x, test_y = digits(seed)
+    model = small_repvgg()
+    _train(model, train_x, train_y, epochs, console)
+
+    merged = api.transform(model, ["fuse"])
+    quantized = api.transform(model, ["ptq"], target=TARGET)
+    api.calibrate(quantized, train_x.split(64), method="mse")
+    train_form = api.transform(model, [])
+    rows = []
+    for name, m in (("train form", train_form), ("merged", merged), ("fake-quant", quantized)):
+        path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.pt"
+        api.save(m, path)
+        rows.append(Row(name, m.eval(), path, _convs(m), _params(m)))
+    batch = test_x[:64]
+    for name, m in (("ONNX float", merged), ("ONNX INT8", quantized)):
+        path = folder / f"{name.lower().replace(' ', '-')}.onnx"
+        artifact = api.lower(m, path, example=batch, target=TARGET)
+        rows.append(Row(name, _runtime(path), path, _convs(m), _params(m)))
+
+    for row in rows:
+        with torch.no_grad():
+            row.accuracy = float((row.run(test_x).argmax(1) == test_y).float().mean())
+    _measure(rows, batch)
+    report = merged.meta["repfx"]
+    parity = artifact.parity
+    console.print(f"{len(report.merged)} blocks merged, largest error {max(m.error for m in report.merged):.0e} in float64")
+    console.print(f"ONNX INT8 against fake-quant: {parity}")
+    console.print(_table(rows, len(test_y), len(batch)))
+    console.print(f"files are in {folder}")
+    return rows
+
+
+def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    steps = epochs * -(-len(x) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    model.train()
+    for _ in track(range(epochs), "training", console=console, transient=True):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow torch's turns
+    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _measure(rows: list[Row], batch: Tensor, rounds: int = 30) -> None:
+    """Median milliseconds a batch, the forms taking turns so that the machine's mood is shared."""
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
+    with torch.no_grad():
+        for i in range(rounds + 3):
+            for row in rows:
+                start = time.perf_counter()
+                row.run(batch)
+                if i >= 3:
+                    times[row.name].append(time.perf_counter() - start)
+    for row in rows:
+        row.milliseconds = 1000 * statistics.median(times[row.name])
+
+
+def _convs(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def _params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _table(rows: list[Row], pictures: int, batch: int) -> Table:
+    table = Table(title=f"handwritten digits, {pictures} test pictures", title_justify="left")
+    table.add_column("form")
+    for column in ("convs", "parameters", "file KB", f"ms / {batch} pictures", "accuracy %"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        size = f"{r.path.stat().st_size / 1000:,.0f}"
+        table.add_row(r.name, str(r.convs), f"{r.params:,}", size, f"{r.milliseconds:.2f}", f"{100 * r.accuracy:.2f}")
+    return table

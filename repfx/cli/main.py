@@ -1,0 +1,181 @@
+"""Commands. Exit codes: 0 done, 1 the result is wrong, 2 bad input or usage, 3 a part is not installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from repfx import api
+from repfx.cli.demo import demo as run_demo
+from repfx.cli.models import load_model
+from repfx.errors import InputError, RepfxError
+from repfx.quant import METHODS
+from repfx.rewrite.runner import Report
+from repfx.tune.data import Batches
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")]
+Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
+Target = Annotated[str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")]
+Data = Annotated[Path, typer.Option(help="A folder of pictures, or a .npy file (N, C, H, W).")]
+Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
+
+
+@app.command()
+def inspect(model: Model, weights: Weights = None, trust_pickle: Trust = False) -> None:
+    """Show every block that would merge, and what would not and why."""
+    out.print(api.inspect(load_model(model, weights, trust_pickle)))
+
+
+@app.command()
+def transform(
+    model: Model,
+    output: Output,
+    passes: Annotated[str, typer.Option(help="Passes separated by commas, such as fuse or 'ptq(bits=8)'.")] = "fuse",
+    target: Target = "tensorrt",
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Rewrite a model and save it."""
+    result = api.transform(load_model(model, weights, trust_pickle), _split(passes), target=target)
+    api.save(result, output)
+    _print_report(result.meta["repfx"])
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    data: Data,
+    output: Output,
+    bits: Annotated[int, typer.Option(help="Bits of activations and weights.")] = 8,
+    method: Annotated[str, typer.Option(help=f"How ranges are chosen: {', '.join(METHODS)}.")] = "percentile",
+    size: Size = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
+    mean: Annotated[str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")] = "0.485,0.456,0.406",
+    std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
+    target: Target = "tensorrt",
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Merge, quantize and calibrate a model on pictures, and save it."""
+    batches = Batches(data, size=size, batch=batch, limit=limit, mean=_numbers("mean", mean), std=_numbers("std", std))
+    loaded = load_model(model, weights, trust_pickle)
+    result = api.transform(loaded, [f"ptq(bits={bits})"], target=target)
+    api.calibrate(result, batches, method=method, progress=err.is_terminal)
+    first = next(iter(batches))
+    off = api.verify(loaded, result, first)
+    api.save(result, output)
+    _print_report(result.meta["repfx"])
+    out.print(f"SQNR against the float model on the first batch: {off.sqnr:.1f} dB")
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def lower(
+    model: Model,
+    output: Output,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
+    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
+    data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder or a .npy file.")] = None,
+    target: Target = "tensorrt",
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Lower a model to ONNX and compare the file, run in ONNX Runtime, with the model."""
+    import torch
+
+    if not onnx:
+        raise InputError("say what to lower to: --onnx")
+    dims = tuple(int(v) for v in _numbers("shape", shape))
+    if data is not None:
+        example = next(iter(Batches(data, size=dims[-1], batch=8)))
+    else:
+        example = torch.randn(2, *dims, generator=torch.Generator().manual_seed(0))
+    artifact = api.lower(load_model(model, weights, trust_pickle), output, example=example, target=target)
+    out.print(f"ONNX Runtime against torch: {artifact.parity}")
+    out.print(f"wrote {artifact.onnx} ({artifact.onnx.stat().st_size / 1e6:.2f} MB)")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("out"),
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    seed: int = 0,
+) -> None:
+    """Train a small RepVGG on handwritten digits, merge, quantize, lower and run it in ONNX Runtime."""
+    run_demo(output, epochs, seed, out)
+
+
+def main() -> None:
+    """Entry point: errors are one paragraph on stderr, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    argv = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(argv, standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except RepfxError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left", 130)
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors
+            _fail(error.format_message() or "see --help", error.exit_code)
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    err.print(f"repfx: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _split(passes: str) -> list[str]:
+    """Commas between passes, not those inside their parentheses."""
+    parts, depth = [""], 0
+    for c in passes:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts if p.strip()]
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--{name} is numbers separated by commas, not {text!r}") from None
+
+
+def _print_report(report: Report) -> None:
+    table = Table(title="what changed", title_justify="left")
+    for column in ("layer", "from", "MACs", "parameters", "error"):
+        table.add_column(column, overflow="fold")
+    for m in report.merged:
+        change = f"{m.macs_before:,.0f} → {m.macs_after:,.0f}"
+        params = f"{m.params_before:,} → {m.params_after:,}"
+        table.add_row(m.into, f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
+    out.print(table) if report.merged else out.print("nothing to merge")
+    for d in report.declined:
+        out.print(f"left alone: {d}", markup=False, highlight=False)
+
+
+__all__ = ["app", "main"]
