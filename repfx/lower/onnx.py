@@ -62,7 +62,7 @@ def lower(
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise InputError(f"the model does not accept the example {shapes}: {error}") from error
-    proto = _export(model, args, opset)
+    proto = _export(model, args, target, opset)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
@@ -75,14 +75,18 @@ def lower(
 
 
 class _Activation(nn.Module):
-    """QuantizeLinear and DequantizeLinear, with the path of the quantizer on the node."""
+    """QuantizeLinear and DequantizeLinear, with the path of the quantizer on the node.
 
-    def __init__(self, quant: FakeQuant, path: str) -> None:
+    `offset` writes a signed grid as unsigned codes around 128, the same numbers, for runtimes that are fast on those.
+    """
+
+    def __init__(self, quant: FakeQuant, path: str, offset: bool) -> None:
         super().__init__()
         self.path = path
-        self.dtype = torch.int8 if quant.grid.signed else torch.uint8
+        self.dtype = torch.int8 if quant.grid.signed and not offset else torch.uint8
+        zero = 128 if quant.grid.signed and offset else 0
         self.register_buffer("scale", quant.scale.detach().clone())
-        self.register_buffer("zero", torch.zeros((), dtype=self.dtype))
+        self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.onnx.ops.symbolic(
@@ -131,11 +135,11 @@ def _check_formats(model: nn.Module, target: str) -> None:
         raise InputError(f"{other[0]} is unsigned, which {target} does not run: transform the model with target={target!r}")
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], opset: int) -> onnx.ModelProto:
+def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int) -> onnx.ModelProto:
     """The ONNX graph of a copy whose quantizers are symbolic."""
     symbolic = copy.deepcopy(model).eval().cpu()
     for path, module in graphs(symbolic):
-        _make_symbolic(module, path)
+        _make_symbolic(module, path, target_named(target).unsigned_after_relu)
     wide = tuple(torch.cat([a, a]).cpu() if a.shape[0] == 1 else a.cpu() for a in args)
     batch = torch.export.Dim("batch")
     quiet = logging.getLogger("torch.onnx")
@@ -156,7 +160,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], opset: int) -> onnx.ModelPr
     return proto
 
 
-def _make_symbolic(module: fx.GraphModule, prefix: str) -> None:
+def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_module":
@@ -171,7 +175,7 @@ def _make_symbolic(module: fx.GraphModule, prefix: str) -> None:
             holder._modules[name] = _Weight(quant, _constant(module, node.args[0]))
             node.args = ()
         else:
-            holder._modules[name] = _Activation(quant, f"{prefix}.{path}".lstrip("."))
+            holder._modules[name] = _Activation(quant, f"{prefix}.{path}".lstrip("."), offset)
     graph.eliminate_dead_code()
     module.recompile()
 

@@ -75,13 +75,17 @@ def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...]) 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
     outputs = len(proto.graph.output)
-    made = {o for n in proto.graph.node if n.op_type == "QuantizeLinear" for o in n.output}
+    zeros = {t.name: t for t in proto.graph.initializer}
+    made = {n.output[0]: zeros[n.input[2]] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
     names = [n for n in quants if f"{n}.codes" in made]
     for name in names:
-        kind = onnx.TensorProto.INT8 if quants[name].grid.signed else onnx.TensorProto.UINT8
+        kind = made[f"{name}.codes"].data_type
         exposed.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.codes", kind, None))
     reference = run_onnx(exposed, args, optimize=False)
-    theirs = dict(zip(names, reference[outputs:], strict=True))
+    theirs = {
+        name: codes.float() - float(onnx.numpy_helper.to_array(made[f"{name}.codes"]))
+        for name, codes in zip(names, reference[outputs:], strict=True)
+    }
     found: dict[str, CodeDifference] = {}
 
     def force(name: str) -> Any:
