@@ -143,16 +143,16 @@ class Geometry:
             raise Inexact(f"{self.outputs} channels meet a map of {outer.inputs}")
         if outer.pads:
             self._paddable_by(outer)
-        mode = outer.mode if outer.pads and outer.mode != "zeros" else self.mode
-        if mode != "zeros" and self.pads and outer.pads:
-            raise Inexact(f"two paddings in a row, one of them {mode!r}", "only zero paddings compose")
+        modes = [g.mode for g in (self, outer) if g.pads]
+        if len(modes) == 2 and modes != ["zeros", "zeros"]:
+            raise Inexact(f"two paddings in a row, {modes[0]!r} and {modes[1]!r}", "only zero paddings compose")
         return Geometry(
             self.inputs,
             outer.outputs,
             gcd(self.groups, outer.groups),
             tuple(a.then(b) for a, b in zip(self.axes, outer.axes, strict=True)),
             self.bias or outer.bias,
-            mode,
+            modes[-1] if modes else "zeros",
             self.channel_axis,
         )
 

@@ -23,5 +23,6 @@ def normalise(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.target in _ASSERTS and not node.users:
             graph.erase_node(node)
     for node in reversed(graph.nodes):
-        if node.op != "placeholder" and node.op != "output" and not node.users and not node.is_impure():
+        # A call of a module may have an effect in training (a batch norm's statistics), so it stays even if unread.
+        if node.op in ("get_attr", "call_function", "call_method") and not node.users and not node.is_impure():
             graph.erase_node(node)

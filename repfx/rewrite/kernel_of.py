@@ -54,7 +54,7 @@ def kernel_of(view: GraphView, region: Region, fetch: Callable[[Ref], Tensor]) -
     readers = {n: sum(n in view.ops[m].values for m in region.nodes) for n in region.nodes}  # type: ignore[union-attr]
     for node in region.nodes:
         found[node] = _step(view, node, region.source, identity, found, lambda op, g: op.kernel(fetch, op.geometry(g)))
-        for value in view.ops[node].values:  # type: ignore[union-attr]
+        for value in set(view.ops[node].values):  # type: ignore[union-attr]
             if value in readers:
                 readers[value] -= 1
                 if not readers[value]:

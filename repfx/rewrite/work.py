@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from repfx.errors import Declined
 from repfx.graph.edit import drop_unreferenced, free_path, layer_of, put_module, references, replace_region
 from repfx.graph.ops import Map, Op, Ref
+from repfx.graph.regions import is_linear
 from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
 from repfx.rewrite.kernel_of import kernel_of
-from repfx.rewrite.merge_regions import Accept, Merge, plan_merges
+from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.prove import prove
 
 
@@ -33,8 +34,16 @@ class Work:
 
     def merge(self, name: str, accept: Accept = lambda ops: True) -> Result:
         """Merges every region that pays and that `accept` takes, each proved against itself before it goes in."""
-        view = self.view()
-        plan = plan_merges(view, accept)
+        merged: list[Merged] = []
+        while True:
+            view = self.view()
+            plan = plan_merges(view, accept)
+            merged += self._merge(view, plan)
+            # A merge that read a linear value besides others may have left it with one reader: look again.
+            if not any(m.region.kept or is_linear(view, m.region.source) for m in plan.merges):
+                return Result(name, tuple(merged), plan.declined)
+
+    def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
         before = references(self.module.graph)
         names = _Names(view, self.module)
         layers: list[tuple[Merge, nn.Module, float, str]] = []
@@ -43,7 +52,7 @@ class Work:
         for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
             layer, error, key = self._layer(view, merge, names, made)
             layers.append((merge, layer, error, key))
-        return Result(name, self._apply(view, layers, names, before), plan.declined)
+        return self._apply(view, layers, names, before)
 
     def _layer(
         self, view: GraphView, merge: Merge, names: _Names, made: dict[Any, nn.Module]
