@@ -7,5 +7,4 @@ from repfx.passes.bnfold import BnFold
 from repfx.passes.fuse import Fuse
 from repfx.passes.ptq import Ptq
 
-
 __all__ = ["BnFold", "Fuse", "Ptq"]

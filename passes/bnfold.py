@@ -1,6 +1,6 @@
 """bnfold: batch norms (and scales and shifts) go into the convolution beside them; branches stay branches.
 
-    bn(conv(x))   ->   conv'(x),      W' = a*W,  b' = a*b + c
+bn(conv(x))   ->   conv'(x),      W' = a*W,  b' = a*b + c
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from repfx.errors import unknown
 from repfx.graph.edit import free_path, put_module
-from repfx.graph.ops import CALLS, Map, convolution, linear
+from repfx.graph.ops import Map
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, search_scale
@@ -106,9 +106,7 @@ class Ptq(Pass):
         return call
 
     @staticmethod
-    def _insert(
-        work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]
-    ) -> fx.Node:
+    def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]) -> fx.Node:
         path = free_path(work.module, wanted)
         quant.train(work.module.training)
         put_module(work.module, path, quant)
@@ -136,6 +134,3 @@ def _as_function(graph: fx.Graph, name: str, layer: Any, x: fx.Node) -> fx.Node:
         padding = (0,) * len(layer.kernel_size)
     args = (x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
     return graph.call_function(_CONVS[len(layer.kernel_size)], args)
-
-
-assert CALLS[F.linear] is linear and CALLS[F.conv2d] is convolution  # what is written here is what is read back

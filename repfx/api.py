@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import repfx.passes  # registers the passes
+import repfx.passes  # noqa: F401  (registers the passes)
 from repfx.graph.capture import capture, run_eval
 from repfx.graph.store import load, save
 from repfx.lower import Artifact, lower

@@ -24,7 +24,7 @@ class RandomBlock(nn.Module):
     def forward(self, x: Tensor) -> Any:
         values = [x]
         for i, (op, inputs) in enumerate(self.plan, start=1):
-            values.append(_apply(op, [values[j] for j in inputs], self.layers[f"op{i}"] if f"op{i}" in self.layers else None))
+            values.append(_apply(op, [values[j] for j in inputs], dict(self.layers.items()).get(f"op{i}")))
         results = tuple(values[j] for j in self.out)
         return results[0] if len(results) == 1 else results
 
@@ -139,7 +139,7 @@ def _layer(op: str, x: Tensor, rng: random.Random) -> nn.Module | None:
         dilation = rng.choice([1, 1, 1, 2])
         same = tuple(d * (k - 1) // 2 for k, d in zip(kernel, (dilation, dilation), strict=True))
         padding: Any = rng.choice([0, same, same, same, 1])
-        mode = rng.choice(["zeros"] * 8 + ["reflect", "circular", "replicate"])
+        mode: Any = rng.choice(["zeros"] * 8 + ["reflect", "circular", "replicate"])
         if stride == 1 and rng.random() < 0.1:
             padding = "same"
         return nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, rng.random() < 0.4, mode)
@@ -152,8 +152,8 @@ def _layer(op: str, x: Tensor, rng: random.Random) -> nn.Module | None:
         weight = torch.rand(shape, dtype=torch.float64) + 0.5
         return Scale(weight) if op == "scale" else Shift(weight)
     if op == "pool":
-        kernel = rng.choice([2, 3])
-        return nn.AvgPool2d(kernel, rng.choice([1, 2]), rng.choice([0, kernel // 2]), count_include_pad=rng.random() < 0.7)
+        side = rng.choice([2, 3])
+        return nn.AvgPool2d(side, rng.choice([1, 2]), rng.choice([0, side // 2]), count_include_pad=rng.random() < 0.7)
     if op == "drop":
         return nn.Dropout(0.5)
     return None

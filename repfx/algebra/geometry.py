@@ -212,4 +212,3 @@ class Geometry:
                     f"a padding after a map of {a.taps} taps that is itself padded by {a.before} and {a.after}",
                     "pad once, before the first map",
                 )
-

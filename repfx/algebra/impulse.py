@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ def impulse_response(
     probes = list(product(range(width), *(range(a.taps) for a in geometry.axes)))
     x = torch.zeros((1 + len(probes), geometry.inputs, *sizes), dtype=dtype, device=device)
     for row, (channel, *taps) in enumerate(probes, start=1):
-        where = tuple(s + t for s, t in zip(start, taps, strict=True))
-        x[(row, slice(channel, None, width), *where)] = 1
+        where: Any = (row, slice(channel, None, width), *(s + t for s, t in zip(start, taps, strict=True)))
+        x[where] = 1
     y = f(x)
-    at = y[(slice(None), slice(None), *first)]
+    middle: Any = (slice(None), slice(None), *first)
+    at = y[middle]
     weight = (at[1:] - at[:1]).t().reshape((geometry.outputs, width, *(a.taps for a in geometry.axes)))
     return Kernel(geometry, weight, at[0] if geometry.bias else None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ class Kernel:
             for axis, (t, a) in enumerate(zip(at, g.axes, strict=True), start=2):
                 last = (x.shape[axis] - a.taps) // a.stride * a.stride + t + 1
                 part = part[(slice(None),) * axis + (slice(t, last, a.stride),)]
-            term = part * self.weight[(slice(None), 0, *at)].reshape((-1,) + (1,) * len(g.axes))
+            tap: Any = (slice(None), 0, *at)
+            term = part * self.weight[tap].reshape((-1,) + (1,) * len(g.axes))
             y = term if y is None else y + term
         assert y is not None
         return y if self.bias is None else y + self.bias.reshape((-1,) + (1,) * len(g.axes))
@@ -155,7 +157,8 @@ def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
     whole, strides = [x.taps for x in geometry.axes], [x.stride for x in a.axes]
     total: Tensor | None = None
     for at in product(*(range(x.taps) for x in b.axes)):
-        column = columns[(slice(None), slice(None), *at)]
+        tap: Any = (slice(None), slice(None), *at)
+        column = columns[tap]
         if _is_depthwise(b) or _is_depthwise(a):
             part = rows * column.reshape(*column.shape, *(1,) * len(whole))
         else:

@@ -8,9 +8,7 @@ The result has the names, the tensors' values and the modes of the model it was 
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
 from repfx.errors import Declined, InputError
-from repfx.graph.modes import TrainOnly
+from repfx.graph.assemble import graph_module
+from repfx.graph.copying import alias
+from repfx.graph.exported import from_exported
 from repfx.graph.normalise import normalise
 from repfx.graph.tracer import BRANCHES, Tracer, is_leaf, signature
 
@@ -45,7 +45,7 @@ def capture(model: Any, example: tuple[Any, ...] | None = None) -> Captured:
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}")
     _refuse_non_finite(model)
-    skeleton = _alias(model)
+    skeleton = alias(model)
     given = example is not None
     if example is None:
         example = _guess_example(skeleton)
@@ -69,25 +69,7 @@ def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
             yield path, module
 
 
-def own_tensors(model: nn.Module, original: nn.Module) -> None:
-    """Gives every tensor that `model` still shares with `original` storage of its own, ties kept."""
-    shared = {t.untyped_storage().data_ptr() for t in _tensors(original)}
-    done = set()
-    for tensor in _tensors(model):
-        if id(tensor) not in done and tensor.untyped_storage().data_ptr() in shared:
-            tensor.data = tensor.data.clone()
-            done.add(id(tensor))
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for store in (module._parameters, module._buffers, module.__dict__):
-            yield from (t for t in store.values() if isinstance(t, Tensor) and not t.is_meta)
-
-
-def _capture(
-    module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured
-) -> nn.Module:
+def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         normalise(module.graph)
         module.recompile()
@@ -95,7 +77,7 @@ def _capture(
             run_eval(_Ranks(module), example)
             captured.examples[path] = example
         return module
-    reason = None
+    mark, swaps = len(captured.declined), []
     try:
         names = _names_of(module, example)
         tracer = Tracer(names)
@@ -103,22 +85,42 @@ def _capture(
         if tracer.branches and signature(graph) != signature(Tracer(names, training=True).trace(module)):
             raise TraceError(BRANCHES)
         normalise(graph)
-        result = _graph_module(module, graph, tracer)
-        if tracer.opaque:
-            _inside_opaque(result, path, tracer.opaque, example, captured)
-        if example is None:
-            return result
-        if _agree(run_eval(_Ranks(result), example), expected):
-            captured.examples[path] = example
+        result = graph_module(module, graph, tracer)
+        swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
+        if _agrees(_Ranks(result), example, expected):
+            if example is not None:
+                captured.examples[path] = example
             return result
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
-        reason = f"its forward cannot be traced: {str(error).strip().splitlines()[0][:200] if str(error) else error!r}"
-    captured.declined.append(Declined(path or "the model", reason, "its children are transformed on their own"))
-    _children(module, path, example, captured)
-    if example is not None and not _agree(run_eval(module, example), expected):
-        raise InputError(f"{path or 'the model'} reaches into its children: it changed when they were traced")
+        reason = f"its forward cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
+    _undo(swaps)
+    del captured.declined[mark:]
+    where, cure = path or "the model", "its children are transformed on their own"
+    captured.declined.append(Declined(where, reason, cure))
+    swaps = _children(module, path, example, captured)
+    if not _agrees(module, example, expected):
+        _undo(swaps)
+        captured.declined[mark:] = [Declined(where, reason, "it reaches into its children, so they are left alone too")]
     return module
+
+
+Swap = tuple[nn.Module, str, nn.Module]
+
+
+def _undo(swaps: list[Swap]) -> None:
+    for holder, name, child in reversed(swaps):
+        holder._modules[name] = child
+
+
+def _agrees(module: nn.Module, example: tuple[Any, ...] | None, expected: Any) -> bool:
+    """Whether the module gives the expected output on the example; nothing can be said without one."""
+    if example is None:
+        return True
+    try:
+        return _agree(run_eval(module, example), expected)
+    except Exception:  # it cannot even run: a child it reached into is gone
+        return False
 
 
 class _Ranks(nn.Module):
@@ -140,33 +142,45 @@ class _Ranks(nn.Module):
 
 
 def _inside_opaque(
-    result: fx.GraphModule, path: str, opaque: dict[str, Declined], inputs: Any, captured: Captured
-) -> None:
+    result: fx.GraphModule, path: str, opaque: dict[str, Declined], example: Any, captured: Captured
+) -> list[Swap]:
     """Captures the children of each leaf that could not be traced, on the inputs they see in a run of the whole."""
-    seen = _record(result, [result.get_submodule(name) for name in opaque], inputs)
+    swaps: list[Swap] = []
+    seen = _record(result, [result.get_submodule(name) for name in opaque], example) if opaque else {}
     for name, why in opaque.items():
         leaf = result.get_submodule(name)
         full = f"{path}.{name}".lstrip(".")
         captured.declined.append(Declined(full, why.reason, "its children are transformed on their own"))
-        _children(leaf, full, seen.get(id(leaf)), captured)
+        inputs = seen.get(id(leaf))
+        expected = None if inputs is None else run_eval(leaf, inputs)
+        mine = _children(leaf, full, inputs, captured)
+        if _agrees(leaf, inputs, expected):
+            swaps += mine
+        else:
+            _undo(mine)
+    return swaps
 
 
-def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured) -> None:
-    """Replaces each child that can be traced by its graph; lists and other containers are entered."""
+def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured) -> list[Swap]:
+    """Replaces each child that can be traced by its graph and says what it replaced; containers are entered."""
     parts = list(_parts(module))
     seen = _record(module, [child for _, _, child in parts], example)
     done: dict[int, nn.Module] = {}
+    swaps: list[Swap] = []
     for holder, name, child in parts:
         if id(child) not in done:
-            child_example = seen.get(id(child))
-            plain = all(p.default is not p.empty or p.kind is not p.KEYWORD_ONLY for p in _parameters(child))
-            if not plain or (child_example is None and example is not None):
-                done[id(child)] = child  # never called by the forward, or called in a way a graph cannot take
+            inputs = seen.get(id(child))
+            plain = all(p.default is p.empty for p in _parameters(child))
+            if (example is not None and inputs is None) or (inputs is None and not plain):
+                done[id(child)] = child  # never called by the forward, or called in a way a graph could not take
             else:
-                expected = None if child_example is None else run_eval(child, child_example)
+                expected = None if inputs is None else run_eval(child, inputs)
                 full = ".".join(p for p in (path, _path_in(module, child)) if p)
-                done[id(child)] = _capture(child, full, child_example, expected, captured)
-        holder._modules[name] = done[id(child)]
+                done[id(child)] = _capture(child, full, inputs, expected, captured)
+        if done[id(child)] is not child:
+            holder._modules[name] = done[id(child)]
+            swaps.append((holder, name, child))
+    return swaps
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -204,107 +218,12 @@ def _record(module: nn.Module, children: list[nn.Module], example: tuple[Any, ..
     return {key: args for key, args in seen.items() if key not in keyworded}
 
 
-def _graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphModule:
-    """A GraphModule over the whole module tree of `root`, so that every key of its state_dict survives."""
-    for path in tracer.plain_norms:
-        module = root.get_submodule(path)
-        base = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn."))
-        plain = base.__new__(base)
-        plain.__dict__.update(module.__dict__)
-        _replace(root, path, plain)
-    for path in tracer.train_only:
-        _replace(root, path, TrainOnly(root.get_submodule(path)).train(root.get_submodule(path).training))
-    result = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
-    called = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    plain_tree = _plain(root, "", called, {})
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        result.__dict__[name] = plain_tree.__dict__[name]
-    for name, value in root.__dict__.items():
-        if isinstance(value, Tensor):  # a constant that the tracer stowed away, or a tensor kept as a plain attribute
-            result.__dict__[name] = value
-    result.training = root.training
-    result.graph = graph
-    return result
-
-
-def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Module]) -> nn.Module:
-    """The module tree with what the graph does not call reduced to plain holders of names."""
-    if id(module) in memo:
-        return memo[id(module)]
-    if path in called or is_leaf(module):
-        memo[id(module)] = module
-        return module
-    holder = nn.Module()
-    memo[id(module)] = holder
-    holder._parameters, holder._buffers = module._parameters, module._buffers
-    holder._non_persistent_buffers_set = module._non_persistent_buffers_set
-    holder.training = module.training
-    for name, value in module.__dict__.items():
-        if isinstance(value, Tensor):
-            holder.__dict__[name] = value
-    for name, child in module._modules.items():
-        holder._modules[name] = None if child is None else _plain(child, f"{path}.{name}".lstrip("."), called, memo)
-    return holder
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent)._modules[name] = module
-
-
-def _alias(model: nn.Module) -> nn.Module:
-    """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model.
-
-    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of every module.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors(model):
-        if id(tensor) not in memo:
-            alias = tensor.detach()
-            memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
-    plain: list[tuple[nn.Module, nn.Module]] = []
-    for module in model.modules():
-        if not isinstance(module, fx.GraphModule) and not hasattr(module, "__deepcopy__"):
-            memo[id(module)] = type(module).__new__(type(module))
-            plain.append((module, memo[id(module)]))
-    try:
-        for module, twin in plain:
-            twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
-        return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
-    except Exception as error:
-        raise InputError(f"the model cannot be copied: {error}") from error
-
-
-def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if type(value) in (dict, OrderedDict):
-        if not value:
-            return type(value)()
-        return type(value)((k, _alias_value(v, memo)) for k, v in value.items())
-    return copy.deepcopy(value, memo)
-
-
 def _refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{name} holds NaN or infinity")
-
-
-def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a module with its original names, free of the guards that export adds."""
-    module = program.module()
-    for node in list(module.graph.nodes):
-        if node.op == "call_module" and not node.users and str(node.target).startswith("_guards"):
-            module.graph.erase_node(node)
-            delattr(module, str(node.target))
-    result = fx.GraphModule(module, module.graph)
-    for name in ("_parameters", "_buffers", "_modules"):
-        result.__dict__[name] = module.__dict__[name]
-    return result
+        if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum()):
+            continue  # a finite sum has finite terms
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} holds NaN or infinity")
 
 
 def _guess_example(model: nn.Module) -> tuple[Any, ...] | None:
@@ -318,7 +237,7 @@ def _guess_example(model: nn.Module) -> tuple[Any, ...] | None:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             continue
         if isinstance(module, nn.Linear):
-            shapes = [(2, module.in_features)]
+            shapes: list[tuple[int, ...]] = [(2, module.in_features)]
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             axes = weight.dim() - 2
             shapes = [(2, module.in_channels, *(size,) * axes) for size in ((64, 224) if axes == 2 else (32,))]
@@ -364,8 +283,7 @@ def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 def _agree(a: Any, b: Any) -> bool:
     """Equality of outputs up to the last bits: the same operators ran on the same numbers."""
-    flat_a, spec_a = torch.utils._pytree.tree_flatten(a)
-    flat_b, spec_b = torch.utils._pytree.tree_flatten(b)
+    flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
     if len(flat_a) != len(flat_b):
         return False
     for x, y in zip(flat_a, flat_b, strict=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from repfx.errors import InputError
 
@@ -63,8 +64,21 @@ def load_exported(path: str | os.PathLike[str], trust: bool = False) -> torch.ex
             os.environ.pop(key, None) if before is None else os.environ.__setitem__(key, before)
 
 
+def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module with its original names, free of the guards that export adds."""
+    module = program.module()
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.users and str(node.target).startswith("_guards"):
+            module.graph.erase_node(node)
+            delattr(module, str(node.target))
+    result = fx.GraphModule(module, module.graph)
+    for name in ("_parameters", "_buffers", "_modules"):
+        result.__dict__[name] = module.__dict__[name]
+    return result
+
+
 def _dangers(archive: zipfile.ZipFile) -> Iterator[str]:
-    root = os.path.commonprefix([n for n in archive.namelist() if "/" in n]).split("/")[0] + "/"
+    root = archive.namelist()[0].split("/")[0] + "/"
     for name in archive.namelist():
         short = name.removeprefix(root)
         if not _ENTRIES.fullmatch(short):

@@ -8,17 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from repfx.graph.modes import TrainOnly
-from repfx.graph.ops import (
-    Constants,
-    Op,
-    Opaque,
-    avg_pool,
-    batch_norm,
-    convolution,
-    identity,
-    linear,
-    pad,
-)
+from repfx.graph.ops import Constants, Op, Opaque
+from repfx.graph.pointwise import identity
+from repfx.graph.spatial import avg_pool, batch_norm, convolution, linear, pad
 
 Rule = Callable[[Constants, str, Any, fx.Node], Op]
 
@@ -35,8 +27,8 @@ def _linear(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
 def _norm(axes: int | None) -> Rule:
     def rule(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
         names = ("running_mean", "running_var", "weight", "bias")
-        refs = [None if getattr(m, name, None) is None else f"{path}.{name}" for name in names]
-        return batch_norm(c, x, *refs, eps=m.eps, axes=axes)
+        mean, var, weight, bias = (None if getattr(m, name, None) is None else f"{path}.{name}" for name in names)
+        return batch_norm(c, x, mean, var, weight, bias, eps=m.eps, axes=axes)
 
     return rule
 
@@ -44,9 +36,7 @@ def _norm(axes: int | None) -> Rule:
 def _pool(axes: int) -> Rule:
     def rule(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
         divisor = getattr(m, "divisor_override", None)
-        return avg_pool(
-            c, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes
-        )
+        return avg_pool(c, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
 
     return rule
 

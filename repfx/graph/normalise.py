@@ -1,6 +1,6 @@
 """normalise: drop from a graph what only reads metadata to assert on it, so that values have their true readers.
 
-    y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
+y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
 """
 
 from __future__ import annotations

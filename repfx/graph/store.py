@@ -1,19 +1,16 @@
 """save and load without pickle: tensors in a safetensors file, modules and graphs as JSON in its header.
 
-Only what is on a list can come back: layers of torch.nn and quantizers of repfx by class name, functions that torch
-lists as overridable, operators, aten. Everything else in a file is data. A file therefore cannot run code.
+Only what `repfx.graph.allowed` lists can come back. Everything else in a file is data, so a file cannot run code.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import re
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from repfx.errors import InputError
-from repfx.graph.modes import Mode, TrainOnly
+from repfx.graph.allowed import READABLE, class_name, class_named, function_name, function_named, methods
+from repfx.graph.modes import TrainOnly
 from repfx.quant import FakeQuant, Grid
 
 FORMAT = "1"
-_OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
 _INTERNAL = set(nn.Module().__dict__) | {"observer"}
-_READABLE = {"shape", "ndim", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "requires_grad", "is_cuda"}
 _PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
 
 
@@ -95,8 +91,8 @@ def _encode_module(
     seen[id(module)] = path
     if isinstance(module, TrainOnly) and not module.training:
         return {"class": "torch.nn.Identity", "training": False}
-    out: dict[str, Any] = {"class": _class_name(module, path), "training": module.training, "path": path}
-    names = {"params": module._parameters, "buffers": module._buffers}
+    out: dict[str, Any] = {"class": class_name(module, path), "training": module.training, "path": path}
+    names: dict[str, dict[str, Any]] = {"params": module._parameters, "buffers": module._buffers}
     for kind, store in names.items():
         out[kind] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in store.items()}
     out["transient"] = sorted(module._non_persistent_buffers_set)
@@ -118,7 +114,7 @@ def _encode_module(
 def _decode_module(data: dict[str, Any], tensors: dict[str, Tensor], seen: dict[str, nn.Module]) -> nn.Module:
     if "same" in data:
         return seen[data["same"]]
-    cls = _class_named(data["class"])
+    cls = class_named(data["class"])
     module = cls.__new__(cls) if cls is not fx.GraphModule else fx.GraphModule(nn.Module(), fx.Graph(), _safe_name(data))
     if cls is not fx.GraphModule:
         nn.Module.__init__(module)
@@ -165,7 +161,7 @@ def _decode_tensor(entry: Any, tensors: dict[str, Tensor]) -> Tensor:
 def _encode_graph(graph: fx.Graph) -> list[Any]:
     nodes = []
     for node in graph.nodes:
-        target = _function_name(node.target) if node.op == "call_function" else node.target
+        target = function_name(node.target) if node.op == "call_function" else node.target
         rank = node.meta.get("rank")
         nodes.append([node.name, node.op, target, _encode(node.args, node.name), _encode(node.kwargs, node.name), rank])
     return nodes
@@ -176,15 +172,15 @@ def _decode_graph(nodes: list[Any]) -> fx.Graph:
     made: dict[str, fx.Node] = {}
     for name, op, target, args, kwargs, rank in nodes:
         if op == "call_function":
-            target = _function_named(target)
-        elif op == "call_method" and target not in _methods():
+            target = function_named(target)
+        elif op == "call_method" and target not in methods():
             raise ValueError(f"method {target!r} is not allowed")
         elif op in ("placeholder", "output") and not str(target).isidentifier():
             raise ValueError(f"{target!r} is not an identifier")
         elif op in ("call_module", "get_attr") and not _PATH.fullmatch(target):
             raise ValueError(f"{target!r} is not a path")
         decoded_args, decoded_kwargs = _decode(args, made), _decode(kwargs, made)
-        if target is getattr and decoded_args[1] not in _READABLE:
+        if target is getattr and decoded_args[1] not in READABLE:
             raise ValueError(f"attribute {decoded_args[1]!r} is not allowed")
         made[name] = graph.create_node(op, target, decoded_args, decoded_kwargs, name=name)
         if isinstance(rank, int):
@@ -216,7 +212,7 @@ def _encode(v: Any, where: str) -> Any:
     if v is Ellipsis:
         return {"ellipsis": 0}
     if callable(v):
-        return {"function": _function_name(v)}
+        return {"function": function_name(v)}
     raise InputError(f"cannot save {where}: a value of {type(v)} has no form without pickle")
 
 
@@ -242,80 +238,9 @@ def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
         "grid": lambda d: Grid(*d),
         "device": torch.device,
         "ellipsis": lambda _: Ellipsis,
-        "function": _function_named,
+        "function": function_named,
     }
     return simple[kind](data)
-
-
-def _class_name(module: nn.Module, path: str) -> str:
-    for name, own in _OWN.items():
-        if type(module) is own:
-            return name
-    if isinstance(module, fx.GraphModule):
-        return "torch.fx.GraphModule"
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name == "torch.nn.modules.module.Module" or (name.startswith("torch.nn.modules.") and _class_named(name)):
-        return name
-    raise InputError(
-        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form without pickle. "
-        "Save its state_dict beside your code, or use torch.export.save"
-    )
-
-
-def _class_named(name: str) -> type[nn.Module]:
-    if name in _OWN:
-        return _OWN[name]
-    if name == "torch.fx.GraphModule":
-        return fx.GraphModule
-    *_, short = name.split(".")
-    found = nn.Module if short == "Module" else getattr(nn, short, None)
-    found = found or getattr(nn.modules.linear, short, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and name.startswith("torch.nn.")):
-        raise ValueError(f"class {name!r} is not allowed")
-    return found
-
-
-@cache
-def _functions() -> dict[str, Any]:
-    table: dict[str, Any] = {"getattr": getattr}
-    for space, functions in torch.overrides.get_overridable_functions().items():
-        prefix = getattr(space, "__name__", "")
-        if space is not torch.Tensor and isinstance(prefix, str):
-            table.update({f"{prefix}.{f.__name__}": f for f in functions if hasattr(f, "__name__")})
-    makers = {"attrgetter", "itemgetter", "methodcaller", "call"}
-    table.update({f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers})
-    return table
-
-
-@cache
-def _names() -> dict[Any, str]:
-    return {f: name for name, f in _functions().items()}
-
-
-@cache
-def _methods() -> set[str]:
-    found = {getattr(f, "__name__", "") for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
-    return {name for name in found if name.isidentifier() and not name.startswith("_")}
-
-
-def _function_name(f: Any) -> str:
-    if isinstance(f, torch._ops.OpOverload) and f.namespace == "aten":
-        return f"aten:{f._opname}.{f._overloadname}"
-    if f in _names():
-        return _names()[f]
-    raise InputError(f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle")
-
-
-def _function_named(name: str) -> Any:
-    if name.startswith("aten:"):
-        op, _, overload = name.removeprefix("aten:").rpartition(".")
-        found = getattr(getattr(torch.ops.aten, op), overload)
-        if not isinstance(found, torch._ops.OpOverload):
-            raise ValueError(f"function {name!r} is not allowed")
-        return found
-    if name not in _functions():
-        raise ValueError(f"function {name!r} is not allowed")
-    return _functions()[name]
 
 
 def _safe_name(data: dict[str, Any]) -> str:

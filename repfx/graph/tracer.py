@@ -152,7 +152,7 @@ class Tracer(fx.Tracer):
                 raise TraceError(f"it changes a parameter or buffer in place ({target})")
             values = fx.node.map_aggregate((args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v)
             with torch.no_grad():
-                call_args, call_kwargs = values  # type: ignore[misc]
+                call_args, call_kwargs = values
                 f = target if kind == "call_function" else getattr(type(call_args[0]), target)
                 value = f(*call_args, **call_kwargs)
             if isinstance(value, Tensor):

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from repfx.graph.modes import Mode
 from repfx.graph.modules import of_module
-from repfx.graph.ops import CALLS, Op, Opaque, Ref
+from repfx.graph.ops import Op, Opaque, Ref
+from repfx.graph.table import CALLS
 
 _RANDOM = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "dropout", "normal"}
 
@@ -118,7 +119,7 @@ class GraphView:
         """Runs a constant expression."""
         if node.op == "get_attr":
             return self.tensor(str(node.target))
-        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda v: self.tensor(v) if isinstance(v, fx.Node) else v
         )
         with torch.no_grad():

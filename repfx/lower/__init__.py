@@ -1,4 +1,4 @@
-"""Lowering: a model with quantizers becomes an ONNX file with QuantizeLinear and DequantizeLinear, checked by running it."""
+"""Lowering: a model with quantizers becomes an ONNX file with Q/DQ, checked by running it."""
 
 from repfx.lower.onnx import Artifact, lower
 from repfx.lower.parity import CodeDifference, Parity

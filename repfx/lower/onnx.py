@@ -80,6 +80,9 @@ class _Activation(nn.Module):
     `offset` writes a signed grid as unsigned codes around 128, the same numbers, for runtimes that are fast on those.
     """
 
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, quant: FakeQuant, path: str, offset: bool) -> None:
         super().__init__()
         self.path = path
@@ -90,13 +93,21 @@ class _Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero), dtype=self.dtype, shape=x.shape, metadata_props={KEY: self.path}
+            "QuantizeLinear",
+            (x, self.scale, self.zero),
+            dtype=self.dtype,
+            shape=x.shape,
+            metadata_props={KEY: self.path},
         )
         return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, self.zero), dtype=x.dtype, shape=x.shape)
 
 
 class _Weight(nn.Module):
     """Integer codes and DequantizeLinear: what the deployed file holds of a weight."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, quant: FakeQuant, weight: Tensor) -> None:
         super().__init__()
@@ -107,7 +118,7 @@ class _Weight(nn.Module):
         self.register_buffer("zero", torch.zeros(quant.scale.shape, dtype=torch.int8))
 
     def forward(self) -> Tensor:
-        attrs = {} if self.axis is None else {"axis": self.axis}
+        attrs: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         inputs = (self.codes, self.scale, self.zero)
         return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs, dtype=self.dtype, shape=self.codes.shape)
 

@@ -1,6 +1,6 @@
 """Grid: the integers a number format has. Every grid here is uniform with zero at code 0.
 
-    codes(v) = clamp(round(v / s), low, high),    Q(v) = s * codes(v)
+codes(v) = clamp(round(v / s), low, high),    Q(v) = s * codes(v)
 """
 
 from __future__ import annotations

@@ -111,5 +111,5 @@ def _step(
         checked = (start if isinstance(start, Geometry) else start.geometry).then(
             outer if isinstance(outer, Geometry) else outer.geometry
         )
-        return checked if isinstance(outer, Geometry) else outer  # type: ignore[return-value]
+        return checked if isinstance(outer, Geometry) else outer
     return before.then(outer)

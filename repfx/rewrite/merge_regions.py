@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from torch import fx
 
@@ -98,7 +99,7 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
         if merge is not None:
             yield merge
         i = j
-    for (i, j), (_, k) in zip(parts, parts[1:], strict=False):
+    for (i, j), (_, k) in pairwise(parts):
         why = known[i][run.ends[k]]
         if isinstance(why, Inexact):
             reason, cure = why.reason, why.cure
@@ -151,9 +152,7 @@ def _macs(view: GraphView, nodes: tuple[fx.Node, ...], rates: dict[fx.Node, Frac
     return sum((view.ops[node].macs * rates[node] for node in nodes), Fraction(0))  # type: ignore[union-attr]
 
 
-def _costly(
-    view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]
-) -> str:
+def _costly(view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]) -> str:
     """Says that a merge would multiply the work; empty where the stretch holds no two convolutions to speak of."""
     stretch = tuple(node for step in run.steps[i:k] for node in step)
     region = region_of(view, run.ends[i], run.ends[k], stretch)
@@ -163,4 +162,5 @@ def _costly(
         return ""
     if region.kept:
         return f"{describe(view, max(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
-    return f"one convolution would take {float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
+    costs = f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
+    return f"one convolution would take {costs}"

@@ -77,7 +77,7 @@ def _run(
 
     last = {v: node for node in region.nodes for v in node.all_input_nodes}
     for node in region.nodes:
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
         if node.op == "call_module":
             if node not in twins:
                 twins[node] = _twin(view.module.get_submodule(str(node.target)), x)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from repfx.errors import CheckError, Declined, InputError
-from repfx.graph.capture import Captured, capture, graphs, own_tensors, run_eval
+from repfx.graph.capture import Captured, capture, graphs, run_eval
+from repfx.graph.copying import own_tensors
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, target_named
@@ -93,12 +94,12 @@ def _prefixed(result: Result, path: str) -> Result:
     """The result with the names of a nested graph made those of the whole model."""
     if not path:
         return result
-    full = lambda name: f"{path}.{name}"  # noqa: E731
+
+    def full(name: str) -> str:
+        return f"{path}.{name}"
+
     merged = tuple(
         Merged(full(m.name), tuple(map(full, m.ops)), full(m.into), *list(vars(m).values())[3:]) for m in result.merged
     )
     declined = tuple(Declined(full(d.where), d.reason, d.cure) for d in result.declined)
     return Result(result.name, merged, declined, tuple(map(full, result.inserted)))
-
-
-__all__ = ["Report", "as_args", "fx", "rewrite"]

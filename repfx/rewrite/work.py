@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.errors import Declined
 from repfx.graph.edit import drop_unreferenced, free_path, layer_of, put_module, references, replace_region
-from repfx.graph.ops import Map, Op, Ref
+from repfx.graph.ops import Map, Ref
 from repfx.graph.regions import is_linear
 from repfx.graph.view import GraphView
 from repfx.quant import Target
@@ -163,9 +162,10 @@ class _Names:
         holder = self.module.get_submodule(path) if path else None
         if holder is not None and type(holder) is nn.Module and not holder._modules and not holder._buffers:
             reads = [n for n in self.view.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")]
-            if {str(n.target) for n in reads} >= {f"{path}.{k}" for k in holder._parameters}:
-                if set(holder._parameters) <= {"weight", "bias"} and all(u in removed for n in reads for u in n.users):
-                    return path
+            read = {str(n.target) for n in reads} >= {f"{path}.{k}" for k in holder._parameters}
+            mine = all(u in removed for n in reads for u in n.users)
+            if read and mine and set(holder._parameters) <= {"weight", "bias"}:
+                return path
         return free_path(self.module, f"{path}.merged" if path else "merged")
 
 
@@ -178,6 +178,3 @@ def _float64(view: GraphView) -> Callable[[Ref], Tensor]:
         return cache[ref]
 
     return fetch
-
-
-__all__ = ["Declined", "Op", "Work"]

@@ -1,0 +1,88 @@
+"""What a saved file may name: layers of torch.nn and of repfx, functions torch lists as overridable, operators, aten."""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.errors import InputError
+from repfx.graph.modes import Mode
+from repfx.quant import FakeQuant
+
+_OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
+READABLE = {"shape", "ndim", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "requires_grad", "is_cuda"}
+
+
+def class_name(module: nn.Module, path: str) -> str:
+    for name, own in _OWN.items():
+        if type(module) is own:
+            return name
+    if isinstance(module, fx.GraphModule):
+        return "torch.fx.GraphModule"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name == "torch.nn.modules.module.Module" or (name.startswith("torch.nn.modules.") and class_named(name)):
+        return name
+    raise InputError(
+        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form without pickle. "
+        "Save its state_dict beside your code, or use torch.export.save"
+    )
+
+
+def class_named(name: str) -> type[nn.Module]:
+    if name in _OWN:
+        return _OWN[name]
+    if name == "torch.fx.GraphModule":
+        return fx.GraphModule
+    *_, short = name.split(".")
+    found = nn.Module if short == "Module" else getattr(nn, short, None)
+    found = found or getattr(nn.modules.linear, short, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and name.startswith("torch.nn.")):
+        raise ValueError(f"class {name!r} is not allowed")
+    return found
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    table: dict[str, Any] = {"getattr": getattr}
+    for space, functions in torch.overrides.get_overridable_functions().items():
+        prefix = getattr(space, "__name__", "")
+        if space is not torch.Tensor and isinstance(prefix, str):
+            table.update({f"{prefix}.{f.__name__}": f for f in functions if hasattr(f, "__name__")})
+    makers = {"attrgetter", "itemgetter", "methodcaller", "call"}
+    table.update({f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers})
+    return table
+
+
+@cache
+def _names() -> dict[Any, str]:
+    return {f: name for name, f in _functions().items()}
+
+
+@cache
+def methods() -> set[str]:
+    found = {getattr(f, "__name__", "") for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
+    return {name for name in found if name.isidentifier() and not name.startswith("_")}
+
+
+def function_name(f: Any) -> str:
+    if isinstance(f, torch._ops.OpOverload) and f.namespace == "aten":
+        return f"aten:{f._opname}.{f._overloadname}"
+    if f in _names():
+        return _names()[f]
+    raise InputError(f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle")
+
+
+def function_named(name: str) -> Any:
+    if name.startswith("aten:"):
+        op, _, overload = name.removeprefix("aten:").rpartition(".")
+        found = getattr(getattr(torch.ops.aten, op), overload)
+        if not isinstance(found, torch._ops.OpOverload):
+            raise ValueError(f"function {name!r} is not allowed")
+        return found
+    if name not in _functions():
+        raise ValueError(f"function {name!r} is not allowed")
+    return _functions()[name]

@@ -1,0 +1,64 @@
+"""Copies that share storage, so that a rewrite costs little memory and can never reach the model it was given."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.errors import InputError
+
+
+def alias(model: nn.Module) -> nn.Module:
+    """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model.
+
+    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of every module.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        if id(tensor) not in memo:
+            alias = tensor.detach()
+            memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+    plain: list[tuple[nn.Module, nn.Module]] = []
+    for module in model.modules():
+        if not isinstance(module, fx.GraphModule) and not hasattr(module, "__deepcopy__"):
+            memo[id(module)] = type(module).__new__(type(module))
+            plain.append((module, memo[id(module)]))
+    try:
+        for module, twin in plain:
+            twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
+        return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(f"the model cannot be copied: {error}") from error
+
+
+def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (dict, OrderedDict):
+        if not value:
+            return type(value)()
+        return type(value)((k, _alias_value(v, memo)) for k, v in value.items())
+    return copy.deepcopy(value, memo)
+
+
+def own_tensors(model: nn.Module, original: nn.Module) -> None:
+    """Gives every tensor that `model` still shares with `original` storage of its own, ties kept."""
+    shared = {t.untyped_storage().data_ptr() for t in _tensors(original)}
+    done = set()
+    for tensor in _tensors(model):
+        if id(tensor) not in done and tensor.untyped_storage().data_ptr() in shared:
+            tensor.data = tensor.data.clone()
+            done.add(id(tensor))
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for store in (module._parameters, module._buffers, module.__dict__):
+            yield from (t for t in store.values() if isinstance(t, Tensor) and not t.is_meta)

@@ -1,0 +1,111 @@
+"""Rules of the operators that act a pixel at a time: sums, scales, shifts, identities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from repfx.algebra import Geometry, Kernel
+from repfx.errors import Inexact
+from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Sum, pointwise, product_of
+
+
+def add(c: Constants, input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Op:
+    if not isinstance(alpha, (int, float)):
+        return Opaque()
+    if _is_value(c, input) and _is_value(c, other):
+        return Sum(((input, 1.0), (other, float(alpha))))
+    if _is_value(c, input):
+        return _shift(c, input, 1.0, other, float(alpha))
+    return _shift(c, other, float(alpha), input, 1.0)
+
+
+def sub(c: Constants, input: Any, other: Any, *, alpha: float = 1) -> Op:
+    return add(c, input, other, alpha=-alpha)
+
+
+def rsub(c: Constants, input: Any, other: Any, *, alpha: float = 1) -> Op:
+    return Opaque() if alpha != 1 else add(c, other, input, alpha=-1)
+
+
+def mul(c: Constants, input: Any, other: Any) -> Op:
+    if _is_value(c, input) and _is_value(c, other):
+        return Opaque("a product of two values")
+    return _scale(c, input, other) if _is_value(c, input) else _scale(c, other, input)
+
+
+def div(c: Constants, input: Any, other: Any, *, rounding_mode: str | None = None) -> Op:
+    if rounding_mode is not None or not _is_value(c, input):
+        return Opaque()
+    return Opaque("a quotient of two values") if _is_value(c, other) else _scale(c, input, other, power=-1)
+
+
+def neg(c: Constants, input: Any) -> Op:
+    return _scale(c, input, -1)
+
+
+def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Op:
+    def kernel(fetch: Fetch, g: Geometry) -> Kernel:
+        return Kernel.diagonal(g, torch.ones(g.outputs, dtype=torch.float64), None)
+
+    return Map(input, "identity", pointwise, kernel)
+
+
+def dropout(c: Constants, input: Any, p: float = 0.5, training: Any = True, inplace: bool = False) -> Op:
+    return identity(c, input) if training is False or c.follows_mode(training) else Opaque("dropout that is always on")
+
+
+def _scale(c: Constants, x: Any, factor: Any, power: int = 1) -> Op:
+    return _affine(c, x, "scale", lambda v: (v**power, None), factor)
+
+
+def _shift(c: Constants, x: Any, sign: float, amount: Any, alpha: float) -> Op:
+    if isinstance(amount, (int, float)) and amount == 0 and sign == 1:
+        return identity(c, x)  # the literal that sum() starts from
+    return _affine(c, x, "shift", lambda v: (torch.full_like(v, sign), alpha * v), amount, bias=True)
+
+
+def _affine(
+    c: Constants,
+    x: Any,
+    kind: str,
+    f: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    operand: Any,
+    bias: bool = False,
+) -> Op:
+    """y = scale * x + shift from one operand that is a number or a constant tensor with one entry a channel."""
+    number = isinstance(operand, (int, float)) and not isinstance(operand, bool)
+    if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
+        return Opaque()
+    shape = () if number else tuple(c.tensor(operand).shape)
+
+    def geometry(g: Geometry) -> Geometry:
+        _per_channel(shape, g, lambda: c.rank(x))
+        return pointwise(g, bias=bias)
+
+    def kernel(fetch: Fetch, g: Geometry) -> Kernel:
+        v = torch.tensor(operand, dtype=torch.float64) if number else fetch(operand)
+        return Kernel.diagonal(g, *f(v.reshape(-1).expand(g.outputs)))
+
+    inputs = product_of(shape) if product_of(shape) > 1 else None
+    return Map(x, kind, geometry, kernel, 0, 0 if number else product_of(shape), 1, None, inputs)
+
+
+def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | None]) -> None:
+    """Raises Inexact unless an operand of this shape gives one number per channel and leaves the value's shape alone."""
+    if shape == ():
+        return
+    channels_last = g.channel_axis == -1
+    known = rank() if channels_last and len(shape) > 1 else None
+    dims = (known or 1) if channels_last else len(g.axes) + 2
+    at = len(shape) - 1 if channels_last else len(shape) - 1 - len(g.axes)
+    others = [size for i, size in enumerate(shape) if i != at]
+    if len(shape) > dims or any(size != 1 for size in others) or (at >= 0 and shape[at] not in (1, g.outputs)):
+        raise Inexact(f"an operand of shape {tuple(shape)} is not one number a channel", "use shape (C, 1, 1)")
+
+
+def _is_value(c: Constants, v: Any) -> bool:
+    return isinstance(v, fx.Node) and not c.is_constant(v)
