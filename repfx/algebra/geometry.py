@@ -11,7 +11,7 @@ decided without touching a weight, so a zero-valued bias is still a bias.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, prod
 
@@ -133,8 +133,18 @@ class Geometry:
     def pads(self) -> bool:
         return any(a.before > 0 or a.after > 0 for a in self.axes)
 
-    def with_bias(self) -> Geometry:
-        return self if self.bias else replace(self, bias=True)
+    @property
+    def pad_steps(self) -> list[tuple[list[int], str]]:
+        """The padding as calls of F.pad, (sides, mode): what wraps or mirrors comes before what crops.
+
+        >>> Geometry(1, 1, 1, (Axis(3, 2, -1, 1),), mode="circular").pad_steps
+        [([0, 1], 'circular'), ([-1, 0], 'constant')]
+        """
+        sides = [side for a in reversed(self.axes) for side in (a.before, a.after)]
+        if self.mode == "zeros":
+            return [(sides, "constant")] if any(sides) else []
+        steps = [([max(s, 0) for s in sides], self.mode), ([min(s, 0) for s in sides], "constant")]
+        return [(s, mode) for s, mode in steps if any(s)]
 
     def then(self, outer: Geometry) -> Geometry:
         """The geometry of `outer(self(x))`. Raises Inexact where that is not one map for every input size."""
@@ -155,11 +165,6 @@ class Geometry:
             modes[-1] if modes else "zeros",
             self.channel_axis,
         )
-
-    def padded_with_bias(self, axes: tuple[Axis, ...]) -> Geometry:
-        """The geometry after a pad whose value is this map's own bias, which commutes with it where `then` cannot."""
-        bare = replace(self, bias=False).then(Geometry(self.outputs, self.outputs, self.outputs, axes))
-        return replace(bare, groups=self.groups, bias=True)
 
     def scaled(self, factor: float) -> Geometry:
         return self

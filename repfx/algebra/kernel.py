@@ -9,7 +9,7 @@ Every operation is a plain differentiable torch expression of the weights with s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra.geometry import Axis, Geometry
+from repfx.algebra.geometry import Geometry
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -48,9 +48,8 @@ class Kernel:
             return F.linear(x, _regroup(self.weight, g.groups, 1), self.bias)
         if not g.axes:
             raise ValueError("a map without axes runs on linears only")
-        pads = [side for a in reversed(g.axes) for side in (a.before, a.after)]
-        if any(pads):
-            x = F.pad(x, pads, mode="constant" if g.mode == "zeros" else g.mode)
+        for sides, mode in g.pad_steps:
+            x = F.pad(x, sides, mode)
         if _is_depthwise(g):
             return self._tap_by_tap(x)
         return _CONVS[len(g.axes)](x, self.weight, self.bias, [a.stride for a in g.axes], groups=g.groups)
@@ -100,10 +99,6 @@ class Kernel:
         else:
             bias = shift + outer.bias
         return Kernel(geometry, weight, bias)
-
-    def padded_with_bias(self, axes: tuple[Axis, ...]) -> Kernel:
-        """The map followed by a pad whose value is this map's own bias: the bias then covers the border too."""
-        return replace(self, geometry=self.geometry.padded_with_bias(axes))
 
     def _embedded(self, geometry: Geometry) -> Tensor:
         """The weight with the groups and taps of a geometry that holds it."""

@@ -52,8 +52,8 @@ def replace_region(
     with graph.inserting_before(sink):
         x = source
         if g.channel_axis != -1 and uneven(g):
-            sides = [side for a in reversed(g.axes) for side in (a.before, a.after)]
-            x = graph.call_function(F.pad, (source, sides, "constant" if g.mode == "zeros" else g.mode))
+            for step in g.pad_steps:
+                x = graph.call_function(F.pad, (x, *step))
         merged = graph.call_module(target, (x,))
     merged.meta = dict(sink.meta)
     sink.replace_all_uses_with(merged)
@@ -97,16 +97,21 @@ def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterab
     now = references(graph)
     # A path stays if something below it is still read, or if it now is a tensor of a new layer above it.
     above = {path[:i] for path in now for i, c in enumerate(path) if c == "."}
-    gone = {id(m) for m in replaced}
-    for path in before - now:
-        if path in above or path.rpartition(".")[0] in now:
+    gone: dict[int, Any] = {id(m): m for m in replaced}  # held, so that no new object takes one of their ids
+    for path in sorted(before - now, key=lambda p: -p.count(".")):  # the inner ones first
+        if path.rpartition(".")[0] in now:
             continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
+        if path in above:  # a batch norm that carries its activation: what it normalised with goes, the rest stays
+            rest = nn.Module()
+            rest._modules, rest.training = dict(holder._modules[name]._modules), holder._modules[name].training  # type: ignore[union-attr]
+            holder._modules[name] = rest
+            continue
         for store in (holder._modules, holder._parameters, holder._buffers, holder.__dict__):
             found: Any = store.get(name)
             if isinstance(found, (nn.Module, Tensor)):
-                gone.add(id(found))
+                gone[id(found)] = found
                 del store[name]
     live = {id(module.get_submodule(path)) for path in now if _is_module(module, path)}
     for holder in list(module.modules()):

@@ -25,6 +25,7 @@ class Run:
 
     ends: tuple[fx.Node, ...]
     steps: tuple[tuple[fx.Node, ...], ...]
+    blocked: bool  # whether a node already taken cut it short
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,18 @@ def is_linear(view: GraphView, node: fx.Node) -> bool:
 
 def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
     """The longest run of linear steps that ends in `sink` and touches no node of `taken` but at its start."""
-    ends, steps = [sink], []
+    ends, steps, blocked = [sink], [], False
     while len(ends) <= LONGEST and is_linear(view, ends[-1]) and (ends[-1] is sink or ends[-1] not in taken):
         above = view.dominator.get(ends[-1])
         step = None if above is None else _between(view, above, ends[-1])
-        if above is None or step is None or any(n in taken for n in step if n is not sink and n is not ends[-1]):
+        if above is None or step is None:
+            break
+        if any(n in taken for n in step if n is not ends[-1]):
+            blocked = True
             break
         ends.append(above)
         steps.append(step)
-    return Run(tuple(reversed(ends)), tuple(reversed(steps)))
+    return Run(tuple(reversed(ends)), tuple(reversed(steps)), blocked)
 
 
 def region_of(view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]) -> Region:

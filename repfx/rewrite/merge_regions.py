@@ -45,6 +45,7 @@ class Plan:
 
     merges: tuple[Merge, ...]
     declined: tuple[Declined, ...]
+    again: bool  # whether these merges may make room for more
 
 
 def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
@@ -52,10 +53,12 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
     merges: list[Merge] = []
     declined: dict[str, Declined] = {}
     taken: set[fx.Node] = set()
+    blocked = False
     for sink in reversed(view.nodes):
         if sink in taken or not is_linear(view, sink):
             continue
         run = run_to(view, sink, taken)
+        blocked |= run.blocked
         if len(run.ends) < 2:
             continue
         for merge in _cut(view, run, accept, declined):
@@ -68,7 +71,9 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
         elif node not in taken and (isinstance(op, Sum) or op.kind == "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
-    return Plan(tuple(reversed(merges)), tuple(declined.values()))
+    # A merge that read a linear value besides others may have left it with one reader.
+    again = bool(merges) and (blocked or any(m.region.kept or is_linear(view, m.region.source) for m in merges))
+    return Plan(tuple(reversed(merges)), tuple(declined.values()), again)
 
 
 def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined]) -> Iterator[Merge]:
@@ -127,7 +132,7 @@ def _offer(
     ops = [view.ops[node] for node in removed]
     if not any(isinstance(op, Map) and op.macs for op in ops) or not accept(ops):
         return None
-    left = 1 + uneven(geometry)
+    left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0)
     before = _macs(view, removed, rates)
     merged = geometry.macs * rates[source]
     if left >= len(removed) or merged > before:

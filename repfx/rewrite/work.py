@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from repfx.graph.edit import drop_unreferenced, free_path, layer_of, put_module, references, replace_region
 from repfx.graph.ops import Map, Ref
-from repfx.graph.regions import is_linear
 from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
@@ -38,8 +37,7 @@ class Work:
             view = self.view()
             plan = plan_merges(view, accept)
             merged += self._merge(view, plan)
-            # A merge that read a linear value besides others may have left it with one reader: look again.
-            if not any(m.region.kept or is_linear(view, m.region.source) for m in plan.merges):
+            if not plan.again:
                 return Result(name, tuple(merged), plan.declined)
 
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
