@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 import repfx.passes  # noqa: F401  (registers the passes)
-from repfx.graph.capture import capture, run_eval
+from repfx.graph.capture import capture
+from repfx.graph.running import run_eval
 from repfx.graph.store import load, save
 from repfx.lower import Artifact, lower
 from repfx.rewrite.contract import Pass

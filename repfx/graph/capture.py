@@ -8,13 +8,12 @@ The result has the names, the tensors' values and the modes of the model it was 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from repfx.errors import Declined, InputError
@@ -22,6 +21,7 @@ from repfx.graph.assemble import graph_module
 from repfx.graph.copying import alias
 from repfx.graph.exported import from_exported
 from repfx.graph.normalise import normalise
+from repfx.graph.running import Ranks, agree, describe, guess_example, parameters_of, run_eval
 from repfx.graph.tracer import BRANCHES, Tracer, is_leaf, signature
 
 
@@ -48,14 +48,14 @@ def capture(model: Any, example: tuple[Any, ...] | None = None) -> Captured:
     skeleton = alias(model)
     given = example is not None
     if example is None:
-        example = _guess_example(skeleton)
+        example = guess_example(skeleton)
     expected = None
     if example is not None:
         try:
             expected = run_eval(skeleton, example)
         except Exception as error:
             if given:
-                raise InputError(f"the model does not accept the example {_describe(example)}: {error}") from error
+                raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
             example = None
     captured = Captured(skeleton)
     captured.model = _capture(skeleton, "", example, expected, captured)
@@ -74,7 +74,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(module.graph)
         module.recompile()
         if example is not None:
-            run_eval(_Ranks(module), example)
+            run_eval(Ranks(module), example)
             captured.examples[path] = example
         return module
     mark, swaps = len(captured.declined), []
@@ -87,7 +87,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(graph)
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-        if _agrees(_Ranks(result), example, expected):
+        if _agrees(Ranks(result), example, expected):
             if example is not None:
                 captured.examples[path] = example
             return result
@@ -118,27 +118,9 @@ def _agrees(module: nn.Module, example: tuple[Any, ...] | None, expected: Any) -
     if example is None:
         return True
     try:
-        return _agree(run_eval(module, example), expected)
+        return agree(run_eval(module, example), expected)
     except Exception:  # it cannot even run: a child it reached into is gone
         return False
-
-
-class _Ranks(nn.Module):
-    """Runs a GraphModule and notes the number of dimensions of each value on its node."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-
-    def forward(self, *args: Any) -> Any:
-        class Interpreter(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if isinstance(result, Tensor):
-                    n.meta["rank"] = result.dim()
-                return result
-
-        return Interpreter(self.graph_module).run(*args)
 
 
 def _inside_opaque(
@@ -170,7 +152,7 @@ def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, cap
     for holder, name, child in parts:
         if id(child) not in done:
             inputs = seen.get(id(child))
-            plain = all(p.default is p.empty for p in _parameters(child))
+            plain = all(p.default is p.empty for p in parameters_of(child))
             if (example is not None and inputs is None) or (inputs is None and not plain):
                 done[id(child)] = child  # never called by the forward, or called in a way a graph could not take
             else:
@@ -226,76 +208,7 @@ def _refuse_non_finite(model: nn.Module) -> None:
             raise InputError(f"{name} holds NaN or infinity")
 
 
-def _guess_example(model: nn.Module) -> tuple[Any, ...] | None:
-    """A random image or feature batch that the model accepts, or None."""
-    required = [p for p in _parameters(model) if p.default is p.empty]
-    if len(required) != 1:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            continue
-        if isinstance(module, nn.Linear):
-            shapes: list[tuple[int, ...]] = [(2, module.in_features)]
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            axes = weight.dim() - 2
-            shapes = [(2, module.in_channels, *(size,) * axes) for size in ((64, 224) if axes == 2 else (32,))]
-        else:
-            continue
-        for shape in shapes:
-            x = torch.randn(shape, generator=generator).to(weight)
-            try:
-                run_eval(model, (x,))
-                return (x,)
-            except Exception:  # the guess was wrong: the next one, or none
-                continue
-        return None
-    return None
-
-
-def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    try:
-        found = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
-    return [p for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
-
-
 def _names_of(module: nn.Module, example: tuple[Any, ...] | None) -> frozenset[str]:
     if example is None:
         return frozenset()
-    return frozenset(p.name for p, _ in zip(_parameters(module), example, strict=False))
-
-
-def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The eval output, each module's own mode restored after, the random state untouched."""
-    kept = [(m, m.training) for m in model.modules()]
-    for m, _ in kept:
-        m.__dict__["training"] = False
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return model(*example)
-    finally:
-        for m, training in kept:
-            m.__dict__["training"] = training
-
-
-def _agree(a: Any, b: Any) -> bool:
-    """Equality of outputs up to the last bits: the same operators ran on the same numbers."""
-    flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
-    if len(flat_a) != len(flat_b):
-        return False
-    for x, y in zip(flat_a, flat_b, strict=True):
-        if isinstance(x, Tensor) != isinstance(y, Tensor):
-            return False
-        if isinstance(x, Tensor):
-            if x.shape != y.shape or not torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
-                return False
-        elif x != y:
-            return False
-    return True
-
-
-def _describe(example: tuple[Any, ...]) -> str:
-    return ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else repr(e) for e in example)
+    return frozenset(p.name for p, _ in zip(parameters_of(module), example, strict=False))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry, Kernel
+from repfx.graph.effects import is_dead
 
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -92,7 +93,7 @@ def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterab
     """Takes out dead constants, then the modules and tensors that the graph read before and does not read now."""
     graph = module.graph
     for node in reversed(graph.nodes):
-        if not node.users and node.op in ("get_attr", "call_function", "call_method") and not node.is_impure():
+        if is_dead(node):
             graph.erase_node(node)
     now = references(graph)
     # A path stays if something below it is still read, or if it now is a tensor of a new layer above it.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from repfx.graph.effects import is_dead
+
 _ASSERTS = {
     torch._assert,
     torch.ops.aten._assert_async.msg,
@@ -23,6 +25,5 @@ def normalise(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.target in _ASSERTS and not node.users:
             graph.erase_node(node)
     for node in reversed(graph.nodes):
-        # A call of a module may have an effect in training (a batch norm's statistics), so it stays even if unread.
-        if node.op in ("get_attr", "call_function", "call_method") and not node.users and not node.is_impure():
+        if is_dead(node):
             graph.erase_node(node)

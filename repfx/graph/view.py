@@ -14,6 +14,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from repfx.graph.effects import writes
 from repfx.graph.modes import Mode
 from repfx.graph.modules import of_module
 from repfx.graph.ops import Op, Opaque, Ref
@@ -129,10 +130,4 @@ class GraphView:
     def _writes(self, user: fx.Node, node: fx.Node) -> bool:
         if not user.args or user.args[0] is not node:
             return False
-        if user.op == "call_module":
-            return bool(getattr(self.module.get_submodule(str(user.target)), "inplace", False))
-        name = str(getattr(user.target, "__name__", user.target))
-        if isinstance(user.target, torch._ops.OpOverload):
-            return user.target._schema.is_mutable
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or user.kwargs.get("inplace") is True or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+        return writes(user, self.module.get_submodule(str(user.target)) if user.op == "call_module" else None)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.errors import CheckError, InputError
-from repfx.graph.capture import graphs, run_eval
+from repfx.graph.capture import graphs
+from repfx.graph.running import run_eval
 from repfx.graph.store import write_whole
 from repfx.lower.parity import Parity, compare
 from repfx.quant import FakeQuant, target_named

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from repfx.graph.capture import run_eval
+from repfx.graph.running import run_eval
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, difference
 

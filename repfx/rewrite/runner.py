@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from repfx.errors import CheckError, Declined, InputError
-from repfx.graph.capture import Captured, capture, graphs, run_eval
+from repfx.graph.capture import Captured, capture, graphs
 from repfx.graph.copying import own_tensors
 from repfx.graph.ops import Map
+from repfx.graph.running import run_eval
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, target_named
 from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve

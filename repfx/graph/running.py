@@ -1,0 +1,96 @@
+"""Running a model on an example: guessing one, keeping modes and random state, and telling whether outputs agree."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Ranks(nn.Module):
+    """Runs a GraphModule and notes the number of dimensions of each value on its node."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+    def forward(self, *args: Any) -> Any:
+        class Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if isinstance(result, Tensor):
+                    n.meta["rank"] = result.dim()
+                return result
+
+        return Interpreter(self.graph_module).run(*args)
+
+
+def guess_example(model: nn.Module) -> tuple[Any, ...] | None:
+    """A random image or feature batch that the model accepts, or None."""
+    required = [p for p in parameters_of(model) if p.default is p.empty]
+    if len(required) != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            continue
+        if isinstance(module, nn.Linear):
+            shapes: list[tuple[int, ...]] = [(2, module.in_features)]
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            axes = weight.dim() - 2
+            shapes = [(2, module.in_channels, *(size,) * axes) for size in ((64, 224) if axes == 2 else (32,))]
+        else:
+            continue
+        for shape in shapes:
+            x = torch.randn(shape, generator=generator).to(weight)
+            try:
+                run_eval(model, (x,))
+                return (x,)
+            except Exception:  # the guess was wrong: the next one, or none
+                continue
+        return None
+    return None
+
+
+def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
+    try:
+        found = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    return [p for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
+
+
+def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
+    """The eval output, each module's own mode restored after, the random state untouched."""
+    kept = [(m, m.training) for m in model.modules()]
+    for m, _ in kept:
+        m.__dict__["training"] = False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return model(*example)
+    finally:
+        for m, training in kept:
+            m.__dict__["training"] = training
+
+
+def agree(a: Any, b: Any) -> bool:
+    """Equality of outputs up to the last bits: the same operators ran on the same numbers."""
+    flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
+    if len(flat_a) != len(flat_b):
+        return False
+    for x, y in zip(flat_a, flat_b, strict=True):
+        if isinstance(x, Tensor) != isinstance(y, Tensor):
+            return False
+        if isinstance(x, Tensor):
+            if x.shape != y.shape or not torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+                return False
+        elif x != y:
+            return False
+    return True
+
+
+def describe(example: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else repr(e) for e in example)
