@@ -32,10 +32,15 @@ class Captured:
     model: nn.Module
     declined: list[Declined] = field(default_factory=list)
     examples: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # inputs that each graph was checked on
+    example: tuple[Any, ...] | None = None  # the input of the whole, given or guessed, and its output
+    expected: Any = None
+    enter_opaque: bool = True
 
 
-def capture(model: Any, example: tuple[Any, ...] | None = None) -> Captured:
+def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bool = True) -> Captured:
     """Traces a private copy of the model, in eval meaning, keeping each module's own mode flag.
+
+    With `enter_opaque` the children of a module that cannot be traced are traced on their own.
 
     `example` is the tuple of positional arguments of a forward; without one an image or a feature batch is guessed from
     the first layer. Raises InputError where the model holds NaN or infinity, or does not accept the given example.
@@ -57,7 +62,7 @@ def capture(model: Any, example: tuple[Any, ...] | None = None) -> Captured:
             if given:
                 raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
             example = None
-    captured = Captured(skeleton)
+    captured = Captured(skeleton, example=example, expected=expected, enter_opaque=enter_opaque)
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
 
@@ -145,7 +150,7 @@ def _inside_opaque(
 
 def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured) -> list[Swap]:
     """Replaces each child that can be traced by its graph and says what it replaced; containers are entered."""
-    parts = list(_parts(module))
+    parts = list(_parts(module)) if captured.enter_opaque else []
     seen = _record(module, [child for _, _, child in parts], example)
     done: dict[int, nn.Module] = {}
     swaps: list[Swap] = []

@@ -12,10 +12,8 @@ from torch import nn
 from repfx.errors import CheckError, Declined, InputError
 from repfx.graph.capture import Captured, capture, graphs
 from repfx.graph.copying import own_tensors
-from repfx.graph.ops import Map
 from repfx.graph.running import run_eval
-from repfx.graph.view import GraphView
-from repfx.quant import FakeQuant, target_named
+from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
 from repfx.rewrite.prove import TOLERANCE
 from repfx.rewrite.verify import difference
@@ -44,18 +42,37 @@ def rewrite(model: Any, passes: Iterable[str | Pass], example: Any, target: str)
     formats = target_named(target)
     args = as_args(example)
     captured = capture(model, args)
-    report = Report(untraced=captured.declined)
-    for path, module in list(graphs(captured.model)):
-        for p in ordered:
-            work = Work(module, formats, captured.examples.get(path))
-            result = _run(p, work)
-            report.results.append(_prefixed(result, path))
+    report = _rewrite(captured, ordered, formats)
+    if captured.declined and not _still_runs(captured, ordered):
+        # A module that stays as written reads into children that were rewritten: then they must stay too.
+        captured = capture(model, args, enter_opaque=False)
+        report = _rewrite(captured, ordered, formats)
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
     if isinstance(model, nn.Module):
         own_tensors(captured.model, model)
     captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
     return captured.model, report
+
+
+def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
+    report = Report(untraced=captured.declined)
+    for path, module in list(graphs(captured.model)):
+        for p in passes:
+            result = _run(p, Work(module, formats, captured.examples.get(path)))
+            report.results.append(_prefixed(result, path))
+    return report
+
+
+def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
+    """Whether a partly traced model runs on the example, and to the same output where the passes keep it."""
+    if captured.example is None:
+        return True
+    try:
+        off = difference(captured.expected, run_eval(captured.model, captured.example))
+    except Exception:  # whatever its own forward raises
+        return False
+    return off.relative <= 1e-3 or not all(Promise.REGIONS in p.promises for p in passes)
 
 
 def as_args(example: Any) -> tuple[Any, ...] | None:
@@ -66,10 +83,8 @@ def require_convolutions(captured: Captured) -> None:
     """Raises InputError where nothing in the model can be merged or quantized."""
     if captured.declined or any(isinstance(m, FakeQuant) for m in captured.model.modules()):
         return
-    for _, module in graphs(captured.model):
-        view = GraphView(module)
-        if any(isinstance(op, Map) and op.macs for op in view.ops.values()):
-            return
+    if any(t.dim() >= 2 for t in [*captured.model.parameters(), *captured.model.buffers()]):
+        return
     raise InputError("the model holds no convolution and no linear layer: there is nothing to merge or quantize")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -172,7 +173,12 @@ def _float64(view: GraphView) -> Callable[[Ref], Tensor]:
 
     def fetch(ref: Ref) -> Tensor:
         if ref not in cache:
-            cache[ref] = view.tensor(ref).detach().to(torch.float64)
+            path, _, name = ref.rpartition(".") if isinstance(ref, str) else ("", "", "")
+            owner = view.module.get_submodule(path)
+            if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
+                cache[ref] = getattr(copy.deepcopy(owner).double(), name).detach()
+            else:
+                cache[ref] = view.tensor(ref).detach().to(torch.float64)
         return cache[ref]
 
     return fetch

@@ -1,0 +1,239 @@
+"""Capture: any model in, modes followed, what cannot be traced left whole and reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import repfx
+from repfx.blocks import RepVGGBlock
+from repfx.graph.capture import capture
+from repfx.testing import assert_same, randomise
+
+
+def image(channels: int = 4) -> Tensor:
+    return torch.randn(2, channels, 10, 11, generator=torch.Generator().manual_seed(3))
+
+
+class Picky(nn.Module):
+    """A head whose control flow depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.inner = RepVGGBlock(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if y.mean() > 0:
+            y = y + 1
+        return self.inner(y)
+
+
+def test_an_untraceable_head_does_not_cost_the_backbone() -> None:
+    model = randomise(nn.Sequential(RepVGGBlock(4, 4), RepVGGBlock(4, 4), Picky()).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert isinstance(result, fx.GraphModule)
+    assert_same(model, result, image(), 1e-5)
+    report = result.meta["repfx"]
+    assert len(report.merged) == 3  # two in the backbone, one inside the head
+    assert any(d.where == "2" and "cannot be traced" in d.reason for d in report.declined)
+    assert {"2.conv.weight", "2.norm.running_mean"} <= set(result.state_dict())
+
+
+def test_an_untraceable_root_keeps_its_class_and_names() -> None:
+    model = randomise(Picky().eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert type(result) is Picky and isinstance(result.inner, fx.GraphModule)
+    assert_same(model, result, image(), 1e-5)
+    assert "conv.weight" in result.state_dict() and "inner.conv3.bias" in result.state_dict()
+
+
+def test_a_parent_that_reaches_into_a_child_is_left_alone() -> None:
+    class Reaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = RepVGGBlock(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            return y + self.block.conv1.weight.mean() if float(y.detach().sum()) > -1e9 else y
+
+    model = randomise(Reaching().eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert_same(model, result, image(), 1e-6)
+    assert not result.meta["repfx"].merged and set(result.state_dict()) == set(model.state_dict())
+
+
+def test_dropout_batch_norm_and_stochastic_depth_follow_the_mode() -> None:
+    class DropPath(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return x
+            return x * torch.zeros(len(x), 1, 1, 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.path, self.conv = nn.BatchNorm2d(4), DropPath(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.dropout(F.relu(self.norm(x)), 0.5, self.training)
+            return self.path(torch.sigmoid(y)) + F.relu(self.conv(y))
+
+    model = randomise(Net())
+    x = image()
+    for mode in (True, False):
+        result = repfx.transform(model.train(mode), ["fuse"], example=x)
+        assert result.training is mode
+        model.eval(), result.eval()
+        assert torch.equal(model(x), result(x))
+        model.train(), result.train()
+        torch.manual_seed(5)
+        want = model(x)
+        torch.manual_seed(5)
+        assert torch.equal(want, result(x))
+        assert torch.equal(model.norm.running_mean, result.norm.running_mean)
+        model.norm.load_state_dict(randomise(nn.BatchNorm2d(4)).state_dict())
+
+
+def test_stochastic_depth_does_not_stop_a_merge() -> None:
+    class DropPath(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0 if self.training else x
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.path = nn.Conv2d(4, 4, 3, padding=1), DropPath()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.path(self.conv(x))
+
+    result = repfx.transform(Block(), ["fuse"], example=image())
+    assert len(result.meta["repfx"].merged) == 1 and len(list(result.graph.nodes)) == 3
+
+
+def test_a_module_that_branches_on_training_stays_whole() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = RepVGGBlock(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) + 1 if self.training else self.block(x)
+
+    model = randomise(nn.Sequential(RepVGGBlock(4, 4), Auxiliary()))
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert any("branches on self.training" in d.reason for d in result.meta["repfx"].declined)
+    assert len(result.meta["repfx"].merged) == 2
+    assert torch.allclose(result.train()(image()), result.eval()(image()) + 1)
+
+
+def test_a_norm_that_carries_its_activation() -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.ndim == 4, "4d")
+            training = self.training or self.running_mean is None
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, self.eps)
+            return self.act(y)
+
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), NormAct(4), nn.Sigmoid(), NormAct(4)))
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert_same(model, result, image())
+    assert not any("running" in k for k in result.state_dict() if k.startswith("1."))
+    assert {k for k in model.state_dict() if k.startswith("3.")} <= set(result.state_dict())
+    model.train(), result.train()
+    assert torch.allclose(nn.Sequential(model[2], model[3])(image()), _tail(result, image()), atol=1e-6)
+
+
+def _tail(result: fx.GraphModule, x: Tensor) -> Tensor:
+    modules = dict(result.named_modules())
+    return modules["3.act"](modules["3"](modules["2"](x)))
+
+
+def test_a_trace_that_lies_is_found() -> None:
+    class Counter(nn.Module):
+        """Its forward uses a value that Python changes: a trace bakes the first one in."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.calls = RepVGGBlock(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.block(x) * self.calls
+
+    result = capture(Counter().eval(), (image(),))
+    assert "does not compute" in result.declined[0].reason and result.model.block is not None
+
+
+def test_optional_arguments_keep_their_defaults() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, double: bool = False) -> Tensor:
+            y = self.norm(self.conv(x))
+            y = y if mask is None else y * mask
+            return y * 2 if double else y
+
+    model = randomise(Optional().eval())
+    assert_same(model, repfx.transform(model, ["fuse"]), image())
+    x = (image(), torch.ones(1, 1, 10, 11) * 3)
+    assert_same(model, repfx.transform(model, ["fuse"], example=x), x)
+
+
+def test_an_exported_program_goes_in() -> None:
+    model = randomise(nn.Sequential(RepVGGBlock(4, 4), nn.Dropout(), RepVGGBlock(4, 8, stride=2), nn.AvgPool2d(2)).eval())
+    program = torch.export.export(model, (image(),))
+    result = repfx.transform(program, ["fuse"])
+    assert_same(model, result, image())
+    assert len(result.meta["repfx"].merged) == 2
+    assert result.train() is result  # as any module, where an exported one would raise
+
+
+def test_parametrized_layers() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))
+    model = randomise(nn.Sequential(conv, nn.BatchNorm2d(4)).eval())
+    result = repfx.transform(model, ["fuse"])
+    assert_same(model, result, image())
+    assert set(result.state_dict()) == {"0.weight", "0.bias"}
+
+
+def test_layers_with_hooks_are_left_alone() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval())
+    model[0].register_forward_hook(lambda m, args, out: out * 2)
+    result = repfx.transform(model, ["fuse"])
+    assert_same(model, result, image())
+    assert "forward hooks" in str(result.meta["repfx"].declined)
+
+
+def test_bad_models_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1))
+    with torch.no_grad():
+        model[0].weight[0] = float("nan")
+    with pytest.raises(repfx.InputError, match="0.weight holds NaN"):
+        repfx.transform(model, ["fuse"])
+    with pytest.raises(repfx.InputError, match="no convolution and no linear"):
+        repfx.transform(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), ["fuse"])
+    with pytest.raises(repfx.InputError, match=r"does not accept the example \(1, 3, 8, 8\)"):
+        repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], example=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, fuse, ptq"):
+        repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
+    with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):
+        repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bit=8)"])
+    with pytest.raises(repfx.InputError, match="bits must be an integer from 2 to 16"):
+        repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bits=0)"])
+    with pytest.raises(repfx.InputError, match="unknown target 'tpu'"):
+        repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], target="tpu")
+    with pytest.raises(repfx.InputError, match="nn.Module"):
+        repfx.transform("model.pt", ["fuse"])
