@@ -63,7 +63,7 @@ class Ptq(Pass):
         for node, op in found:
             name = str(node.target) if node.op == "call_module" else _owner(node)
             x = moved.get(op.x, op.x)
-            if x not in inputs or view.changed_in_place(op.x):
+            if x not in inputs or view.writes.changed(op.x):
                 quant = FakeQuant(grids[op.x])
                 inputs[x] = self._insert(work, node, x, f"{name}.input_quant", quant, inserted)
             moved[node] = self._quantize(work, view, node, x, inputs[x], name, weights, inserted)

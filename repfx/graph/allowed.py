@@ -54,6 +54,10 @@ def _functions() -> dict[str, Any]:
             table.update({f"{prefix}.{f.__name__}": f for f in functions if hasattr(f, "__name__")})
     makers = {"attrgetter", "itemgetter", "methodcaller", "call"}
     table.update({f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers})
+    for space in (torch, torch.nn.functional):  # the forms that work in place are not listed by torch
+        spellings = {n: getattr(space, n) for n in dir(space) if n.endswith("_") and n[:-1] and not n.startswith("_")}
+        known = {f.__name__ for f in table.values() if hasattr(f, "__name__")}
+        table.update({f"{space.__name__}.{n}": f for n, f in spellings.items() if n[:-1] in known})
     return table
 
 
@@ -76,11 +80,19 @@ def function_name(f: Any) -> str:
     raise InputError(f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle")
 
 
+def is_computation(op: Any) -> bool:
+    """Whether an aten operator computes from tensors. Those that take none can read and write files (from_file)."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    arguments = [str(a.type) for a in op._schema.arguments]
+    return any(t.startswith(("Tensor", "List[Tensor", "Optional[Tensor", "List[Optional[Tensor")) for t in arguments[:3])
+
+
 def function_named(name: str) -> Any:
     if name.startswith("aten:"):
         op, _, overload = name.removeprefix("aten:").rpartition(".")
         found = getattr(getattr(torch.ops.aten, op), overload)
-        if not isinstance(found, torch._ops.OpOverload):
+        if not is_computation(found):
             raise ValueError(f"function {name!r} is not allowed")
         return found
     if name not in _functions():

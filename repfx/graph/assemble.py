@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from repfx.graph.modes import TrainOnly
-from repfx.graph.tracer import Tracer, is_leaf
+from repfx.graph.modes import Mode, TrainOnly
+from repfx.graph.tracer import MODE, Tracer, is_leaf
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphModule:
@@ -20,10 +20,14 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
         made[id(module)].__dict__.update(module.__dict__, _modules=dict(module._modules))
     for path in tracer.train_only:
         module = root.get_submodule(path)
-        made[id(module)] = TrainOnly(module).train(module.training)
-    result = fx.GraphModule(nn.Module(), fx.Graph(), type(root).__name__)
+        made[id(module)] = TrainOnly(module)
+        made[id(module)].training = module.training
+    result = fx.GraphModule(nn.Module(), fx.Graph(), "GraphModule")
     called = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     plain_tree = _plain(root, "", called, made)
+    for path in tracer.modes:
+        holder = plain_tree.get_submodule(path.rpartition(".")[0])
+        holder.add_module(MODE, Mode().train(holder.training))
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         result.__dict__[name] = plain_tree.__dict__[name]
     for name, value in root.__dict__.items():

@@ -21,7 +21,7 @@ from repfx.graph.assemble import graph_module
 from repfx.graph.copying import alias
 from repfx.graph.exported import from_exported
 from repfx.graph.normalise import normalise
-from repfx.graph.running import Ranks, agree, describe, guess_example, parameters_of, run_eval
+from repfx.graph.running import Noting, agree, describe, guess_example, parameters_of, run_eval
 from repfx.graph.tracer import BRANCHES, Tracer, is_leaf, signature
 
 
@@ -34,6 +34,7 @@ class Captured:
     examples: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # inputs that each graph was checked on
     example: tuple[Any, ...] | None = None  # the input of the whole, given or guessed, and its output
     expected: Any = None
+    sure: bool = False  # whether the input's dimensions are the user's word, or those an image must have
     enter_opaque: bool = True
 
 
@@ -49,6 +50,10 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
         model = from_exported(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("a scripted module has no Python forward to trace: give the module it was made from")
+    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        raise InputError("the model is on the meta device: it has no weights yet")
     _refuse_non_finite(model)
     skeleton = alias(model)
     given = example is not None
@@ -62,7 +67,9 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
             if given:
                 raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
             example = None
-    captured = Captured(skeleton, example=example, expected=expected, enter_opaque=enter_opaque)
+    # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an image.
+    sure = given or (example is not None and example[0].dim() > 2)
+    captured = Captured(skeleton, [], {}, example, expected, sure, enter_opaque)
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
 
@@ -79,11 +86,13 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(module.graph)
         module.recompile()
         if example is not None:
-            run_eval(Ranks(module), example)
+            run_eval(Noting(module, captured.sure), example)
             captured.examples[path] = example
         return module
     mark, swaps = len(captured.declined), []
     try:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise TraceError("it has forward hooks, or a forward put on the instance")
         names = _names_of(module, example)
         tracer = Tracer(names)
         graph = tracer.trace(module)
@@ -92,7 +101,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(graph)
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-        if _agrees(Ranks(result), example, expected):
+        if _agrees(Noting(result, captured.sure), example, expected):
             if example is not None:
                 captured.examples[path] = example
             return result

@@ -21,17 +21,22 @@ def alias(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
-            alias = tensor.detach()
-            memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+            else:  # small, and what a forward may write to even in eval mode
+                memo[id(tensor)] = tensor.detach().clone()
     plain: list[tuple[nn.Module, nn.Module]] = []
-    for module in model.modules():
-        if not isinstance(module, fx.GraphModule) and not hasattr(module, "__deepcopy__"):
-            memo[id(module)] = type(module).__new__(type(module))
-            plain.append((module, memo[id(module)]))
     try:
+        for module in model.modules():
+            if (isinstance(module, fx.GraphModule) or hasattr(module, "__deepcopy__")) and id(module) not in memo:
+                copy.deepcopy(module, memo)
+        for module in model.modules():
+            if id(module) not in memo:
+                memo[id(module)] = type(module).__new__(type(module))
+                plain.append((module, memo[id(module)]))
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
-        return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
+        return memo[id(model)]
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
 
@@ -48,9 +53,13 @@ def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def own_tensors(model: nn.Module, original: nn.Module) -> None:
+def own_tensors(model: nn.Module, original: nn.Module | torch.export.ExportedProgram) -> None:
     """Gives every tensor that `model` still shares with `original` storage of its own, ties kept."""
-    shared = {t.untyped_storage().data_ptr() for t in _tensors(original)}
+    if isinstance(original, nn.Module):
+        theirs = list(_tensors(original))
+    else:
+        theirs = [t for t in [*original.state_dict.values(), *original.constants.values()] if isinstance(t, Tensor)]
+    shared = {t.untyped_storage().data_ptr() for t in theirs}
     done = set()
     for tensor in _tensors(model):
         if id(tensor) not in done and tensor.untyped_storage().data_ptr() in shared:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -18,8 +17,11 @@ from repfx.graph.effects import is_dead
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def layer_of(kernel: Kernel, dtype: torch.dtype) -> nn.Module:
-    """A convolution or linear layer that computes `kernel`, without the padding that it cannot express."""
+def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
+    """A convolution or linear layer that computes `kernel`, without the padding that it cannot express.
+
+    In the dtype of `like`, and trainable if that is.
+    """
     g = kernel.geometry
     if g.channel_axis == -1:
         layer: nn.Module = nn.Linear(g.inputs, g.outputs, g.bias, device="meta")
@@ -35,9 +37,10 @@ def layer_of(kernel: Kernel, dtype: torch.dtype) -> nn.Module:
             padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
             device="meta",
         )
-    layer._parameters["weight"] = nn.Parameter(kernel.weight.detach().to(dtype, copy=True).contiguous())
-    if kernel.bias is not None:
-        layer._parameters["bias"] = nn.Parameter(kernel.bias.detach().to(dtype, copy=True))
+    for name, tensor in (("weight", kernel.weight), ("bias", kernel.bias)):
+        if tensor is not None:
+            value = tensor.detach().to(like.dtype, copy=True).contiguous()
+            layer._parameters[name] = nn.Parameter(value, like.requires_grad)
     return layer
 
 
@@ -106,7 +109,10 @@ def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterab
         holder = module.get_submodule(parent)
         if path in above:  # a batch norm that carries its activation: what it normalised with goes, the rest stays
             rest = nn.Module()
-            rest._modules, rest.training = dict(holder._modules[name]._modules), holder._modules[name].training  # type: ignore[union-attr]
+            old: Any = holder._modules[name]
+            rest._modules, rest.training = dict(old._modules), old.training
+            rest._parameters = {k: p for k, p in old._parameters.items() if f"{path}.{k}" in now}
+            rest._buffers = {k: b for k, b in old._buffers.items() if f"{path}.{k}" in now}
             holder._modules[name] = rest
             continue
         for store in (holder._modules, holder._parameters, holder._buffers, holder.__dict__):

@@ -1,11 +1,28 @@
-"""Operators that change a value they read, which data flow alone does not show."""
+"""Operators that change a value they read, and values that share memory: what data flow alone does not show."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 _WRITERS = {"iadd", "isub", "imul", "itruediv", "setitem"}
+# Results that may be, or be a part of, their input.
+_VIEWS = {
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose", "permute", "movedim"),
+    *("swapaxes", "swapdims", "t", "contiguous", "chunk", "split", "tensor_split", "unbind", "narrow", "select"),
+    *("getitem", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "detach", "to", "type", "type_as"),
+    *("float", "double", "half", "getattr", "dropout", "dropout2d", "diagonal", "as_strided", "unfold", "alias"),
+}
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+
+
+def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator of this name overwrites its first argument."""
+    name = str(getattr(target, "__name__", target))
+    return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True or name in _WRITERS
 
 
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
@@ -14,11 +31,79 @@ def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
         return bool(getattr(module, "inplace", False))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = str(getattr(node.target, "__name__", node.target))
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True or name in _WRITERS
+    return node.op in ("call_function", "call_method") and writes_by_name(node.target, node.kwargs)
 
 
 def is_dead(node: fx.Node) -> bool:
     """Whether taking the node out changes nothing. A module's call may have an effect in training, so it stays."""
     kinds = ("get_attr", "call_function", "call_method")
     return node.op in kinds and not node.users and not node.is_impure() and not writes(node)
+
+
+class Writes:
+    """Every change in place of a graph: for each value, the operators that change memory it may share."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node], index: dict[fx.Node, int]) -> None:
+        self.index = index
+        self.module = module
+        self.of: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if writes(node, called) and node.args and isinstance(node.args[0], fx.Node):
+                for value in self._aliases(node.args[0]):
+                    self.of.setdefault(value, []).append(node)
+
+    def changed(self, value: fx.Node) -> bool:
+        """Whether some reader of the value may find it changed."""
+        return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
+
+    def disturb(self, source: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
+        """Whether computing `nodes` at once, where the last of them stands, would read or leave other values.
+
+        The source is read late: wrong if it changes after a first reader. A value inside is not written at all: wrong
+        for readers after a change. A change inside is dropped: wrong for what is read outside after it.
+        """
+        if not self.of:
+            return False
+        inside, end = set(nodes), self.index[nodes[-1]]
+        for value in (source, *nodes[:-1]):
+            for w in self.of.get(value, ()):
+                at = self.index[w]
+                readers = [self.index[r] for r in value.users if r in inside and r is not w]
+                wrong = any(r < at for r in readers) if value is source else any(r > at for r in readers)
+                if at < end and self._before(value, w) and wrong:
+                    return True
+        for value, writers in self.of.items():
+            for w in writers:
+                if w in inside and self._before(value, w):
+                    if any(u not in inside and self.index[u] > self.index[w] for u in value.users):
+                        return True
+        return False
+
+    def _before(self, value: fx.Node, writer: fx.Node) -> bool:
+        """Values made by a writer or after it hold the change as a matter of course."""
+        return self.index[value] < self.index[writer]
+
+    def _aliases(self, value: fx.Node) -> set[fx.Node]:
+        found, todo = {value}, [value]
+        while todo:
+            node = todo.pop()
+            near = [a for a in node.all_input_nodes if self._may_alias(node)] + [
+                u for u in node.users if self._may_alias(u)
+            ]
+            for other in near:
+                if other not in found:
+                    found.add(other)
+                    todo.append(other)
+        return found
+
+    def _may_alias(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            foreign = not type(module).__module__.startswith("torch.nn.")
+            return foreign or isinstance(module, _VIEW_MODULES) or writes(node, module)
+        if isinstance(node.target, torch._ops.OpOverload):
+            return any(a.alias_info is not None for a in node.target._schema.arguments)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        return str(getattr(node.target, "__name__", node.target)) in _VIEWS or writes(node)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from repfx.errors import InputError
+from repfx.graph.allowed import is_computation
 
 _ENTRIES = re.compile(
     r"(archive_format|archive_version|byteorder|version|\.data/\w+|models/\w+\.json"
@@ -97,10 +98,21 @@ def _in_json(value: Any, key: str) -> Iterator[str]:
     elif key == "use_pickle" and value:
         yield "holds pickled tensors"
     elif isinstance(value, str):
-        if key in ("expr_str", "guards_code") and not _is_arithmetic(value):
+        if key in ("expr_str", "guards_code") and not (_is_arithmetic(value) or _is_symbol(value)):
             yield f"holds the expression {value[:60]!r}"
-        elif key == "target" and not _TARGETS.fullmatch(value):
+        elif key == "target" and not (_TARGETS.fullmatch(value) and _computes(value)):
             yield f"calls {value[:60]!r}"
+        elif (key == "name" or key.endswith("_name")) and not re.fullmatch(r"[\w.]*", value):
+            yield f"holds the name {value[:60]!r}"
+
+
+def _computes(target: str) -> bool:
+    """Whether an aten operator computes from tensors; other targets are arithmetic by their pattern."""
+    if not target.startswith("torch.ops.aten."):
+        return True
+    op, _, overload = target.removeprefix("torch.ops.aten.").partition(".")
+    found = getattr(getattr(torch.ops.aten, op, None), overload or "default", None)
+    return is_computation(found)
 
 
 def _is_arithmetic(text: str) -> bool:
@@ -112,13 +124,19 @@ def _is_arithmetic(text: str) -> bool:
     return _plain(tree)
 
 
+def _is_symbol(text: str) -> bool:
+    return bool(re.fullmatch(r"Symbol\('[su]\d+'(, \w+=(True|False))*\)", text))
+
+
 def _plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return isinstance(node.value, (int, float, bool, str)) or node.value is None
+        return isinstance(node.value, (int, float, bool))  # no text: torch would evaluate it as an expression again
     if isinstance(node, ast.Name):
         return bool(_NAMES.fullmatch(node.id))
     if isinstance(node, ast.Attribute):
         return node.attr in _READS and _plain(node.value)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        return isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value.isidentifier()
     if isinstance(node, ast.Call):
         known = isinstance(node.func, ast.Name) and node.func.id in _CALLS
         method = isinstance(node.func, ast.Attribute) and _plain(node.func)

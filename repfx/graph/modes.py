@@ -25,14 +25,21 @@ class TrainOnly(nn.Module):
         return self.inner(x, *args, **kwargs) if self.training else x
 
 
-class ModeFlag:
-    """Stands for `self.training` while a model is traced: an `if` on it takes the branch of `value` and is noted, and
-    an argument made of it becomes a `Mode` node."""
+class Asked:
+    """What a trace answers to `if self.training`, and how often it was asked."""
 
-    def __init__(self, value: bool = False) -> None:
+    def __init__(self, value: bool) -> None:
         self.value = value
-        self.asked = 0
+        self.times = 0
+
+
+class ModeFlag:
+    """Stands for the `training` of one module while a model is traced: an `if` on it takes the branch of `asked` and is
+    noted, and an argument made of it becomes a `Mode` node that reads that module's flag."""
+
+    def __init__(self, asked: Asked, owner: nn.Module) -> None:
+        self.asked, self.owner = asked, owner
 
     def __bool__(self) -> bool:
-        self.asked += 1
-        return self.value
+        self.asked.times += 1
+        return self.asked.value

@@ -79,7 +79,7 @@ def of_module(c: Constants, path: str, m: nn.Module, args: tuple[Any, ...], kwar
         return Opaque()
     for base in type(m).__mro__:
         if base in MODULES:
-            if type(m).forward is not base.forward:
+            if type(m).forward is not base.forward or "forward" in m.__dict__:
                 return Opaque("its class overrides the forward of a known layer")
             if m._forward_hooks or m._forward_pre_hooks:
                 return Opaque("it has forward hooks", "remove the hooks")

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor, fx, nn
 
 
-class Ranks(nn.Module):
-    """Runs a GraphModule and notes the number of dimensions of each value on its node."""
+class Noting(nn.Module):
+    """Runs a GraphModule and notes on each node the value's dtype and, where the input is `sure`, number of dimensions."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, sure: bool) -> None:
         super().__init__()
-        self.graph_module = graph_module
+        self.graph_module, self.sure = graph_module, sure
 
     def forward(self, *args: Any) -> Any:
         class Interpreter(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if isinstance(result, Tensor):
-                    n.meta["rank"] = result.dim()
+                    n.meta["dtype"] = result.dtype
+                    if sure:
+                        n.meta["rank"] = result.dim()
                 return result
 
+        sure = self.sure
         return Interpreter(self.graph_module).run(*args)
 
 

@@ -30,6 +30,8 @@ def convolution(
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
     shape = c.tensor(weight).shape
+    if c.tensor(weight).is_complex():
+        return Opaque("its weight is complex")
     n = len(shape) - 2
     strides, dilations = _tuple(stride, n), _tuple(dilation, n)
     taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))

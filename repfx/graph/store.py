@@ -6,6 +6,7 @@ Only what `repfx.graph.allowed` lists can come back. Everything else in a file i
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import os
 import re
@@ -100,7 +101,7 @@ def _encode_module(
         out["graph"] = _encode_graph(module.graph)
         out["name"] = type(module).__name__
     elif type(module) is not nn.Module:
-        attributes = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL}
+        attributes = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k != "meta"}
         out["attributes"] = {k: _encode(v, f"{path}.{k}") for k, v in attributes.items() if not isinstance(v, Tensor)}
     plain = {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)}
     out["plain"] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in plain.items()}
@@ -175,11 +176,13 @@ def _decode_graph(nodes: list[Any]) -> fx.Graph:
             target = function_named(target)
         elif op == "call_method" and target not in methods():
             raise ValueError(f"method {target!r} is not allowed")
-        elif op in ("placeholder", "output") and not str(target).isidentifier():
+        elif op in ("placeholder", "output") and not _is_name(target):
             raise ValueError(f"{target!r} is not an identifier")
         elif op in ("call_module", "get_attr") and not _PATH.fullmatch(target):
             raise ValueError(f"{target!r} is not a path")
         decoded_args, decoded_kwargs = _decode(args, made), _decode(kwargs, made)
+        if not all(_is_name(key) for key in decoded_kwargs):
+            raise ValueError("an argument's name is not an identifier")
         if target is getattr and decoded_args[1] not in READABLE:
             raise ValueError(f"attribute {decoded_args[1]!r} is not allowed")
         made[name] = graph.create_node(op, target, decoded_args, decoded_kwargs, name=name)
@@ -243,6 +246,11 @@ def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
     return simple[kind](data)
 
 
+def _is_name(text: Any) -> bool:
+    """Whether a text may stand in generated code as a name."""
+    return isinstance(text, str) and text.isidentifier() and not keyword.iskeyword(text)
+
+
 def _safe_name(data: dict[str, Any]) -> str:
     name = str(data.get("name", "GraphModule"))
-    return name if name.isidentifier() else "GraphModule"
+    return name if _is_name(name) else "GraphModule"

@@ -22,39 +22,12 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _NormBase
 
 from repfx.errors import Declined
-from repfx.graph.modes import Mode, ModeFlag, TrainOnly
+from repfx.graph.effects import writes_by_name
+from repfx.graph.modes import Asked, Mode, ModeFlag, TrainOnly
+from repfx.graph.proxies import ConstantProxy, Value
 
 MODE = "_mode"
 BRANCHES = "its forward branches on self.training"
-
-
-class ConstantProxy(fx.Proxy):
-    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and type it really has."""
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.value = value
-
-    shape = property(lambda self: self.value.shape)
-    ndim = property(lambda self: self.value.ndim)
-    dtype = property(lambda self: self.value.dtype)
-    device = property(lambda self: self.value.device)
-    requires_grad = property(lambda self: self.value.requires_grad)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.value.size() if dim is None else self.value.size(dim)
-
-    def dim(self) -> int:
-        return self.value.dim()
-
-    def numel(self) -> int:
-        return self.value.numel()
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def __repr__(self) -> str:
-        return f"ConstantProxy({self.node.name}, {tuple(self.value.shape)})"
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -78,10 +51,12 @@ class Tracer(fx.Tracer):
         self.opaque: dict[str, Declined] = {}
         self.train_only: set[str] = set()
         self.plain_norms: set[str] = set()
-        self.flag = ModeFlag(training)
+        self.asked = Asked(training)
+        self.modes: dict[str, fx.Node] = {}
         self.stack: list[nn.Module] = []
         self.names: dict[int, str] = {}
         self.constants: dict[str, ConstantProxy] = {}
+        self.norm_asked = 0
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         modules = list(root.modules())
@@ -91,11 +66,11 @@ class Tracer(fx.Tracer):
         try:
             for m in modules:
                 if not is_leaf(m):
-                    m.__dict__["training"] = False if isinstance(m, _NormBase) else self.flag
+                    m.__dict__["training"] = ModeFlag(self.asked, m)
             self.stack = [root]
-            asked = self.flag.asked
-            graph = super().trace(root)
-            self.branches = self.flag.asked > asked
+            with torch.random.fork_rng(devices=[]):
+                graph = super().trace(root)
+            self.branches = self.asked.times > 0
             return graph
         finally:
             for m, training in kept:
@@ -108,6 +83,8 @@ class Tracer(fx.Tracer):
         """Placeholders for the arguments without defaults, and for those of the example."""
         args: list[Any] = [self.root]
         for p in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if p.kind is p.VAR_POSITIONAL and len(args) == 1:
+                raise TraceError("its forward takes any number of arguments")
             if p.kind is p.VAR_KEYWORD or p.kind is p.VAR_POSITIONAL:
                 continue
             if p.kind is p.KEYWORD_ONLY and p.default is p.empty:
@@ -115,7 +92,12 @@ class Tracer(fx.Tracer):
             wanted = p.default is p.empty or p.name in self.example_names
             if p.kind is not p.KEYWORD_ONLY:
                 args.append(self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default)
+        if not any(isinstance(a, fx.Proxy) for a in args):
+            raise TraceError("its forward requires no argument; pass an example of those it is called with")
         return root_fn, args
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Value(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
@@ -128,13 +110,11 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, ModeFlag):
-            for node in self.graph.nodes:
-                if node.target == MODE:
-                    return node
-            if not hasattr(self.root, MODE):
-                self.root.add_module(MODE, Mode())
-            with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                return self.create_node("call_module", MODE, (), {})
+            path = f"{self.path_of_module(a.owner)}.{MODE}".lstrip(".")
+            if path not in self.modes:
+                with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                    self.modes[path] = self.create_node("call_module", path, (), {})
+            return self.modes[path]
         if isinstance(a, Tensor) and id(a) in self.names:
             return self.create_node("get_attr", self.names[id(a)], (), {})
         return super().create_arg(a)
@@ -142,13 +122,14 @@ class Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if target is torch._assert:
             return None
-        if target is F.batch_norm and isinstance(self.stack[-1], _NormBase):
+        if target is F.batch_norm and isinstance(self.stack[-1], _NormBase) and self._is_own_norm(args, kwargs):
             path = self.path_of_module(self.stack[-1])
             self.plain_norms.add(path)
+            self.asked.times = self.norm_asked  # its `if self.training` is the batch norm's own
             return super().create_proxy("call_module", path, (args[0] if args else kwargs["input"],), {})
         constants = _constants((args, kwargs)) if kind in ("call_function", "call_method") else None
         if constants:
-            if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
+            if writes_by_name(target, kwargs):
                 raise TraceError(f"it changes a parameter or buffer in place ({target})")
             values = fx.node.map_aggregate((args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v)
             with torch.no_grad():
@@ -169,13 +150,14 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         mark = next(iter(reversed(self.graph.nodes)), None)
-        asked, scopes = self.flag.asked, dict(self.module_stack)
+        asked, scopes = self.asked.times, dict(self.module_stack)
+        self.norm_asked = asked
         self.stack.append(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if self.flag.asked == asked:
+            if self.asked.times == asked:
                 return result
-            self.flag.asked = asked  # answered here, whatever the answer: the parents did not ask
+            self.asked.times = asked  # answered here, whatever the answer: the parents did not ask
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -192,17 +174,30 @@ class Tracer(fx.Tracer):
         self._forget_after(mark)
         return self.create_proxy("call_module", path, args, kwargs)
 
+    def _is_own_norm(self, args: Any, kwargs: Any) -> bool:
+        """Whether F.batch_norm was given the module's own state, mode and eps: then the call is the plain layer."""
+        m: Any = self.stack[-1]
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
+        for name in names[1:5]:
+            own = m._parameters.get(name, m._buffers.get(name))
+            mine = given[name].value if isinstance(given[name], ConstantProxy) else given[name]
+            if mine is not own:
+                return False
+        follows = isinstance(given.get("training"), ModeFlag) or self.asked.times > self.norm_asked
+        return follows and given["eps"] == m.eps
+
     def _same_in_training(self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any) -> bool:
         """Whether the module's forward records the same operators again where `self.training` is true."""
-        end, asked = next(iter(reversed(self.graph.nodes)), None), self.flag.asked
-        self.flag.value = True
+        end, asked = next(iter(reversed(self.graph.nodes)), None), self.asked.times
+        self.asked.value = True
         try:
             again = forward(*args, **kwargs)
             same = _signature(self.graph, mark, end, result) == _signature(self.graph, end, None, again)
         except Exception:  # the training branch cannot be traced: then it is not the same
             same = False
         finally:
-            self.flag.value, self.flag.asked = False, asked
+            self.asked.value, self.asked.times = False, asked
             self._forget_after(end)
         return same
 
@@ -210,9 +205,13 @@ class Tracer(fx.Tracer):
         for node in reversed(self.graph.nodes):
             if node is mark:
                 break
-            if node.op != "placeholder" and node.target != MODE and not node.users:
+            if node.op != "placeholder" and not is_mode(node) and not node.users:
                 self.graph.erase_node(node)
         self.constants = {name: proxy for name, proxy in self.constants.items() if not proxy.node._erased}
+
+
+def is_mode(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == MODE
 
 
 def signature(graph: fx.Graph) -> list[Any]:
@@ -231,7 +230,7 @@ def _signature(graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, re
         return repr(position.get(v, v.target if v.op == "get_attr" else v.name)) if isinstance(v, fx.Node) else v
 
     for node in graph.nodes:
-        if inside and node.target != MODE and node.op != "get_attr":
+        if inside and not is_mode(node) and node.op != "get_attr":
             position[node] = len(found)
             found.append(repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place))))
         if node is after:

@@ -14,13 +14,13 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from repfx.graph.effects import writes
+from repfx.graph.effects import Writes
 from repfx.graph.modes import Mode
 from repfx.graph.modules import of_module
 from repfx.graph.ops import Op, Opaque, Ref
 from repfx.graph.table import CALLS
 
-_RANDOM = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "dropout", "normal"}
+_RANDOM = ("rand", "dropout", "bernoulli", "poisson", "normal", "multinomial", "uniform", "exponential", "cauchy")
 
 
 class GraphView:
@@ -70,9 +70,10 @@ class GraphView:
     def is_data(self, node: fx.Node) -> bool:
         return node not in self._constants and node not in self._modes
 
-    def changed_in_place(self, node: fx.Node) -> bool:
-        """Whether a reader overwrites this value while others read it too."""
-        return len(node.users) > 1 and any(self._writes(user, node) for user in node.users)
+    @cached_property
+    def writes(self) -> Writes:
+        """The changes in place."""
+        return Writes(self.module, self.nodes, self.index)
 
     @cached_property
     def dominator(self) -> dict[fx.Node, fx.Node | None]:
@@ -95,7 +96,7 @@ class GraphView:
             self._modes.add(node)
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-            if all(n in self._constants for n in node.all_input_nodes) and name not in _RANDOM:
+            if all(n in self._constants for n in node.all_input_nodes) and not any(r in name for r in _RANDOM):
                 self._constants.add(node)
 
     def _op(self, node: fx.Node) -> Op:
@@ -126,8 +127,3 @@ class GraphView:
         with torch.no_grad():
             f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
             return f(*args, **kwargs)
-
-    def _writes(self, user: fx.Node, node: fx.Node) -> bool:
-        if not user.args or user.args[0] is not node:
-            return False
-        return writes(user, self.module.get_submodule(str(user.target)) if user.op == "call_module" else None)

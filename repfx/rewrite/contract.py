@@ -93,6 +93,10 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
     """
     if isinstance(passes, str):
         raise InputError(f"passes is a list: [{passes!r}]")
+    try:
+        passes = list(passes)
+    except TypeError:
+        raise InputError(f"passes is a list of names or passes, not {passes!r}") from None
     found = [parse(p) if isinstance(p, str) else p for p in passes]
     for p in found:
         if not isinstance(p, Pass):
@@ -130,4 +134,7 @@ def parse(spec: str) -> Pass:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value  # a bare word, as in bn=estimate
-    return cls(**options)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise InputError(f"{spec!r}: {error}") from error

@@ -27,15 +27,14 @@ def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> di
     """The geometry of each node as a map of `source`, or why it has none."""
     found: dict[fx.Node, Geometry | Inexact] = {}
     try:
-        if view.changed_in_place(source):
-            raise Inexact("its source is changed in place while others read it")
+        dtype = source.meta.get("dtype")
+        if dtype is not None and not dtype.is_floating_point:
+            raise Inexact(f"its input is {str(dtype).removeprefix('torch.')}, which a convolution does not take")
         start = source_geometry(view, source, nodes)
     except Inexact as why:
         return dict.fromkeys(nodes, why)
     for node in nodes:
         try:
-            if view.changed_in_place(node) and node is not nodes[-1]:
-                raise Inexact("a value inside it is changed in place while others read it")
             found[node] = _step(view, node, source, start, found, lambda op, g: op.geometry(g))
         except Inexact as why:
             found[node] = why

@@ -1,9 +1,10 @@
 """merge_regions: which stretches of a model to merge, decided by multiply-accumulates before any weight is read.
 
 A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is exact, or what it was.
-The cut with the fewest multiply-accumulates wins, then the one that leaves the fewest operators:
+The cut with the fewest multiply-accumulates wins, then the one that leaves the fewest operators, then the one that takes
+out the fewest identities, since those are dropout in training:
 
-    best(i) = min over j > i of  cost(i, j) + best(j),    cost(i, j) = (MACs(merged) + MACs(kept), operators left)
+    best(i) = min over j > i of  cost(i, j) + best(j),    cost(i, j) = (MACs(merged) + MACs(kept), operators left, ...)
 
 so a block merges as a whole where that pays, and its inner blocks do where it does not.
 """
@@ -25,7 +26,7 @@ from repfx.graph.regions import Region, Run, describe, is_linear, region_of, run
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import geometries
 
-Cost = tuple[Fraction, int]
+Cost = tuple[Fraction, int, int]  # MACs, operators left, identities (such as dropout) taken out
 Accept = Callable[[list[Op]], bool]
 
 
@@ -81,8 +82,8 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
     n = len(run.steps)
     nodes = [node for step in run.steps for node in step]
     rates = _rates(view, run.ends[0], nodes)
-    alone: list[Cost] = [(_macs(view, step, rates), len(step)) for step in run.steps]
-    best: list[tuple[Cost, int, Merge | None]] = [((Fraction(0), 0), n, None)]
+    alone: list[Cost] = [(_macs(view, step, rates), _count(view, step), 0) for step in run.steps]
+    best: list[tuple[Cost, int, Merge | None]] = [((Fraction(0), 0, 0), n, None)]
     known: list[dict[fx.Node, Geometry | Inexact]] = []
     for i in reversed(range(n)):
         after = tuple(node for step in run.steps[i:] for node in step)
@@ -90,12 +91,14 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
         choices: list[tuple[Cost, int, Merge | None]] = []
         for j in range(n, i, -1):
             stretch = tuple(node for step in run.steps[i:j] for node in step)
+            if view.writes.disturb(run.ends[i], stretch):
+                known[0][run.ends[j]] = Inexact("a value in it is changed in place between its readers")
             offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept)
             rest = best[j - i - 1][0]
             if offer is not None:
-                choices.append(((offer[0][0] + rest[0], offer[0][1] + rest[1]), j, offer[1]))
+                choices.append((_plus(offer[0], rest), j, offer[1]))
             elif j == i + 1:
-                choices.append(((alone[i][0] + rest[0], alone[i][1] + rest[1]), j, None))
+                choices.append((_plus(alone[i], rest), j, None))
         best.insert(0, min(choices, key=lambda c: c[0]))  # the first of equals is the longest
     i, parts = 0, []
     while i < n:
@@ -137,12 +140,22 @@ def _offer(
     left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0)
     before = _macs(view, removed, rates)
     merged = geometry.macs * rates[source]
-    if left >= len(removed) or merged > before:
+    if left >= _count(view, removed) or merged > before:
         return None
     kept = _macs(view, tuple(region.kept), rates)
     per_source = before / rates[source]
     merge = Merge(region, geometry, per_source, sum(op.params for op in ops if not isinstance(op, Opaque)))
-    return (merged + kept, left + len(region.kept)), merge
+    work = _count(view, removed)
+    return (merged + kept, left + _count(view, tuple(region.kept)), len(removed) - work), merge
+
+
+def _count(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
+    """Operators that do something in eval mode."""
+    return sum(view.ops[node].kind != "identity" for node in nodes)  # type: ignore[union-attr]
+
+
+def _plus(a: Cost, b: Cost) -> Cost:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
 
 
 def _rates(view: GraphView, source: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, Fraction]:

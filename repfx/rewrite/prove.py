@@ -40,7 +40,8 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
                 seen: list[float] = []
                 _run(view, region, x, fetch, twins, seen)
                 largest = max(seen) or 1.0
-            worst = max(worst, off / largest if largest else off)
+            relative = off / largest if largest else off
+            worst = max(worst, relative) if relative == relative else float("inf")
     if not worst <= TOLERANCE[torch.float64]:
         raise CheckError(f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this is a bug of repfx")
     return worst

@@ -49,9 +49,9 @@ def rewrite(model: Any, passes: Iterable[str | Pass], example: Any, target: str)
         report = _rewrite(captured, ordered, formats)
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
-    if isinstance(model, nn.Module):
-        own_tensors(captured.model, model)
-    captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
+    own_tensors(captured.model, model)
+    if not isinstance(getattr(captured.model, "meta", None), nn.Module):  # unless a child of the model has that name
+        captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
     return captured.model, report
 
 

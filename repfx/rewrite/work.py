@@ -61,7 +61,8 @@ class Work:
         kernel = kernel_of(view, region, fetch)
         error = prove(view, region, kernel, fetch)
         if key not in made:
-            made[key] = layer_of(kernel, view.tensor(names.weight(merge)).dtype)
+            made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
+            made[key].train(self.module.training)
         return made[key], error, key
 
     def _apply(
@@ -153,7 +154,8 @@ class _Names:
         main = self.main(merges[0])
         if main.op == "call_module":
             path = str(main.target)
-            if all(n in removed for n in self.calls[path]):
+            reads = [n for n in self.view.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")]
+            if all(n in removed for n in self.calls[path]) and all(u in removed for n in reads for u in n.users):
                 return path
             return free_path(self.module, f"{path}_merged")
         weight = self.weight_of(main)

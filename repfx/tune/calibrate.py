@@ -25,6 +25,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches is an iterable of inputs, not {batches!r}")
     quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
     acts = {name: m for name, m in quants.items() if not m.of_weight}
     if not acts:

@@ -1,0 +1,57 @@
+"""The proxies of a trace: values that depend on the input, and constants that do not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+
+class Value(fx.Proxy):
+    """A proxy that records `x += y` as the change in place that it is, where fx would record `x = x + y`."""
+
+    def _in_place(self, f: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", f, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+
+class ConstantProxy(Value):
+    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and type it really has."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    shape = property(lambda self: self.value.shape)
+    ndim = property(lambda self: self.value.ndim)
+    dtype = property(lambda self: self.value.dtype)
+    device = property(lambda self: self.value.device)
+    requires_grad = property(lambda self: self.value.requires_grad)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.value.size() if dim is None else self.value.size(dim)
+
+    def dim(self) -> int:
+        return self.value.dim()
+
+    def numel(self) -> int:
+        return self.value.numel()
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __repr__(self) -> str:
+        return f"ConstantProxy({self.node.name}, {tuple(self.value.shape)})"
