@@ -221,7 +221,7 @@ def test_bad_models_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1))
     with torch.no_grad():
         model[0].weight[0] = float("nan")
-    with pytest.raises(repfx.InputError, match="0.weight holds NaN"):
+    with pytest.raises(repfx.InputError, match=r"0\.weight holds NaN"):
         repfx.transform(model, ["fuse"])
     with pytest.raises(repfx.InputError, match="no convolution and no linear"):
         repfx.transform(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), ["fuse"])
@@ -235,5 +235,5 @@ def test_bad_models_are_refused() -> None:
         repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bits=0)"])
     with pytest.raises(repfx.InputError, match="unknown target 'tpu'"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], target="tpu")
-    with pytest.raises(repfx.InputError, match="nn.Module"):
+    with pytest.raises(repfx.InputError, match=r"nn\.Module"):
         repfx.transform("model.pt", ["fuse"])

@@ -47,10 +47,12 @@ class Writes:
         self.index = index
         self.module = module
         self.of: dict[fx.Node, list[fx.Node]] = {}
+        self.by: dict[fx.Node, set[fx.Node]] = {}
         for node in nodes:
             called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
             if writes(node, called) and node.args and isinstance(node.args[0], fx.Node):
-                for value in self._aliases(node.args[0]):
+                self.by[node] = self._aliases(node.args[0])
+                for value in self.by[node]:
                     self.of.setdefault(value, []).append(node)
 
     def changed(self, value: fx.Node) -> bool:
@@ -73,11 +75,11 @@ class Writes:
                 wrong = any(r < at for r in readers) if value is source else any(r > at for r in readers)
                 if at < end and self._before(value, w) and wrong:
                     return True
-        for value, writers in self.of.items():
-            for w in writers:
-                if w in inside and self._before(value, w):
-                    if any(u not in inside and self.index[u] > self.index[w] for u in value.users):
-                        return True
+        for w in nodes:
+            for value in self.by.get(w, ()):
+                late = any(u not in inside and self.index[u] > self.index[w] for u in value.users)
+                if self._before(value, w) and late:
+                    return True
         return False
 
     def _before(self, value: fx.Node, writer: fx.Node) -> bool:

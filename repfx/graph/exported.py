@@ -98,7 +98,7 @@ def _in_json(value: Any, key: str) -> Iterator[str]:
     elif key == "use_pickle" and value:
         yield "holds pickled tensors"
     elif isinstance(value, str):
-        if key in ("expr_str", "guards_code") and not (_is_arithmetic(value) or _is_symbol(value)):
+        if key in ("expr_str", "guards_code") and not _is_arithmetic(value):
             yield f"holds the expression {value[:60]!r}"
         elif key == "target" and not (_TARGETS.fullmatch(value) and _computes(value)):
             yield f"calls {value[:60]!r}"
@@ -124,10 +124,6 @@ def _is_arithmetic(text: str) -> bool:
     return _plain(tree)
 
 
-def _is_symbol(text: str) -> bool:
-    return bool(re.fullmatch(r"Symbol\('[su]\d+'(, \w+=(True|False))*\)", text))
-
-
 def _plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
         return isinstance(node.value, (int, float, bool))  # no text: torch would evaluate it as an expression again
@@ -138,6 +134,10 @@ def _plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value.isidentifier()
     if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name) and node.func.id == "Symbol":
+            named = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            flags = all(isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in node.keywords)
+            return flags and len(node.args) == len(named) == 1 and bool(_NAMES.fullmatch(named[0]))
         known = isinstance(node.func, ast.Name) and node.func.id in _CALLS
         method = isinstance(node.func, ast.Attribute) and _plain(node.func)
         return (known or method) and not node.keywords and all(_plain(a) for a in node.args)
