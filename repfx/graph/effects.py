@@ -43,13 +43,13 @@ def is_dead(node: fx.Node) -> bool:
 class Writes:
     """Every change in place of a graph: for each value, the operators that change memory it may share."""
 
-    def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node], index: dict[fx.Node, int]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], nodes: Iterable[fx.Node], index: dict[fx.Node, int]) -> None:
         self.index = index
-        self.module = module
+        self.modules = modules
         self.of: dict[fx.Node, list[fx.Node]] = {}
         self.by: dict[fx.Node, set[fx.Node]] = {}
         for node in nodes:
-            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            called = modules[str(node.target)] if node.op == "call_module" else None
             if writes(node, called) and node.args and isinstance(node.args[0], fx.Node):
                 self.by[node] = self._aliases(node.args[0])
                 for value in self.by[node]:
@@ -101,7 +101,7 @@ class Writes:
 
     def _may_alias(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            module = self.module.get_submodule(str(node.target))
+            module = self.modules[str(node.target)]
             foreign = not type(module).__module__.startswith("torch.nn.")
             return foreign or isinstance(module, _VIEW_MODULES) or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):

@@ -35,7 +35,7 @@ def non_negative(view: GraphView, node: fx.Node) -> bool:
         at = todo.pop()
         target: Any = at.target
         if at.op == "call_module":
-            target = type(view.module.get_submodule(str(at.target)))
+            target = type(view.modules[str(at.target)])
         op = view.ops[at]
         if target in _NON_NEGATIVE:
             continue

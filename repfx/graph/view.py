@@ -28,6 +28,7 @@ class GraphView:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
+        self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self._tensors: dict[Ref, Tensor] = {}
@@ -73,7 +74,7 @@ class GraphView:
     @cached_property
     def writes(self) -> Writes:
         """The changes in place."""
-        return Writes(self.module, self.nodes, self.index)
+        return Writes(self.modules, self.nodes, self.index)
 
     @cached_property
     def dominator(self) -> dict[fx.Node, fx.Node | None]:
@@ -92,7 +93,7 @@ class GraphView:
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":
             self._constants.add(node)
-        elif node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), Mode):
+        elif node.op == "call_module" and isinstance(self.modules[str(node.target)], Mode):
             self._modes.add(node)
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
@@ -104,7 +105,7 @@ class GraphView:
             return Opaque()
         if node.op == "call_module":
             path = str(node.target)
-            return of_module(self, path, self.module.get_submodule(path), node.args, node.kwargs)
+            return of_module(self, path, self.modules[path], node.args, node.kwargs)
         rule = CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
         if rule is None:
             return Opaque()

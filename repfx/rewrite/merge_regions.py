@@ -106,7 +106,7 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
         parts.append((i, j))
         if merge is not None:
             yield merge
-        elif isinstance(why := known[i][run.ends[j]], Inexact):
+        elif alone[i][0] and isinstance(why := known[i][run.ends[j]], Inexact):
             declined.setdefault(view.name(run.ends[j]), Declined(view.name(run.ends[j]), why.reason, why.cure))
         i = j
     for (i, j), (_, k) in pairwise(parts):

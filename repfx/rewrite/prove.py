@@ -81,7 +81,7 @@ def _run(
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
         if node.op == "call_module":
             if node not in twins:
-                twins[node] = _twin(view.module.get_submodule(str(node.target)), x)
+                twins[node] = _twin(view.modules[str(node.target)], x)
             values[node] = twins[node](*args, **kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
