@@ -90,9 +90,9 @@ class Writes:
         found, todo = {value}, [value]
         while todo:
             node = todo.pop()
-            near = [a for a in node.all_input_nodes if self._may_alias(node)] + [
-                u for u in node.users if self._may_alias(u)
-            ]
+            near = [u for u in node.users if u.args and u.args[0] is node and self._may_alias(u)]
+            if self._may_alias(node) and node.args and isinstance(node.args[0], fx.Node):
+                near.append(node.args[0])
             for other in near:
                 if other not in found:
                     found.add(other)

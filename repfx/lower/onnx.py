@@ -207,7 +207,8 @@ def _constant(module: fx.GraphModule, node: Any) -> Tensor:
 
 
 def _name_codes(proto: onnx.ModelProto) -> None:
-    """Names each quantizer's codes after the quantizer: conv1.input_quant.codes."""
+    """Names each quantizer's codes after the quantizer (conv1.input_quant.codes) and drops the exporter's notes, which
+    hold stack traces with paths of the machine."""
     renamed: dict[str, str] = {}
     for node in proto.graph.node:
         for entry in node.metadata_props:
@@ -219,5 +220,9 @@ def _name_codes(proto: onnx.ModelProto) -> None:
         for names in (node.input, node.output):
             for i, name in enumerate(names):
                 names[i] = renamed.get(name, name)
+        del node.metadata_props[:]
+        node.doc_string = ""
     for info in proto.graph.value_info:
         info.name = renamed.get(info.name, info.name)
+    for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
+        del entry.metadata_props[:]

@@ -67,7 +67,7 @@ def _run(
     seen: list[float] | None = None,
 ) -> Tensor:
     """The region's output on x; `seen` collects the largest magnitude of each value on the way."""
-    values: dict[fx.Node, Any] = {region.source: x}
+    values: dict[fx.Node, Any] = {region.source: x.clone()}  # a change in place must not reach the input
 
     def value(v: Any) -> Any:
         if not isinstance(v, fx.Node):

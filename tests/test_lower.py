@@ -1,0 +1,144 @@
+"""Lowering: valid ONNX, integer constants, the same codes as torch, and nothing half-written."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import RepVGGBlock
+from repfx.lower.parity import run_onnx
+from repfx.testing import randomise
+
+
+def net() -> nn.Module:
+    """Plain, grouped, depthwise and strided convolutions, a skip, a gate and a linear."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = RepVGGBlock(3, 16)
+            self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16))
+            self.point = nn.Conv2d(16, 16, 1, bias=False)
+            self.down = RepVGGBlock(16, 32, stride=2, groups=4)
+            self.gate = nn.Conv2d(32, 32, 1)
+            self.head = nn.Linear(32, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = self.down(x + torch.nn.functional.silu(self.point(torch.relu(self.depthwise(x)))))
+            x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+            return self.head(x.mean((2, 3)))
+
+    return randomise(Net().eval())
+
+
+def pictures(n: int = 8) -> Tensor:
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(target: str, spec: str = "ptq") -> nn.Module:
+    return repfx.calibrate(repfx.transform(net(), [spec], target=target), [pictures()])
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
+def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
+    model = quantized(target)
+    artifact = repfx.lower(model, tmp_path / "model.onnx", example=pictures(), target=target)
+    parity = artifact.parity
+    assert len(parity.quantizers) == 6 and parity.codes > 50_000
+    assert all(q.largest <= 1 for q in parity.quantizers.values())
+    assert parity.different <= 5, str(parity)  # rounding ties
+    assert parity.sqnr > 30
+    assert "codes differ by one" in str(parity)
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    repfx.lower(quantized("tensorrt"), path, example=pictures())
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    made = {o: n for n in proto.graph.node for o in n.output}
+    constants = {t.name: t for t in proto.graph.initializer}
+    weighted = [n for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(weighted) == 6
+    for node in weighted:
+        activation, weight = (made[node.input[i]] for i in (0, 1))
+        while weight.op_type == "Transpose":
+            weight = made[weight.input[0]]
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert made[activation.input[0]].op_type == "QuantizeLinear"
+        codes = constants[weight.input[0]]
+        assert codes.data_type == onnx.TensorProto.INT8
+        values = onnx.numpy_helper.to_array(codes)
+        assert values.min() >= -127 and values.max() == 127
+        if len(node.input) > 2:
+            assert constants[node.input[2]].data_type == onnx.TensorProto.FLOAT
+    zeros = [onnx.numpy_helper.to_array(constants[n.input[2]]) for n in made.values() if "Quantize" in n.op_type]
+    assert all((z == 0).all() for z in zeros)
+    assert {n.op_type for n in proto.graph.node} & {"BatchNormalization", "QLinearConv", "Clip"} == set()
+
+
+def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = quantized("onnxruntime")
+    repfx.lower(model, path, example=pictures(1), target="onnxruntime")
+    for n in (1, 3, 8):
+        (got,) = run_onnx(onnx.load(path), (pictures(n),))
+        assert repfx.rewrite.verify.difference(model.eval()(pictures(n)), got).sqnr > 30
+
+
+def test_a_float_model_lowers_too(tmp_path: Path) -> None:
+    artifact = repfx.lower(repfx.transform(net(), ["fuse"]), tmp_path / "f.onnx", example=pictures())
+    assert not artifact.parity.quantizers and artifact.parity.output.relative < 1e-5
+    int8 = repfx.lower(quantized("tensorrt"), tmp_path / "q.onnx", example=pictures())
+    ops = {n.op_type for n in onnx.load(artifact.onnx).graph.node}
+    assert "QuantizeLinear" not in ops and int8.onnx.stat().st_size < artifact.onnx.stat().st_size
+
+
+def test_narrow_weights_lower_as_int8_constants(tmp_path: Path) -> None:
+    model = quantized("tensorrt", "ptq(bits=8, weight_bits=4)")
+    artifact = repfx.lower(model, tmp_path / "w4.onnx", example=pictures())
+    assert artifact.parity.different <= 5
+
+
+def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    raw = repfx.transform(net(), ["ptq"])
+    with pytest.raises(repfx.InputError, match=r"6 quantizers are not calibrated \(stem.*run repfx.calibrate"):
+        repfx.lower(raw, path, example=pictures())
+    with pytest.raises(repfx.InputError, match="rounds activations to 6 bits"):
+        repfx.lower(quantized("tensorrt", "ptq(bits=6)"), path, example=pictures())
+    with pytest.raises(repfx.InputError, match="is unsigned, which tensorrt does not run"):
+        repfx.lower(quantized("onnxruntime"), path, example=pictures())
+    with pytest.raises(repfx.InputError, match="does not accept the example"):
+        repfx.lower(quantized("tensorrt"), path, example=torch.zeros(2, 5, 8, 8))
+    with pytest.raises(repfx.InputError, match="unknown target"):
+        repfx.lower(quantized("tensorrt"), path, example=pictures(), target="coreml")
+    with pytest.raises(repfx.InputError, match="cannot write"):
+        repfx.lower(quantized("tensorrt"), tmp_path / "no" / "folder.onnx", example=pictures())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight code off by one must not pass for rounding."""
+    lowering = importlib.import_module("repfx.lower.onnx")
+    real = lowering._export
+
+    def off_by_one(*args):
+        proto = real(*args)
+        weight = next(t for t in proto.graph.initializer if t.name.endswith("stem.conv3.weight_quant.codes"))
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values[0, 0, 1, 1] -= 1
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        return proto
+
+    monkeypatch.setattr(lowering, "_export", off_by_one)
+    with pytest.raises(repfx.CheckError, match="does not compute what the model computes"):
+        repfx.lower(quantized("tensorrt"), tmp_path / "model.onnx", example=pictures())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,209 @@
+"""Grids, ranges and calibration."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import RepVGGBlock
+from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
+from repfx.testing import assert_same, randomise
+
+
+def error(v: Tensor, scale: Tensor, grid: Grid, power: float) -> float:
+    return float((grid.quantize(v, scale) - v).abs().pow(power).sum())
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(8, signed=False), Grid(2), Grid(8, full=True)], ids=str)
+def test_codes_stay_in_range_and_quantizing_is_idempotent(grid: Grid) -> None:
+    v, scale = torch.randn(1000) * 3, torch.tensor(0.037)
+    codes = grid.codes(v, scale)
+    assert codes.min() >= grid.low and codes.max() <= grid.high
+    assert torch.equal(codes, codes.round())
+    q = grid.quantize(v, scale)
+    assert torch.allclose(q, codes * scale, atol=1e-6)
+    assert torch.equal(grid.codes(q, scale), codes)
+
+
+def test_the_straight_through_gradient_is_one_inside_and_zero_outside() -> None:
+    grid, scale = Grid(4), torch.tensor(0.5)
+    v = torch.tensor([-10.0, -1.3, 0.2, 3.4, 3.6, 9.0], requires_grad=True)
+    grid.quantize(v, scale).sum().backward()
+    assert v.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_ties_round_to_even() -> None:
+    assert Grid(8).codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0)).tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "power"), [("mse", 2.0), ("mae", 1.0)])
+def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, signed: bool, bits: int) -> None:
+    """The histogram's choice has at most 1 % more error than the best of 2000 scales tried on the values themselves."""
+    generator = torch.Generator().manual_seed(bits)
+    grid = Grid(bits, signed)
+    v = torch.randn(40000, generator=generator) * torch.rand(40000, generator=generator)
+    v = v if signed else v.relu()
+    observer = Observer(grid)
+    for part in v.split([100, 1000, 8900, 30000]):
+        observer.see(part)
+    top = v.abs().max() / grid.high
+    best = min(error(v, top * i / 2000, grid, power) for i in range(20, 2001, 4))
+    assert error(v, observer.scale(method), grid, power) <= 1.01 * best
+    assert torch.isclose(observer.scale("max"), top)
+
+
+def test_percentile_clips_the_share_it_says() -> None:
+    grid, v = Grid(8), torch.randn(200000, generator=torch.Generator().manual_seed(0))
+    observer = Observer(grid)
+    observer.see(v)
+    clip = observer.scale("percentile") * grid.high
+    assert 0.5e-4 < float((v.abs() > clip).float().mean()) < 1.5e-4
+    relu = Observer(Grid(8, signed=False))
+    relu.see(v.relu())  # half zeros: they count among the values
+    clip = relu.scale("percentile") * 255
+    assert 0.5e-4 < float((v > clip).float().mean()) < 1.5e-4
+
+
+def test_entropy_clips_outliers_and_keeps_a_uniform_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(100000, generator=generator).relu()
+    v[:100] *= 50
+    outliers = Observer(Grid(6, signed=False))
+    outliers.see(v)
+    assert outliers.scale("entropy") < 0.3 * outliers.scale("max")
+    uniform = Observer(Grid(6, signed=False))
+    uniform.see(torch.rand(100000, generator=generator))
+    assert uniform.scale("entropy") > 0.9 * uniform.scale("max")
+
+
+def test_mae_clips_at_least_as_hard_as_mse() -> None:
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(100000, generator=generator).relu()
+    v[:100] *= 50
+    observer = Observer(Grid(6, signed=False))
+    observer.see(v)
+    assert observer.scale("mae") <= observer.scale("mse") < observer.scale("max")
+
+
+def test_search_per_channel_beats_the_largest_value() -> None:
+    w = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    grid = Grid(4, axis=0)
+    best, largest = search_scale(w, grid, 2.0), grid.amax(w) / grid.high
+    assert best.shape == (8,) and error(w, best, grid, 2.0) < error(w, largest, grid, 2.0)
+    one = torch.stack([search_scale(row, Grid(4), 2.0) for row in w])
+    assert torch.allclose(best, one)
+
+
+def model() -> nn.Module:
+    net = nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return randomise(net.eval())
+
+
+def pictures(n: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 12, 12, generator=generator) for _ in range(n)]
+
+
+def test_ptq_adds_quantizers_and_keeps_every_key() -> None:
+    fused = repfx.transform(model(), ["fuse"])
+    quantized = repfx.transform(model(), ["ptq"])
+    keys = set(quantized.state_dict())
+    assert set(fused.state_dict()) <= keys
+    extra = {k.rpartition(".")[0].rpartition(".")[2] for k in keys - set(fused.state_dict())}
+    assert extra == {"input_quant", "weight_quant"}
+    assert len(keys - set(fused.state_dict())) == 6
+    assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"]).meta["repfx"].results)
+
+
+def test_uncalibrated_activations_pass_through() -> None:
+    net = model()
+    assert repfx.verify(net, repfx.transform(net, ["ptq(weight_bits=16)"]), pictures()[0]).sqnr > 80
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_bits_are_close(method: str) -> None:
+    net = model()
+    quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), pictures(), method=method)
+    assert repfx.verify(net, quantized, pictures()[0]).sqnr > 28
+    narrow = repfx.calibrate(repfx.transform(net, ["ptq(bits=4)"]), pictures(), method=method)
+    assert repfx.verify(net, narrow, pictures()[0]).sqnr < repfx.verify(net, quantized, pictures()[0]).sqnr
+
+
+def test_targets_choose_number_formats() -> None:
+    signs = {}
+    for target in ("tensorrt", "onnxruntime"):
+        quantized = repfx.transform(model(), ["ptq"], target=target)
+        signs[target] = [m.grid.signed for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight]
+    assert signs["tensorrt"] == [True, True, True]
+    assert signs["onnxruntime"] == [True, False, False]  # the input may be negative, what follows a ReLU may not
+
+
+def test_layers_that_read_one_value_share_its_quantizer() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(x)) + torch.relu(self.b(x))
+
+    quantized = repfx.transform(Two(), ["ptq"])
+    assert sum(isinstance(m, FakeQuant) and not m.of_weight for m in quantized.modules()) == 1
+
+
+def test_fake_quant_computes_what_it_says() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), nn.ReLU())
+    quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), pictures(1))
+    x = pictures(1)[0]
+    inputs, weights = quantized.get_submodule("0.input_quant"), quantized.get_submodule("0.weight_quant")
+    assert torch.isclose(inputs.scale, x.abs().max() / 127)
+    assert torch.allclose(weights.scale, net[0].weight.abs().amax((1, 2, 3)) / 127)
+    by_hand = torch.nn.functional.pad(inputs.codes(x) * inputs.scale, (1, 1, 1, 1), "reflect")
+    codes = weights.codes(net[0].weight) * weights.scale.reshape(-1, 1, 1, 1)
+    want = torch.relu(torch.nn.functional.conv2d(by_hand, codes, net[0].bias, 2))
+    assert torch.allclose(quantized.eval()(x), want, atol=1e-5)
+
+
+def test_memory_is_flat_in_the_number_of_batches() -> None:
+    def peak(batches: int) -> int:
+        quantized = repfx.transform(model(), ["ptq"])
+        tracemalloc.start()
+        repfx.calibrate(quantized, (torch.randn(4, 3, 12, 12) for _ in range(batches)))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        held = sum(m.observer is not None for m in quantized.modules() if isinstance(m, FakeQuant))
+        assert held == 0
+        return found
+
+    peak(2)
+    assert peak(64) < 1.2 * peak(4) + 100_000
+
+
+def test_calibration_refuses_what_it_cannot_use() -> None:
+    quantized = repfx.transform(model(), ["ptq"])
+    with pytest.raises(repfx.InputError, match=r"unknown method 'mad'; choose one of: entropy, mae"):
+        repfx.calibrate(quantized, pictures(), method="mad")
+    with pytest.raises(repfx.InputError, match="calibration set is empty"):
+        repfx.calibrate(quantized, [])
+    with pytest.raises(repfx.InputError, match="does not take a calibration batch of shape"):
+        repfx.calibrate(quantized, [torch.zeros(1, 4, 8, 8)])
+    with pytest.raises(repfx.InputError, match="NaN"):
+        repfx.calibrate(quantized, [torch.full((1, 3, 8, 8), float("nan"))])
+    with pytest.raises(repfx.InputError, match="no quantizers"):
+        repfx.calibrate(model(), pictures())
+    assert not any(m.calibrated for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight)
+    assert repfx.verify(quantized, repfx.transform(quantized, []), pictures()[0]).max_abs == 0
+
+
+def test_scales_travel_by_state_dict() -> None:
+    net = model()
+    quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), pictures())
+    other = repfx.transform(net, ["ptq"])
+    other.load_state_dict(quantized.state_dict())
+    assert_same(quantized, other, pictures()[0], 0.0)
