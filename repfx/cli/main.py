@@ -124,7 +124,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(argv, standalone_mode=False)
+        code = app(argv, standalone_mode=False)
+        if code == 130:  # how typer reports Ctrl-C here
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except RepfxError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 from typing import Any
 
 import torch
@@ -66,13 +68,18 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     return [p for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
 
 
+def quiet() -> contextlib.redirect_stderr[io.StringIO]:
+    """Keeps fx from printing a traceback of generated code besides the exception that it raises."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
     """The eval output, each module's own mode restored after, the random state untouched."""
     kept = [(m, m.training) for m in model.modules()]
     for m, _ in kept:
         m.__dict__["training"] = False
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
             return model(*example)
     finally:
         for m, training in kept:

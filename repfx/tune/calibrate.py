@@ -10,6 +10,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from repfx.errors import InputError, unknown
+from repfx.graph.running import quiet
 from repfx.quant import METHODS, FakeQuant, Observer
 
 
@@ -65,11 +66,13 @@ def _feed(model: nn.Module, batch: Any, device: torch.device) -> None:
         batch = batch[0]
     try:
         if isinstance(batch, Mapping):
-            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            with quiet():
+                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         elif isinstance(batch, Tensor):
             if batch.shape[:1] == (0,):
                 raise InputError("a calibration batch is empty")
-            model(batch.to(device))
+            with quiet():
+                model(batch.to(device))
         else:
             raise InputError(f"a calibration batch is a tensor, a tuple or a dict, not a {type(batch)}")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

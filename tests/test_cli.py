@@ -1,0 +1,171 @@
+"""The command line as a person meets it: real processes, exit codes, one readable paragraph."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import repfx
+from repfx.blocks import RepVGGBlock
+
+FACTORY = """
+import torch
+from torch import nn
+from repfx.blocks import RepVGGBlock
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+def no_convs():
+    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "mynet.py").write_text(FACTORY)
+    torch.manual_seed(0)
+    model = nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    repfx.save(repfx.transform(model.eval(), []), path / "net.pt")
+    torch.save(model, path / "pickled.pt")
+    torch.save(model.state_dict(), path / "weights.pt")
+    (path / "plain.pkl").write_bytes(pickle.dumps(print))
+    (path / "cut.pt").write_bytes((path / "net.pt").read_bytes()[:-64])
+    (path / "cut_zip.pt").write_bytes((path / "pickled.pt").read_bytes()[:400])
+    with torch.no_grad():
+        model[0].conv3.weight[0] = float("nan")
+    torch.save(model.state_dict(), path / "nan.pt")
+    np.save(path / "data.npy", np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32))
+    np.save(path / "wrong.npy", np.zeros((4, 5, 8, 8), dtype=np.float32))
+    np.save(path / "empty.npy", np.zeros((0, 3, 8, 8), dtype=np.float32))
+    return path
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from repfx.cli import main; main()", *args]
+    env = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(repfx.__file__).parent.parent)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_the_whole_path(folder: Path) -> None:
+    done = run(folder, "inspect", "mynet:net")
+    assert done.returncode == 0 and "2 blocks merge" in done.stdout and "conv 3x3, 3 → 8" in done.stdout
+    done = run(folder, "transform", "mynet:net", "--weights", "weights.pt", "--passes", "fuse", "-o", "fused.pt")
+    assert done.returncode == 0 and "wrote fused.pt" in done.stdout
+    done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int8.pt", "--method", "mse")
+    assert done.returncode == 0 and "SQNR against the float model" in done.stdout
+    done = run(folder, "lower", "int8.pt", "--onnx", "--data", "data.npy", "-o", "int8.onnx")
+    assert done.returncode == 0 and "codes differ by one" in done.stdout and (folder / "int8.onnx").exists()
+    done = run(folder, "inspect", "net.pt")
+    assert done.returncode == 0
+    done = run(folder, "transform", "pickled.pt", "--trust-pickle", "-o", "trusted.pt")
+    assert done.returncode == 0 and (folder / "trusted.pt").exists()
+
+
+BAD = {
+    "missing file": (["inspect", "none.pt"], 2, "no such file: none.pt"),
+    "truncated file": (["inspect", "cut.pt"], 2, "damaged"),
+    "truncated archive": (["inspect", "cut_zip.pt"], 2, "damaged"),
+    "pickled module": (["inspect", "pickled.pt"], 2, "is a pickle: loading it would run code from it. Safe ways"),
+    "plain pickle": (["inspect", "plain.pkl"], 2, "is a pickle"),
+    "state_dict": (["inspect", "weights.pt"], 2, "is a state_dict, not a model"),
+    "NaN weights": (["inspect", "mynet:net", "--weights", "nan.pt"], 2, "0.conv3.weight holds NaN"),
+    "weights that do not fit": (["inspect", "mynet:no_convs", "--weights", "weights.pt"], 2, "does not fit"),
+    "unknown pass": (["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"], 2, "choose one of: bnfold, fuse, ptq"),
+    "unknown method": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "best"],
+        2,
+        "unknown method 'best'; choose one of: entropy, mae, max, mse, percentile",
+    ),
+    "wrong input shape": (["quantize", "net.pt", "--data", "wrong.npy", "-o", "x.pt"], 2, "(4, 5, 8, 8)"),
+    "empty calibration set": (["quantize", "net.pt", "--data", "empty.npy", "-o", "x.pt"], 2, "calibration set is empty"),
+    "no pictures": (["quantize", "net.pt", "--data", ".", "-o", "x.pt"], 2, "calibration set is empty"),
+    "unwritable output": (["transform", "net.pt", "-o", "no/x.pt"], 2, "cannot write no/x.pt"),
+    "no convolutions": (["inspect", "mynet:no_convs"], 2, "holds no convolution and no linear layer"),
+    "no such factory": (["inspect", "mynet:nett"], 2, "cannot import mynet:nett"),
+    "a factory of something else": (["inspect", "mynet:nothing"], 2, "not an nn.Module"),
+    "not calibrated": (["lower", "int8raw.pt", "--onnx", "-o", "x.onnx", "--shape", "3,16,16"], 2, "not calibrated"),
+    "lower to what": (["lower", "net.pt", "-o", "x.onnx"], 2, "--onnx"),
+    "usage": (["inspect"], 2, "Missing argument"),
+    "unknown command": (["inspekt"], 2, "No such command"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, folder: Path) -> None:
+    if name == "not calibrated":
+        repfx.save(repfx.transform(repfx.load(folder / "net.pt"), ["ptq"]), folder / "int8raw.pt")
+    args, code, text = BAD[name]
+    done = run(folder, *args)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr and "Traceback" not in done.stderr
+    assert not list(folder.glob("x.*")) and not list(folder.glob(".x.*"))
+
+
+def test_debug_shows_where(folder: Path) -> None:
+    done = run(folder, "inspect", "none.pt", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_a_missing_part_is_named(folder: Path) -> None:
+    (folder / "sklearn.py").write_text("raise ImportError('not installed')")
+    try:
+        done = run(folder, "demo", "-o", "demo")
+    finally:
+        (folder / "sklearn.py").unlink()
+    assert done.returncode == 3 and "pip install repfx[demo]" in done.stderr
+
+
+def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
+    """The process is told to stop while the file is being written: the old file stays, and nothing lies beside it."""
+    (folder / "slow.py").write_text(
+        "import time, pathlib, repfx.graph.store as store\n"
+        "def slow(tensors, path, metadata=None):\n"
+        "    pathlib.Path(path).write_bytes(b'half'); pathlib.Path('writing').touch(); time.sleep(60)\n"
+        "store.save_file = slow\n"
+        "from repfx.cli import main; main()\n"
+    )
+    (folder / "kept.pt").write_bytes(b"old")
+    env = {**os.environ, "PYTHONPATH": str(Path(repfx.__file__).parent.parent)}
+    command = [sys.executable, "slow.py", "transform", "net.pt", "-o", "kept.pt"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    for _ in range(600):
+        if (folder / "writing").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors
+    assert (folder / "kept.pt").read_bytes() == b"old" and not list(folder.glob(".kept*"))
+
+
+def test_a_folder_of_pictures(folder: Path) -> None:
+    from PIL import Image
+
+    from repfx.tune.data import Batches
+
+    pictures = folder / "pictures" / "cats"
+    pictures.mkdir(parents=True)
+    for i, size in enumerate([(20, 30), (40, 24), (16, 16)]):
+        Image.fromarray(np.full((*size, 3), 100 + i, dtype=np.uint8)).save(pictures / f"{i}.png")
+    batches = list(Batches(folder / "pictures", size=16, batch=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    assert [tuple(b.shape) for b in batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
+    assert torch.allclose(batches[1], torch.full((1, 3, 16, 16), 102 / 255 * 2 - 1), atol=1e-6)
+    (pictures / "3.png").write_bytes(b"not a picture")
+    done = run(folder, "quantize", "net.pt", "--data", "pictures", "--size", "16", "-o", "x.pt")
+    assert done.returncode == 2 and "3.png is not a readable picture" in done.stderr
