@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from repfx.graph.modes import TrainOnly
 from repfx.graph.ops import Constants, Op, Opaque
-from repfx.graph.pointwise import identity
+from repfx.graph.pointwise import identity, train_only
 from repfx.graph.spatial import avg_pool, batch_norm, convolution, linear, pad
 
 Rule = Callable[[Constants, str, Any, fx.Node], Op]
@@ -53,6 +53,10 @@ def _identity(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
     return identity(c, x)
 
 
+def _train_only(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
+    return train_only(c, x)
+
+
 MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _conv),
     nn.Linear: _linear,
@@ -68,8 +72,8 @@ MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d], _pad("reflect")),
     **dict.fromkeys([nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d], _pad("replicate")),
     **dict.fromkeys([nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d], _pad("circular")),
-    **dict.fromkeys([nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout], _identity),
-    TrainOnly: _identity,
+    nn.Identity: _identity,
+    **dict.fromkeys([nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, TrainOnly], _train_only),
 }
 
 

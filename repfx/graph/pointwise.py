@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,15 +48,22 @@ def neg(c: Constants, input: Any) -> Op:
     return _scale(c, input, -1)
 
 
-def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Op:
+def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Map:
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
         return Kernel.diagonal(g, torch.ones(g.outputs, dtype=torch.float64), None)
 
     return Map(input, "identity", pointwise, kernel)
 
 
+def train_only(c: Constants, input: Any) -> Op:
+    """The identity in eval mode and something else in training: taken out only inside a block that merges."""
+    return replace(identity(c, input), kind="dropout")
+
+
 def dropout(c: Constants, input: Any, p: float = 0.5, training: Any = True, inplace: bool = False) -> Op:
-    return identity(c, input) if training is False or c.follows_mode(training) else Opaque("dropout that is always on")
+    if training is False:
+        return identity(c, input)
+    return train_only(c, input) if c.follows_mode(training) else Opaque("dropout that is always on")
 
 
 def _scale(c: Constants, x: Any, factor: Any, power: int = 1) -> Op:

@@ -39,7 +39,7 @@ def non_negative(view: GraphView, node: fx.Node) -> bool:
         op = view.ops[at]
         if target in _NON_NEGATIVE:
             continue
-        passes = target in _KEEPS_SIGN or (isinstance(op, Map) and op.kind in ("identity", "avgpool"))
+        passes = target in _KEEPS_SIGN or (isinstance(op, Map) and op.kind in ("identity", "dropout", "avgpool"))
         sums = isinstance(op, Sum) and all(factor >= 0 for _, factor in op.terms)
         if not (passes or sums):
             return False

@@ -2,7 +2,7 @@
 
 A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is exact, or what it was.
 The cut with the fewest multiply-accumulates wins, then the one that leaves the fewest operators, then the one that takes
-out the fewest identities, since those are dropout in training:
+out the fewest dropouts, since training may go on:
 
     best(i) = min over j > i of  cost(i, j) + best(j),    cost(i, j) = (MACs(merged) + MACs(kept), operators left, ...)
 
@@ -26,7 +26,7 @@ from repfx.graph.regions import Region, Run, describe, is_linear, region_of, run
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import geometries
 
-Cost = tuple[Fraction, int, int]  # MACs, operators left, identities (such as dropout) taken out
+Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts taken out
 Accept = Callable[[list[Op]], bool]
 
 
@@ -150,8 +150,8 @@ def _offer(
 
 
 def _count(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
-    """Operators that do something in eval mode."""
-    return sum(view.ops[node].kind != "identity" for node in nodes)  # type: ignore[union-attr]
+    """Operators, but for those that only training knows."""
+    return sum(view.ops[node].kind != "dropout" for node in nodes)  # type: ignore[union-attr]
 
 
 def _plus(a: Cost, b: Cost) -> Cost:
