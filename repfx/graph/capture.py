@@ -58,15 +58,12 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
     skeleton = alias(model)
     given = example is not None
     if example is None:
-        example = guess_example(skeleton)
-    expected = None
-    if example is not None:
+        example, expected = guess_example(skeleton)
+    else:
         try:
             expected = run_eval(skeleton, example)
         except Exception as error:
-            if given:
-                raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
-            example = None
+            raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
     # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an image.
     sure = given or (example is not None and example[0].dim() > 2)
     captured = Captured(skeleton, [], {}, example, expected, sure, enter_opaque)

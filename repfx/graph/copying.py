@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 from repfx.errors import InputError
 
 
+_VALUES = {type(None), bool, int, float, str, torch.dtype, torch.device}
+
+
 def alias(model: nn.Module) -> nn.Module:
     """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model.
 
@@ -28,7 +31,7 @@ def alias(model: nn.Module) -> nn.Module:
     plain: list[tuple[nn.Module, nn.Module]] = []
     try:
         for module in model.modules():
-            if (isinstance(module, fx.GraphModule) or hasattr(module, "__deepcopy__")) and id(module) not in memo:
+            if (isinstance(module, fx.GraphModule) or hasattr(type(module), "__deepcopy__")) and id(module) not in memo:
                 copy.deepcopy(module, memo)
         for module in model.modules():
             if id(module) not in memo:
@@ -42,14 +45,13 @@ def alias(model: nn.Module) -> nn.Module:
 
 
 def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+    kind = type(value)
+    if kind in _VALUES or (kind is tuple and all(type(v) in _VALUES for v in value)):
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if type(value) in (dict, OrderedDict):
-        if not value:
-            return type(value)()
-        return type(value)((k, _alias_value(v, memo)) for k, v in value.items())
+    if kind is dict or kind is OrderedDict:
+        return kind((k, _alias_value(v, memo)) for k, v in value.items()) if value else kind()
     return copy.deepcopy(value, memo)
 
 

@@ -24,7 +24,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
     """
     g = kernel.geometry
     if g.channel_axis == -1:
-        layer: nn.Module = nn.Linear(g.inputs, g.outputs, g.bias, device="meta")
+        layer: nn.Module = nn.Linear(g.inputs, g.outputs, False, device="meta")
     else:
         layer = _CONVS[len(g.axes)](
             g.inputs,
@@ -33,7 +33,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
             tuple(a.stride for a in g.axes),
             (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
             groups=g.groups,
-            bias=g.bias,
+            bias=False,
             padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
             device="meta",
         )

@@ -32,11 +32,11 @@ class Noting(nn.Module):
         return Interpreter(self.graph_module).run(*args)
 
 
-def guess_example(model: nn.Module) -> tuple[Any, ...] | None:
-    """A random image or feature batch that the model accepts, or None."""
+def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
+    """A random image or feature batch that the model accepts and what it gives, or twice None."""
     required = [p for p in parameters_of(model) if p.default is p.empty]
     if len(required) != 1:
-        return None
+        return None, None
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -52,12 +52,11 @@ def guess_example(model: nn.Module) -> tuple[Any, ...] | None:
         for shape in shapes:
             x = torch.randn(shape, generator=generator).to(weight)
             try:
-                run_eval(model, (x,))
-                return (x,)
+                return (x,), run_eval(model, (x,))
             except Exception:  # the guess was wrong: the next one, or none
                 continue
-        return None
-    return None
+        break
+    return None, None
 
 
 def parameters_of(module: nn.Module) -> list[inspect.Parameter]:

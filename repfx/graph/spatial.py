@@ -133,7 +133,7 @@ def pad(c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", va
         axes = tuple(Axis(1, 1, *side) for side in reversed(spatial))
         return Geometry(g.outputs, g.outputs, g.outputs, axes, False, "zeros" if mode == "constant" else mode)
 
-    return Map(input, "pad", geometry, identity(c, input).kernel)  # type: ignore[union-attr]
+    return Map(input, "pad", geometry, identity(c, input).kernel)
 
 
 def avg_pool(

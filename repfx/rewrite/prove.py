@@ -81,7 +81,7 @@ def _run(
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
         if node.op == "call_module":
             if node not in twins:
-                twins[node] = _twin(view.modules[str(node.target)], x)
+                twins[node] = _twin(view.modules[str(node.target)], str(node.target), fetch)
             values[node] = twins[node](*args, **kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -95,18 +95,14 @@ def _run(
     return values[region.sink]
 
 
-def _twin(module: nn.Module, like: Tensor) -> nn.Module:
-    """The module in eval mode with its tensors in the dtype of `like`; the module itself is left as it is."""
+def _twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:
+    """The module in eval mode on fetched tensors, which are in float64; the module itself is left as it is."""
     if nn.utils.parametrize.is_parametrized(module):
-        return copy.deepcopy(module).eval().to(like)
+        return copy.deepcopy(module).eval().double()
     twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {
-        k: None if p is None else nn.Parameter(p.detach().to(like), requires_grad=False)
-        for k, p in module._parameters.items()
-    }
-    twin.__dict__["_buffers"] = {
-        k: b.to(like) if b is not None and b.is_floating_point() else b for k, b in module._buffers.items()
-    }
-    twin.__dict__["_modules"] = {k: None if m is None else _twin(m, like) for k, m in module._modules.items()}
+    for kind in ("_parameters", "_buffers"):
+        tensors = {k: t if t is None else fetch(f"{path}.{k}") for k, t in module.__dict__[kind].items()}
+        twin.__dict__[kind] = tensors
+    twin.__dict__["_modules"] = {k: m and _twin(m, f"{path}.{k}", fetch) for k, m in module._modules.items()}
     twin.__dict__["training"] = False
     return twin

@@ -57,9 +57,8 @@ class Work:
     ) -> tuple[nn.Module, float, str]:
         region = merge.region
         key = names.signature(merge)
-        fetch = _float64(view)
-        kernel = kernel_of(view, region, fetch)
-        error = prove(view, region, kernel, fetch)
+        kernel = kernel_of(view, region, _float64(view, keep=False))
+        error = prove(view, region, kernel, _float64(view, keep=True))
         if key not in made:
             made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
             made[key].train(self.module.training)
@@ -170,17 +169,21 @@ class _Names:
         return free_path(self.module, f"{path}.merged" if path else "merged")
 
 
-def _float64(view: GraphView) -> Callable[[Ref], Tensor]:
+def _float64(view: GraphView, keep: bool) -> Callable[[Ref], Tensor]:
+    """Reads constants in float64. What is not kept is freed as soon as the kernel it went into is made."""
     cache: dict[Ref, Tensor] = {}
 
     def fetch(ref: Ref) -> Tensor:
-        if ref not in cache:
-            path, _, name = ref.rpartition(".") if isinstance(ref, str) else ("", "", "")
-            owner = view.module.get_submodule(path)
-            if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
-                cache[ref] = getattr(copy.deepcopy(owner).double(), name).detach()
-            else:
-                cache[ref] = view.tensor(ref).detach().to(torch.float64)
-        return cache[ref]
+        if ref in cache:
+            return cache[ref]
+        path, _, name = ref.rpartition(".") if isinstance(ref, str) else ("", "", "")
+        owner = view.modules[path]
+        if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
+            value = getattr(copy.deepcopy(owner).double(), name).detach()
+        else:
+            value = view.tensor(ref).detach().to(torch.float64)
+        if keep:
+            cache[ref] = value
+        return value
 
     return fetch
