@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from repfx.errors import InputError
 
-
 _VALUES = {type(None), bool, int, float, str, torch.dtype, torch.device}
 
 
