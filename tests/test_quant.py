@@ -50,7 +50,7 @@ def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, si
     v = torch.randn(40000, generator=generator) * torch.rand(40000, generator=generator)
     v = v if signed else v.relu()
     observer = Observer(grid)
-    for part in v.split([100, 1000, 8900, 30000]):
+    for part in v[v.abs().argsort()].split([100, 1000, 8900, 30000]):  # growing, so that the histogram widens often
         observer.see(part)
     top = v.abs().max() / grid.high
     best = min(error(v, top * i / 2000, grid, power) for i in range(20, 2001, 4))

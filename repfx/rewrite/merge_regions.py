@@ -54,6 +54,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
     merges: list[Merge] = []
     declined: dict[str, Declined] = {}
     taken: set[fx.Node] = set()
+    explained: set[fx.Node] = set()
     blocked = False
     for sink in reversed(view.nodes):
         if sink in taken or not is_linear(view, sink):
@@ -62,7 +63,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         blocked |= run.blocked
         if len(run.ends) < 2:
             continue
-        for merge in _cut(view, run, accept, declined):
+        for merge in _cut(view, run, accept, declined, explained):
             merges.append(merge)
             taken.update(merge.region.removed)
     for node in view.nodes:
@@ -70,15 +71,17 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         if isinstance(op, Opaque):
             if op.reason and not op.reason.startswith(("a product", "a quotient")):
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
-        elif node not in taken and (isinstance(op, Sum) or op.kind == "bn"):
+        elif node not in taken | explained and (isinstance(op, Sum) or op.kind == "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
     # A merge that read a linear value besides others may have left it with one reader.
     again = bool(merges) and (blocked or any(m.region.kept or is_linear(view, m.region.source) for m in merges))
     return Plan(tuple(reversed(merges)), tuple(declined.values()), again)
 
 
-def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined]) -> Iterator[Merge]:
-    """The cheapest cut of a run, as the merges in it; the reason of each cut goes to `declined`."""
+def _cut(
+    view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined], explained: set[fx.Node]
+) -> Iterator[Merge]:
+    """The cheapest cut of a run, as the merges in it; its reasons go to `declined`, what they are for to `explained`."""
     n = len(run.steps)
     nodes = [node for step in run.steps for node in step]
     rates = _rates(view, run.ends[0], nodes)
@@ -106,8 +109,13 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
         parts.append((i, j))
         if merge is not None:
             yield merge
-        elif alone[i][0] and isinstance(why := known[i][run.ends[j]], Inexact):
-            declined.setdefault(view.name(run.ends[j]), Declined(view.name(run.ends[j]), why.reason, why.cure))
+        elif alone[i][0]:
+            why = known[i][run.ends[j]]
+            reason = why.reason if isinstance(why, Inexact) else _costly(view, run, i, j, why, rates)
+            if reason:
+                cure = why.cure if isinstance(why, Inexact) else ""
+                declined.setdefault(view.name(run.ends[j]), Declined(view.name(run.ends[j]), reason, cure))
+                explained.update(run.steps[i])
         i = j
     for (i, j), (_, k) in pairwise(parts):
         why = known[i][run.ends[k]]
@@ -116,6 +124,7 @@ def _cut(view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined
         else:
             reason, cure = _costly(view, run, i, k, why, rates), ""
         if reason:
+            explained.update(node for step in run.steps[j:k] for node in step)
             where = view.name(run.ends[j])
             declined.setdefault(where, Declined(where, f"not merged with {describe(view, run.ends[k])}: {reason}", cure))
 
