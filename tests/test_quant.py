@@ -170,6 +170,19 @@ def test_fake_quant_computes_what_it_says() -> None:
     assert torch.allclose(quantized.eval()(x), want, atol=1e-5)
 
 
+def test_ranges_are_those_of_the_float_model() -> None:
+    net = model()
+    fused, seen = repfx.transform(net, ["fuse"]).eval(), []
+    fused.get_submodule("1.conv3").register_forward_pre_hook(lambda m, args: seen.append(float(args[0].abs().max())))
+    for batch in pictures():
+        fused(batch)
+    quantized = repfx.transform(net, ["ptq(bits=4)"])
+    repfx.calibrate(quantized, pictures())
+    repfx.calibrate(quantized, pictures())  # a second time: what is quantized by now must not show
+    scale = float(quantized.get_submodule("1.conv3.input_quant").scale)
+    assert scale == pytest.approx(max(seen) / 7, rel=1e-5)
+
+
 def test_memory_is_flat_in_the_number_of_batches() -> None:
     def peak(batches: int) -> int:
         quantized = repfx.transform(model(), ["ptq"])

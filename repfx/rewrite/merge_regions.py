@@ -66,12 +66,13 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         for merge in _cut(view, run, accept, declined, explained):
             merges.append(merge)
             taken.update(merge.region.removed)
+    accounted = taken | explained
     for node in view.nodes:
         op = view.ops[node]
         if isinstance(op, Opaque):
             if op.reason and not op.reason.startswith(("a product", "a quotient")):
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
-        elif node not in taken | explained and (isinstance(op, Sum) or op.kind == "bn"):
+        elif node not in accounted and (isinstance(op, Sum) or op.kind == "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
     # A merge that read a linear value besides others may have left it with one reader.
     again = bool(merges) and (blocked or any(m.region.kept or is_linear(view, m.region.source) for m in merges))

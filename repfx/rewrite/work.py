@@ -102,10 +102,13 @@ class _Names:
     def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
         self.view = view
         self.module = module
-        self.calls: dict[str, list[fx.Node]] = {}
+        self.calls: dict[str, list[fx.Node]] = {}  # by the module called
+        self.reads: dict[str, list[fx.Node]] = {}  # of tensors, by the module that holds them
         for node in view.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(str(node.target), []).append(node)
+            elif node.op == "get_attr":
+                self.reads.setdefault(str(node.target).rpartition(".")[0], []).append(node)
 
     def main(self, merge: Merge) -> fx.Node:
         def width(node: fx.Node) -> tuple[int, int]:
@@ -153,20 +156,20 @@ class _Names:
         main = self.main(merges[0])
         if main.op == "call_module":
             path = str(main.target)
-            reads = [n for n in self.view.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")]
-            if all(n in removed for n in self.calls[path]) and all(u in removed for n in reads for u in n.users):
-                return path
-            return free_path(self.module, f"{path}_merged")
+            free = all(n in removed for n in self.calls[path]) and self._reads_end_in(path, removed)
+            return path if free else free_path(self.module, f"{path}_merged")
         weight = self.weight_of(main)
         path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
         holder = self.module.get_submodule(path) if path else None
         if holder is not None and type(holder) is nn.Module and not holder._modules and not holder._buffers:
-            reads = [n for n in self.view.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")]
-            read = {str(n.target) for n in reads} >= {f"{path}.{k}" for k in holder._parameters}
-            mine = all(u in removed for n in reads for u in n.users)
-            if read and mine and set(holder._parameters) <= {"weight", "bias"}:
+            read = {str(n.target) for n in self.reads.get(path, [])} >= {f"{path}.{k}" for k in holder._parameters}
+            if read and self._reads_end_in(path, removed) and set(holder._parameters) <= {"weight", "bias"}:
                 return path
         return free_path(self.module, f"{path}.merged" if path else "merged")
+
+    def _reads_end_in(self, path: str, removed: set[fx.Node]) -> bool:
+        """Whether the tensors of the module at `path` are read by removed nodes alone."""
+        return all(user in removed for n in self.reads.get(path, []) for user in n.users)
 
 
 def _float64(view: GraphView, keep: bool) -> Callable[[Ref], Tensor]:
