@@ -111,12 +111,15 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console
     steps = epochs * -(-len(x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # 8x8 pictures: threads would mostly wait for each other, and for whatever else runs
     for _ in track(range(epochs), "training", console=console, transient=True):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
             schedule.step()
+    torch.set_num_threads(threads)
     model.eval()
 
 

@@ -41,7 +41,7 @@ class Inspection:
         console = Console(width=140)
         with console.capture() as text:
             console.print(self.__rich__())
-        return text.get()
+        return "\n".join(line.rstrip() for line in text.get().splitlines())
 
     def __rich__(self) -> Table:
         merged = [r for r in self.regions if r.merged]
