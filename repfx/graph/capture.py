@@ -31,7 +31,6 @@ class Captured:
 
     model: nn.Module
     declined: list[Declined] = field(default_factory=list)
-    examples: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # inputs that each graph was checked on
     example: tuple[Any, ...] | None = None  # the input of the whole, given or guessed, and its output
     expected: Any = None
     sure: bool = False  # whether the input's dimensions are the user's word, or those an image must have
@@ -66,7 +65,7 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
             raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
     # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an image.
     sure = given or (example is not None and example[0].dim() > 2)
-    captured = Captured(skeleton, [], {}, example, expected, sure, enter_opaque)
+    captured = Captured(skeleton, [], example, expected, sure, enter_opaque)
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
 
@@ -84,7 +83,6 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         module.recompile()
         if example is not None:
             run_eval(Noting(module, captured.sure), example)
-            captured.examples[path] = example
         return module
     mark, swaps = len(captured.declined), []
     try:
@@ -99,8 +97,6 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
         if _agrees(Noting(result, captured.sure), example, expected):
-            if example is not None:
-                captured.examples[path] = example
             return result
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:

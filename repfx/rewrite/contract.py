@@ -31,11 +31,10 @@ class Stage(IntEnum):
 
 
 class Promise(Enum):
-    """REGIONS: every merged region equals itself. NAMES: every key of the state_dict stays. SAME: the output stays."""
+    """REGIONS: every merged region equals itself, proved as it merges. NAMES: every key of the state_dict stays."""
 
     REGIONS = "each merged region computes what it did"
     NAMES = "every key of the state_dict stays"
-    SAME = "the output of the whole model stays"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from repfx.errors import CheckError, Declined, InputError
@@ -15,7 +14,6 @@ from repfx.graph.copying import own_tensors
 from repfx.graph.running import run_eval
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
-from repfx.rewrite.prove import TOLERANCE
 from repfx.rewrite.verify import difference
 from repfx.rewrite.work import Work
 
@@ -59,7 +57,7 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
     report = Report(untraced=captured.declined)
     for path, module in list(graphs(captured.model)):
         for p in passes:
-            result = _run(p, Work(module, formats, captured.examples.get(path)))
+            result = _run(p, Work(module, formats))
             report.results.append(_prefixed(result, path))
     return report
 
@@ -91,18 +89,12 @@ def require_convolutions(captured: Captured) -> None:
 def _run(p: Pass, work: Work) -> Result:
     module = work.module
     keys = set(module.state_dict())
-    same = Promise.SAME in p.promises and work.example is not None
-    expected = run_eval(module, work.example) if same and work.example is not None else None
     result = p.run(work)
     module.graph.lint()
     module.recompile()
     if Promise.NAMES in p.promises and not keys <= set(module.state_dict()):
         lost = sorted(keys - set(module.state_dict()))
         raise CheckError(f"pass {p.name!r} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}")
-    if expected is not None and work.example is not None:
-        off = difference(expected, run_eval(module, work.example))
-        if not off.relative <= TOLERANCE[torch.float32]:
-            raise CheckError(f"pass {p.name!r} promised that {Promise.SAME.value}, and changed it by {off.relative:.1e}")
     return result
 
 

@@ -20,12 +20,11 @@ from repfx.rewrite.prove import prove
 
 
 class Work:
-    """One GraphModule under rewrite, with the target its formats are chosen for and an example of its input, if any."""
+    """One GraphModule under rewrite, with the target that number formats are chosen for."""
 
-    def __init__(self, module: fx.GraphModule, target: Target, example: tuple[Any, ...] | None) -> None:
+    def __init__(self, module: fx.GraphModule, target: Target) -> None:
         self.module = module
         self.target = target
-        self.example = example
 
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""

@@ -1,0 +1,51 @@
+"""The pass contract: specs, order, and promises that the runner holds a pass to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from torch import nn
+
+import repfx
+from repfx.blocks import RepVGGBlock
+from repfx.passes import BnFold, Fuse, Ptq
+from repfx.rewrite.contract import Pass, Promise, Result, Stage, resolve
+from repfx.rewrite.work import Work
+
+
+def test_names_specs_and_objects_mix_and_run_by_stage() -> None:
+    assert resolve(["ptq(bits=4, weights=mse)", BnFold()]) == [BnFold(), Fuse(), Ptq(bits=4, weights="mse")]
+    assert resolve(["fuse", "bnfold"]) == [BnFold(), Fuse()]
+    assert resolve([]) == []
+
+
+@pytest.mark.parametrize(
+    ("passes", "text"),
+    [
+        ("fuse", "passes is a list"),
+        (None, "passes is a list"),
+        ([3], "a pass is a name, a spec or a configured pass"),
+        (["fuse("], "a pass is written name or name"),
+        (["ptq(bits)"], "unknown option of ptq 'bits'; choose one of"),
+        (["ptq(weights=best)"], "unknown method for weights 'best'"),
+    ],
+)
+def test_bad_passes(passes: object, text: str) -> None:
+    with pytest.raises(repfx.InputError, match=text):
+        resolve(passes)  # type: ignore[arg-type]
+
+
+def test_a_pass_that_loses_a_name_is_told() -> None:
+    @dataclass(frozen=True)
+    class Loser(Pass):
+        name: ClassVar[str] = "loser"
+        stage: ClassVar[Stage] = Stage.MERGE
+        promises: ClassVar[frozenset[Promise]] = frozenset({Promise.NAMES})
+
+        def run(self, work: Work) -> Result:
+            return work.merge(self.name)
+
+    with pytest.raises(repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*bn"):
+        repfx.transform(nn.Sequential(RepVGGBlock(3, 4)), [Loser()])
