@@ -49,12 +49,13 @@ def quantized(target: str, spec: str = "ptq") -> nn.Module:
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
 def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
     model = quantized(target)
-    artifact = repfx.lower(model, tmp_path / "model.onnx", example=pictures(), target=target)
+    beyond = 1.5 * pictures()  # past the calibrated range: both must clip at the same codes
+    artifact = repfx.lower(model, tmp_path / "model.onnx", example=beyond, target=target)
     parity = artifact.parity
     assert len(parity.quantizers) == 6 and parity.codes > 50_000
     assert all(q.largest <= 1 for q in parity.quantizers.values())
     assert parity.different <= 5, str(parity)  # rounding ties
-    assert parity.sqnr > 30
+    assert parity.sqnr > 25
     assert "codes differ by one" in str(parity)
 
 

@@ -73,6 +73,9 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.pt"
     repfx.save(repfx.transform(RepVGGBlock(3, 8), ["fuse"]), path)
+    inode = path.stat().st_ino
+    repfx.save(repfx.transform(RepVGGBlock(3, 8), ["fuse"]), path)
+    assert path.stat().st_ino != inode  # a new file took the name: the old one was never open for writing
     before = path.read_bytes()
 
     def interrupted(*args, **kwargs):
