@@ -116,7 +116,7 @@ CASES = {
     ),
     "pad with a constant": (
         Net(lambda m, x: m.a(F.pad(x, (1, 1, 1, 1), value=0.5)), a=conv(p=0)),
-        "a padding with a constant other than zero",
+        "it pads with a value that is not the constant of what it pads",
     ),
     "two mirrored paddings": (
         Net(lambda m, x: m.b(m.a(x)), a=conv(padding_mode="reflect"), b=conv(padding_mode="reflect")),

@@ -2,6 +2,7 @@
 
 from repfx.algebra.geometry import Axis, Geometry
 from repfx.algebra.impulse import impulse_response
-from repfx.algebra.kernel import Kernel
+from repfx.algebra.kernel import Kernel, dense, swapped
+from repfx.algebra.links import Links, Rows
 
-__all__ = ["Axis", "Geometry", "Kernel", "impulse_response"]
+__all__ = ["Axis", "Geometry", "Kernel", "Links", "Rows", "dense", "impulse_response", "swapped"]

@@ -7,14 +7,19 @@ Per axis, with x0 the source extended by zeros (or by `mode`):
 
 `before` and `after` are paddings; negative ones crop. Everything here is integers and flags: legality and cost are
 decided without touching a weight, so a zero-valued bias is still a bias.
+
+A transposed map writes where the other reads: y[o, stride * n + t - before] += K[o, i, t] * x[i, n].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, prod
+from typing import Any
 
+from repfx.algebra.links import Links, Rows
 from repfx.errors import Inexact
 
 
@@ -69,7 +74,9 @@ class Axis:
 class Geometry:
     """The shape of a map: channels, groups, axes, whether it has a bias, how it pads, where its channels stand.
 
-    `channel_axis` is 1 for maps of images (N, C, ...) and -1 for linears (..., C), which have no axes.
+    `mode`: "zeros", a mode of F.pad, or "own": the padding is the constant that the padded value has everywhere.
+    `channel_axis`: 1 for images (N, C, ...), -1 for linears (..., C), whose axes, if given, are points; `turned` where
+    it is not that of the source. `links` where the channels read are not plain groups, which `groups` then encloses.
 
     >>> a = Geometry.conv(8, 8, taps=(1, 1), bias=True)
     >>> a.then(Geometry.conv(8, 4, taps=(3, 3), pad=(1, 1)))
@@ -87,6 +94,9 @@ class Geometry:
     bias: bool = False
     mode: str = "zeros"
     channel_axis: int = 1
+    transposed: bool = False
+    turned: bool = False
+    links: Links | None = None
 
     @staticmethod
     def conv(
@@ -108,6 +118,11 @@ class Geometry:
         return Geometry(channels, channels, channels, (Axis(),) * axes, channel_axis=channel_axis)
 
     @property
+    def geometry(self) -> Geometry:
+        """Itself, so that what holds for a Kernel can be said of its Geometry in the same words."""
+        return self
+
+    @property
     def taps(self) -> int:
         return prod(a.taps for a in self.axes)
 
@@ -118,7 +133,8 @@ class Geometry:
     @property
     def macs(self) -> Fraction:
         """Multiply-accumulates per position of the source."""
-        return Fraction(self.outputs * (self.inputs // self.groups) * self.taps, self.stride)
+        a_write = self.outputs * (self.inputs // self.groups) * self.taps
+        return Fraction(a_write, 1 if self.transposed else self.stride)
 
     @property
     def params(self) -> int:
@@ -127,11 +143,24 @@ class Geometry:
     @property
     def is_diagonal(self) -> bool:
         """One number a channel: y = a*x + c, as batch norm, layer scale and identity are."""
-        return self.inputs == self.outputs == self.groups and all(a.is_point for a in self.axes)
+        return self.inputs == self.outputs == self.groups and self.is_point
 
     @property
     def pads(self) -> bool:
-        return any(a.before > 0 or a.after > 0 for a in self.axes)
+        return not self.transposed and any(a.before > 0 or a.after > 0 for a in self.axes)
+
+    @property
+    def is_point(self) -> bool:
+        return all(a.is_point for a in self.axes)
+
+    @property
+    def why_no_layer(self) -> str:
+        """Why no layer computes this map from its source to its output; empty where one does."""
+        if self.turned:
+            return "its channels end on another axis than they begin"
+        return (
+            "" if self.channel_axis == 1 or self.is_point else "a convolution of positions that stand before the channels"
+        )
 
     @property
     def pad_steps(self) -> list[tuple[list[int], str]]:
@@ -151,29 +180,50 @@ class Geometry:
         self._same_space(outer)
         if self.outputs != outer.inputs:
             raise Inexact(f"{self.outputs} channels meet a map of {outer.inputs}")
+        if outer.transposed or (self.transposed and not outer.is_point):
+            self._scattered_by(outer)
         if outer.pads:
             self._paddable_by(outer)
         modes = [g.mode for g in (self, outer) if g.pads]
-        if len(modes) == 2 and modes != ["zeros", "zeros"]:
+        if len(modes) == 2 and (modes[0] != "zeros" or modes[1] not in ("zeros", "own")):
             raise Inexact(f"two paddings in a row, {modes[0]!r} and {modes[1]!r}", "only zero paddings compose")
-        return Geometry(
-            self.inputs,
-            outer.outputs,
-            gcd(self.groups, outer.groups),
-            tuple(a.then(b) for a, b in zip(self.axes, outer.axes, strict=True)),
-            self.bias or outer.bias,
-            modes[-1] if modes else "zeros",
-            self.channel_axis,
+        return replace(
+            self,
+            outputs=outer.outputs,
+            **self._linked(outer.outputs, gcd(self.groups, outer.groups), outer, Links.then),
+            axes=tuple(a.then(b) for a, b in zip(self.axes, outer.axes, strict=True)),
+            bias=self.bias or outer.bias,
+            mode=modes[-1] if modes and modes[-1] != "own" else "zeros",
+            transposed=self.transposed or outer.transposed,
         )
 
     def scaled(self, factor: float) -> Geometry:
         return self
+
+    def moved(self, rows: Rows) -> Geometry:
+        """The geometry of y[o] = self(x)[rows[o]]: channels taken, repeated, reordered, or zeros where a row is -1."""
+        if rows == tuple(range(self.outputs)):
+            return self
+        links = (self.links or Links.regular(self.inputs, self.outputs, self.groups)).moved(rows)
+        return replace(self, outputs=len(rows), **_canonical(links))
+
+    def cropped(self, axes: tuple[Axis, ...]) -> Geometry:
+        """The geometry of the output read at the positions of `axes`, which have one tap."""
+        return self.then(replace(Geometry.identity(self.outputs, 0, self.channel_axis), axes=axes))
+
+    def turned_to(self, channel_axis: int) -> Geometry:
+        """The same map with the channels of its output moved to another axis."""
+        return (
+            self if channel_axis == self.channel_axis else replace(self, channel_axis=channel_axis, turned=not self.turned)
+        )
 
     def __add__(self, other: Geometry) -> Geometry:
         """The geometry of `self(x) + other(x)`. Raises Inexact where the two differ in size, stride or padding mode."""
         self._same_space(other)
         if self.outputs != other.outputs or self.inputs != other.inputs:
             raise Inexact(f"the operands have {self.outputs} and {other.outputs} channels")
+        if self.transposed != other.transposed or (self.transposed and self.axes != other.axes):
+            raise Inexact("a transposed convolution is added to a map of another shape")
         for a, b in zip(self.axes, other.axes, strict=True):
             if a.stride != b.stride:
                 raise Inexact(f"the operands have different strides, {a.stride} and {b.stride}")
@@ -182,15 +232,26 @@ class Geometry:
         modes = {g.mode for g in (self, other) if g.pads}
         if len(modes) > 1:
             raise Inexact(f"the branches pad in different ways: {', '.join(sorted(modes))}", "use one padding mode")
-        return Geometry(
-            self.inputs,
-            self.outputs,
-            gcd(self.groups, other.groups),
-            tuple(a.plus(b) for a, b in zip(self.axes, other.axes, strict=True)),
-            self.bias or other.bias,
-            modes.pop() if modes else "zeros",
-            self.channel_axis,
+        return replace(
+            self,
+            **self._linked(self.outputs, gcd(self.groups, other.groups), other, Links.plus),
+            axes=tuple(a.plus(b) for a, b in zip(self.axes, other.axes, strict=True)),
+            bias=self.bias or other.bias,
+            mode=modes.pop() if modes else "zeros",
         )
+
+    def _linked(self, outputs: int, groups: int, other: Geometry, join: Callable[[Links, Links], Links]) -> dict[str, Any]:
+        if self.links is None and other.links is None:
+            return {"groups": groups, "links": None}
+        a, b = (g.links or Links.regular(g.inputs, g.outputs, g.groups) for g in (self, other))
+        return _canonical(join(a, b))
+
+    def _scattered_by(self, outer: Geometry) -> None:
+        """A transposed map composes with 1x1 maps only; a bias before it is spread unevenly by it."""
+        if (self.transposed and not outer.is_point) or not self.is_point:
+            raise Inexact("a transposed convolution beside a map that is not 1x1", "only 1x1 maps merge with it")
+        if outer.transposed and self.bias:
+            raise Inexact("a value with a bias goes into a transposed convolution", "put the bias after it")
 
     def _same_space(self, other: Geometry) -> None:
         if len(self.axes) != len(other.axes) or self.channel_axis != other.channel_axis:
@@ -202,11 +263,11 @@ class Geometry:
         Left: K's last tap at position -1 reads pixel -s + T - 1 - p, beyond the source iff p >= T - s.
         Right: the worst remainder of the division puts the first position past the end at H - q + T - 1: q >= T - 1.
         """
-        if outer.mode != "zeros":
+        if outer.mode not in ("zeros", "own"):
             if not all(a.is_point for a in self.axes):
                 raise Inexact(f"a {outer.mode!r} padding after a map that is not 1x1", "only zero paddings compose")
             return
-        if self.bias:
+        if self.bias and outer.mode != "own":
             raise Inexact(
                 "a value with a bias is padded with zeros",
                 "drop the bias, remove the second padding, or pad with the bias as DBB does",
@@ -217,3 +278,9 @@ class Geometry:
                     f"a padding after a map of {a.taps} taps that is itself padded by {a.before} and {a.after}",
                     "pad once, before the first map",
                 )
+
+
+def _canonical(links: Links) -> dict[str, Any]:
+    """The groups that enclose the links, and the links where they are finer than those."""
+    groups, inputs, outputs = links.groups, len(links.inputs), len(links.outputs)
+    return {"groups": groups, "links": None if links == Links.regular(inputs, outputs, groups) else links}

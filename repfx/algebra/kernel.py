@@ -9,17 +9,20 @@ Every operation is a plain differentiable torch expression of the weights with s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra.geometry import Geometry
+from repfx.algebra.geometry import Axis, Geometry
+from repfx.algebra.links import Rows
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +48,13 @@ class Kernel:
         """Runs the map on x (N, in, ...) or, for a linear, (..., in)."""
         g = self.geometry
         if g.channel_axis == -1:
-            return F.linear(x, _regroup(self.weight, g.groups, 1), self.bias)
+            return F.linear(x, dense(self).flatten(1), self.bias)
         if not g.axes:
             raise ValueError("a map without axes runs on linears only")
+        if g.transposed:
+            before, extra = [a.before for a in g.axes], [a.before - a.after for a in g.axes]
+            strides = [a.stride for a in g.axes]
+            return _TRANSPOSED[len(g.axes)](x, swapped(self.weight, g.groups), self.bias, strides, before, extra, g.groups)
         for sides, mode in g.pad_steps:
             x = F.pad(x, sides, mode)
         if _is_depthwise(g):
@@ -84,6 +91,23 @@ class Kernel:
             return self
         return Kernel(self.geometry, self.weight * factor, None if self.bias is None else self.bias * factor)
 
+    def moved(self, rows: Rows) -> Kernel:
+        """The map y[o] = self(x)[rows[o]], zeros where a row is -1."""
+        geometry = self.geometry.moved(rows)
+        if geometry is self.geometry:
+            return self
+        weight = _taken(dense(self), rows)
+        return Kernel(
+            geometry, _regroup(weight, 1, geometry.groups), None if self.bias is None else _taken(self.bias, rows)
+        )
+
+    def cropped(self, axes: tuple[Axis, ...]) -> Kernel:
+        g = Geometry.identity(self.geometry.outputs, len(axes), self.geometry.channel_axis)
+        return self.then(Kernel.identity(replace(g, axes=axes), self.weight))
+
+    def turned_to(self, channel_axis: int) -> Kernel:
+        return Kernel(self.geometry.turned_to(channel_axis), self.weight, self.bias)
+
     def then(self, outer: Kernel) -> Kernel:
         """The map x -> outer(self(x)):
 
@@ -92,7 +116,9 @@ class Kernel:
         Raises Inexact where padding between the two makes that wrong at the border.
         """
         geometry = self.geometry.then(outer.geometry)
-        weight = _compose(self, outer, geometry)
+        weight = _regroup(
+            _compose(self, outer, geometry), gcd(self.geometry.groups, outer.geometry.groups), geometry.groups
+        )
         shift = None if self.bias is None else _over_inputs(outer.weight * _per_input(self.bias, outer.geometry))
         if shift is None or outer.bias is None:
             bias = outer.bias if shift is None else shift
@@ -123,32 +149,60 @@ def _over_inputs(weight: Tensor) -> Tensor:
     return weight.flatten(1).sum(1)
 
 
-def _regroup(weight: Tensor, groups: int, fewer: int) -> Tensor:
-    """Block-diagonal weight (out, in / fewer, *taps) of a grouped one (out, in / groups, *taps); fewer divides groups."""
-    if groups == fewer:
+def dense(kernel: Kernel) -> Tensor:
+    """The weight (out, in, *taps) without groups, zeros where those read nothing."""
+    return _regroup(kernel.weight, kernel.geometry.groups, 1)
+
+
+def swapped(weight: Tensor, groups: int) -> Tensor:
+    """(out, in / groups, *taps) as the (in, out / groups, *taps) that transposed convolutions take, and back."""
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
+def _taken(rows: Tensor, index: Rows) -> Tensor:
+    """rows[index], with zeros where the index is -1."""
+    found = rows[[max(i, 0) for i in index]]
+    if min(index) >= 0:
+        return found
+    there = torch.tensor([i >= 0 for i in index], device=rows.device)
+    return torch.where(there.reshape(-1, *(1,) * (rows.dim() - 1)), found, found.new_zeros(()))
+
+
+def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
+    """The weight (out, in / wanted, *taps) of the one of (out, in / groups, *taps): blocks of zeros put in or left out."""
+    if groups == wanted:
         return weight
-    blocks = groups // fewer
-    taps = weight.shape[2:]
-    out, inner = weight.shape[0] // groups, weight.shape[1]
+    taps, inner = weight.shape[2:], weight.shape[1]
+    if wanted % groups == 0:  # finer: what stands off the diagonal is zero by structure
+        blocks = wanted // groups
+        spread = weight.reshape((groups, blocks, weight.shape[0] // wanted, blocks, inner // blocks, *taps))
+        at = list(range(blocks))
+        return spread[:, at, :, at].transpose(0, 1).reshape((weight.shape[0], inner // blocks, *taps))
+    if groups % wanted:
+        return _regroup(_regroup(weight, groups, 1), 1, wanted)
+    blocks, out = groups // wanted, weight.shape[0] // groups
     eye = torch.eye(blocks, dtype=weight.dtype, device=weight.device).reshape((1, blocks, 1, blocks, 1) + (1,) * len(taps))
-    spread = weight.reshape((fewer, blocks, out, 1, inner, *taps)) * eye
-    return spread.reshape((fewer * blocks * out, blocks * inner, *taps))
+    spread = weight.reshape((wanted, blocks, out, 1, inner, *taps)) * eye
+    return spread.reshape((wanted * blocks * out, blocks * inner, *taps))
 
 
 def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
     """Sum over middle channels and outer taps, each tap of `outer` shifting `inner` by its position times the stride.
+    In gcd(inner groups, outer groups) groups.
 
     Where either map keeps its channels apart (depthwise, batch norm, identity) the sum over channels is one product.
     """
     a, b = inner.geometry, outer.geometry
+    groups = gcd(a.groups, b.groups)
     if _is_depthwise(b):
         rows, columns = inner.weight, outer.weight
     elif _is_depthwise(a):
         rows, columns = _per_input(inner.weight[:, 0], b), outer.weight
     else:
-        rows = _regroup(inner.weight, a.groups, geometry.groups)
-        rows = rows.reshape(geometry.groups, rows.shape[0] // geometry.groups, -1)
-        columns = _regroup(outer.weight, b.groups, geometry.groups)
+        rows = _regroup(inner.weight, a.groups, groups)
+        rows = rows.reshape(groups, rows.shape[0] // groups, -1)
+        columns = _regroup(outer.weight, b.groups, groups)
     whole, strides = [x.taps for x in geometry.axes], [x.stride for x in a.axes]
     total: Tensor | None = None
     for at in product(*(range(x.taps) for x in b.axes)):
@@ -157,8 +211,8 @@ def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
         if _is_depthwise(b) or _is_depthwise(a):
             part = rows * column.reshape(*column.shape, *(1,) * len(whole))
         else:
-            part = column.reshape(geometry.groups, b.outputs // geometry.groups, -1) @ rows
-            part = part.reshape(b.outputs, a.inputs // geometry.groups, *(x.taps for x in a.axes))
+            part = column.reshape(groups, b.outputs // groups, -1) @ rows
+            part = part.reshape(b.outputs, a.inputs // groups, *(x.taps for x in a.axes))
         pads: list[int] = []
         for size, x, s, u in reversed(list(zip(whole, a.axes, strides, at, strict=True))):
             pads += [s * u, size - x.taps - s * u]

@@ -18,6 +18,7 @@ from torch.fx.proxy import TraceError
 
 from repfx.errors import Declined, InputError
 from repfx.graph.assemble import graph_module
+from repfx.graph.canonical import canonical
 from repfx.graph.copying import alias
 from repfx.graph.exported import from_exported
 from repfx.graph.normalise import normalise
@@ -83,21 +84,17 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         module.recompile()
         if example is not None:
             run_eval(Noting(module, captured.sure), example)
-        return module
+        return canonical(module)
     mark, swaps = len(captured.declined), []
     try:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise TraceError("it has forward hooks, or a forward put on the instance")
-        names = _names_of(module, example)
-        tracer = Tracer(names)
-        graph = tracer.trace(module)
-        if tracer.branches and signature(graph) != signature(Tracer(names, training=True).trace(module)):
-            raise TraceError(BRANCHES)
+        tracer, graph = _trace(module, example)
         normalise(graph)
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
         if _agrees(Noting(result, captured.sure), example, expected):
-            return result
+            return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
         reason = f"its forward cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
@@ -110,6 +107,46 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         _undo(swaps)
         captured.declined[mark:] = [Declined(where, reason, "it reaches into its children, so they are left alone too")]
     return module
+
+
+def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, fx.Graph]:
+    """The graph of a module. Where one inside branches on self.training, its training branch is taken if that computes
+    in eval mode what its eval branch does: then the one graph is right in both modes."""
+    names = _names_of(module, example)
+    asked: set[str] = set()
+    training: set[str] = set()
+    while True:
+        tracer = Tracer(names, training=frozenset(training))
+        failed: Exception | None = None
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:  # whatever the forward raises; it may be the fault of the branch it took
+            failed = error
+        branching = {path: module.get_submodule(path) for path in tracer.branching - asked}
+        asked |= set(branching)
+        seen = _record(module, [m for path, m in branching.items() if path], example) if branching else {}
+        inputs = {path: seen.get(id(m)) if path else example for path, m in branching.items()}
+        free = {path for path, m in branching.items() if _one_function(m, inputs[path])}
+        if not free:
+            break
+        training |= free
+    if failed is not None:
+        raise failed
+    if "" in tracer.branching and signature(graph) != signature(Tracer(names, value=True).trace(module)):
+        raise TraceError(BRANCHES)
+    return tracer, graph
+
+
+def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
+    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch gives on the inputs."""
+    if inputs is None:
+        return False
+    try:
+        tracer = Tracer(_names_of(module, inputs), training=frozenset({""}))
+        graph = tracer.trace(module)
+        return agree(run_eval(graph_module(module, graph, tracer), inputs), run_eval(module, inputs))
+    except Exception:  # the branch cannot be traced, or does not run
+        return False
 
 
 Swap = tuple[nn.Module, str, nn.Module]

@@ -11,10 +11,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import Geometry, Kernel
+from repfx.algebra import Geometry, Kernel, dense, swapped
 from repfx.graph.effects import is_dead
 
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
@@ -22,9 +23,23 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
 
     In the dtype of `like`, and trainable if that is.
     """
-    g = kernel.geometry
+    g, weight = kernel.geometry, kernel.weight
     if g.channel_axis == -1:
         layer: nn.Module = nn.Linear(g.inputs, g.outputs, False, device="meta")
+        weight = dense(kernel).flatten(1)
+    elif g.transposed:
+        layer = _TRANSPOSED[len(g.axes)](
+            g.inputs,
+            g.outputs,
+            tuple(a.taps for a in g.axes),
+            tuple(a.stride for a in g.axes),
+            tuple(a.before for a in g.axes),
+            tuple(a.before - a.after for a in g.axes),
+            groups=g.groups,
+            bias=False,
+            device="meta",
+        )
+        weight = swapped(kernel.weight, g.groups)
     else:
         layer = _CONVS[len(g.axes)](
             g.inputs,
@@ -37,7 +52,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
             padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
             device="meta",
         )
-    for name, tensor in (("weight", kernel.weight), ("bias", kernel.bias)):
+    for name, tensor in (("weight", weight), ("bias", kernel.bias)):
         if tensor is not None:
             value = tensor.detach().to(like.dtype, copy=True).contiguous()
             layer._parameters[name] = nn.Parameter(value, like.requires_grad)
@@ -46,7 +61,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
 
 def uneven(g: Geometry) -> bool:
     """Whether a pad of its own must stand before the layer: sides that differ, or a crop."""
-    return any(a.before != a.after or a.before < 0 for a in g.axes)
+    return not g.transposed and any(a.before != a.after or a.before < 0 for a in g.axes)
 
 
 def replace_region(

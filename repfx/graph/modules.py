@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from repfx.graph.channels import channel_shuffle
 from repfx.graph.modes import TrainOnly
 from repfx.graph.ops import Constants, Op, Opaque
 from repfx.graph.pointwise import identity, train_only
-from repfx.graph.spatial import avg_pool, batch_norm, convolution, linear, pad
+from repfx.graph.spatial import avg_pool, batch_norm, convolution, linear, pad, transposed_convolution
 
 Rule = Callable[[Constants, str, Any, fx.Node], Op]
 
@@ -18,6 +19,12 @@ Rule = Callable[[Constants, str, Any, fx.Node], Op]
 def _conv(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
     bias = None if m.bias is None else f"{path}.bias"
     return convolution(c, x, f"{path}.weight", bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+
+
+def _conv_transpose(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
+    bias = None if m.bias is None else f"{path}.bias"
+    args = (m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+    return transposed_convolution(c, x, f"{path}.weight", bias, *args)
 
 
 def _linear(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
@@ -59,6 +66,7 @@ def _train_only(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
 
 MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _conv),
+    **dict.fromkeys([nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d], _conv_transpose),
     nn.Linear: _linear,
     nn.BatchNorm1d: _norm(None),
     nn.BatchNorm2d: _norm(2),
@@ -72,6 +80,7 @@ MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d], _pad("reflect")),
     **dict.fromkeys([nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d], _pad("replicate")),
     **dict.fromkeys([nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d], _pad("circular")),
+    nn.ChannelShuffle: lambda c, path, m, x: channel_shuffle(c, x, m.groups),
     nn.Identity: _identity,
     **dict.fromkeys([nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, TrainOnly], _train_only),
 }

@@ -1,7 +1,7 @@
 """Op: what an operator of a graph means to the algebra. It is one of three things, whatever spelling it came in:
 
     Map(x)      an affine, shift-invariant map of one value      convolution, batch norm, scale, shift, pool, pad, crop
-    Sum(x, ..)  a weighted sum of values                         add, sub
+    Sum(x, ..)  a weighted sum of values, their channels moved   add, sub, concat, slice, shuffle, permute
     Opaque      anything else, with the reason where it is one a person would want to know
 
 `repfx.graph.table` and `repfx.graph.modules` say which operator is which.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from fractions import Fraction
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, fx
 
@@ -24,6 +25,8 @@ Fetch = Callable[[Ref], Tensor]
 class Constants(Protocol):
     """What a rule may ask of the graph."""
 
+    ops: dict[fx.Node, Op]  # of the nodes before
+
     def is_constant(self, value: Any) -> bool: ...
     def follows_mode(self, value: Any) -> bool: ...
     def tensor(self, ref: Ref) -> Tensor: ...
@@ -34,18 +37,20 @@ class Constants(Protocol):
 class Map:
     """y = map(x). `geometry` takes that of x relative to the source; `kernel` fetches the weights of that geometry.
 
-    `macs` is per output position. `space` is (number of axes, channel axis) and `inputs` the channels, where known.
+    `macs` is per output position, `stride` the positions of x per output position. `space` is (number of axes, channel
+    axis) of x and `inputs` its channels, where known. `fill` is what the padding holds: a number or a constant.
     """
 
     x: fx.Node
     kind: str
     geometry: Callable[[Geometry], Geometry]
     kernel: Callable[[Fetch, Geometry], Kernel]
-    macs: int = 0
+    macs: int | Fraction = 0
     params: int = 0
-    stride: int = 1
-    space: tuple[int, int] | None = None
+    stride: int | Fraction = 1
+    space: tuple[int | None, int | None] = (None, None)
     inputs: int | None = None
+    fill: float | Ref = 0.0
 
     @property
     def values(self) -> tuple[fx.Node, ...]:
@@ -54,13 +59,20 @@ class Map:
 
 @dataclass(frozen=True)
 class Sum:
-    """y = sum of factor * value over `terms`."""
+    """y = sum of factor * arranged value over `terms`.
+
+    `arrange` moves the channels of the values, Geometries or Kernels alike. `pieces` is given by what returns several
+    tensors (chunk, split): the channels of each, from the number of channels; the op itself is then the whole.
+    """
 
     terms: tuple[tuple[fx.Node, float], ...]
     kind: str = "add"
+    arrange: Callable[[list[Any]], list[Any]] | None = None
+    pieces: Callable[[int], list[range]] | None = None
     macs: int = 0
     params: int = 0
     stride: int = 1
+    space: tuple[int | None, int | None] = (None, None)
 
     @property
     def values(self) -> tuple[fx.Node, ...]:
@@ -75,7 +87,7 @@ class Opaque:
     cure: str = ""
 
 
-Op = Map | Sum | Opaque
+Op: TypeAlias = Map | Sum | Opaque
 
 
 def pointwise(g: Geometry, bias: bool = False) -> Geometry:

@@ -99,7 +99,7 @@ def _affine(
         return Kernel.diagonal(g, *f(v.reshape(-1).expand(g.outputs)))
 
     inputs = product_of(shape) if product_of(shape) > 1 else None
-    return Map(x, kind, geometry, kernel, 0, 0 if number else product_of(shape), 1, None, inputs)
+    return Map(x, kind, geometry, kernel, 0, 0 if number else product_of(shape), inputs=inputs)
 
 
 def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 
 class Value(fx.Proxy):
-    """A proxy that records `x += y` as the change in place that it is, where fx would record `x = x + y`."""
+    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are."""
 
     def _in_place(self, f: Callable[..., Any], other: Any) -> Any:
         return self.tracer.create_proxy("call_function", f, (self, other), {})
@@ -26,6 +26,9 @@ class Value(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> Any:
         return self._in_place(operator.itruediv, other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
 class ConstantProxy(Value):

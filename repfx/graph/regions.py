@@ -46,12 +46,19 @@ def is_linear(view: GraphView, node: fx.Node) -> bool:
     return isinstance(view.ops[node], (Map, Sum))
 
 
+def is_value(view: GraphView, node: fx.Node) -> bool:
+    """Whether a linear node gives one tensor, so that a block may begin or end there."""
+    return getattr(view.ops[node], "pieces", None) is None
+
+
 def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
     """The longest run of linear steps that ends in `sink` and touches no node of `taken` but at its start."""
     ends, steps, blocked = [sink], [], False
     while len(ends) <= LONGEST and is_linear(view, ends[-1]) and (ends[-1] is sink or ends[-1] not in taken):
         above = view.dominator.get(ends[-1])
-        step = None if above is None else _between(view, above, ends[-1])
+        while above is not None and not is_value(view, above):
+            above = view.dominator.get(above)
+        step = None if above is None else nodes_between(view, above, ends[-1])
         if above is None or step is None:
             break
         if any(n in taken for n in step if n is not ends[-1]):
@@ -107,8 +114,10 @@ def describe(view: GraphView, node: fx.Node) -> str:
     return f"{what} ({op.reason})" if isinstance(op, Opaque) and op.reason else what
 
 
-def _between(view: GraphView, source: fx.Node, sink: fx.Node) -> tuple[fx.Node, ...] | None:
+def nodes_between(view: GraphView, source: fx.Node, sink: fx.Node) -> tuple[fx.Node, ...] | None:
     """The nodes on paths from source to sink, sink included; None where one of them is not linear."""
+    if source is sink:
+        return ()
     seen, todo = {sink}, [sink]
     while todo:
         for value in view.data_inputs(todo.pop()):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 
 class Noting(nn.Module):
-    """Runs a GraphModule and notes on each node the value's dtype and, where the input is `sure`, number of dimensions."""
+    """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is `sure`, its rank."""
 
     def __init__(self, graph_module: fx.GraphModule, sure: bool) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Noting(nn.Module):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if isinstance(result, Tensor):
-                    n.meta["dtype"] = result.dtype
+                    n.meta["dtype"], n.meta["shape"] = result.dtype, tuple(result.shape)
                     if sure:
                         n.meta["rank"] = result.dim()
                 return result

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra import Axis, Geometry, Kernel, impulse_response
+from repfx.algebra import Axis, Geometry, Kernel, impulse_response, swapped
 from repfx.errors import Inexact
-from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, pointwise, product_of
+from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Ref, pointwise, product_of
 from repfx.graph.pointwise import identity
 
 
@@ -40,14 +42,43 @@ def convolution(
     whole = Geometry(shape[1] * groups, shape[0], groups, axes, bias is not None, mode)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        w = fetch(weight)
-        if any(d > 1 for d in dilations):
-            w = _dilate(w, dilations)
-        return Kernel(g, w, None if bias is None else fetch(bias))
+        return Kernel(g, _dilate(fetch(weight), dilations), None if bias is None else fetch(bias))
 
     macs = shape[0] * shape[1] * product_of(shape[2:])
     params = macs + (shape[0] if bias is not None else 0)
     return Map(input, "conv", lambda _: whole, kernel, macs, params, product_of(strides), (n, 1), whole.inputs)
+
+
+def transposed_convolution(
+    c: Constants,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Op:
+    """y[o, s*n + t - p] += K[o, i, t] x[i, n]; its weight is (in, out / groups, *taps)."""
+    if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
+        return Opaque("its weight is quantized or computed from the input")
+    shape = c.tensor(weight).shape
+    n = len(shape) - 2
+    strides, dilations, pads, extra = (_tuple(v, n) for v in (stride, dilation, padding, output_padding))
+    if any(e >= s for e, s in zip(extra, strides, strict=True)):
+        return Opaque("an output padding that is not smaller than the stride")
+    taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))
+    axes = tuple(Axis(t, s, p, p - e) for t, s, p, e in zip(taps, strides, pads, extra, strict=True))
+    whole = Geometry(shape[0], shape[1] * groups, groups, axes, bias is not None, transposed=True)
+
+    def kernel(fetch: Fetch, g: Geometry) -> Kernel:
+        return Kernel(g, _dilate(swapped(fetch(weight), groups), dilations), None if bias is None else fetch(bias))
+
+    params, step = shape.numel(), product_of(strides)
+    macs = Fraction(params, step)
+    params += whole.outputs * whole.bias
+    return Map(input, "conv_transpose", lambda _: whole, kernel, macs, params, Fraction(1, step), (n, 1), whole.inputs)
 
 
 def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
@@ -56,10 +87,14 @@ def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
     out, inputs = c.tensor(weight).shape
     whole = Geometry(inputs, out, 1, (), bias is not None, channel_axis=-1)
 
-    def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        return Kernel(g, fetch(weight), None if bias is None else fetch(bias))
+    def geometry(g: Geometry) -> Geometry:
+        return replace(whole, axes=(Axis(),) * len(g.axes))
 
-    return Map(input, "linear", lambda _: whole, kernel, out * inputs, whole.params, 1, (0, -1), inputs)
+    def kernel(fetch: Fetch, g: Geometry) -> Kernel:
+        weights = fetch(weight).reshape(out, inputs, *(1,) * len(g.axes))
+        return Kernel(g, weights, None if bias is None else fetch(bias))
+
+    return Map(input, "linear", geometry, kernel, out * inputs, whole.params, 1, (None, -1), inputs)
 
 
 def batch_norm(
@@ -84,6 +119,8 @@ def batch_norm(
     channels = c.tensor(running_mean).shape[0]
 
     def geometry(g: Geometry) -> Geometry:
+        if g.channel_axis == -1 and g.axes:
+            raise Inexact("a batch norm over an axis that is not the channels")
         if g.channel_axis == -1 and c.rank(input) != 2:
             raise Inexact("a batch norm after a linear of unknown rank", "pass an example")
         if g.outputs != channels:
@@ -97,7 +134,7 @@ def batch_norm(
         return Kernel.diagonal(g, scale, shift if bias is None else shift + fetch(bias))
 
     params = channels * (4 - (weight is None) - (bias is None))
-    return Map(input, "bn", geometry, kernel, 0, params, 1, None if axes is None else (axes, 1), channels)
+    return Map(input, "bn", geometry, kernel, 0, params, 1, (None, None) if axes is None else (axes, 1), channels)
 
 
 def aten_batch_norm(
@@ -117,12 +154,19 @@ def aten_batch_norm(
 
 def pad(c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Op:
     """The identity with wider axes; a negative amount crops."""
-    if not all(isinstance(v, int) for v in pad):
-        return Opaque("a padding computed from the input")
-    if mode == "constant" and isinstance(value, (int, float)) and value != 0:
-        return Opaque("a padding with a constant other than zero")
     if value is not None and not isinstance(value, (int, float)):
         return Opaque("a padding with a computed value")
+    return _pad(c, input, pad, mode, float(value or 0))
+
+
+def pad_own(c: Constants, input: Any, sides: Sequence[int], value: Any) -> Op:
+    """`pad_with`: a padding with one constant a channel."""
+    return _pad(c, input, sides, "constant", value) if c.is_constant(value) else Opaque("a padding with a computed value")
+
+
+def _pad(c: Constants, input: Any, pad: Sequence[int], mode: str, fill: float | Ref) -> Op:
+    if not all(isinstance(v, int) for v in pad):
+        return Opaque("a padding computed from the input")
     sides = list(zip(pad[::2], pad[1::2], strict=True))
 
     def geometry(g: Geometry) -> Geometry:
@@ -133,7 +177,7 @@ def pad(c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", va
         axes = tuple(Axis(1, 1, *side) for side in reversed(spatial))
         return Geometry(g.outputs, g.outputs, g.outputs, axes, False, "zeros" if mode == "constant" else mode)
 
-    return Map(input, "pad", geometry, identity(c, input).kernel)
+    return Map(input, "pad", geometry, identity(c, input).kernel, fill=fill)
 
 
 def avg_pool(
@@ -179,6 +223,7 @@ def _conv_pads(padding: Any, taps: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _dilate(w: Tensor, dilations: Sequence[int]) -> Tensor:
+    """Zeros between the taps, d - 1 of them."""
     for axis, d in enumerate(dilations, start=2):
         if d > 1 and w.shape[axis] > 1:
             w = w.unsqueeze(axis + 1)

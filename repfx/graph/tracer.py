@@ -42,16 +42,21 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Traces one module. `opaque` collects the paths that became leaves, each with its reason."""
+    """Traces one module. `opaque` collects the paths that became leaves, each with its reason.
 
-    def __init__(self, example_names: frozenset[str], training: bool = False) -> None:
+    `branching` collects those that became so because of an `if self.training`, "" for the root. Of the modules at the
+    paths `training`, the training branch is taken.
+    """
+
+    def __init__(self, example_names: frozenset[str], value: bool = False, training: frozenset[str] = frozenset()) -> None:
         super().__init__(param_shapes_constant=False)
-        self.branches = False
+        self.branching: set[str] = set()
+        self.training = training
         self.example_names = example_names
         self.opaque: dict[str, Declined] = {}
         self.train_only: set[str] = set()
         self.plain_norms: set[str] = set()
-        self.asked = Asked(training)
+        self.asked = Asked(value)
         self.modes: dict[str, fx.Node] = {}
         self.stack: list[nn.Module] = []
         self.names: dict[int, str] = {}
@@ -60,7 +65,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         modules = list(root.modules())
-        kept = [(m, m.training) for m in modules]
+        kept = [(m, dict(m.__dict__)) for m in modules]  # a forward may leave proxies in the attributes it writes
+        self.asked.training = {id(root.get_submodule(path)) for path in self.training}
         for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
             self.names.setdefault(id(tensor), name)
         try:
@@ -69,12 +75,13 @@ class Tracer(fx.Tracer):
                     m.__dict__["training"] = ModeFlag(self.asked, m)
             self.stack = [root]
             with torch.random.fork_rng(devices=[]):
-                graph = super().trace(root)
-            self.branches = self.asked.times > 0
-            return graph
+                return super().trace(root)
         finally:
-            for m, training in kept:
-                m.__dict__["training"] = training
+            if self.asked.times:
+                self.branching.add("")
+            for m, attributes in kept:
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.opaque or is_leaf(m)
@@ -164,8 +171,12 @@ class Tracer(fx.Tracer):
             if self._same_in_training(mark, result, forward, args, kwargs):
                 return result
             reason = BRANCHES
+            self.branching.add(path)
         except Exception as error:
             reason = f"its forward cannot be traced: {_first_line(error)}"
+            if self.asked.times > asked:
+                self.branching.add(path)
+                self.asked.times = asked
         finally:
             self.stack.pop()
         self.module_stack.clear()

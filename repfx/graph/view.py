@@ -6,6 +6,7 @@ dominators: d dominates v when every path from the input to v passes through d.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -14,7 +15,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from repfx.graph.effects import Writes
+from repfx.graph.effects import Writes, writes
 from repfx.graph.modes import Mode
 from repfx.graph.modules import of_module
 from repfx.graph.ops import Op, Opaque, Ref
@@ -31,12 +32,15 @@ class GraphView:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.own_padding: dict[tuple[fx.Node, fx.Node], bool] = {}  # what a reader found of (source, padding)
         self._tensors: dict[Ref, Tensor] = {}
         self._modes: set[fx.Node] = set()
         self._constants: set[fx.Node] = set()
         for node in self.nodes:
             self._classify(node)
-        self.ops: dict[fx.Node, Op] = {node: self._op(node) for node in self.nodes}
+        self.ops: dict[fx.Node, Op] = {}
+        for node in self.nodes:
+            self.ops[node] = self._op(node)
 
     def is_constant(self, value: Any) -> bool:
         return isinstance(value, str) or (isinstance(value, fx.Node) and value in self._constants)
@@ -50,12 +54,17 @@ class GraphView:
             if isinstance(ref, str):
                 self._tensors[ref] = attrgetter(ref)(self.module)
             else:
-                self._tensors[ref] = self._evaluate(ref)
+                self._tensors[ref] = self.evaluate(ref, self.tensor)
         return self._tensors[ref]
 
     def rank(self, node: fx.Node) -> int | None:
         """The number of dimensions of a value, noted when the graph was checked on an example; None if it was not."""
         return node.meta.get("rank")
+
+    def channels(self, node: fx.Node, channel_axis: int) -> int | None:
+        """The number of channels of a value, noted as its rank is."""
+        shape = node.meta.get("shape")
+        return None if shape is None or len(shape) < 2 else shape[channel_axis]
 
     def name(self, node: fx.Node) -> str:
         """What a person calls this node: a module's path, or the operator with the module it stands in."""
@@ -95,7 +104,7 @@ class GraphView:
             self._constants.add(node)
         elif node.op == "call_module" and isinstance(self.modules[str(node.target)], Mode):
             self._modes.add(node)
-        elif node.op in ("call_function", "call_method") and node.all_input_nodes:
+        elif node.op in ("call_function", "call_method") and not writes(node):
             name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
             if all(n in self._constants for n in node.all_input_nodes) and not any(r in name for r in _RANDOM):
                 self._constants.add(node)
@@ -118,13 +127,11 @@ class GraphView:
         except TypeError:
             return Opaque("arguments that are not static")
 
-    def _evaluate(self, node: fx.Node) -> Tensor:
-        """Runs a constant expression."""
+    def evaluate(self, node: fx.Node, fetch: Callable[[Ref], Tensor]) -> Tensor:
+        """Runs a constant expression on the tensors that `fetch` gives."""
         if node.op == "get_attr":
-            return self.tensor(str(node.target))
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda v: self.tensor(v) if isinstance(v, fx.Node) else v
-        )
+            return fetch(str(node.target))
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda v: fetch(v) if isinstance(v, fx.Node) else v)
         with torch.no_grad():
             f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
             return f(*args, **kwargs)

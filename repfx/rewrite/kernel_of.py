@@ -3,12 +3,16 @@
 One interpreter, three rules, two meanings. Run on a Geometry it tells whether a region is one convolution and what that
 costs; run on a Kernel it yields the convolution:
 
-    source -> identity,    Map -> value.then(map),    Sum -> sum of factor * value
+    source -> identity,    Map -> value.then(map),    Sum -> sum of factor * arranged value
+
+Whether a padding holds the constant of the value it pads is asked of the expressions, never of today's numbers: every
+parameter and buffer is drawn anew, and again, and both must stay equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +21,18 @@ from torch import Tensor, fx
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import Inexact
 from repfx.graph.ops import Map, Ref, Sum
-from repfx.graph.regions import Region
+from repfx.graph.regions import Region, nodes_between
 from repfx.graph.view import GraphView
 
+_CHANGES = ("conv", "linear", "conv_transpose")  # the maps whose outputs are other channels than their inputs
+
 Value = TypeVar("Value", Geometry, Kernel)
+Fetch = Callable[[Ref], Tensor]
 
 
 def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, Geometry | Inexact]:
     """The geometry of each node as a map of `source`, or why it has none."""
-    found: dict[fx.Node, Geometry | Inexact] = {}
+    found: dict[fx.Node, Any] = {}
     try:
         dtype = source.meta.get("dtype")
         if dtype is not None and not dtype.is_floating_point:
@@ -41,15 +48,14 @@ def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> di
     return found
 
 
-def kernel_of(view: GraphView, region: Region, fetch: Callable[[Ref], Tensor]) -> Kernel:
+def kernel_of(view: GraphView, region: Region, fetch: Fetch, start: Geometry | None = None) -> Kernel:
     """The one convolution that `region` equals, from the weights that `fetch` gives.
 
-    Raises Inexact where the region is not a single convolution.
+    `start`: the identity on the region's source, where known. Raises Inexact where the region is not one convolution.
     """
-    start = source_geometry(view, region.source, region.nodes)
-    like = torch.empty(0, dtype=torch.float64)
-    identity = Kernel.identity(start, like)
-    found: dict[fx.Node, Any] = {}
+    start = start or source_geometry(view, region.source, region.nodes)
+    identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64))
+    found: dict[fx.Node, Any] = {region.source: identity}
     readers = {n: sum(n in view.ops[m].values for m in region.nodes) for n in region.nodes}  # type: ignore[union-attr]
     for node in region.nodes:
         found[node] = _step(view, node, region.source, identity, found, lambda op, g: op.kernel(fetch, op.geometry(g)))
@@ -62,23 +68,32 @@ def kernel_of(view: GraphView, region: Region, fetch: Callable[[Ref], Tensor]) -
 
 
 def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> Geometry:
-    """The identity on the source's channels and axes, read from the operators that take it."""
-    space: tuple[int, int] | None = None
+    """The identity on the source's channels and axes, read from the operators that take it, or noted in a run."""
+    axes: int | None = None
+    channel_axis: int | None = None
     channels: int | None = None
-    same = {source}
+    order = {source: 1}  # 1 where the axes stand as the source's do, -1 where the channels have moved
+    same = {source}  # values with the source's channels
     for node in nodes:
-        op = view.ops[node]
-        if isinstance(op, Map):
-            space = space or op.space
-            if op.x in same and channels is None:
-                channels = op.inputs
-            if op.x in same and op.kind not in ("conv", "linear"):
-                same.add(node)
-        elif isinstance(op, Sum) and any(v in same for v in op.values):
-            same.add(node)
-    if space is None or channels is None:
-        raise Inexact("the number of channels or axes of its source is unknown")
-    return Geometry.identity(channels, *space)
+        op: Any = view.ops[node]
+        for value in op.values:
+            if value not in order:
+                continue
+            n, at = op.space
+            axes = n if axes is None else axes
+            channel_axis = at * order[value] if at is not None and channel_axis is None else channel_axis
+            order[node] = -order[value] if op.kind == "permute" else order[value]
+            if value in same:
+                channels = op.inputs if channels is None and isinstance(op, Map) else channels
+                if op.pieces is not None if isinstance(op, Sum) and op.arrange else op.kind not in _CHANGES:
+                    same.add(node)
+    if axes is None and channel_axis == -1:
+        axes = 0
+    if channel_axis is not None and channels is None:
+        channels = view.channels(source, channel_axis)
+    if axes is None or channel_axis is None or channels is None:
+        raise Inexact("the number of channels or axes of its source is unknown", "pass an example")
+    return Geometry.identity(channels, axes, channel_axis)
 
 
 def _step(
@@ -98,17 +113,80 @@ def _step(
         return v
 
     if isinstance(op, Sum):
-        (first, factor), *rest = op.terms
-        total = value(first).scaled(factor)
-        for term, factor in rest:
-            total = total + value(term).scaled(factor)
+        values = [value(term) for term, _ in op.terms]
+        if op.arrange is not None:
+            values = op.arrange(values)
+        scaled = [v.scaled(factor) for v, (_, factor) in zip(values, op.terms, strict=True)]
+        total = scaled[0]
+        for term in scaled[1:]:
+            total = total + term
         return total
     assert isinstance(op, Map)
     before = value(op.x)
-    outer = meaning(op, before if isinstance(before, Geometry) else before.geometry)
+    outer = _padded(view, source, node, start.geometry, before.geometry, meaning(op, before.geometry))
     if op.x is source:  # nothing to compose with: id.then(map) == map
-        checked = (start if isinstance(start, Geometry) else start.geometry).then(
-            outer if isinstance(outer, Geometry) else outer.geometry
-        )
-        return checked if isinstance(outer, Geometry) else outer
+        checked = start.geometry.then(outer.geometry)
+        return checked if isinstance(outer, Geometry) else Kernel(checked, outer.weight, outer.bias)
     return before.then(outer)
+
+
+def _padded(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, before: Geometry, outer: Value) -> Value:
+    """The map, its padding named "own" where it holds the very constant of the value it pads."""
+    g, op = outer.geometry, view.ops[node]
+    assert isinstance(op, Map)
+    if not g.pads or g.mode != "zeros" or (not before.bias and op.fill == 0):
+        return outer
+    if not _holds_own(view, source, node, start):
+        if op.fill == 0:
+            return outer  # for the algebra to refuse
+        raise Inexact("it pads with a value that is not the constant of what it pads", "pad with zeros, or with its bias")
+    own = replace(g, mode="own")
+    return own if isinstance(outer, Geometry) else Kernel(own, outer.weight, outer.bias)
+
+
+def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry) -> bool:
+    """Whether the constant part of a padded value is what it is padded with, whatever the parameters are.
+
+    Both are analytic in the parameters: equal on random draws, they are equal everywhere.
+    """
+    if (source, node) not in view.own_padding:
+        op = view.ops[node]
+        assert isinstance(op, Map)
+        inner = nodes_between(view, source, op.x)
+        # Only what shifts can cancel a constant: the usual convolution after a biased one needs no draws.
+        shifts = any(view.ops[n].kind == "shift" for n in inner or ())  # type: ignore[union-attr]
+        worth = inner is not None and (shifts or op.fill != 0)
+        view.own_padding[source, node] = worth and _equal(view, Region(source, op.x, inner or (), frozenset()), op, start)
+    return view.own_padding[source, node]
+
+
+def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
+    for seed in range(3):
+        fetch = drawn(view, seed)
+        bias = kernel_of(view, padded, fetch, start).bias
+        fill = torch.tensor(op.fill, dtype=torch.float64) if isinstance(op.fill, float) else fetch(op.fill).reshape(-1)
+        if bias is None:
+            bias = torch.zeros_like(fill)
+        if fill.numel() not in (1, bias.numel()) or not torch.allclose(bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12):
+            return False
+    return True
+
+
+def drawn(view: GraphView, seed: int) -> Fetch:
+    """Every parameter and buffer drawn from (0.5, 1.5) in float64, and the expressions of them."""
+    generator = torch.Generator().manual_seed(seed)
+    cache: dict[Any, Tensor] = {}
+
+    def fetch(ref: Ref) -> Tensor:
+        if isinstance(ref, fx.Node) and ref.op != "get_attr":
+            if ref not in cache:
+                cache[ref] = view.evaluate(ref, fetch).to(torch.float64)
+            return cache[ref]
+        path = ref if isinstance(ref, str) else str(ref.target)
+        now = view.tensor(path)
+        if id(now) not in cache:  # tied tensors are drawn once
+            draw = torch.rand(now.shape, generator=generator, dtype=torch.float64) + 0.5
+            cache[id(now)] = draw if now.is_floating_point() else now
+        return cache[id(now)]
+
+    return fetch

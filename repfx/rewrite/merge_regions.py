@@ -22,7 +22,7 @@ from repfx.algebra import Geometry
 from repfx.errors import Declined, Inexact
 from repfx.graph.edit import uneven
 from repfx.graph.ops import Map, Op, Opaque, Sum
-from repfx.graph.regions import Region, Run, describe, is_linear, region_of, run_to, why_alone
+from repfx.graph.regions import Region, Run, describe, is_linear, is_value, region_of, run_to, why_alone
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import geometries
 
@@ -57,7 +57,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
     explained: set[fx.Node] = set()
     blocked = False
     for sink in reversed(view.nodes):
-        if sink in taken or not is_linear(view, sink):
+        if sink in taken or not is_linear(view, sink) or not is_value(view, sink):
             continue
         run = run_to(view, sink, taken)
         blocked |= run.blocked
@@ -97,6 +97,9 @@ def _cut(
             stretch = tuple(node for step in run.steps[i:j] for node in step)
             if view.writes.disturb(run.ends[i], stretch):
                 known[0][run.ends[j]] = Inexact("a value in it is changed in place between its readers")
+            whole = known[0][run.ends[j]]
+            if isinstance(whole, Geometry) and whole.why_no_layer:
+                known[0][run.ends[j]] = Inexact(whole.why_no_layer)
             offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept)
             rest = best[j - i - 1][0]
             if offer is not None:

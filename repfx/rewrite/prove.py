@@ -50,7 +50,9 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
     """Shapes of inputs that show both borders and the interior, each axis odd once and even once."""
     if g.channel_axis == -1:
-        return [(3, g.inputs)]
+        return [(3, *range(4, 4 + len(g.axes)), g.inputs)]
+    if g.transposed:
+        return [(1, g.inputs, *(3 + more + i % 2 + a.before for i, a in enumerate(g.axes))) for more in (0, 1)]
     least = []
     for a in g.axes:
         reach = max(a.taps, a.taps - a.before - a.after + a.stride)
@@ -87,7 +89,7 @@ def _run(
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if seen is not None:
+        if seen is not None and isinstance(values[node], Tensor):
             seen.append(float(values[node].abs().amax()))
         for v in node.all_input_nodes:
             if last[v] is node and v is not region.source:

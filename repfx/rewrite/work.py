@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -110,13 +111,13 @@ class _Names:
                 self.reads.setdefault(str(node.target).rpartition(".")[0], []).append(node)
 
     def main(self, merge: Merge) -> fx.Node:
-        def width(node: fx.Node) -> tuple[int, int]:
+        def width(node: fx.Node) -> tuple[int, Fraction | int]:
             op = self.view.ops[node]
             assert isinstance(op, Map)
             weight = self.view.tensor(self.weight_of(node))
             return (weight[0, 0].numel() if weight.dim() > 2 else 1, op.macs)
 
-        convs = [n for n in merge.region.removed if getattr(self.view.ops[n], "kind", "") in ("conv", "linear")]
+        convs = [n for n in merge.region.removed if self.view.ops[n].macs]  # type: ignore[union-attr]
         return max(convs, key=width)
 
     def weight_of(self, node: fx.Node) -> Ref:

@@ -1,0 +1,101 @@
+"""canonical: long spellings of one operator replaced by the operator, once a graph has been run and checked.
+
+    F.pad and writes of its border         ->   pad_with(x, sides, value)
+    view, transpose, view of channels      ->   channel_shuffle(x, groups)
+
+A spelling is recognised by what it does when it runs, not by how it is written.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from repfx.graph.border import name_border_writes
+from repfx.graph.effects import is_dead
+from repfx.graph.view import GraphView
+
+_LAST = {"view", "reshape", torch.reshape, "flatten", torch.flatten}
+_LAST |= {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints}
+_MOVES = _LAST | {"transpose", torch.transpose, "permute", torch.permute, "contiguous", "swapaxes", torch.swapaxes, "clone"}
+_MOVES |= {torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
+_MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflatten.int}
+
+
+def canonical(module: fx.GraphModule) -> fx.GraphModule:
+    """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns it."""
+    graph = module.graph
+    if any(node.target is operator.setitem for node in graph.nodes):
+        view = GraphView(module)
+
+        def shape_of(value: Any) -> Any:
+            return tuple(view.tensor(value).shape) if view.is_constant(value) else None
+
+        name_border_writes(graph, shape_of)
+    for node in list(graph.nodes):
+        if node.target in _LAST and not node._erased and len(node.meta.get("shape", ())) >= 3:
+            _name_shuffle(graph, node)
+    for node in reversed(graph.nodes):
+        if is_dead(node):
+            graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
+    """Replaces the moves that end in `last` by channel_shuffle, if that is what they do."""
+    moves, source = [last], last.args[0] if last.args else None
+    while isinstance(source, fx.Node) and source.target in _MOVES and source.args:
+        moves.append(source)
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or len(moves) < 3 or any(len(m.users) > 1 for m in moves[1:]):
+        return
+    shape = source.meta.get("shape", ())
+    if shape != last.meta["shape"]:
+        return
+    channels = shape[1]
+    for groups in range(2, channels):
+        if channels % groups == 0 and all(_shuffles(moves, source, groups, more) for more in (0, 1)):
+            with graph.inserting_after(last):
+                named = graph.call_function(F.channel_shuffle, (source, groups))
+            named.meta = dict(last.meta)
+            last.replace_all_uses_with(named)
+            return
+
+
+def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool:
+    """Whether the moves shuffle channels, on the source's own sizes or on larger ones."""
+    n, channels, *space = source.meta["shape"]
+    x = torch.arange((n + more) * channels * _product([s + more for s in space]), dtype=torch.float32)
+    x = x.reshape(n + more, channels, *(s + more for s in space))
+    try:
+        y = _value(moves[0], source, x, {})
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y, F.channel_shuffle(x, groups))
+
+
+def _value(node: fx.Node, source: fx.Node, x: Tensor, known: dict[fx.Node, Any]) -> Any:
+    """The value of a node where the source is x; sizes on the way are read from x."""
+    if node is source:
+        return x
+    if node not in known:
+        if node.op not in ("call_function", "call_method"):
+            raise ValueError(f"{node} does not follow from the source")
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda v: _value(v, source, x, known) if isinstance(v, fx.Node) else v
+        )
+        f: Any = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))
+        known[node] = f(*args, **kwargs)
+    return known[node]
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for s in sizes:
+        total *= s
+    return total
