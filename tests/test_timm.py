@@ -101,10 +101,12 @@ def test_counts_and_errors(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPARAMETERIZABLE)
 def test_single_precision_region_by_region(name: str) -> None:
-    """Each merged layer in float32 against its region, on the value that the region sees in a run of the net."""
+    """Each merged layer in float32 is as near to the float64 one as its region in float32 is, on what the region sees."""
     before = repfx.transform(make(name), []).eval()
     after = repfx.transform(before, ["fuse"]).eval()
-    layers = {m.ops[-1]: after.get_submodule(m.into) for m in after.meta["repfx"].merged}
+    exact = repfx.transform(copy.deepcopy(before).double(), ["fuse"]).eval()
+    paths = {m.ops[-1]: m.into for m in after.meta["repfx"].merged}
+    layers = {sink: after.get_submodule(path) for sink, path in paths.items()}
     view = GraphView(before)
     regions = {view.name(m.region.sink): m.region for m in plan_merges(view).merges}
     values: dict[fx.Node, torch.Tensor] = {}
@@ -118,13 +120,15 @@ def test_single_precision_region_by_region(name: str) -> None:
 
     with torch.no_grad():
         Values(before).run(picture())
-        errors = {
-            sink: difference(values[region.sink], layers[sink](values[region.source])).relative
-            for sink, region in regions.items()
-            if sink in layers
-        }
-    assert len(errors) >= 0.9 * len(layers)  # a few are found on a second look, when others have merged
-    assert max(errors.values()) <= 2e-6
+        seen = 0
+        for sink, region in regions.items():
+            if sink in layers:
+                seen += 1
+                x = values[region.source]
+                truth = exact.get_submodule(paths[sink])(x.double())
+                limit = max(2e-6, 1.5 * difference(truth, values[region.sink]).relative)
+                assert difference(truth, layers[sink](x)).relative <= limit, sink
+    assert seen >= 0.9 * len(layers)  # a few are found on a second look, when others have merged
 
 
 @pytest.mark.parametrize("name", PLAIN)
