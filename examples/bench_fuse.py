@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import fx, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 
 NETS = ["repvgg_a0", "mobileone_s0", "repvit_m1"]
 
@@ -67,10 +67,14 @@ def speed(console: Console, rounds: int) -> None:
     console.print(table)
 
 
+def block() -> nn.Module:
+    return nn.Sequential(RepVGG(8, 8, 3, padding=1), nn.ReLU())
+
+
 def scaling(console: Console, rounds: int) -> None:
     table = Table("blocks", "s", "ms a block", "over 50 blocks", title="time a block, RepVGG blocks of 8 channels")
     sizes = [50, 200, 800, 3200]
-    models = [nn.Sequential(*(RepVGGBlock(8, 8) for _ in range(n))).eval() for n in sizes]
+    models = [nn.Sequential(*(block() for _ in range(n))).eval() for n in sizes]
     runs = [lambda m=m: repfx.transform(m, ["fuse"]) for m in models]
     medians = [statistics.median(t) for t in interleaved(runs, max(3, rounds // 3))]
     first = medians[0] / sizes[0]
@@ -91,7 +95,7 @@ def memory(console: Console) -> None:
 def measure(name: str) -> None:
     """Prints the model's size and the growth of this process's peak resident memory, in MB."""
     model = zoo(name)
-    repfx.transform(nn.Sequential(RepVGGBlock(8, 8)), ["fuse"])  # libraries load and pools fill before the count starts
+    repfx.transform(nn.Sequential(block()), ["fuse"])  # libraries load and pools fill before the count starts
     model(torch.randn(2, 3, 64, 64))
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     gc.collect()

@@ -4,7 +4,8 @@ if __name__ != "repfx.passes":
     raise ImportError(f"import repfx.passes, not {__name__}")
 
 from repfx.passes.bnfold import BnFold
+from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.passes.ptq import Ptq
 
-__all__ = ["BnFold", "Fuse", "Ptq"]
+__all__ = ["BnFold", "Expand", "Fuse", "Ptq"]

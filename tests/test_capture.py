@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.graph.capture import capture
 from repfx.testing import assert_same, randomise
 
@@ -17,13 +17,17 @@ def image(channels: int = 4) -> Tensor:
     return torch.randn(2, channels, 10, 11, generator=torch.Generator().manual_seed(3))
 
 
+def block(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(RepVGG(inputs, outputs, 3, stride, 1, groups=groups), nn.ReLU())
+
+
 class Picky(nn.Module):
     """A head whose control flow depends on the data."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.inner = RepVGGBlock(4, 4)
+        self.inner = block(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
@@ -33,7 +37,7 @@ class Picky(nn.Module):
 
 
 def test_an_untraceable_head_does_not_cost_the_backbone() -> None:
-    model = randomise(nn.Sequential(RepVGGBlock(4, 4), RepVGGBlock(4, 4), Picky()).eval())
+    model = randomise(nn.Sequential(block(4, 4), block(4, 4), Picky()).eval())
     result = repfx.transform(model, ["fuse"], example=image())
     assert isinstance(result, fx.GraphModule)
     assert_same(model, result, image(), 1e-5)
@@ -48,18 +52,18 @@ def test_an_untraceable_root_keeps_its_class_and_names() -> None:
     result = repfx.transform(model, ["fuse"], example=image())
     assert type(result) is Picky and isinstance(result.inner, fx.GraphModule)
     assert_same(model, result, image(), 1e-5)
-    assert "conv.weight" in result.state_dict() and "inner.conv3.bias" in result.state_dict()
+    assert "conv.weight" in result.state_dict() and "inner.0.main.conv.bias" in result.state_dict()
 
 
 def test_a_parent_that_reaches_into_a_child_is_left_alone() -> None:
     class Reaching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = RepVGGBlock(4, 4)
+            self.block = block(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.block(x)
-            return y + self.block.conv1.weight.mean() if float(y.detach().sum()) > -1e9 else y
+            return y + self.block[0].point.conv.weight.mean() if float(y.detach().sum()) > -1e9 else y
 
     model = randomise(Reaching().eval())
     result = repfx.transform(model, ["fuse"], example=image())
@@ -120,12 +124,12 @@ def test_a_module_that_branches_on_training_stays_whole() -> None:
     class Auxiliary(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = RepVGGBlock(4, 4)
+            self.block = block(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.block(x) + 1 if self.training else self.block(x)
 
-    model = randomise(nn.Sequential(RepVGGBlock(4, 4), Auxiliary()))
+    model = randomise(nn.Sequential(block(4, 4), Auxiliary()))
     result = repfx.transform(model, ["fuse"], example=image())
     assert any("branches on self.training" in d.reason for d in result.meta["repfx"].declined)
     assert len(result.meta["repfx"].merged) == 2
@@ -164,7 +168,7 @@ def test_a_trace_that_lies_is_found() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.calls = RepVGGBlock(4, 4), 0
+            self.block, self.calls = block(4, 4), 0
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
@@ -193,7 +197,7 @@ def test_optional_arguments_keep_their_defaults() -> None:
 
 
 def test_an_exported_program_goes_in() -> None:
-    model = randomise(nn.Sequential(RepVGGBlock(4, 4), nn.Dropout(), RepVGGBlock(4, 8, stride=2), nn.AvgPool2d(2)).eval())
+    model = randomise(nn.Sequential(block(4, 4), nn.Dropout(), block(4, 8, stride=2), nn.AvgPool2d(2)).eval())
     program = torch.export.export(model, (image(),))
     result = repfx.transform(program, ["fuse"])
     assert_same(model, result, image())
@@ -227,7 +231,7 @@ def test_bad_models_are_refused() -> None:
         repfx.transform(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), ["fuse"])
     with pytest.raises(repfx.InputError, match=r"does not accept the example \(1, 3, 8, 8\)"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], example=torch.zeros(1, 3, 8, 8))
-    with pytest.raises(repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, fuse, ptq"):
+    with pytest.raises(repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
     with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bit=8)"])

@@ -16,16 +16,17 @@ import torch
 from torch import nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 
 FACTORY = """
 import torch
 from torch import nn
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 def no_convs():
     return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))
@@ -40,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     (path / "mynet.py").write_text(FACTORY)
     torch.manual_seed(0)
-    model = nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     repfx.save(repfx.transform(model.eval(), []), path / "net.pt")
     torch.save(model, path / "pickled.pt")
     torch.save(model.state_dict(), path / "weights.pt")
@@ -48,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "cut.pt").write_bytes((path / "net.pt").read_bytes()[:-64])
     (path / "cut_zip.pt").write_bytes((path / "pickled.pt").read_bytes()[:400])
     with torch.no_grad():
-        model[0].conv3.weight[0] = float("nan")
+        model[0].main.conv.weight[0] = float("nan")
     torch.save(model.state_dict(), path / "nan.pt")
     np.save(path / "data.npy", np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32))
     np.save(path / "wrong.npy", np.zeros((4, 5, 8, 8), dtype=np.float32))
@@ -84,9 +86,9 @@ BAD = {
     "pickled module": (["inspect", "pickled.pt"], 2, "is a pickle: loading it would run code from it. Safe ways"),
     "plain pickle": (["inspect", "plain.pkl"], 2, "is a pickle"),
     "state_dict": (["inspect", "weights.pt"], 2, "is a state_dict, not a model"),
-    "NaN weights": (["inspect", "mynet:net", "--weights", "nan.pt"], 2, "0.conv3.weight holds NaN"),
+    "NaN weights": (["inspect", "mynet:net", "--weights", "nan.pt"], 2, "0.main.conv.weight holds NaN"),
     "weights that do not fit": (["inspect", "mynet:no_convs", "--weights", "weights.pt"], 2, "does not fit"),
-    "unknown pass": (["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"], 2, "choose one of: bnfold, fuse, ptq"),
+    "unknown pass": (["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"], 2, "one of: bnfold, expand, fuse, ptq"),
     "unknown method": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "best"],
         2,

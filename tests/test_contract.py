@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.passes import BnFold, Fuse, Ptq
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, resolve
 from repfx.rewrite.work import Work
@@ -47,5 +47,5 @@ def test_a_pass_that_loses_a_name_is_told() -> None:
         def run(self, work: Work) -> Result:
             return work.merge(self.name)
 
-    with pytest.raises(repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*bn"):
-        repfx.transform(nn.Sequential(RepVGGBlock(3, 4)), [Loser()])
+    with pytest.raises(repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*norm"):
+        repfx.transform(nn.Sequential(RepVGG(3, 4, 3, padding=1)), [Loser()])

@@ -56,11 +56,11 @@ def changed_between(m: nn.Module, x: Tensor) -> Tensor:
 CASES = {
     "biased 1x1 into a padded 3x3": (
         Net(lambda m, x: m.b(m.a(x)), a=conv(4, 4, 1, bias=True), b=conv(4, 2)),
-        "a value with a bias is padded with zeros",
+        "conv 1x1 'a' has a bias and conv 3x3 'b' pads with zeros",
     ),
     "zero-valued bias": (
         Net(lambda m, x: m.b(m.a(x)), a=conv(4, 4, 1, bias=True), b=conv(4, 2)),
-        "a value with a bias is padded with zeros",
+        "conv 1x1 'a' has a bias and conv 3x3 'b' pads with zeros",
     ),
     "padded 3x3 into a padded 3x3": (
         Net(lambda m, x: m.b(m.a(x)), a=conv(4, 4), b=conv(4, 4)),

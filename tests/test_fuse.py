@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.rewrite import prove as oracle
 from repfx.testing import Scale, assert_same, random_block, randomise
 
 
 def image(channels: int = 8, size: tuple[int, int] = (11, 14)) -> Tensor:
     return torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def block(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(RepVGG(inputs, outputs, 3, stride, 1, groups=groups), nn.ReLU())
 
 
 def count(model: nn.Module, *kinds: type) -> int:
@@ -46,9 +50,9 @@ def conv_bn(i: int, o: int, k: int | tuple[int, int], **options) -> nn.Sequentia
 
 
 BLOCKS = {
-    "repvgg": (RepVGGBlock(8, 8), 1),
-    "repvgg stride 2": (RepVGGBlock(8, 16, stride=2), 1),
-    "repvgg groups": (RepVGGBlock(8, 8, groups=4), 1),
+    "repvgg": (block(8, 8), 1),
+    "repvgg stride 2": (block(8, 16, stride=2), 1),
+    "repvgg groups": (block(8, 8, groups=4), 1),
     "qarepvgg": (
         Parallel(conv_bn(8, 8, 3), nn.Conv2d(8, 8, 1, bias=False), nn.Identity(), post=nn.BatchNorm2d(8)),
         1,
@@ -127,7 +131,7 @@ def test_a_norm_over_tokens_is_not_one_over_channels() -> None:
 
 
 def test_names_survive_and_the_model_is_untouched() -> None:
-    model = ready(nn.Sequential(RepVGGBlock(8, 8), nn.MaxPool2d(2), RepVGGBlock(8, 16, stride=2), nn.Conv2d(16, 4, 1)))
+    model = ready(nn.Sequential(block(8, 8), nn.MaxPool2d(2), block(8, 16, stride=2), nn.Conv2d(16, 4, 1)))
     model.unused = nn.Linear(3, 3).double()
     model.train()
     keys = {k: v.clone() for k, v in model.state_dict().items()}
@@ -137,8 +141,8 @@ def test_names_survive_and_the_model_is_untouched() -> None:
     assert flags == [m.training for m in model.modules()] and result.training
     new = result.state_dict()
     kept = {k for k in keys if k.startswith(("3.", "unused."))}
-    assert kept <= set(new) and "0.conv3.weight" in new and "0.conv3.bias" in new
-    assert not any("bn" in k or "conv1" in k for k in new)
+    assert kept <= set(new) and "0.0.main.conv.weight" in new and "0.0.main.conv.bias" in new
+    assert not any("norm" in k or "point" in k or "skip" in k for k in new)
     with torch.no_grad():
         for p in result.parameters():
             p.zero_()
@@ -164,7 +168,7 @@ def test_a_head_shared_by_levels_stays_shared() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = RepVGGBlock(8, 8)
+            self.block = block(8, 8)
 
         def forward(self, x: Tensor) -> list[Tensor]:
             return [self.block(v) for v in (x, F.max_pool2d(x, 2), F.max_pool2d(x, 3))]
@@ -172,7 +176,8 @@ def test_a_head_shared_by_levels_stays_shared() -> None:
     model = ready(Head())
     result = repfx.transform(model, ["fuse"])
     assert_same(model, result, image(), 1e-12)
-    assert count(result, nn.Conv2d) == 1 and set(result.state_dict()) == {"block.conv3.weight", "block.conv3.bias"}
+    assert count(result, nn.Conv2d) == 1
+    assert set(result.state_dict()) == {"block.0.main.conv.weight", "block.0.main.conv.bias"}
 
 
 def test_functional_convolution_keeps_its_name() -> None:
@@ -206,7 +211,7 @@ def test_a_weight_expression_is_folded() -> None:
 
 
 def test_bnfold_keeps_branches() -> None:
-    model = ready(RepVGGBlock(8, 8))
+    model = ready(block(8, 8))
     result = repfx.transform(model, ["bnfold"])
     assert_same(model, result, image(), 1e-12)
     assert count(result, nn.Conv2d) == 2 and count(result, nn.BatchNorm2d) == 1  # the identity's norm has no convolution
@@ -232,7 +237,7 @@ def test_the_cheapest_cut_of_a_run() -> None:
 
 
 def test_half_precision_merges_in_double() -> None:
-    model = randomise(nn.Sequential(RepVGGBlock(8, 8)).eval())
+    model = randomise(nn.Sequential(block(8, 8)).eval())
     half = copy.deepcopy(model).to(torch.bfloat16)
     result = repfx.transform(half, ["fuse"])
     assert {p.dtype for p in result.parameters()} == {torch.bfloat16}
@@ -242,7 +247,7 @@ def test_half_precision_merges_in_double() -> None:
 
 
 def test_a_graph_module_and_its_copy_go_in_and_out() -> None:
-    model = ready(nn.Sequential(RepVGGBlock(8, 8), RepVGGBlock(8, 8)))
+    model = ready(nn.Sequential(block(8, 8), block(8, 8)))
     traced = fx.symbolic_trace(model)
     result = repfx.transform(traced, ["fuse"])
     assert_same(model, result, image(), 1e-12)
@@ -264,7 +269,7 @@ def test_the_proof_catches_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(work, "kernel_of", wrong)
     with pytest.raises(repfx.CheckError, match="bug of repfx"):
-        repfx.transform(ready(RepVGGBlock(8, 8)), ["fuse"])
+        repfx.transform(ready(block(8, 8)), ["fuse"])
 
 
 def test_proofs_use_odd_and_even_sizes() -> None:

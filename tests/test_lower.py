@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.lower.parity import run_onnx
 from repfx.testing import randomise
+
+
+def block(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(RepVGG(inputs, outputs, 3, stride, 1, groups=groups), nn.ReLU())
 
 
 def net() -> nn.Module:
@@ -22,10 +26,10 @@ def net() -> nn.Module:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem = RepVGGBlock(3, 16)
+            self.stem = block(3, 16)
             self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16))
             self.point = nn.Conv2d(16, 16, 1, bias=False)
-            self.down = RepVGGBlock(16, 32, stride=2, groups=4)
+            self.down = block(16, 32, stride=2, groups=4)
             self.gate = nn.Conv2d(32, 32, 1)
             self.head = nn.Linear(32, 7)
 
@@ -133,7 +137,7 @@ def test_a_wrong_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def off_by_one(*args):
         proto = real(*args)
-        weight = next(t for t in proto.graph.initializer if t.name.endswith("stem.conv3.weight_quant.codes"))
+        weight = next(t for t in proto.graph.initializer if t.name.endswith("stem.0.main.conv.weight_quant.codes"))
         values = onnx.numpy_helper.to_array(weight).copy()
         values[0, 0, 1, 1] -= 1
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
 from repfx.testing import assert_same, randomise
 
@@ -101,8 +101,8 @@ def test_search_per_channel_beats_the_largest_value() -> None:
 
 
 def model() -> nn.Module:
-    net = nn.Sequential(RepVGGBlock(3, 8), RepVGGBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    return randomise(net.eval())
+    blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()
+    return randomise(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval())
 
 
 def pictures(n: int = 4) -> list[Tensor]:
@@ -173,13 +173,13 @@ def test_fake_quant_computes_what_it_says() -> None:
 def test_ranges_are_those_of_the_float_model() -> None:
     net = model()
     fused, seen = repfx.transform(net, ["fuse"]).eval(), []
-    fused.get_submodule("1.conv3").register_forward_pre_hook(lambda m, args: seen.append(float(args[0].abs().max())))
+    fused.get_submodule("2.main.conv").register_forward_pre_hook(lambda m, args: seen.append(float(args[0].abs().max())))
     for batch in pictures():
         fused(batch)
     quantized = repfx.transform(net, ["ptq(bits=4)"])
     repfx.calibrate(quantized, pictures())
     repfx.calibrate(quantized, pictures())  # a second time: what is quantized by now must not show
-    scale = float(quantized.get_submodule("1.conv3.input_quant").scale)
+    scale = float(quantized.get_submodule("2.main.conv.input_quant").scale)
     assert scale == pytest.approx(max(seen) / 7, rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import repfx
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.graph.exported import load_exported
 from repfx.testing import assert_same, randomise
 
@@ -25,13 +25,13 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.norm, self.linear = RepVGGBlock(3, 8), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.block, self.norm, self.linear = RepVGG(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
         self.register_buffer("seen", torch.tensor(3), persistent=False)
         self.tied = self.linear
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = F.hardtanh(self.norm(self.block(x)) * self.scale, -1.0, float("inf"))
+        y = F.hardtanh(self.norm(F.relu(self.block(x))) * self.scale, -1.0, float("inf"))
         y = F.dropout(F.interpolate(y, scale_factor=2.0, mode="nearest")[:, :, 1:-1], 0.1, self.training)
         return {"logits": self.tied(self.linear.weight.t().shape[0] * y.mean((2, 3)) / 8), "size": y.shape[2]}
 
@@ -72,9 +72,9 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.pt"
-    repfx.save(repfx.transform(RepVGGBlock(3, 8), ["fuse"]), path)
+    repfx.save(repfx.transform(RepVGG(3, 8, 3, padding=1), ["fuse"]), path)
     inode = path.stat().st_ino
-    repfx.save(repfx.transform(RepVGGBlock(3, 8), ["fuse"]), path)
+    repfx.save(repfx.transform(RepVGG(3, 8, 3, padding=1), ["fuse"]), path)
     assert path.stat().st_ino != inode  # a new file took the name: the old one was never open for writing
     before = path.read_bytes()
 
@@ -84,7 +84,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("repfx.graph.store.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        repfx.save(repfx.transform(RepVGGBlock(3, 4), ["fuse"]), path)
+        repfx.save(repfx.transform(RepVGG(3, 4, 3, padding=1), ["fuse"]), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
@@ -153,7 +153,7 @@ def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_truncated_and_unwritable(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    model = repfx.transform(RepVGGBlock(3, 8), ["fuse"])
+    model = repfx.transform(RepVGG(3, 8, 3, padding=1), ["fuse"])
     repfx.save(model, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(repfx.InputError, match="damaged"):

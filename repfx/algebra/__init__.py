@@ -1,6 +1,7 @@
 """Affine, shift-invariant maps as values: what a convolution is, when two of them compose exactly, and into what."""
 
-from repfx.algebra.geometry import Axis, Geometry
+from repfx.algebra.axis import Axis
+from repfx.algebra.geometry import Geometry
 from repfx.algebra.impulse import impulse_response
 from repfx.algebra.kernel import Kernel, dense, swapped
 from repfx.algebra.links import Links, Rows

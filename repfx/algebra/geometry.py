@@ -1,14 +1,7 @@
 """The shape of an affine, shift-invariant map, and the exact conditions under which two of them are one.
 
-Per axis, with x0 the source extended by zeros (or by `mode`):
-
-    y[o, n] = b[o] + sum_{i, t < taps} K[o, i, t] * x0[i, stride * n + t - before]
-    size(y) = floor((size(x) + before + after - taps) / stride) + 1
-
-`before` and `after` are paddings; negative ones crop. Everything here is integers and flags: legality and cost are
-decided without touching a weight, so a zero-valued bias is still a bias.
-
-A transposed map writes where the other reads: y[o, stride * n + t - before] += K[o, i, t] * x[i, n].
+Everything here is integers and flags: legality and cost are decided without touching a weight, so a zero-valued bias is
+still a bias. What a map does along one spatial axis is in `repfx.algebra.axis`.
 """
 
 from __future__ import annotations
@@ -19,55 +12,9 @@ from fractions import Fraction
 from math import gcd, prod
 from typing import Any
 
+from repfx.algebra.axis import Axis
 from repfx.algebra.links import Links, Rows
 from repfx.errors import Inexact
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One spatial axis of a map: `taps` positions read per output, `stride`, zeros `before` and `after` (in pixels)."""
-
-    taps: int = 1
-    stride: int = 1
-    before: int = 0
-    after: int = 0
-
-    def size(self, n: int) -> int:
-        """Output size for an input of n pixels.
-
-        >>> Axis(taps=3, stride=2, before=1, after=1).size(7)
-        4
-        """
-        return (n + self.before + self.after - self.taps) // self.stride + 1
-
-    def then(self, outer: Axis) -> Axis:
-        """The axis of `outer(self(x))`: T' = T + s*(T2 - 1), s' = s*s2, p' = p + s*p2.
-
-        >>> Axis(3, 1, 1, 1).then(Axis(3, 2, 0, 0))
-        Axis(taps=5, stride=2, before=1, after=1)
-        """
-        s = self.stride
-        return Axis(
-            self.taps + s * (outer.taps - 1),
-            s * outer.stride,
-            self.before + s * outer.before,
-            self.after + s * outer.after,
-        )
-
-    def plus(self, other: Axis) -> Axis:
-        """The axis that holds both maps, aligned at their pixel of origin. Assumes equal strides and sizes."""
-        before = max(self.before, other.before)
-        end = max(self.taps - self.before, other.taps - other.before)
-        return Axis(before + end, self.stride, before, self.surplus + end)
-
-    @property
-    def surplus(self) -> int:
-        """p + q - T: two axes of one stride give equal sizes for every input exactly when these are equal."""
-        return self.before + self.after - self.taps
-
-    @property
-    def is_point(self) -> bool:
-        return self == Axis()
 
 
 @dataclass(frozen=True)
@@ -124,7 +71,8 @@ class Geometry:
 
     @property
     def taps(self) -> int:
-        return prod(a.taps for a in self.axes)
+        """Taps that may differ from zero."""
+        return prod(len(a.places) for a in self.axes)
 
     @property
     def stride(self) -> int:
@@ -154,13 +102,21 @@ class Geometry:
         return all(a.is_point for a in self.axes)
 
     @property
+    def source_axis(self) -> int:
+        """Where the channels of the source stand."""
+        return -self.channel_axis if self.turned else self.channel_axis
+
+    @property
+    def turn(self) -> tuple[int, ...]:
+        """The permutation that brings a layer's output, laid out as the source, to where `turned` channels stand."""
+        n = len(self.axes)
+        return (0, *range(2, n + 2), 1) if self.channel_axis == -1 else (0, n + 1, *range(1, n + 1))
+
+    @property
     def why_no_layer(self) -> str:
-        """Why no layer computes this map from its source to its output; empty where one does."""
-        if self.turned:
-            return "its channels end on another axis than they begin"
-        return (
-            "" if self.channel_axis == 1 or self.is_point else "a convolution of positions that stand before the channels"
-        )
+        """Why no layer computes this map; empty where one does."""
+        here = self.source_axis == 1 or self.is_point
+        return "" if here else "a convolution over positions that stand before the channels"
 
     @property
     def pad_steps(self) -> list[tuple[list[int], str]]:

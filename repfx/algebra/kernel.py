@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra.geometry import Axis, Geometry
+from repfx.algebra.axis import Axis
+from repfx.algebra.geometry import Geometry
 from repfx.algebra.links import Rows
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -47,25 +48,33 @@ class Kernel:
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the map on x (N, in, ...) or, for a linear, (..., in)."""
         g = self.geometry
+        if g.turned:
+            return Kernel(g.turned_to(g.source_axis), self.weight, self.bias)(x).permute(g.turn)
         if g.channel_axis == -1:
             return F.linear(x, dense(self).flatten(1), self.bias)
         if not g.axes:
             raise ValueError("a map without axes runs on linears only")
+        strides, gaps = [a.stride for a in g.axes], [a.gap for a in g.axes]
         if g.transposed:
             before, extra = [a.before for a in g.axes], [a.before - a.after for a in g.axes]
-            strides = [a.stride for a in g.axes]
-            return _TRANSPOSED[len(g.axes)](x, swapped(self.weight, g.groups), self.bias, strides, before, extra, g.groups)
+            weight = swapped(self.packed, g.groups)
+            return _TRANSPOSED[len(g.axes)](x, weight, self.bias, strides, before, extra, g.groups, gaps)
         for sides, mode in g.pad_steps:
             x = F.pad(x, sides, mode)
         if _is_depthwise(g):
             return self._tap_by_tap(x)
-        return _CONVS[len(g.axes)](x, self.weight, self.bias, [a.stride for a in g.axes], groups=g.groups)
+        return _CONVS[len(g.axes)](x, self.packed, self.bias, strides, 0, gaps, g.groups)
+
+    @property
+    def packed(self) -> Tensor:
+        """The weight without the zeros between its taps, as layers with a dilation hold it."""
+        return self.weight[(slice(None), slice(None), *(slice(None, None, a.gap) for a in self.geometry.axes))]
 
     def _tap_by_tap(self, x: Tensor) -> Tensor:
         """A depthwise map as the sum it is: torch runs one convolution a channel in float64, many times slower."""
         g = self.geometry
         y: Tensor | None = None
-        for at in product(*(range(a.taps) for a in g.axes)):
+        for at in product(*(a.places for a in g.axes)):
             part = x
             for axis, (t, a) in enumerate(zip(at, g.axes, strict=True), start=2):
                 last = (x.shape[axis] - a.taps) // a.stride * a.stride + t + 1
@@ -205,7 +214,7 @@ def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
         columns = _regroup(outer.weight, b.groups, groups)
     whole, strides = [x.taps for x in geometry.axes], [x.stride for x in a.axes]
     total: Tensor | None = None
-    for at in product(*(range(x.taps) for x in b.axes)):
+    for at in product(*(x.places for x in b.axes)):
         tap: Any = (slice(None), slice(None), *at)
         column = columns[tap]
         if _is_depthwise(b) or _is_depthwise(a):

@@ -1,22 +1,108 @@
-"""RepVGG (Ding et al., 2021):  y = relu(B[C3 x] + B[C1 x] + B[x]), the last where shapes allow it."""
+"""RepVGG (Ding et al., 2021) and QARepVGG (Chu et al., 2022): three branches of one input.
+
+    RepVGG:        y = B[Ck x] + B[C1 x] + B[x]
+    QARepVGG (S4): y = B[ B[Ck x] + C1 x + x ]
+
+Adding the branches after a batch norm each lets their variances diverge, which costs the merged kernel its precision in
+8 bits; QARepVGG norms fewer of them, and the sum. The identity stands where in == out, stride is 1 and sizes are kept.
+"""
 
 from __future__ import annotations
 
+from typing import ClassVar, NamedTuple
+
 from torch import Tensor, nn
 
+from repfx.blocks.frame import ConvNorm, Frame, Size
 
-class RepVGGBlock(nn.Module):
-    """3x3, 1x1 and identity branches, each with its batch norm: (N, inputs, H, W) -> (N, outputs, H', W')."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> None:
+class RepVGG(nn.Module):
+    """y = B[Ck x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments."""
+
+    kernel: ClassVar[str] = "main.conv.weight"
+    shift: ClassVar[str] = "main.norm.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+    ) -> None:
         super().__init__()
-        self.conv3 = nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 1, stride, 0, groups=groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.bn0 = nn.BatchNorm2d(outputs) if inputs == outputs and stride == 1 else None
-        self.act = nn.ReLU()
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        self.main, self.point = ConvNorm(frame), ConvNorm(frame, 1)
+        self.skip = nn.BatchNorm2d(out_channels) if frame.holds_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
-        return self.act(y if self.bn0 is None else y + self.bn0(x))
+        y = self.main(x) + self.point(x)
+        return y if self.skip is None else y + self.skip(x)
+
+
+class Norms(NamedTuple):
+    """Where a variant has batch norms: on each branch, and after the sum."""
+
+    main: bool
+    point: bool
+    skip: bool
+    post: bool
+
+
+VARIANTS = {
+    "S0": Norms(True, True, True, post=False),
+    "Eq6": Norms(True, True, True, post=False),
+    "S1": Norms(True, True, True, post=False),
+    "S2": Norms(True, True, False, post=False),
+    "S3": Norms(True, False, False, post=False),
+    "S4": Norms(True, False, False, post=True),
+    "all BN + post": Norms(True, True, True, post=True),
+    "no BN + post": Norms(False, False, False, post=True),
+    "BN excl. Id + post": Norms(True, True, False, post=True),
+}
+
+
+class QARepVGG(nn.Module):
+    """y = B[B[Ck x] + C1 x + x] (variant S4): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
+
+    `variant` names a row of the paper's ablation; S0, Eq6 and S1 have one structure and differ in their weight decay:
+
+        S0, Eq6, S1   B[Ck x] + B[C1 x] + B[x]          all BN + post        B[B[Ck x] + B[C1 x] + B[x]]
+        S2            B[Ck x] + B[C1 x] + x             no BN + post         B[Ck x + C1 x + x]
+        S3            B[Ck x] + C1 x + x                BN excl. Id + post   B[B[Ck x] + B[C1 x] + x]
+        S4            B[B[Ck x] + C1 x + x]
+
+    Raises ValueError where the variant is none of these.
+    """
+
+    kernel: ClassVar[str] = "main.conv.weight"
+    shift: ClassVar[str] = "norm.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        variant: str = "S4",
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}; choose one of: {', '.join(VARIANTS)}")
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        norms = VARIANTS[variant]
+        # `norm` is the last one after the main branch: of the sum, or, where there is no post norm, of that branch alone.
+        self.post = norms.post
+        self.main = ConvNorm(frame, norm=norms.main and norms.post)
+        self.point = ConvNorm(frame, 1, norm=norms.point)
+        self.skip = (nn.BatchNorm2d(out_channels) if norms.skip else nn.Identity()) if frame.holds_identity else None
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = self.point(x) if self.skip is None else self.point(x) + self.skip(x)
+        return self.norm(self.main(x) + others) if self.post else self.norm(self.main(x)) + others

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repfx import api
-from repfx.blocks import RepVGGBlock
+from repfx.blocks import RepVGG
 from repfx.errors import InputError, MissingPart
 
 TARGET = "onnxruntime"
@@ -40,14 +40,9 @@ class Row:
 
 def small_repvgg(classes: int = 10) -> nn.Sequential:
     """Seven RepVGG blocks for 8x8 pictures of one channel."""
+    sizes = [(1, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
     return nn.Sequential(
-        RepVGGBlock(1, 32),
-        RepVGGBlock(32, 32),
-        RepVGGBlock(32, 64, stride=2),
-        RepVGGBlock(64, 64),
-        RepVGGBlock(64, 64),
-        RepVGGBlock(64, 128, stride=2),
-        RepVGGBlock(128, 128),
+        *(m for i, o, stride in sizes for m in (RepVGG(i, o, 3, stride, padding=1), nn.ReLU())),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(128, classes),

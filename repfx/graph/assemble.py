@@ -42,7 +42,8 @@ def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Mo
     """The module tree with what the graph does not call reduced to plain holders of names."""
     if id(module) in memo:
         return memo[id(module)]
-    if path in called or is_leaf(module):
+    read_only = type(module).__module__.startswith("torch.nn.modules.") and not module._modules  # a layer nobody calls
+    if path in called or (is_leaf(module) and not read_only):
         memo[id(module)] = module
         return module
     holder = nn.Module()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -23,31 +24,33 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
 
     In the dtype of `like`, and trainable if that is.
     """
-    g, weight = kernel.geometry, kernel.weight
-    if g.channel_axis == -1:
+    g, weight = kernel.geometry, kernel.packed
+    if g.source_axis == -1:
         layer: nn.Module = nn.Linear(g.inputs, g.outputs, False, device="meta")
         weight = dense(kernel).flatten(1)
     elif g.transposed:
         layer = _TRANSPOSED[len(g.axes)](
             g.inputs,
             g.outputs,
-            tuple(a.taps for a in g.axes),
+            tuple(len(a.places) for a in g.axes),
             tuple(a.stride for a in g.axes),
             tuple(a.before for a in g.axes),
             tuple(a.before - a.after for a in g.axes),
             groups=g.groups,
+            dilation=tuple(a.gap for a in g.axes),
             bias=False,
             device="meta",
         )
-        weight = swapped(kernel.weight, g.groups)
+        weight = swapped(kernel.packed, g.groups)
     else:
         layer = _CONVS[len(g.axes)](
             g.inputs,
             g.outputs,
-            tuple(a.taps for a in g.axes),
+            tuple(len(a.places) for a in g.axes),
             tuple(a.stride for a in g.axes),
             (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
             groups=g.groups,
+            dilation=tuple(a.gap for a in g.axes),
             bias=False,
             padding_mode=g.mode if g.pads and not uneven(g) else "zeros",
             device="meta",
@@ -70,15 +73,38 @@ def replace_region(
     """Calls module `target` on the source in place of the removed nodes, the last of which is the sink."""
     with graph.inserting_before(sink):
         x = source
-        if g.channel_axis != -1 and uneven(g):
+        if g.source_axis != -1 and uneven(g):
             for step in g.pad_steps:
                 x = graph.call_function(F.pad, (x, *step))
         merged = graph.call_module(target, (x,))
+        if g.turned:
+            merged = graph.call_function(torch.permute, (merged, list(g.turn)))
     merged.meta = dict(sink.meta)
     sink.replace_all_uses_with(merged)
     for node in sorted(removed, reverse=True):
         graph.erase_node(node)
     return merged
+
+
+def inline(graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], inner: fx.Graph, path: str) -> None:
+    """Computes what `inner`, the graph of a module of one input that now stands at `path`, computes of the source, in
+    place of the removed nodes, the last of which is the sink."""
+    made: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(sink):
+        for node in inner.nodes:
+            if node.op == "placeholder":
+                made[node] = source
+            elif node.op == "output":
+                result: Any = node.args[0]
+                sink.replace_all_uses_with(made[result])
+            else:
+                made[node] = graph.node_copy(node, made.__getitem__)
+                if node.op in ("call_module", "get_attr"):
+                    made[node].target = f"{path}.{node.target}"
+                stack = node.meta.get("nn_module_stack", {})
+                made[node].meta["nn_module_stack"] = {k: (f"{path}.{p}".rstrip("."), c) for k, (p, c) in stack.items()}
+    for node in sorted(removed, reverse=True):
+        graph.erase_node(node)
 
 
 def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
@@ -148,7 +174,8 @@ def _prune(module: nn.Module, live: set[int]) -> None:
         if child is None:
             continue
         _prune(child, live) if type(child) is nn.Module else None
-        empty = type(child) is nn.Module and not (child._modules or child._parameters or child._buffers)
+        held = [child._modules, child._parameters, child._buffers, any(isinstance(v, Tensor) for v in vars(child).values())]
+        empty = type(child) is nn.Module and not any(held)
         if empty and id(child) not in live:
             del module._modules[name]
 

@@ -39,6 +39,7 @@ class Map:
 
     `macs` is per output position, `stride` the positions of x per output position. `space` is (number of axes, channel
     axis) of x and `inputs` its channels, where known. `fill` is what the padding holds: a number or a constant.
+    `own` is the geometry of a layer that is the same whatever it reads.
     """
 
     x: fx.Node
@@ -51,6 +52,7 @@ class Map:
     space: tuple[int | None, int | None] = (None, None)
     inputs: int | None = None
     fill: float | Ref = 0.0
+    own: Geometry | None = None
 
     @property
     def values(self) -> tuple[fx.Node, ...]:

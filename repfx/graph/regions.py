@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from repfx.graph.ops import Map, Opaque, Sum
+from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
+from repfx.graph.words import described
 
 # A linear run longer than this is cut: the search in it is quadratic, and no convolution spans dozens of operators.
 LONGEST = 48
@@ -98,20 +99,12 @@ def why_alone(view: GraphView, node: fx.Node) -> tuple[str, str]:
     if isinstance(view.ops[node], Sum) and len(ends) > 1:
         inner = [e for e in ends if e is not view.dominator.get(node)]
         if len(inner) < len(ends):
-            return f"{describe(view, inner[0])} inside it is not linear", ""
-        return f"it sums values of different sources: {', '.join(describe(view, e) for e in ends)}", ""
+            return f"{described(view, inner[0])} inside it is not linear", ""
+        verb = "joins" if view.ops[node].kind == "concat" else "sums"  # type: ignore[union-attr]
+        return f"it {verb} values of different sources: {', '.join(described(view, e) for e in ends)}", ""
     if isinstance(view.ops[node], Map) and view.ops[node].values[0] in ends:  # type: ignore[union-attr]
-        return f"no convolution leads to it: its input is {describe(view, view.ops[node].values[0])}", ""  # type: ignore[union-attr]
+        return f"no convolution leads to it: its input is {described(view, view.ops[node].values[0])}", ""  # type: ignore[union-attr]
     return "no convolution leads to it", ""
-
-
-def describe(view: GraphView, node: fx.Node) -> str:
-    """A node as a reader of the report knows it, with the reason where it was refused one."""
-    op = view.ops[node]
-    if node.op == "placeholder":
-        return f"the input {node.name!r}"
-    what = f"{view.name(node)!r}"
-    return f"{what} ({op.reason})" if isinstance(op, Opaque) and op.reason else what
 
 
 def nodes_between(view: GraphView, source: fx.Node, sink: fx.Node) -> tuple[fx.Node, ...] | None:

@@ -38,7 +38,7 @@ def convolution(
     strides, dilations = _tuple(stride, n), _tuple(dilation, n)
     taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))
     pads = _conv_pads(padding, taps)
-    axes = tuple(Axis(t, s, *p) for t, s, p in zip(taps, strides, pads, strict=True))
+    axes = tuple(Axis(t, s, *p, gap=d if t > 1 else 1) for t, s, p, d in zip(taps, strides, pads, dilations, strict=True))
     whole = Geometry(shape[1] * groups, shape[0], groups, axes, bias is not None, mode)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
@@ -46,7 +46,7 @@ def convolution(
 
     macs = shape[0] * shape[1] * product_of(shape[2:])
     params = macs + (shape[0] if bias is not None else 0)
-    return Map(input, "conv", lambda _: whole, kernel, macs, params, product_of(strides), (n, 1), whole.inputs)
+    return Map(input, "conv", lambda _: whole, kernel, macs, params, product_of(strides), (n, 1), whole.inputs, own=whole)
 
 
 def transposed_convolution(
@@ -66,10 +66,9 @@ def transposed_convolution(
     shape = c.tensor(weight).shape
     n = len(shape) - 2
     strides, dilations, pads, extra = (_tuple(v, n) for v in (stride, dilation, padding, output_padding))
-    if any(e >= s for e, s in zip(extra, strides, strict=True)):
-        return Opaque("an output padding that is not smaller than the stride")
     taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))
-    axes = tuple(Axis(t, s, p, p - e) for t, s, p, e in zip(taps, strides, pads, extra, strict=True))
+    sizes = zip(taps, strides, pads, extra, dilations, strict=True)
+    axes = tuple(Axis(t, s, p, p - e, d if t > 1 else 1) for t, s, p, e, d in sizes)
     whole = Geometry(shape[0], shape[1] * groups, groups, axes, bias is not None, transposed=True)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
@@ -78,7 +77,8 @@ def transposed_convolution(
     params, step = shape.numel(), product_of(strides)
     macs = Fraction(params, step)
     params += whole.outputs * whole.bias
-    return Map(input, "conv_transpose", lambda _: whole, kernel, macs, params, Fraction(1, step), (n, 1), whole.inputs)
+    rate = Fraction(1, step)
+    return Map(input, "conv_transpose", lambda _: whole, kernel, macs, params, rate, (n, 1), whole.inputs, own=whole)
 
 
 def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
@@ -94,7 +94,7 @@ def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
         weights = fetch(weight).reshape(out, inputs, *(1,) * len(g.axes))
         return Kernel(g, weights, None if bias is None else fetch(bias))
 
-    return Map(input, "linear", geometry, kernel, out * inputs, whole.params, 1, (None, -1), inputs)
+    return Map(input, "linear", geometry, kernel, out * inputs, whole.params, 1, (None, -1), inputs, own=whole)
 
 
 def batch_norm(

@@ -153,7 +153,12 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if type(m) is nn.Identity and len(args) == 1 and not m._forward_hooks:
             return args[0]
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            if m.state_dict():
+                raise
+            return forward(*args, **kwargs)  # no part of the model, and without a state: a function like any other
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         mark = next(iter(reversed(self.graph.nodes)), None)

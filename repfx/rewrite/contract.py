@@ -7,7 +7,6 @@ on (`requires`) and what it promises; the runner orders, runs and proves, and sa
 from __future__ import annotations
 
 import ast
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -114,25 +113,31 @@ def parse(spec: str) -> Pass:
     >>> parse("fues")
     Traceback (most recent call last):
     ...
-    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, fuse, ptq
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
-    if match is None:
+    try:
+        call = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        call = None
+    name = call.func if isinstance(call, ast.Call) else call
+    if not isinstance(name, ast.Name):
         raise InputError(f"a pass is written name or name(option=value, ...), not {spec!r}")
-    name, text = match.groups()
-    if name not in REGISTRY:
-        raise unknown("pass", name, REGISTRY)
-    cls = REGISTRY[name]
+    if name.id not in REGISTRY:
+        raise unknown("pass", name.id, REGISTRY)
+    cls = REGISTRY[name.id]
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        key, eq, value = (s.strip() for s in part.partition("="))
-        if not eq or key not in known:
-            raise unknown(f"option of {name}", key, known or {"none"})
+    for unnamed in call.args if isinstance(call, ast.Call) else []:
+        raise unknown(f"option of {name.id}", ast.unparse(unnamed), known or {"none"})
+    for option in call.keywords if isinstance(call, ast.Call) else []:
+        if option.arg not in known:
+            raise unknown(f"option of {name.id}", str(option.arg), known or {"none"})
         try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value  # a bare word, as in bn=estimate
+            # A bare word, as in bn=estimate, is a string.
+            word = isinstance(option.value, ast.Name)
+            options[option.arg] = option.value.id if word else ast.literal_eval(option.value)  # type: ignore[attr-defined]
+        except ValueError:
+            raise InputError(f"{option.arg} of {spec!r} is not a plain value") from None
     try:
         return cls(**options)
     except TypeError as error:

@@ -8,17 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from repfx.algebra import Geometry
 from repfx.errors import Declined
 from repfx.graph.capture import capture, graphs
 from repfx.graph.view import GraphView
+from repfx.graph.words import layer, operator
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.rewrite.runner import as_args, require_convolutions
 
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One block. MACs are per position of its input. `merged` is the layer it becomes, None with a `reason` if none."""
+    """One block and its operators. MACs are per position of its input. `merged` is the layer it becomes; None where it is
+    left alone, with the `reason` and, where there is one, the `cure`."""
 
     name: str
     ops: tuple[str, ...]
@@ -28,6 +29,7 @@ class RegionReport:
     macs_after: float
     params_before: int
     params_after: int
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Inspection:
 
     def __rich__(self) -> Table:
         merged = [r for r in self.regions if r.merged]
-        table = Table(title=f"{len(merged)} blocks merge, {len(self.declined)} left alone", title_justify="left")
+        before, after = sum(r.params_before for r in merged), sum(r.params_after for r in merged)
+        title = f"{len(merged)} blocks merge, {len(self.declined)} left alone"
+        title += f"; parameters of what merges: {before:,} → {after:,}" if merged else ""
+        table = Table(title=title, title_justify="left")
         for column in ("block", "operators", "becomes", "MACs", "parameters"):
             table.add_column(column, overflow="fold", justify="right" if column in ("MACs", "parameters") else "left")
         for r in merged:
@@ -68,29 +73,14 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
         prefix = f"{path}." if path else ""
         for m in plan.merges:
             removed = m.region.removed
-            kinds = tuple(view.ops[node].kind for node in removed)  # type: ignore[union-attr]
+            kinds = tuple(operator(view.ops[node]) for node in removed)
             name = prefix + view.name(m.region.sink)
             macs, params = (float(m.macs_before), float(m.geometry.macs)), (m.params_before, m.geometry.params)
-            regions.append(RegionReport(name, kinds, describe(m.geometry), "", *macs, *params))
+            regions.append(RegionReport(name, kinds, layer(m.geometry), "", *macs, *params))
         for d in plan.declined:
-            regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0))
+            regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0, d.cure))
             declined.append(Declined(prefix + d.where, d.reason, d.cure))
     return Inspection(tuple(regions), tuple(declined))
-
-
-def describe(g: Geometry) -> str:
-    """A layer in words.
-
-    >>> describe(Geometry.conv(64, 128, taps=(3, 3), stride=(2, 2), pad=(1, 1), groups=4))
-    'conv 3x3, 64 → 128, stride 2, groups 4'
-    """
-    if g.channel_axis == -1:
-        return f"linear {g.inputs} → {g.outputs}"
-    strides = [a.stride for a in g.axes]
-    text = f"conv {'x'.join(str(a.taps) for a in g.axes)}, {g.inputs} → {g.outputs}"
-    if any(s != 1 for s in strides):
-        text += f", stride {strides[0] if len(set(strides)) == 1 else 'x'.join(map(str, strides))}"
-    return text + (f", groups {g.groups}" if g.groups > 1 else "") + (f", {g.mode}" if g.mode != "zeros" else "")
 
 
 def _tally(kinds: tuple[str, ...]) -> str:

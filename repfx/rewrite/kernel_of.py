@@ -16,18 +16,19 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import Inexact
-from repfx.graph.ops import Map, Ref, Sum
+from repfx.graph.ops import Map, Sum
 from repfx.graph.regions import Region, nodes_between
 from repfx.graph.view import GraphView
+from repfx.graph.words import described, operator
+from repfx.rewrite.fetch import Fetch, drawn
 
 _CHANGES = ("conv", "linear", "conv_transpose")  # the maps whose outputs are other channels than their inputs
 
 Value = TypeVar("Value", Geometry, Kernel)
-Fetch = Callable[[Ref], Tensor]
 
 
 def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, Geometry | Inexact]:
@@ -137,11 +138,23 @@ def _padded(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, be
     if not g.pads or g.mode != "zeros" or (not before.bias and op.fill == 0):
         return outer
     if not _holds_own(view, source, node, start):
-        if op.fill == 0:
-            return outer  # for the algebra to refuse
-        raise Inexact("it pads with a value that is not the constant of what it pads", "pad with zeros, or with its bias")
+        if not before.bias:
+            raise Inexact("it pads with a value that is not the constant of what it pads", "pad with zeros")
+        pads = "zeros" if op.fill == 0 else "something else"
+        cure = "drop the bias, drop this padding, or pad with the value that the bias gives"
+        raise Inexact(f"{_biased(view, source, op.x)} has a bias and {described(view, node)} pads with {pads}", cure)
     own = replace(g, mode="own")
     return own if isinstance(outer, Geometry) else Kernel(own, outer.weight, outer.bias)
+
+
+def _biased(view: GraphView, source: fx.Node, node: fx.Node) -> str:
+    """The nearest operator on the way back that gives a value its constant."""
+    while isinstance(view.ops[node], Map):
+        op: Any = view.ops[node]
+        if op.x is source or op.kind in ("bn", "shift") or (op.own is not None and op.own.bias):
+            break
+        node = op.x
+    return f"{operator(view.ops[node])} {view.name(node)!r}"
 
 
 def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry) -> bool:
@@ -170,23 +183,3 @@ def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
         if fill.numel() not in (1, bias.numel()) or not torch.allclose(bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12):
             return False
     return True
-
-
-def drawn(view: GraphView, seed: int) -> Fetch:
-    """Every parameter and buffer drawn from (0.5, 1.5) in float64, and the expressions of them."""
-    generator = torch.Generator().manual_seed(seed)
-    cache: dict[Any, Tensor] = {}
-
-    def fetch(ref: Ref) -> Tensor:
-        if isinstance(ref, fx.Node) and ref.op != "get_attr":
-            if ref not in cache:
-                cache[ref] = view.evaluate(ref, fetch).to(torch.float64)
-            return cache[ref]
-        path = ref if isinstance(ref, str) else str(ref.target)
-        now = view.tensor(path)
-        if id(now) not in cache:  # tied tensors are drawn once
-            draw = torch.rand(now.shape, generator=generator, dtype=torch.float64) + 0.5
-            cache[id(now)] = draw if now.is_floating_point() else now
-        return cache[id(now)]
-
-    return fetch

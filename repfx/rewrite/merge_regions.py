@@ -22,8 +22,9 @@ from repfx.algebra import Geometry
 from repfx.errors import Declined, Inexact
 from repfx.graph.edit import uneven
 from repfx.graph.ops import Map, Op, Opaque, Sum
-from repfx.graph.regions import Region, Run, describe, is_linear, is_value, region_of, run_to, why_alone
+from repfx.graph.regions import Region, Run, is_linear, is_value, region_of, run_to, why_alone
 from repfx.graph.view import GraphView
+from repfx.graph.words import described
 from repfx.rewrite.kernel_of import geometries
 
 Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts taken out
@@ -130,7 +131,7 @@ def _cut(
         if reason:
             explained.update(node for step in run.steps[j:k] for node in step)
             where = view.name(run.ends[j])
-            declined.setdefault(where, Declined(where, f"not merged with {describe(view, run.ends[k])}: {reason}", cure))
+            declined.setdefault(where, Declined(where, f"not merged with {described(view, run.ends[k])}: {reason}", cure))
 
 
 def _offer(
@@ -150,7 +151,7 @@ def _offer(
     ops = [view.ops[node] for node in removed]
     if not any(isinstance(op, Map) and op.macs for op in ops) or not accept(ops):
         return None
-    left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0)
+    left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + geometry.turned
     before = _macs(view, removed, rates)
     merged = geometry.macs * rates[source]
     if left >= _count(view, removed) or merged > before:
@@ -194,6 +195,6 @@ def _costly(view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates
     if merged <= before:
         return ""
     if region.kept:
-        return f"{describe(view, max(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
+        return f"{described(view, max(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
     costs = f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
     return f"one convolution would take {costs}"

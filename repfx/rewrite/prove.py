@@ -49,7 +49,7 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
 
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
     """Shapes of inputs that show both borders and the interior, each axis odd once and even once."""
-    if g.channel_axis == -1:
+    if g.source_axis == -1:
         return [(3, *range(4, 4 + len(g.axes)), g.inputs)]
     if g.transposed:
         return [(1, g.inputs, *(3 + more + i % 2 + a.before for i, a in enumerate(g.axes))) for more in (0, 1)]

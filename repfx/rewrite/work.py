@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from repfx.graph.edit import drop_unreferenced, free_path, layer_of, put_module, references, replace_region
+from repfx.graph.edit import (
+    drop_unreferenced,
+    free_path,
+    inline,
+    layer_of,
+    put_module,
+    references,
+    replace_region,
+)
 from repfx.graph.ops import Map, Ref
+from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
+from repfx.rewrite.fetch import in_float64
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.prove import prove
@@ -41,6 +48,13 @@ class Work:
             if not plan.again:
                 return Result(name, tuple(merged), plan.declined)
 
+    def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> None:
+        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's."""
+        before = references(self.module.graph)
+        old = put_module(self.module, path, block)
+        inline(self.module.graph, region.source, region.sink, region.nodes, inner, path)
+        drop_unreferenced(self.module, before, [] if old is None else [old])
+
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
         before = references(self.module.graph)
         names = _Names(view, self.module)
@@ -57,8 +71,8 @@ class Work:
     ) -> tuple[nn.Module, float, str]:
         region = merge.region
         key = names.signature(merge)
-        kernel = kernel_of(view, region, _float64(view, keep=False))
-        error = prove(view, region, kernel, _float64(view, keep=True))
+        kernel = kernel_of(view, region, in_float64(view, keep=False))
+        error = prove(view, region, kernel, in_float64(view, keep=True))
         if key not in made:
             made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
             made[key].train(self.module.training)
@@ -114,19 +128,14 @@ class _Names:
         def width(node: fx.Node) -> tuple[int, Fraction | int]:
             op = self.view.ops[node]
             assert isinstance(op, Map)
-            weight = self.view.tensor(self.weight_of(node))
+            weight = self.view.tensor(weight_of(node))
             return (weight[0, 0].numel() if weight.dim() > 2 else 1, op.macs)
 
         convs = [n for n in merge.region.removed if self.view.ops[n].macs]  # type: ignore[union-attr]
         return max(convs, key=width)
 
-    def weight_of(self, node: fx.Node) -> Ref:
-        if node.op == "call_module":
-            return f"{node.target}.weight"
-        return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]  # type: ignore[return-value]
-
     def weight(self, merge: Merge) -> Ref:
-        return self.weight_of(self.main(merge))
+        return weight_of(self.main(merge))
 
     def label(self, merge: Merge) -> str:
         """The innermost module that holds every part of the region, or its main convolution."""
@@ -158,7 +167,7 @@ class _Names:
             path = str(main.target)
             free = all(n in removed for n in self.calls[path]) and self._reads_end_in(path, removed)
             return path if free else free_path(self.module, f"{path}_merged")
-        weight = self.weight_of(main)
+        weight = weight_of(main)
         path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
         holder = self.module.get_submodule(path) if path else None
         if holder is not None and type(holder) is nn.Module and not holder._modules and not holder._buffers:
@@ -172,21 +181,8 @@ class _Names:
         return all(user in removed for n in self.reads.get(path, []) for user in n.users)
 
 
-def _float64(view: GraphView, keep: bool) -> Callable[[Ref], Tensor]:
-    """Reads constants in float64. What is not kept is freed as soon as the kernel it went into is made."""
-    cache: dict[Ref, Tensor] = {}
-
-    def fetch(ref: Ref) -> Tensor:
-        if ref in cache:
-            return cache[ref]
-        path, _, name = ref.rpartition(".") if isinstance(ref, str) else ("", "", "")
-        owner = view.modules[path]
-        if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
-            value = getattr(copy.deepcopy(owner).double(), name).detach()
-        else:
-            value = view.tensor(ref).detach().to(torch.float64)
-        if keep:
-            cache[ref] = value
-        return value
-
-    return fetch
+def weight_of(conv: fx.Node) -> Ref:
+    """Where the weight of a convolution or linear is read from."""
+    if conv.op == "call_module":
+        return f"{conv.target}.weight"
+    return conv.args[1] if len(conv.args) > 1 else conv.kwargs["weight"]  # type: ignore[return-value]

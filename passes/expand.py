@@ -1,0 +1,152 @@
+"""expand: every convolution (with its batch norm) becomes a re-parameterizable block to train with.
+
+bn(conv(x))   ->   B[C3 x] + B[C(3,1) x] + B[C(1,3) x],      and `fuse` gives one convolution again
+
+Cases: convolutions in two dimensions with zero padding, alone or followed by a batch norm that is their only reader;
+`kernel`, `stride`, `groups` and `name` (a glob) narrow the choice. What a block cannot represent is declined.
+With init="preserve" the block computes in eval mode what was there, up to rounding: the kernel of its main branch is
+what the other branches leave of it, K = (W - rest) / scale. With "reset" it starts from its own initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra import Kernel
+from repfx.blocks import BLOCKS
+from repfx.errors import CheckError, Declined, InputError, unknown
+from repfx.graph.edit import free_path
+from repfx.graph.ops import Map
+from repfx.graph.regions import Region
+from repfx.graph.view import GraphView
+from repfx.rewrite.contract import Pass, Result, Stage, register
+from repfx.rewrite.fetch import in_float64
+from repfx.rewrite.kernel_of import kernel_of
+from repfx.rewrite.lift import Lifted, assign, lifted
+from repfx.rewrite.prove import TOLERANCE
+from repfx.rewrite.work import Work, weight_of
+
+
+@register
+@dataclass(frozen=True)
+class Expand(Pass):
+    """`block`: a name of repfx.blocks, or a class or function with nn.Conv2d's arguments that keeps that contract."""
+
+    name: ClassVar[str] = "expand"
+    stage: ClassVar[Stage] = Stage.EXPAND
+
+    block: str | Callable[..., nn.Module] = "repvgg"
+    kernel: int | tuple[int, int] | None = None
+    stride: int | tuple[int, int] | None = None
+    groups: int | None = None
+    layers: str = "*"
+    init: str = "preserve"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.block, str) and self.block not in BLOCKS:
+            raise unknown("block", self.block, BLOCKS)
+        if self.init not in ("preserve", "reset"):
+            raise unknown("init", str(self.init), ["preserve", "reset"])
+
+    def run(self, work: Work) -> Result:
+        view = work.view()
+        inserted, declined = [], []
+        for region in _convolutions(view):
+            conv = region.nodes[0]
+            name, shape = view.name(conv), _arguments(view, conv)
+            if not self._wants(name, shape):
+                continue
+            try:
+                block = self._block(view, region, shape)
+            except ValueError as why:  # what a block of repfx.blocks raises for a shape it has no form for
+                declined.append(Declined(name, f"no {self._title} block: {why}"))
+                continue
+            path = name if conv.op == "call_module" else free_path(work.module, f"{name}_expanded")
+            work.expand(region, block.module.graph, block.module, path)
+            inserted.append(path)
+        if not inserted and not declined:
+            declined.append(
+                Declined("expand", "no convolution has the kernel, stride, groups and name that were asked for")
+            )
+        return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
+
+    @property
+    def _title(self) -> str:
+        return self.block if isinstance(self.block, str) else getattr(self.block, "__name__", "given")
+
+    def _wants(self, name: str, shape: dict[str, Any]) -> bool:
+        asked = {"kernel_size": self.kernel, "stride": self.stride}
+        same = all(v is None or shape[k] == (v if isinstance(v, tuple) else (v, v)) for k, v in asked.items())
+        return same and self.groups in (None, shape["groups"]) and fnmatchcase(name, self.layers)
+
+    def _block(self, view: GraphView, region: Region, shape: dict[str, Any]) -> Lifted:
+        """The block in place of the region. Raises ValueError where the region has no such form."""
+        conv = region.nodes[0]
+        if sum(n.target == conv.target for n in view.nodes if n.op == "call_module") > 1:
+            raise ValueError("the convolution is called more than once")
+        if shape["padding"] is None:
+            raise ValueError("its sides are padded by different amounts, or not with zeros")
+        make = BLOCKS[self.block] if isinstance(self.block, str) else self.block
+        like = view.tensor(weight_of(conv))
+        with torch.device(like.device):
+            block = make(**shape).double()
+        given = lifted(block)
+        if self.init == "preserve":
+            _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)))
+        given.module.to(like.dtype).train(view.module.training)
+        return given
+
+
+def _convolutions(view: GraphView) -> Iterator[Region]:
+    """Each convolution in two dimensions that is called once, with the batch norm that alone reads it."""
+    for node in view.nodes:
+        op = view.ops[node]
+        if not isinstance(op, Map) or op.kind != "conv" or op.space != (2, 1):
+            continue
+        reader = next(iter(node.users)) if len(node.users) == 1 else node
+        after = view.ops[reader]
+        nodes = (node, reader) if isinstance(after, Map) and after.kind == "bn" else (node,)
+        yield Region(op.x, nodes[-1], nodes, frozenset())
+
+
+def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
+    """nn.Conv2d's arguments of a convolution in a graph; padding is None where nn.Conv2d's zeros cannot express it."""
+    op: Any = view.ops[conv]
+    g = op.geometry(None)
+    even = g.mode == "zeros" and all(a.before == a.after for a in g.axes)
+    return {
+        "in_channels": g.inputs,
+        "out_channels": g.outputs,
+        "kernel_size": tuple(len(a.places) for a in g.axes),
+        "stride": tuple(a.stride for a in g.axes),
+        "padding": tuple(a.before for a in g.axes) if even else None,
+        "dilation": tuple(a.gap for a in g.axes),
+        "groups": g.groups,
+    }
+
+
+def _fit(given: Lifted, block: Any, wanted: Kernel) -> None:
+    """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as scale * value + rest."""
+    if wanted.geometry.axes != given.kernel.geometry.axes:
+        raise InputError(f"block {type(block).__name__} is no convolution of the shape that it was asked for")
+    for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
+        parameter = block.get_parameter(name)
+
+        def read(kernel: Kernel, part: str = part) -> Tensor:
+            found = getattr(kernel, part)
+            return kernel.weight.new_zeros(kernel.geometry.outputs) if found is None else found
+
+        assign(block, name, torch.zeros_like(parameter))
+        rest = read(given.kernel)
+        assign(block, name, torch.ones_like(parameter))
+        assign(block, name, (read(wanted) - rest) / (read(given.kernel) - rest))
+    off = (given.kernel.weight - wanted.weight).abs().amax() / wanted.weight.abs().amax()
+    if not off <= TOLERANCE[torch.float64]:
+        raise CheckError(f"block {type(block).__name__} does not hold the convolution: off by {float(off):.1e}")
+    given.prove()

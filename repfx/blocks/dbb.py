@@ -1,0 +1,111 @@
+"""Diverse Branch Block (Ding et al., 2021): branches of several scales and depths.
+
+    y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]
+
+A is the k x k average, C1 + I a 1x1 kernel that starts as the identity. P pads with what its batch norm B[u] = a u + c
+makes of a zero, the shift c = beta - mean a. Only so is the sequence one convolution at the borders, too: it equals
+B[C1 .] of the zero padded input.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repfx.blocks.frame import ConvNorm, Frame, Size
+
+
+def shift_of(norm: nn.BatchNorm2d) -> Tensor:
+    """beta - mean gamma / sqrt(var + eps), what the norm makes of a zero in eval mode: (channels,)."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None
+    # Divided first, so that backward does not need the statistics, which the next forward in training changes in place.
+    return norm.bias - norm.weight * (mean / torch.sqrt(var + norm.eps))
+
+
+class PointNorm(nn.Module):
+    """P(B[W x]), W 1x1 or, with `identity`, W + I: (N, in, H, W) -> (N, width, H + 2 ph, W + 2 pw), padded with the shift.
+
+    The shift is that of the running statistics, in training as well.
+    """
+
+    eye: Tensor | None
+
+    def __init__(self, frame: Frame, width: int, identity: bool) -> None:
+        super().__init__()
+        self.groups, self.border = frame.groups, frame.border
+        self.conv = nn.Conv2d(frame.inputs, width, 1, groups=frame.groups, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        eye = torch.eye(width // frame.groups).repeat(frame.groups, 1)[:, :, None, None] if identity else None
+        self.register_buffer("eye", eye, persistent=False)
+        if identity:
+            nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight if self.eye is None else self.conv.weight + self.eye
+        y = self.norm(F.conv2d(x, weight, groups=self.groups))
+        if not any(self.border):
+            return y
+        shift = shift_of(self.norm)[:, None, None]
+        return F.pad(y - shift, self.border) + shift
+
+
+class Average(nn.Module):
+    """The mean under the frame's kernel, channel by channel: (N, out, H, W) -> (N, out, H', W'), without padding."""
+
+    ones: Tensor
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame, self.taps = frame, frame.kernel[0] * frame.kernel[1]
+        # A convolution, since pooling has no dilation; with ones, since 1/9 is exact in no precision.
+        self.register_buffer("ones", torch.ones(frame.outputs, 1, *frame.kernel), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.ones, None, self.frame.stride, 0, self.frame.dilation, self.frame.outputs)
+        return y / self.taps
+
+
+class DBB(nn.Module):
+    """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d.
+
+    `internal` is the width between the 1x1 and the k x k of the last branch: in_channels if not given, 2 in_channels for
+    a depthwise block. There is no + I where it differs from in_channels. A depthwise 1x1 is a mere scale, so a depthwise
+    block has none: y = B[Ck x] + B[A P0 x] + B[Ck P(B[C1 x])], P0 with zeros.
+    Raises ValueError where groups do not divide `internal`.
+    """
+
+    kernel: ClassVar[str] = "main.conv.weight"
+    shift: ClassVar[str] = "main.norm.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        internal: int | None = None,
+    ) -> None:
+        super().__init__()
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        width = (2 if frame.depthwise else 1) * in_channels if internal is None else internal
+        if width < 1 or width % groups:
+            raise ValueError(f"groups={groups} must divide internal={width}")
+        self.main = ConvNorm(frame)
+        self.point = None if frame.depthwise else ConvNorm(frame, 1)
+        self.before_average = nn.ZeroPad2d(frame.border) if frame.depthwise else PointNorm(frame, out_channels, False)
+        self.average, self.average_norm = Average(frame), nn.BatchNorm2d(out_channels)
+        self.before_deep = PointNorm(frame, width, identity=width == in_channels)
+        self.deep = nn.Conv2d(width, out_channels, frame.kernel, frame.stride, 0, frame.dilation, groups, bias=False)
+        self.deep_norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x) + self.average_norm(self.average(self.before_average(x)))
+        y = y + self.deep_norm(self.deep(self.before_deep(x)))
+        return y if self.point is None else y + self.point(x)

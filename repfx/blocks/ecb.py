@@ -1,0 +1,85 @@
+"""ECB, edge-oriented convolution block (Zhang et al., 2021): learned kernels beside fixed edge filters, no batch norm.
+
+    y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x),    E_i = Sobel rows, Sobel columns, Laplacian
+
+P pads with the bias of the 1x1 before it, which is what that 1x1 makes of a zero: P(C1 x) = C1 P0(x), P0 with zeros.
+So the block pads its input once, and no branch pads. The taps of an edge filter add up to zero: a bias before it, so
+padded, has no effect and no gradient, and C1_i has none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repfx.blocks.frame import Frame, Size
+
+EDGES = {
+    "rows": [[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]],
+    "columns": [[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]],
+    "laplacian": [[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]],
+}
+
+
+class Edge(nn.Module):
+    """(s E) dw (C1 x) + b, E a fixed 3x3 filter, s and b one number a channel: (N, in, H, W) -> (N, out, H', W')."""
+
+    edge: Tensor
+
+    def __init__(self, frame: Frame, edge: list[list[float]]) -> None:
+        super().__init__()
+        self.frame = frame
+        self.point = nn.Conv2d(frame.inputs, frame.outputs, 1, groups=frame.groups, bias=False)
+        self.register_buffer("edge", torch.tensor(edge), persistent=False)
+        self.scale = nn.Parameter(torch.randn(frame.outputs, 1, 1, 1) * 1e-3)
+        self.bias = nn.Parameter(torch.randn(frame.outputs) * 1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.frame
+        return F.conv2d(self.point(x), self.scale * self.edge, self.bias, f.stride, 0, f.dilation, f.outputs)
+
+
+class ECB(nn.Module):
+    """y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d.
+
+    Every convolution but C1_i has a bias; `expand * out_channels` channels stand between C1 and C3'.
+    With `identity`, x is added where in == out, stride is 1 and sizes are kept.
+    Raises ValueError where the kernel is not 3x3 or expand is below 1.
+    """
+
+    kernel: ClassVar[str] = "main.weight"
+    shift: ClassVar[str] = "main.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        expand: int = 2,
+        identity: bool = False,
+    ) -> None:
+        super().__init__()
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if frame.kernel != (3, 3):
+            raise ValueError(f"ECB is 3x3, as its edge filters are; kernel_size is {frame.kernel}")
+        if expand < 1:
+            raise ValueError(f"expand={expand} must be at least 1")
+        self.border = frame.border
+        self.identity = identity and frame.holds_identity
+        inside = frame.kernel, frame.stride, 0, frame.dilation, frame.groups
+        self.main = nn.Conv2d(in_channels, out_channels, *inside)
+        self.point = nn.Conv2d(in_channels, expand * out_channels, 1, groups=groups)
+        self.deep = nn.Conv2d(expand * out_channels, out_channels, *inside)
+        self.edges = nn.ModuleList(Edge(frame, edge) for edge in EDGES.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.pad(x, self.border) if any(self.border) else x
+        y = sum((edge(z) for edge in self.edges), start=self.main(z) + self.deep(self.point(z)))
+        return y + x if self.identity else y

@@ -1,0 +1,104 @@
+"""The place of a branch: a small kernel sits on the centre taps of the one convolution that the block must equal.
+
+A k-tap convolution reads x[s n + d t - p], t < k. A branch of m taps, r of those steps apart, spans e = r (m - 1) + 1
+of the k taps; centred, it skips o = (k - e) // 2 of them on the left and k - e - o on the right, so that its own padding is
+
+    left = p - d o,    right = p - d (k - e - o)        (negative: a crop)
+
+and its output has the size of the whole block's for every input size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[int, int]  # one for the rows, one for the columns
+Size = int | Pair
+
+
+def pair(name: str, value: Size, least: int = 1) -> Pair:
+    """The value for both axes. Raises ValueError where it is no int or pair of ints, or is below `least`."""
+    given = (value, value) if isinstance(value, int) else value
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(isinstance(v, int) for v in given):
+        raise ValueError(f"{name} must be an int or a pair of ints, not {value!r}")
+    if min(given) < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+    return given[0], given[1]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The arguments of nn.Conv2d that a block was given; sizes in taps and pixels, (rows, columns)."""
+
+    inputs: int
+    outputs: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    @staticmethod
+    def of(
+        inputs: int, outputs: int, kernel: Size, stride: Size = 1, padding: Size = 0, dilation: Size = 1, groups: int = 1
+    ) -> Frame:
+        """Checks them. Raises ValueError where one is out of range or groups do not divide the channels."""
+        if min(inputs, outputs, groups) < 1 or inputs % groups or outputs % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={inputs} and out_channels={outputs}")
+        sizes = pair("kernel_size", kernel), pair("stride", stride), pair("padding", padding, 0), pair("dilation", dilation)
+        return Frame(inputs, outputs, *sizes, groups)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.inputs == self.outputs == self.groups
+
+    @property
+    def holds_identity(self) -> bool:
+        """Whether y = x is one of the convolutions of this shape, at every input size."""
+        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
+        same = all(k % 2 == 1 and 2 * p == d * (k - 1) for k, p, d in axes)
+        return same and self.inputs == self.outputs and self.stride == (1, 1)
+
+    @property
+    def border(self) -> tuple[int, int, int, int]:
+        """The padding as F.pad takes it."""
+        rows, columns = self.padding
+        return columns, columns, rows, rows
+
+    def margins(self, span: Pair) -> list[Pair]:
+        """Zeros around the input of a branch that spans so many taps: (top, bottom), (left, right).
+
+        Raises ValueError where the span exceeds the kernel.
+        """
+        if span[0] > self.kernel[0] or span[1] > self.kernel[1]:
+            raise ValueError(f"a branch spans {span} taps, more than the kernel's {self.kernel}")
+        found = []
+        for k, e, p, d in zip(self.kernel, span, self.padding, self.dilation, strict=True):
+            before = (k - e) // 2
+            found.append((p - d * before, p - d * (k - e - before)))
+        return found
+
+
+class ConvNorm(nn.Module):
+    """B[C x]: a convolution without bias at the centre of a frame, then its batch norm: (N, in, H, W) -> (N, out, H', W').
+
+    `kernel` is its own size (the frame's if not given), `spread` the distance between its taps in taps of the frame.
+    The convolution pads what it can; a crop, and padding of which one side has more, go before it.
+    Raises ValueError where the branch spans more taps than the frame has.
+    """
+
+    def __init__(self, frame: Frame, kernel: Size | None = None, spread: Size = 1, norm: bool = True) -> None:
+        super().__init__()
+        small, apart = frame.kernel if kernel is None else pair("kernel", kernel), pair("spread", spread)
+        rows, columns = frame.margins((apart[0] * (small[0] - 1) + 1, apart[1] * (small[1] - 1) + 1))
+        native = max(0, min(rows)), max(0, min(columns))
+        self.margins = (*(n - native[1] for n in columns), *(n - native[0] for n in rows))
+        dilation = frame.dilation[0] * apart[0], frame.dilation[1] * apart[1]
+        self.conv = nn.Conv2d(frame.inputs, frame.outputs, small, frame.stride, native, dilation, frame.groups, bias=False)
+        self.norm = nn.BatchNorm2d(frame.outputs) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(F.pad(x, self.margins) if any(self.margins) else x))

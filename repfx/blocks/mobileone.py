@@ -1,0 +1,91 @@
+"""MobileOne (Vasu et al., 2023) and FastViT's RepMixer (Vasu et al., 2023).
+
+    MobileOne:  y = sum_{i < n} B[Ck_i x] + B[C1 x] + B[x]
+    RepMixer:   y = x + l (M(x) - B[x]),    M a depthwise MobileOne, l a scale a channel
+
+MobileOne's 1x1 stands where k > 1, its identity where in == out, stride is 1 and sizes are kept.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from repfx.blocks.frame import ConvNorm, Frame, Size
+
+
+class MobileOne(nn.Module):
+    """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
+
+    Raises ValueError where branches is below 1.
+    """
+
+    kernel: ClassVar[str] = "main.conv.weight"
+    shift: ClassVar[str] = "main.norm.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        branches: int = 1,
+    ) -> None:
+        super().__init__()
+        if branches < 1:
+            raise ValueError(f"branches={branches} must be at least 1")
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        self.main = ConvNorm(frame)
+        self.others = nn.ModuleList(ConvNorm(frame) for _ in range(branches - 1))
+        if frame.kernel != (1, 1):
+            self.others.append(ConvNorm(frame, 1))
+        if frame.holds_identity:
+            self.others.append(nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((branch(x) for branch in self.others), start=self.main(x))
+
+
+class RepMixer(nn.Module):
+    """y = x + l (M(x) - B[x]), M a depthwise MobileOne: (N, C, H, W) -> (N, C, H, W).
+
+    `branches` are M's, `layer_scale` is where l starts. At the paper's 1e-5 the block is almost the identity.
+    Raises ValueError where the convolution is not depthwise, or does not keep sizes.
+    """
+
+    kernel: ClassVar[str] = "mixer.main.conv.weight"
+    shift: ClassVar[str] = "mixer.main.norm.bias"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        branches: int = 1,
+        layer_scale: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if not frame.depthwise:
+            raise ValueError(
+                f"RepMixer is depthwise: in_channels={in_channels}, out_channels={out_channels}, groups={groups}"
+            )
+        if not frame.holds_identity:
+            raise ValueError(
+                "RepMixer adds its input: stride must be 1, the kernel odd and the padding dilation * (kernel - 1) / 2"
+            )
+        self.mixer = MobileOne(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, branches)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.scale = nn.Parameter(torch.full((out_channels, 1, 1), layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * (self.mixer(x) - self.norm(x))
