@@ -115,6 +115,8 @@ class Geometry:
     @property
     def why_no_layer(self) -> str:
         """Why no layer computes this map; empty where one does."""
+        if self.transposed and any(a.before - a.after >= max(a.stride, a.gap) for a in self.axes):
+            return "an output padding as large as the stride"
         here = self.source_axis == 1 or self.is_point
         return "" if here else "a convolution over positions that stand before the channels"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from repfx.algebra import pad_with
 from repfx.errors import InputError
 from repfx.graph.modes import Mode
 from repfx.quant import FakeQuant
@@ -47,7 +48,7 @@ def class_named(name: str) -> type[nn.Module]:
 
 @cache
 def _functions() -> dict[str, Any]:
-    table: dict[str, Any] = {"getattr": getattr}
+    table: dict[str, Any] = {"getattr": getattr, "repfx.pad_with": pad_with}
     for space, functions in torch.overrides.get_overridable_functions().items():
         prefix = getattr(space, "__name__", "")
         if space is not torch.Tensor and isinstance(prefix, str):

@@ -1,4 +1,4 @@
-"""pad_with: a padding with one constant a channel, and the graphs that spell it by writing the border of a zero padding.
+"""The graphs that spell a padding with a constant by writing the border of a zero padding, named as what they are.
 
     y = F.pad(x, [p] * 4);  y[:, :, :p] = v;  y[:, :, -p:] = v;  ...        ->        y = pad_with(x, [p] * 4, v)
 
@@ -8,76 +8,107 @@ Which spellings mean it is not decided by their indices: they are run, on random
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
-_PADS = {F.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
+from repfx.algebra import pad_with
+from repfx.graph.view import GraphView
 
-
-def pad_with(x: Tensor, sides: Sequence[int], value: Tensor) -> Tensor:
-    """x (N, C, ...) with `sides` (as F.pad counts them) of `value` (1, C, 1, ...) around it.
-
-    >>> pad_with(torch.zeros(1, 2, 1), [1, 0], torch.tensor([[[3.0], [4.0]]]))
-    tensor([[[3., 0.],
-             [4., 0.]]])
-    """
-    inside = F.pad(torch.ones_like(x[:1, :1], dtype=torch.bool), sides)
-    return torch.where(inside, F.pad(x, sides), value)
+aten = torch.ops.aten
+_PADS = {F.pad, aten.pad.default, aten.constant_pad_nd.default}
+_WRITES = {operator.setitem, aten.slice.Tensor, aten.copy_.default, aten.copy.default, aten.slice_scatter.default}
+_SPREADS = {aten.view.default, aten.expand.default, aten.reshape.default, aten.unsqueeze.default}
 
 
-def name_border_writes(graph: fx.Graph, shape_of: Any) -> None:
-    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, in place.
-
-    `shape_of(node)` is the shape of a constant node, or None for what is none.
-    """
+def name_border_writes(graph: fx.Graph, view: GraphView) -> None:
+    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, in place."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _PADS and node.args and isinstance(node.args[0], fx.Node):
-            _name(graph, node, shape_of)
+            found = _Border.of(node, view)
+            if found is not None and found.is_pad_with(view):
+                found.rename(graph)
 
 
-def _name(graph: fx.Graph, pad: fx.Node, shape_of: Any) -> None:
-    writes = [u for u in pad.users if u.target is operator.setitem and u.args[0] is pad]
-    values = {w.args[2] for w in writes}
-    value = values.pop() if len(values) == 1 else None
-    order = {node: i for i, node in enumerate(graph.nodes)} if writes else {}
-    if not writes or not isinstance(value, fx.Node) or any(w.users for w in writes):
-        return
-    if any(order[u] < order[writes[-1]] for u in pad.users if u not in writes):
-        return
-    shape = shape_of(value)
-    sides: Any = pad.args[1] if len(pad.args) > 1 else pad.kwargs.get("pad")
-    if shape is None or len(shape) < 3 or not all(isinstance(s, int) and s >= 0 for s in sides):
-        return
-    if not _same(pad, writes, shape, sides):
-        return
-    with graph.inserting_after(writes[-1]):
-        named = graph.call_function(pad_with, (pad.args[0], list(sides), value))
-    named.meta = dict(pad.meta)
-    for w in writes:
-        graph.erase_node(w)
-    pad.replace_all_uses_with(named, delete_user_cb=lambda user: user is not named)
-    graph.erase_node(pad)
+@dataclass
+class _Border:
+    """A padding `pad`, the operators that write its border, `end`, which holds the result, and the constant written."""
 
+    pad: fx.Node
+    sides: list[int]
+    writes: list[fx.Node]
+    end: fx.Node
+    value: fx.Node
+    rank: int
+    channels: int
 
-def _same(pad: fx.Node, writes: list[fx.Node], shape: Sequence[int], sides: Sequence[int]) -> bool:
-    """Whether the padding and its writes give what pad_with gives, on several sizes."""
-    generator = torch.Generator().manual_seed(0)
-    value = torch.randn(tuple(shape), generator=generator)
-    if len(shape) < 3 or shape[0] != 1 or any(s != 1 for s in shape[2:]):
-        return False
-    target: Any = pad.target
-    for size in (3, 6):
-        x = torch.randn(2, shape[1], *(size + i for i in range(len(shape) - 2)), generator=generator)
+    @staticmethod
+    def of(pad: fx.Node, view: GraphView) -> _Border | None:
+        """The candidate at a padding, if it has the form of one."""
+        inside, todo = {pad}, [pad]
+        while todo:
+            for user in todo.pop().users:
+                if user.target in _WRITES and user not in inside:
+                    inside.add(user)
+                    todo.append(user)
+        writes = sorted(inside - {pad})
+        read = [n for n in inside if any(u not in inside for u in n.users)]
+        sides: Any = pad.args[1] if len(pad.args) > 1 else pad.kwargs.get("pad")
+        given = {_root(v, view) for w in writes for v in w.all_input_nodes if v not in inside}
+        value = given.pop() if len(given) == 1 else None
+        if len(read) != 1 or value is None or not all(isinstance(s, int) and s >= 0 for s in sides):
+            return None
+        if any(u not in inside and u < writes[-1] for u in read[0].users):
+            return None
+        shape = view.tensor(value).shape
+        return _Border(pad, list(sides), writes, read[0], value, 2 + len(sides) // 2, shape.numel())
+
+    def is_pad_with(self, view: GraphView) -> bool:
+        """Whether it gives what pad_with gives, on the size it was seen with and on every other that it accepts."""
+        source: Any = self.pad.args[0]
+        own = source.meta.get("shape")
+        sizes = [(2, self.channels, *(n + i for i in range(self.rank - 2))) for n in (3, 6)]
+        results = [self._agrees(view, size) for size in ([own] if own else []) + sizes]
+        return (results[0] is True if own else all(results)) and False not in results
+
+    def _agrees(self, view: GraphView, size: tuple[int, ...]) -> bool | None:
+        """Whether it agrees on one size; None where it does not run on it."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        value = torch.randn(view.tensor(self.value).shape, generator=generator, dtype=torch.float64)
+        values: dict[fx.Node, Any] = {self.value: value}
+
+        def known(v: Any) -> Any:
+            return values[v] if v in values else view.evaluate(v, known)
+
         try:
-            y = target(x, *pad.args[1:], **pad.kwargs)
-            for w in writes:
-                y[w.args[1]] = value
-        except (RuntimeError, IndexError, TypeError):
-            return False
-        if not torch.equal(y, pad_with(x, sides, value)):
-            return False
-    return True
+            for node in (self.pad, *self.writes):
+                args, kwargs = fx.node.map_aggregate(
+                    (node.args, node.kwargs),
+                    lambda v: x if v is self.pad.args[0] else known(v) if isinstance(v, fx.Node) else v,
+                )
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return torch.equal(values[self.end], pad_with(x, self.sides, value.reshape(1, -1, *(1,) * (self.rank - 2))))
+        except (RuntimeError, IndexError, TypeError, KeyError):
+            return None
+
+    def rename(self, graph: fx.Graph) -> None:
+        with graph.inserting_after(self.writes[-1]):
+            shaped = graph.call_function(torch.reshape, (self.value, [1, -1, *[1] * (self.rank - 2)]))
+        with graph.inserting_after(shaped):
+            named = graph.call_function(pad_with, (self.pad.args[0], self.sides, shaped))
+        named.meta = dict(self.pad.meta)
+        inside = {self.pad, *self.writes}
+        self.end.replace_all_uses_with(named, delete_user_cb=lambda user: user not in inside)
+        for node in reversed((self.pad, *self.writes)):
+            graph.erase_node(node)
+
+
+def _root(value: fx.Node, view: GraphView) -> fx.Node | None:
+    """The constant that a written value is spread from; None where it is not a constant."""
+    while view.is_constant(value) and value.target in _SPREADS and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value if view.is_constant(value) else None

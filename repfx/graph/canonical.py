@@ -19,6 +19,7 @@ from repfx.graph.border import name_border_writes
 from repfx.graph.effects import is_dead
 from repfx.graph.view import GraphView
 
+_STORES = {operator.setitem, torch.ops.aten.copy_.default, torch.ops.aten.slice_scatter.default}
 _LAST = {"view", "reshape", torch.reshape, "flatten", torch.flatten}
 _LAST |= {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints}
 _MOVES = _LAST | {"transpose", torch.transpose, "permute", torch.permute, "contiguous", "swapaxes", torch.swapaxes, "clone"}
@@ -29,13 +30,8 @@ _MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflat
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
     """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns it."""
     graph = module.graph
-    if any(node.target is operator.setitem for node in graph.nodes):
-        view = GraphView(module)
-
-        def shape_of(value: Any) -> Any:
-            return tuple(view.tensor(value).shape) if view.is_constant(value) else None
-
-        name_border_writes(graph, shape_of)
+    if any(node.target in _STORES for node in graph.nodes):
+        name_border_writes(graph, GraphView(module))
     for node in list(graph.nodes):
         if node.target in _LAST and not node._erased and len(node.meta.get("shape", ())) >= 3:
             _name_shuffle(graph, node)
@@ -59,7 +55,11 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
         return
     channels = shape[1]
     for groups in range(2, channels):
-        if channels % groups == 0 and all(_shuffles(moves, source, groups, more) for more in (0, 1)):
+        if (
+            channels % groups == 0
+            and _shuffles(moves, source, groups, 0)
+            and _shuffles(moves, source, groups, 1) in (True, None)
+        ):
             with graph.inserting_after(last):
                 named = graph.call_function(F.channel_shuffle, (source, groups))
             named.meta = dict(last.meta)
@@ -67,15 +67,15 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
             return
 
 
-def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool:
-    """Whether the moves shuffle channels, on the source's own sizes or on larger ones."""
+def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
+    """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where they refuse those."""
     n, channels, *space = source.meta["shape"]
     x = torch.arange((n + more) * channels * _product([s + more for s in space]), dtype=torch.float32)
     x = x.reshape(n + more, channels, *(s + more for s in space))
     try:
         y = _value(moves[0], source, x, {})
     except (RuntimeError, TypeError, ValueError):
-        return False
+        return None
     return isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y, F.channel_shuffle(x, groups))
 
 

@@ -59,11 +59,11 @@ class Writes:
         """Whether some reader of the value may find it changed."""
         return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
-    def disturb(self, source: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
+    def disturb(self, source: fx.Node, nodes: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> bool:
         """Whether computing `nodes` at once, where the last of them stands, would read or leave other values.
 
-        The source is read late: wrong if it changes after a first reader. A value inside is not written at all: wrong
-        for readers after a change. A change inside is dropped: wrong for what is read outside after it.
+        The source is read late, after what still changes it: wrong for all that read it before. Changes made by nodes
+        that are not kept are not made any more: wrong for what reads after them, inside or outside.
         """
         if not self.of:
             return False
@@ -71,14 +71,15 @@ class Writes:
         for value in (source, *nodes[:-1]):
             for w in self.of.get(value, ()):
                 at = self.index[w]
-                readers = [self.index[r] for r in value.users if r in inside and r is not w]
-                wrong = any(r < at for r in readers) if value is source else any(r > at for r in readers)
+                readers = [self.index[r] for r in value.users if r in inside]
+                late = value is source and (w not in inside or w in kept)
+                wrong = any(r <= at for r in readers) if late else any(r > at for r in readers)
                 if at < end and self._before(value, w) and wrong:
                     return True
         for w in nodes:
             for value in self.by.get(w, ()):
-                late = any(u not in inside and self.index[u] > self.index[w] for u in value.users)
-                if self._before(value, w) and late:
+                after = any(u not in inside and self.index[u] > self.index[w] for u in value.users)
+                if w not in kept and self._before(value, w) and after:
                     return True
         return False
 

@@ -20,9 +20,12 @@ _ASSERTS = {
 
 
 def normalise(graph: fx.Graph) -> None:
-    """Erases assertions and everything that only they read, in place."""
+    """Erases assertions and everything that only they read, and dropouts that are off for good, in place."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTS and not node.users:
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.dropout.default and node.args[2] is False:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in reversed(graph.nodes):
         if is_dead(node):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from repfx.graph.border import pad_with
+from repfx.algebra import pad_with
 from repfx.graph.channels import (
     cat,
     channel_shuffle,

@@ -96,7 +96,8 @@ def _cut(
         choices: list[tuple[Cost, int, Merge | None]] = []
         for j in range(n, i, -1):
             stretch = tuple(node for step in run.steps[i:j] for node in step)
-            if view.writes.disturb(run.ends[i], stretch):
+            kept = region_of(view, run.ends[i], run.ends[j], stretch).kept if view.writes.of else frozenset()
+            if view.writes.disturb(run.ends[i], stretch, kept):
                 known[0][run.ends[j]] = Inexact("a value in it is changed in place between its readers")
             whole = known[0][run.ends[j]]
             if isinstance(whole, Geometry) and whole.why_no_layer:

@@ -157,27 +157,40 @@ class IndexedBy(nn.Module):
 
 
 def shuffled(d: Draft, a: int) -> int:
-    c = d.channels(a)
+    c, n = d.channels(a), d.axes
     g = d.one(*(g for g in range(1, c + 1) if c % g == 0 and (g > 1 or c == 1)))
+    spatial = tuple(range(3, n + 3))
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        f"by view, {g}": lambda v: v.view(v.shape[0], g, c // g, *v.shape[2:]).transpose(1, 2).reshape(v.shape),
+        f"by view, {g}": _by_view(g, n),
         f"by sizes, {g}": _by_sizes(g),
+        f"by shape, {g}": lambda v: v.view(v.shape[0], g, c // g, *v.shape[2:]).transpose(1, 2).reshape(v.shape),
         f"by unflatten, {g}": lambda v: v.unflatten(1, (g, c // g)).transpose(1, 2).flatten(1, 2),
-        f"by permute, {g}": lambda v: v.unflatten(1, (g, -1)).permute(0, 2, 1, *range(3, v.dim() + 1)).flatten(1, 2),
+        f"by permute, {g}": lambda v: v.unflatten(1, (g, -1)).permute(0, 2, 1, *spatial).flatten(1, 2),
         f"F.channel_shuffle(v, {g})": lambda v: F.channel_shuffle(v, g),
+        f"torch.channel_shuffle(v, {g})": lambda v: torch.channel_shuffle(v, g),
     }
     text = d.one("layer", *ways)
+    if n != 2 and text.startswith("by sizes"):
+        raise Unfit("for images")
     return d.add(nn.ChannelShuffle(g), a) if text == "layer" else d.call(text, ways[text], a)
+
+
+def _by_view(groups: int, axes: int) -> Callable[[Tensor], Tensor]:
+    def shuffle(v: Tensor) -> Tensor:
+        batch, channels, rest = v.size(0), v.size(1), [v.size(i) for i in range(2, axes + 2)]
+        v = v.view(batch, groups, channels // groups, *rest)
+        return torch.transpose(v, 1, 2).contiguous().view(batch, -1, *rest)
+
+    return shuffle
 
 
 def _by_sizes(groups: int) -> Callable[[Tensor], Tensor]:
     """As ShuffleNet writes it."""
 
     def shuffle(v: Tensor) -> Tensor:
-        batch, channels = v.size(0), v.size(1)
-        rest = [v.size(i) for i in range(2, v.ndim)]
-        v = v.view(batch, groups, channels // groups, *rest)
-        return torch.transpose(v, 1, 2).contiguous().view(batch, -1, *rest)
+        batch, channels, height, width = v.size()
+        v = v.reshape(batch, groups, channels // groups, height, width).permute(0, 2, 1, 3, 4)
+        return v.reshape(batch, channels, height, width)
 
     return shuffle
 
