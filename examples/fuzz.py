@@ -32,6 +32,7 @@ class Outcome:
 
     seed: int
     operators: set[str] = field(default_factory=set)
+    in_merges: set[str] = field(default_factory=set)
     merged: int = 0
     reasons: list[str] = field(default_factory=list)
     untraced: bool = False
@@ -62,6 +63,7 @@ def _check(block: RandomBlock, x: torch.Tensor, outcome: Outcome) -> None:
         return
     report = result.meta["repfx"]
     outcome.merged, outcome.untraced = len(report.merged), bool(report.untraced)
+    outcome.in_merges = {block.operator_at(name) for m in report.merged for name in m.ops}
     outcome.reasons = [d.reason.split(":")[0][:60] for d in report.declined]
     assert_same(block, result, x, TOLERANCE)
     assert_same_elsewhere(block, result, x, TOLERANCE)
@@ -89,6 +91,8 @@ def outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
         return
     with multiprocessing.get_context("spawn").Pool(jobs, _one_thread) as pool:
         yield from pool.imap_unordered(check, seeds, chunksize=8)
+        pool.close()
+        pool.join()
 
 
 def _one_thread() -> None:
@@ -105,20 +109,20 @@ def main() -> None:
     seeds, started = range(args.first, args.last), time.monotonic()
     if len(seeds) == 1:
         print(block_of(seeds[0])[0].describe())
-    operators: Counter[str] = Counter(dict.fromkeys(RECIPES, 0))
-    reasons: Counter[str] = Counter()
     found: list[Outcome] = []
     for outcome in track(outcomes(seeds, args.jobs), "graphs", total=len(seeds)):
         found.append(outcome)
-        operators.update(outcome.operators)
-        reasons.update(outcome.reasons)
         if outcome.error:
             print(f"seed {outcome.seed}: {outcome.error}")
-    _summary(found, operators, reasons, time.monotonic() - started)
+    _summary(found, time.monotonic() - started)
     raise SystemExit(any(o.error for o in found))
 
 
-def _summary(found: list[Outcome], operators: Counter[str], reasons: Counter[str], seconds: float) -> None:
+def _summary(found: list[Outcome], seconds: float) -> None:
+    operators: Counter[str] = Counter(dict.fromkeys(RECIPES, 0))
+    operators.update(name for o in found for name in o.operators)
+    in_merges = Counter(name for o in found for name in o.in_merges)
+    reasons = Counter(reason for o in found for reason in o.reasons)
     failed = sorted(o.seed for o in found if o.error)
     with_merges, merges = sum(o.merged > 0 for o in found), sum(o.merged for o in found)
     untraced = sum(o.untraced for o in found)
@@ -126,10 +130,10 @@ def _summary(found: list[Outcome], operators: Counter[str], reasons: Counter[str
           f"{untraced} with untraced parts, {len(failed)} failed {failed[:10]}")  # fmt: skip
     for reason, n in reasons.most_common(12):
         print(f"{n:7d}  {reason}")
-    print("graphs with an operator:")
-    names = [f"{n:6d} {name}" for name, n in operators.most_common()]
-    for i in range(0, len(names), 4):
-        print("".join(f"{name:<31}" for name in names[i : i + 4]).rstrip())
+    print("graphs with an operator, and with a merge of it:")
+    names = [f"{n:6d} {in_merges[name]:5d} {name}" for name, n in operators.most_common()]
+    for i in range(0, len(names), 3):
+        print("".join(f"{name:<40}" for name in names[i : i + 3]).rstrip())
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class MobileOne(nn.Module):
 class RepMixer(nn.Module):
     """y = x + l (M(x) - B[x]), M a depthwise MobileOne: (N, C, H, W) -> (N, C, H, W).
 
-    `branches` are M's, `layer_scale` is where l starts. At the paper's 1e-5 the block is almost the identity.
+    `branches` are M's. `layer_scale` is where l starts: 1, so that a trained convolution fits; the paper has 1e-5, at
+    which the block is almost the identity.
     Raises ValueError where the convolution is not depthwise, or does not keep sizes.
     """
 
@@ -71,7 +72,7 @@ class RepMixer(nn.Module):
         dilation: Size = 1,
         groups: int = 1,
         branches: int = 1,
-        layer_scale: float = 1e-5,
+        layer_scale: float = 1.0,
     ) -> None:
         super().__init__()
         frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)

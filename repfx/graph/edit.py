@@ -78,12 +78,19 @@ def replace_region(
                 x = graph.call_function(F.pad, (x, *step))
         merged = graph.call_module(target, (x,))
         if g.turned:
+            shape = sink.meta.get("shape")
+            seen = {} if shape is None else {"shape": tuple(shape[i] for i in _inverse(g.turn)), "rank": len(shape)}
+            merged.meta = {**sink.meta, **seen}
             merged = graph.call_function(torch.permute, (merged, list(g.turn)))
     merged.meta = dict(sink.meta)
     sink.replace_all_uses_with(merged)
     for node in sorted(removed, reverse=True):
         graph.erase_node(node)
     return merged
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]
 
 
 def inline(graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], inner: fx.Graph, path: str) -> None:

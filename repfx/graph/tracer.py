@@ -75,7 +75,12 @@ class Tracer(fx.Tracer):
                     m.__dict__["training"] = ModeFlag(self.asked, m)
             self.stack = [root]
             with torch.random.fork_rng(devices=[]):
-                return super().trace(root)
+                graph = super().trace(root)
+            stored = {
+                str(n.target): vars(root)[n.target] for n in graph.nodes if n.op == "get_attr" and n.target in vars(root)
+            }
+            kept[0][1].update(stored)  # tensors that are no parameters, which the tracer keeps on the root
+            return graph
         finally:
             if self.asked.times:
                 self.branching.add("")

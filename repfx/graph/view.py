@@ -119,11 +119,10 @@ class GraphView:
         if rule is None:
             return Opaque()
         kwargs = dict(node.kwargs)
-        args = node.args if node.args else (kwargs.pop("input", None),)
-        if args[0] is None and "self" in kwargs:
-            args = (kwargs.pop("self"),)
+        if "self" in kwargs:
+            kwargs["input"] = kwargs.pop("self")
         try:
-            return rule(self, *args, **kwargs)
+            return rule(self, *node.args, **kwargs)
         except TypeError:
             return Opaque("arguments that are not static")
 

@@ -26,6 +26,7 @@ from repfx.graph.view import GraphView
 from repfx.graph.words import described, operator
 from repfx.rewrite.fetch import Fetch, drawn
 
+_KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
 _CHANGES = ("conv", "linear", "conv_transpose")  # the maps whose outputs are other channels than their inputs
 
 Value = TypeVar("Value", Geometry, Kernel)
@@ -86,7 +87,7 @@ def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) 
             order[node] = -order[value] if op.kind == "permute" else order[value]
             if value in same:
                 channels = op.inputs if channels is None and isinstance(op, Map) else channels
-                if op.pieces is not None if isinstance(op, Sum) and op.arrange else op.kind not in _CHANGES:
+                if op.kind in _KEEPS or (isinstance(op, Map) and op.kind not in _CHANGES):
                     same.add(node)
     if axes is None and channel_axis == -1:
         axes = 0

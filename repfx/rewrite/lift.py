@@ -14,7 +14,7 @@ from repfx.algebra import Kernel
 from repfx.errors import Inexact, InputError
 from repfx.graph.assemble import graph_module
 from repfx.graph.normalise import normalise
-from repfx.graph.regions import Region, nodes_between
+from repfx.graph.regions import Region, is_linear, nodes_between
 from repfx.graph.tracer import Tracer
 from repfx.graph.view import GraphView
 from repfx.rewrite.fetch import in_float64
@@ -50,7 +50,7 @@ def lifted(module: nn.Module) -> Lifted:
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     sink = next(n for n in graph.nodes if n.op == "output").args[0]
     nodes = nodes_between(view, inputs[0], sink) if len(inputs) == 1 and isinstance(sink, fx.Node) else None
-    if not nodes:
+    if not nodes or not is_linear(view, sink):
         raise InputError("the module is not linear between one input and one output")
     return Lifted(result, view, Region(inputs[0], sink, nodes, frozenset()))
 

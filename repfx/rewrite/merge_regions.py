@@ -75,9 +75,14 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
         elif node not in accounted and (isinstance(op, Sum) or op.kind == "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
-    # A merge that read a linear value besides others may have left it with one reader.
-    again = bool(merges) and (blocked or any(m.region.kept or is_linear(view, m.region.source) for m in merges))
+    # A merge beside linear values has changed what merging those would cost, or left one with a single reader.
+    again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
     return Plan(tuple(reversed(merges)), tuple(declined.values()), again)
+
+
+def _beside(view: GraphView, region: Region) -> bool:
+    near = (region.source, *region.sink.users)
+    return bool(region.kept) or any(is_linear(view, node) for node in near)
 
 
 def _cut(
@@ -125,6 +130,9 @@ def _cut(
         i = j
     for (i, j), (_, k) in pairwise(parts):
         why = known[i][run.ends[k]]
+        sides = [[view.ops[n] for step in run.steps[a:b] for n in step] for a, b in ((i, j), (j, k))]
+        if not all(any(isinstance(op, Map) for op in side) for side in sides):
+            continue  # only channels move, or values add up: nobody would look for a convolution there
         if isinstance(why, Inexact):
             reason, cure = why.reason, why.cure
         else:

@@ -174,7 +174,8 @@ class _Names:
             read = {str(n.target) for n in self.reads.get(path, [])} >= {f"{path}.{k}" for k in holder._parameters}
             if read and self._reads_end_in(path, removed) and set(holder._parameters) <= {"weight", "bias"}:
                 return path
-        return free_path(self.module, f"{path}.merged" if path else "merged")
+        scope = path or self.view.name(main).rpartition(".")[0]
+        return free_path(self.module, f"{scope}.merged" if scope else "merged")
 
     def _reads_end_in(self, path: str, removed: set[fx.Node]) -> bool:
         """Whether the tensors of the module at `path` are read by removed nodes alone."""

@@ -38,6 +38,12 @@ class RandomBlock(nn.Module):
     def operators(self) -> set[str]:
         return {name for name, _ in self.plan}
 
+    def operator_at(self, path: str) -> str:
+        """The operator that a node or module of this name belongs to, or ""."""
+        parts = path.split(".")
+        position = parts[1].removeprefix("op") if len(parts) > 1 else ""
+        return self.plan[int(position) - 1][0] if position.isdigit() else ""
+
     def describe(self) -> str:
         """The plan, a line an operator."""
         lines = [
