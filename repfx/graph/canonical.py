@@ -43,28 +43,31 @@ def canonical(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
-    """Replaces the moves that end in `last` by channel_shuffle, if that is what they do."""
+    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of them do."""
     moves, source = [last], last.args[0] if last.args else None
-    while isinstance(source, fx.Node) and source.target in _MOVES and source.args:
-        moves.append(source)
-        source = source.args[0]
-    if not isinstance(source, fx.Node) or len(moves) < 3 or any(len(m.users) > 1 for m in moves[1:]):
-        return
-    shape = source.meta.get("shape", ())
-    if shape != last.meta["shape"]:
-        return
-    channels = shape[1]
-    for groups in range(2, channels):
-        if (
-            channels % groups == 0
-            and _shuffles(moves, source, groups, 0)
-            and _shuffles(moves, source, groups, 1) in (True, None)
-        ):
+    while isinstance(source, fx.Node):
+        groups = _groups_shuffled(moves, source) if len(moves) >= 3 else 0
+        if groups:
             with graph.inserting_after(last):
                 named = graph.call_function(F.channel_shuffle, (source, groups))
             named.meta = dict(last.meta)
             last.replace_all_uses_with(named)
             return
+        if source.target not in _MOVES or not source.args or len(source.users) > 1:
+            return
+        moves.append(source)
+        source = source.args[0]
+
+
+def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
+    """The groups of the shuffle that the moves are on the source's sizes and every other that they accept; 0 if none."""
+    shape = source.meta.get("shape", ())
+    if shape != moves[0].meta["shape"]:
+        return 0
+    for groups in range(2, shape[1]):
+        if shape[1] % groups == 0 and _shuffles(moves, source, groups, 0):
+            return groups if _shuffles(moves, source, groups, 1) is not False else 0
+    return 0
 
 
 def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:

@@ -24,7 +24,7 @@ from repfx.graph.copying import alias
 from repfx.graph.exported import from_exported
 from repfx.graph.normalise import normalise
 from repfx.graph.running import Noting, agree, describe, guess_example, parameters_of, run_eval
-from repfx.graph.tracer import BRANCHES, Tracer, is_leaf, signature
+from repfx.graph.tracer import BRANCHES, Tracer, first_line, is_leaf, signature
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
-        reason = f"its forward cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
+        reason = f"its forward cannot be traced: {first_line(error)}"
     _undo(swaps)
     del captured.declined[mark:]
     where, cure = path or "the model", "its children are transformed on their own"

@@ -70,11 +70,14 @@ def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
     return Run(tuple(reversed(ends)), tuple(reversed(steps)), blocked)
 
 
-def region_of(view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]) -> Region:
-    """The region with the parts that must stay: those read from outside, and what they are computed from."""
+def region_of(
+    view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...], needed: set[fx.Node] | None = None
+) -> Region:
+    """The region with the parts that must stay: those read from outside or `needed`, and what they are computed from."""
     inside, kept = set(nodes), set()
     for node in reversed(nodes):
-        if node is not sink and any(user not in inside or user in kept for user in node.users):
+        read = any(user not in inside or user in kept for user in node.users)
+        if node is not sink and (read or (needed is not None and node in needed)):
             kept.add(node)
     return Region(source, sink, nodes, frozenset(kept))
 
@@ -100,8 +103,7 @@ def why_alone(view: GraphView, node: fx.Node) -> tuple[str, str]:
         inner = [e for e in ends if e is not view.dominator.get(node)]
         if len(inner) < len(ends):
             return f"{described(view, inner[0])} inside it is not linear", ""
-        verb = "joins" if view.ops[node].kind == "concat" else "sums"  # type: ignore[union-attr]
-        return f"it {verb} values of different sources: {', '.join(described(view, e) for e in ends)}", ""
+        return f"it sums values of different sources: {', '.join(described(view, e) for e in ends)}", ""
     if isinstance(view.ops[node], Map) and view.ops[node].values[0] in ends:  # type: ignore[union-attr]
         return f"no convolution leads to it: its input is {described(view, view.ops[node].values[0])}", ""  # type: ignore[union-attr]
     return "no convolution leads to it", ""

@@ -12,6 +12,7 @@ It differs from `torch.fx.Tracer` in what a rewrite needs:
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -183,7 +184,7 @@ class Tracer(fx.Tracer):
             reason = BRANCHES
             self.branching.add(path)
         except Exception as error:
-            reason = f"its forward cannot be traced: {_first_line(error)}"
+            reason = f"its forward cannot be traced: {first_line(error)}"
             if self.asked.times > asked:
                 self.branching.add(path)
                 self.asked.times = asked
@@ -275,6 +276,6 @@ def _constants(values: Any) -> bool:
     return found[True] > 0 and found[False] == 0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+    return textwrap.shorten(text[0], 160, placeholder=" …") if text else type(error).__name__

@@ -14,6 +14,7 @@ from repfx.graph.view import GraphView
 from repfx.graph.words import layer, operator
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.rewrite.runner import as_args, require_convolutions
+from repfx.rewrite.work import Names
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
     declined: list[Declined] = list(captured.declined)
     for path, module in graphs(captured.model):
         view = GraphView(module)
-        plan = plan_merges(view)
+        plan, names = plan_merges(view), Names(view, module)
         prefix = f"{path}." if path else ""
         for m in plan.merges:
             removed = m.region.removed
             kinds = tuple(operator(view.ops[node]) for node in removed)
-            name = prefix + view.name(m.region.sink)
+            name = prefix + names.label(m)
             macs, params = (float(m.macs_before), float(m.geometry.macs)), (m.params_before, m.geometry.params)
             regions.append(RegionReport(name, kinds, layer(m.geometry), "", *macs, *params))
         for d in plan.declined:

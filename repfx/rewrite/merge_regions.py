@@ -21,7 +21,7 @@ from torch import fx
 from repfx.algebra import Geometry
 from repfx.errors import Declined, Inexact
 from repfx.graph.edit import uneven
-from repfx.graph.ops import Map, Op, Opaque, Sum
+from repfx.graph.ops import Map, Op, Opaque
 from repfx.graph.regions import Region, Run, is_linear, is_value, region_of, run_to, why_alone
 from repfx.graph.view import GraphView
 from repfx.graph.words import described
@@ -55,6 +55,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
     merges: list[Merge] = []
     declined: dict[str, Declined] = {}
     taken: set[fx.Node] = set()
+    needed: set[fx.Node] = set()  # what the planned merges read, whatever reads it now
     explained: set[fx.Node] = set()
     blocked = False
     for sink in reversed(view.nodes):
@@ -64,8 +65,9 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         blocked |= run.blocked
         if len(run.ends) < 2:
             continue
-        for merge in _cut(view, run, accept, declined, explained):
+        for merge in _cut(view, run, accept, needed, declined, explained):
             merges.append(merge)
+            needed.add(merge.region.source)
             taken.update(merge.region.removed)
     accounted = taken | explained
     for node in view.nodes:
@@ -73,7 +75,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         if isinstance(op, Opaque):
             if op.reason and not op.reason.startswith(("a product", "a quotient")):
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
-        elif node not in accounted and (isinstance(op, Sum) or op.kind == "bn"):
+        elif node not in accounted and op.kind in ("add", "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
     # A merge beside linear values has changed what merging those would cost, or left one with a single reader.
     again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
@@ -86,7 +88,12 @@ def _beside(view: GraphView, region: Region) -> bool:
 
 
 def _cut(
-    view: GraphView, run: Run, accept: Accept, declined: dict[str, Declined], explained: set[fx.Node]
+    view: GraphView,
+    run: Run,
+    accept: Accept,
+    needed: set[fx.Node],
+    declined: dict[str, Declined],
+    explained: set[fx.Node],
 ) -> Iterator[Merge]:
     """The cheapest cut of a run, as the merges in it; its reasons go to `declined`, what they are for to `explained`."""
     n = len(run.steps)
@@ -101,13 +108,13 @@ def _cut(
         choices: list[tuple[Cost, int, Merge | None]] = []
         for j in range(n, i, -1):
             stretch = tuple(node for step in run.steps[i:j] for node in step)
-            kept = region_of(view, run.ends[i], run.ends[j], stretch).kept if view.writes.of else frozenset()
+            kept = region_of(view, run.ends[i], run.ends[j], stretch, needed).kept if view.writes.of else frozenset()
             if view.writes.disturb(run.ends[i], stretch, kept):
                 known[0][run.ends[j]] = Inexact("a value in it is changed in place between its readers")
             whole = known[0][run.ends[j]]
             if isinstance(whole, Geometry) and whole.why_no_layer:
                 known[0][run.ends[j]] = Inexact(whole.why_no_layer)
-            offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept)
+            offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept, needed)
             rest = best[j - i - 1][0]
             if offer is not None:
                 choices.append((_plus(offer[0], rest), j, offer[1]))
@@ -151,11 +158,12 @@ def _offer(
     geometry: Geometry | Inexact,
     rates: dict[fx.Node, Fraction],
     accept: Accept,
+    needed: set[fx.Node],
 ) -> tuple[Cost, Merge] | None:
     """The merge of a stretch and what it costs; None where it is not exact, has no convolution or removes nothing."""
     if isinstance(geometry, Inexact):
         return None
-    region = region_of(view, source, sink, nodes)
+    region = region_of(view, source, sink, nodes, needed)
     removed = region.removed
     ops = [view.ops[node] for node in removed]
     if not any(isinstance(op, Map) and op.macs for op in ops) or not accept(ops):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
@@ -57,7 +58,7 @@ class Work:
 
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
         before = references(self.module.graph)
-        names = _Names(view, self.module)
+        names = Names(view, self.module)
         layers: list[tuple[Merge, nn.Module, float, str]] = []
         made: dict[Any, nn.Module] = {}
         # The largest first: what it needs for a moment is then not on top of all the others' results.
@@ -67,7 +68,7 @@ class Work:
         return self._apply(view, layers, names, before)
 
     def _layer(
-        self, view: GraphView, merge: Merge, names: _Names, made: dict[Any, nn.Module]
+        self, view: GraphView, merge: Merge, names: Names, made: dict[Any, nn.Module]
     ) -> tuple[nn.Module, float, str]:
         region = merge.region
         key = names.signature(merge)
@@ -79,7 +80,7 @@ class Work:
         return made[key], error, key
 
     def _apply(
-        self, view: GraphView, layers: list[tuple[Merge, nn.Module, float, str]], names: _Names, before: set[str]
+        self, view: GraphView, layers: list[tuple[Merge, nn.Module, float, str]], names: Names, before: set[str]
     ) -> tuple[Merged, ...]:
         moved: dict[fx.Node, fx.Node] = {}
         paths: dict[int, str] = {}
@@ -110,7 +111,7 @@ class Work:
         return tuple(m for _, m in sorted(done, key=lambda pair: pair[0]))
 
 
-class _Names:
+class Names:
     """Where merged layers go: in the place of their region's widest convolution, unless another call still needs it."""
 
     def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
@@ -118,7 +119,11 @@ class _Names:
         self.module = module
         self.calls: dict[str, list[fx.Node]] = {}  # by the module called
         self.reads: dict[str, list[fx.Node]] = {}  # of tensors, by the module that holds them
+        self.under: Counter[str] = Counter()  # convolutions and linears, by the modules around them
         for node in view.nodes:
+            if getattr(view.ops[node], "macs", 0):
+                parts = view.name(node).split(".")
+                self.under.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
             if node.op == "call_module":
                 self.calls.setdefault(str(node.target), []).append(node)
             elif node.op == "get_attr":
@@ -138,14 +143,16 @@ class _Names:
         return weight_of(self.main(merge))
 
     def label(self, merge: Merge) -> str:
-        """The innermost module that holds every part of the region, or its main convolution."""
+        """The innermost module that holds the region and little else, or else its main convolution."""
         parts = [self.view.name(n).split(".") for n in merge.region.removed]
         shared = []
         for names in zip(*parts, strict=False):
             if len(set(names)) > 1:
                 break
             shared.append(names[0])
-        return ".".join(shared) or self.view.name(self.main(merge))
+        inside = sum(bool(self.view.ops[n].macs) for n in merge.region.removed)  # type: ignore[union-attr]
+        here = shared and 2 * inside > self.under[".".join(shared)]
+        return ".".join(shared) if here else self.view.name(self.main(merge))
 
     def signature(self, merge: Merge) -> str:
         """Equal for two calls of the same modules in the same way, which then share one layer; else the sink's name."""

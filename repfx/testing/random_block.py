@@ -64,6 +64,8 @@ def random_block(seed: int, nonlinear: bool = True, size: int = 13, *, axes: int
         for attempt in range(TRIES):
             draft = Draft(seed + (attempt << 32), nonlinear, size, axes)
             _fill(draft)
+            if not draft.plan:
+                continue
             block, x = RandomBlock(draft.plan, draft.layers, _outputs(draft)).double().eval(), draft.values[0]
             if _is_fit(block, x):
                 return block, x
@@ -88,7 +90,7 @@ def _outputs(draft: Draft) -> tuple[int, ...]:
     """Mostly the last value; or another one too, or all that nothing reads."""
     tensors = [i for i, v in enumerate(draft.values) if i and isinstance(v, Tensor)]
     read = {i for _, inputs in draft.plan for i in inputs}
-    unread = tuple(i for i in tensors if i not in read)
+    unread = tuple(i for i in tensors if i not in read) or (tensors[-1],)
     return draft.one((tensors[-1],), (tensors[-1],), (tensors[-1],), (tensors[-1], draft.rng.choice(tensors)), unread)
 
 
