@@ -22,6 +22,13 @@ def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (tmp_path / "int8.onnx").exists()
 
 
+def test_expand_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "expand(" in block)
+    exec(compile(code, "README", "exec"), {"__name__": "readme"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 max abs") and second.startswith("2 max abs")
+
+
 def test_the_commands_exist() -> None:
     named = set(re.findall(r"^repfx (\w+)", README, re.MULTILINE))
     assert named == {c.name or c.callback.__name__ for c in app.registered_commands}
