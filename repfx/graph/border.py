@@ -24,13 +24,16 @@ _WRITES = {operator.setitem, aten.slice.Tensor, aten.copy_.default, aten.copy.de
 _SPREADS = {aten.view.default, aten.expand.default, aten.reshape.default, aten.unsqueeze.default}
 
 
-def name_border_writes(graph: fx.Graph, view: GraphView) -> None:
-    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, in place."""
+def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
+    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, and says if there was one."""
+    changed = False
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _PADS and node.args and isinstance(node.args[0], fx.Node):
             found = _Border.of(node, view)
             if found is not None and found.is_pad_with(view):
                 found.rename(graph)
+                changed = True
+    return changed
 
 
 @dataclass

@@ -29,21 +29,22 @@ _MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflat
 
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
     """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns it."""
-    graph = module.graph
+    graph, changed = module.graph, False
     if any(node.target in _STORES for node in graph.nodes):
-        name_border_writes(graph, GraphView(module))
+        changed = name_border_writes(graph, GraphView(module))
     for node in list(graph.nodes):
         if node.target in _LAST and not node._erased and len(node.meta.get("shape", ())) >= 3:
-            _name_shuffle(graph, node)
-    for node in reversed(graph.nodes):
-        if is_dead(node):
-            graph.erase_node(node)
-    module.recompile()
+            changed |= _name_shuffle(graph, node)
+    if changed:
+        for node in reversed(graph.nodes):
+            if is_dead(node):
+                graph.erase_node(node)
+        module.recompile()
     return module
 
 
-def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
-    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of them do."""
+def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
+    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of them do, and says so."""
     moves, source = [last], last.args[0] if last.args else None
     while isinstance(source, fx.Node):
         groups = _groups_shuffled(moves, source) if len(moves) >= 3 else 0
@@ -52,11 +53,12 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> None:
                 named = graph.call_function(F.channel_shuffle, (source, groups))
             named.meta = dict(last.meta)
             last.replace_all_uses_with(named)
-            return
+            return True
         if source.target not in _MOVES or not source.args or len(source.users) > 1:
-            return
+            return False
         moves.append(source)
         source = source.args[0]
+    return False
 
 
 def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
