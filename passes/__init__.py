@@ -7,5 +7,6 @@ from repfx.passes.bnfold import BnFold
 from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.passes.ptq import Ptq
+from repfx.passes.repq import RepQ
 
-__all__ = ["BnFold", "Expand", "Fuse", "Ptq"]
+__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "RepQ"]

@@ -5,11 +5,12 @@
 Cases: any block that is linear between one input and one output (branches, chains, batch norms, scales, pools, pads);
 regions whose border makes them inexact, or that would multiply the work, are declined with the reason and the blocks
 inside them are merged instead. Values read elsewhere stay. Running it again finds nothing to do.
+After `repq` the program of each weight becomes the weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
@@ -26,4 +27,6 @@ class Fuse(Pass):
     promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REGIONS})
 
     def run(self, work: Work) -> Result:
-        return work.merge(self.name)
+        folded = work.fold()
+        result = work.merge(self.name)
+        return replace(result, merged=folded + result.merged)

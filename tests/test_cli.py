@@ -88,7 +88,11 @@ BAD = {
     "state_dict": (["inspect", "weights.pt"], 2, "is a state_dict, not a model"),
     "NaN weights": (["inspect", "mynet:net", "--weights", "nan.pt"], 2, "0.main.conv.weight holds NaN"),
     "weights that do not fit": (["inspect", "mynet:no_convs", "--weights", "weights.pt"], 2, "does not fit"),
-    "unknown pass": (["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"], 2, "one of: bnfold, expand, fuse, ptq"),
+    "unknown pass": (
+        ["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"],
+        2,
+        "one of: bnfold, expand, fuse, ptq, repq",
+    ),
     "unknown method": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "best"],
         2,

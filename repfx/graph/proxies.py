@@ -34,7 +34,7 @@ class Value(fx.Proxy):
 class ConstantProxy(Value):
     """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and type it really has."""
 
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
+    def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, value: Tensor) -> None:
         super().__init__(node, tracer)
         self.value = value
 

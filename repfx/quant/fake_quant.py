@@ -1,4 +1,9 @@
-"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet it passes values through."""
+"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet it passes values through.
+
+With `learned` its scale is a parameter with the gradient of LSQ (Esser et al., 2020), scaled by 1 / sqrt(N high):
+
+    dQ/ds = round(v/s) - v/s inside the grid, low or high outside
+"""
 
 from __future__ import annotations
 
@@ -8,22 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from repfx.quant.grid import Grid
+from repfx.quant.observers import search_scale
 
 
 class FakeQuant(nn.Module):
     """y = Q(x) on `grid`, with buffer `scale` () or (channels,). `scale` 0 means not calibrated: y = x.
 
     `of_weight` tells a quantizer of constants, whose scale follows from them, from one whose scale comes from data.
+    A `learned` scale that is not set yet is set by the first value seen in training, to the least squared error (MinError).
     """
 
     is_graph_leaf = True
     scale: Tensor
 
-    def __init__(self, grid: Grid, scale: Tensor | None = None, of_weight: bool = False) -> None:
+    def __init__(self, grid: Grid, scale: Tensor | None = None, of_weight: bool = False, learned: bool = False) -> None:
         super().__init__()
         self.grid = grid
-        self.register_buffer("scale", torch.zeros(()) if scale is None else torch.zeros_like(scale))
-        self.of_weight = of_weight
+        empty = torch.zeros(()) if scale is None else torch.zeros_like(scale)
+        if learned:
+            self.scale = nn.Parameter(empty)
+        else:
+            self.register_buffer("scale", empty)
+        self.of_weight, self.learned = of_weight, learned
         self.calibrated = False
         if scale is not None:
             self.set_scale(scale)
@@ -39,7 +50,16 @@ class FakeQuant(nn.Module):
         if self.observer is not None:
             self.observer.see(x.detach())
             return x
-        return self.grid.quantize(x, self.scale) if self.calibrated else x
+        if self.learned and self.training and not self.calibrated:
+            self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
+        if not self.calibrated:
+            return x
+        return self.grid.quantize(x, self._lsq(x) if self.learned and self.training else self.scale)
+
+    def _lsq(self, x: Tensor) -> Tensor:
+        """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
+        factor = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
+        return self.scale.detach() + (self.scale - self.scale.detach()) * factor
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""

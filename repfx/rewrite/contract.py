@@ -113,7 +113,7 @@ def parse(spec: str) -> Pass:
     >>> parse("fues")
     Traceback (most recent call last):
     ...
-    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, repq
     """
     try:
         call = ast.parse(spec.strip(), mode="eval").body

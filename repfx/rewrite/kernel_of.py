@@ -44,23 +44,31 @@ def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> di
         return dict.fromkeys(nodes, why)
     for node in nodes:
         try:
-            found[node] = _step(view, node, source, start, found, lambda op, g: op.geometry(g))
+            found[node] = _step(view, node, source, start, found, lambda op, before: op.geometry(before))
         except Inexact as why:
             found[node] = why
     return found
 
 
-def kernel_of(view: GraphView, region: Region, fetch: Fetch, start: Geometry | None = None) -> Kernel:
+def kernel_of(
+    view: GraphView,
+    region: Region,
+    fetch: Fetch,
+    start: Geometry | None = None,
+    meaning: Callable[[Map, Kernel], Kernel] | None = None,
+) -> Kernel:
     """The one convolution that `region` equals, from the weights that `fetch` gives.
 
-    `start`: the identity on the region's source, where known. Raises Inexact where the region is not one convolution.
+    `start`: the identity on the region's source, where known. `meaning`: what a Map is after a value, if not what its
+    rule says. Raises Inexact where the region is not one convolution.
     """
     start = start or source_geometry(view, region.source, region.nodes)
     identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64))
+    meaning = meaning or (lambda op, before: op.kernel(fetch, op.geometry(before.geometry)))
     found: dict[fx.Node, Any] = {region.source: identity}
     readers = {n: sum(n in view.ops[m].values for m in region.nodes) for n in region.nodes}  # type: ignore[union-attr]
     for node in region.nodes:
-        found[node] = _step(view, node, region.source, identity, found, lambda op, g: op.kernel(fetch, op.geometry(g)))
+        found[node] = _step(view, node, region.source, identity, found, meaning)
         for value in set(view.ops[node].values):  # type: ignore[union-attr]
             if value in readers:
                 readers[value] -= 1
@@ -104,7 +112,7 @@ def _step(
     source: fx.Node,
     start: Value,
     found: dict[fx.Node, Any],
-    meaning: Callable[[Map, Geometry], Value],
+    meaning: Callable[[Map, Value], Value],
 ) -> Value:
     op = view.ops[node]
 
@@ -125,7 +133,7 @@ def _step(
         return total
     assert isinstance(op, Map)
     before = value(op.x)
-    outer = _padded(view, source, node, start.geometry, before.geometry, meaning(op, before.geometry))
+    outer = _padded(view, source, node, start.geometry, before.geometry, meaning(op, before))
     if op.x is source:  # nothing to compose with: id.then(map) == map
         checked = start.geometry.then(outer.geometry)
         return checked if isinstance(outer, Geometry) else Kernel(checked, outer.weight, outer.bias)

@@ -29,8 +29,7 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
     generator = torch.Generator(device=kernel.weight.device).manual_seed(0)
     with torch.no_grad():
         for sizes in input_sizes(kernel.geometry):
-            x = torch.randn(sizes, generator=generator, dtype=torch.float64, device=kernel.weight.device)
-            want = _run(view, region, x, fetch, twins)
+            x, want = _first_run(view, region, sizes, generator, fetch, twins)
             got = kernel(x)
             if got.shape != want.shape:
                 raise CheckError(f"the merge of {view.name(region.sink)!r} has shape {got.shape}, not {want.shape}")
@@ -45,6 +44,28 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
     if not worst <= TOLERANCE[torch.float64]:
         raise CheckError(f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this is a bug of repfx")
     return worst
+
+
+def _first_run(
+    view: GraphView,
+    region: Region,
+    sizes: tuple[int, ...],
+    generator: torch.Generator,
+    fetch: Callable[[Ref], Tensor],
+    twins: dict[fx.Node, nn.Module],
+) -> tuple[Tensor, Tensor]:
+    """An input and what the region makes of it: of these sizes, or larger where an operator inside needs more."""
+    for more in (0, 4, 12):
+        space = slice(1, -1) if len(sizes) < 3 else slice(2, None)
+        grown = list(sizes)
+        grown[space] = [n + more for n in sizes[space]]
+        x = torch.randn(grown, generator=generator, dtype=torch.float64, device=generator.device)
+        try:
+            return x, _run(view, region, x, fetch, twins)
+        except RuntimeError:
+            if more == 12:
+                raise
+    raise AssertionError
 
 
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:

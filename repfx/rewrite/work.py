@@ -23,6 +23,7 @@ from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
 from repfx.rewrite.fetch import in_float64
+from repfx.rewrite.fold import fold_programs
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.prove import prove
@@ -48,6 +49,10 @@ class Work:
             merged += self._merge(view, plan)
             if not plan.again:
                 return Result(name, tuple(merged), plan.declined)
+
+    def fold(self) -> tuple[Merged, ...]:
+        """Makes each weight that a program computes a plain weight."""
+        return fold_programs(self.module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> None:
         """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's."""

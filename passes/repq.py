@@ -1,0 +1,179 @@
+"""repq: quantization-aware training on the merged weight, for any block (RepQ, arXiv 2311.05317).
+
+    y = conv3(x) + bn(conv1(x))   ->   y = F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))
+
+M is the block run on kernels, written into the graph once as straight tensor code; it is what runs, prints,
+differentiates and compiles. Every key of the state_dict stays and trains on; quantizers add keys. Batch norms inside a
+block keep their statistics, computed from x and the kernel of what they normalise, as `bn` says (`KernelNorm`).
+
+Cases: every region that `fuse` would merge, and every convolution and linear besides. `bits=32` leaves the rounding out:
+float training at about the cost of the one convolution. `fuse` after it gives the deployed net, with the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from repfx.algebra import Geometry
+from repfx.algebra.norm import MODES
+from repfx.errors import Declined, InputError, unknown
+from repfx.graph.edit import free_path, put_module
+from repfx.graph.ops import Map
+from repfx.graph.regions import Region
+from repfx.graph.signs import non_negative
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant, Grid, search_scale
+from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.kernel_of import geometries
+from repfx.rewrite.merge_regions import Merge, plan_merges
+from repfx.rewrite.program import program
+from repfx.rewrite.work import Names, Work
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@register
+@dataclass(frozen=True)
+class RepQ(Pass):
+    """`bits` of activations, and of weights unless `weight_bits` says otherwise; 32 does not round.
+
+    `bn`: how batch norms see their statistics in training, one of running, batch, estimate, estimate_paper, sampled,
+    frozen. `ends`: the bits of the first and the last layer, None for those of all. `per_channel`: one weight scale per
+    output channel.
+    """
+
+    name: ClassVar[str] = "repq"
+    stage: ClassVar[Stage] = Stage.TRAIN
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.NAMES})
+
+    bits: int = 8
+    weight_bits: int | None = None
+    bn: str = "running"
+    ends: int | None = 8
+    per_channel: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bn not in MODES:
+            raise unknown("bn", str(self.bn), MODES)
+        for bits in (self.bits, self.weight_bits, self.ends):
+            if bits != 32 and bits is not None:
+                Grid(bits)  # raises for what no grid has
+        if 32 in (self.bits, self.weight_bits) and (self.bits, self.weight_bits) not in ((32, None), (32, 32)):
+            raise InputError("bits=32 trains in float: weights and activations alike")
+
+    def run(self, work: Work) -> Result:
+        view = work.view()
+        merges, declined = _regions(view)
+        names = Names(view, work.module)
+        moved: dict[fx.Node, fx.Node] = {}
+        quantized: dict[fx.Node, fx.Node] = {}
+        signs = {m.region.source: non_negative(view, m.region.source) for m in merges}
+        inserted: list[str] = []
+        for i, merge in enumerate(merges):
+            ends = i in (0, len(merges) - 1) and self.ends is not None
+            bits = (self.ends, self.ends) if ends and self.bits != 32 else (self.bits, self.weight_bits or self.bits)
+            self._rewrite(work, view, merge, names, bits, moved, quantized, signs, inserted)
+        return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
+
+    def _rewrite(
+        self,
+        work: Work,
+        view: GraphView,
+        merge: Merge,
+        names: Names,
+        bits: tuple[Any, Any],
+        moved: dict[fx.Node, fx.Node],
+        quantized: dict[fx.Node, fx.Node],
+        signs: dict[fx.Node, bool],
+        inserted: list[str],
+    ) -> None:
+        region, graph = merge.region, work.module.graph
+        path = _place(names, merge)
+        source = moved.get(region.source, region.source)
+        weight, bias, now = program(work.module, view, merge, source, self.bn)
+        x = source
+        if bits[0] != 32:
+            if region.source not in quantized or view.writes.changed(region.source):
+                grid = work.target.activation(bits[0], signs[region.source])
+                quant = FakeQuant(grid, learned=True)
+                quantized[region.source] = _insert(work, region.sink, source, f"{path}.input_quant", quant, inserted)
+            x = quantized[region.source]
+            of_weight = work.target.weight(bits[1], self.per_channel)
+            scale = search_scale(now, of_weight, 2.0)
+            weight = _insert(
+                work, region.sink, weight, f"{path}.weight_quant", FakeQuant(of_weight, scale, True, True), inserted
+            )
+        with graph.inserting_before(region.sink):
+            y = _call(graph, merge.geometry, x, weight, bias)
+        y.meta = dict(region.sink.meta)
+        moved[region.sink] = y
+        region.sink.replace_all_uses_with(y)
+        for node in sorted(region.removed, reverse=True):
+            graph.erase_node(node)
+
+
+def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
+    """What to train merged: the plan of `fuse`, and each convolution or linear that it leaves, in the graph's order."""
+    plan = plan_merges(view)
+    found, declined = [], []
+    taken = {n for m in plan.merges for n in m.region.removed}
+    for merge in plan.merges:
+        why = _why_not(view, merge.region)
+        if why:
+            declined.append(Declined(view.name(merge.region.sink), why))
+            taken -= set(merge.region.removed)
+        else:
+            found.append(merge)
+    for node in view.nodes:
+        op = view.ops[node]
+        if isinstance(op, Map) and op.macs and node not in taken and op.own is not None and not op.own.transposed:
+            geometry = geometries(view, op.x, [node])[node]
+            if isinstance(geometry, Geometry):
+                found.append(Merge(Region(op.x, node, (node,), frozenset()), geometry, geometry.macs, op.params))
+    return sorted(found, key=lambda m: view.index[m.region.sink]), declined
+
+
+def _why_not(view: GraphView, region: Region) -> str:
+    """Why a region cannot be trained on its merged weight."""
+    norms = [n for n in region.nodes if getattr(view.ops[n], "kind", "") == "bn"]
+    if any(n in region.kept for n in norms):
+        return "a batch norm inside it is also read elsewhere"
+    if any(n.op != "call_module" for n in norms):
+        return "a batch norm inside it is no module, so its statistics have no place"
+    if any(sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in norms):
+        return "a batch norm inside it is called more than once"
+    return ""
+
+
+def _place(names: Names, merge: Merge) -> str:
+    main = names.main(merge)
+    return str(main.target) if main.op == "call_module" else names.view.name(main)
+
+
+def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]) -> fx.Node:
+    path = free_path(work.module, wanted)
+    quant.train(work.module.training)
+    put_module(work.module, path, quant)
+    inserted.append(path)
+    with work.module.graph.inserting_before(before):
+        return work.module.graph.call_module(path, (value,))
+
+
+def _call(graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    """The call of one convolution or linear of this geometry, on nodes."""
+    if g.source_axis == -1:
+        flat = graph.call_function(torch.flatten, (weight, 1))
+        y = graph.call_function(F.linear, (x, flat, bias))
+    else:
+        even = all(a.before == a.after >= 0 for a in g.axes) and g.mode == "zeros"
+        for step in [] if even else g.pad_steps:
+            x = graph.call_function(F.pad, (x, *step))
+        pads = tuple(a.before if even else 0 for a in g.axes)
+        args = (x, weight, bias, tuple(a.stride for a in g.axes), pads, tuple(a.gap for a in g.axes), g.groups)
+        y = graph.call_function(_CONVS[len(g.axes)], args)
+    return graph.call_function(torch.permute, (y, list(g.turn))) if g.turned else y

@@ -1,0 +1,138 @@
+"""fold: the program that computes a weight becomes the weight, by the program itself, so that not a bit differs.
+
+F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))   ->   F.conv2d(Q(x), Q(weight), bias)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.algebra import KernelNorm
+from repfx.graph.edit import drop_unreferenced, free_path, put_module, references
+from repfx.quant import FakeQuant
+from repfx.rewrite.contract import Merged
+
+_CONVS: dict[Any, type[nn.Module]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+
+
+def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
+    """Evaluates, in eval meaning, the program of each weight that reads a KernelNorm or is quantized, in place."""
+    graph, before = module.graph, references(module.graph)
+    replaced: list[nn.Module] = []
+    done = []
+    for call in list(graph.nodes):
+        if call.target is not F.linear and call.target not in _CONVS:
+            continue
+        weight, bias = call.args[1], call.args[2]
+        quant = _quantizer(module, weight)
+        program = weight.args[0] if quant is not None else weight
+        if program.op == "get_attr" or not _is_program(module, program):
+            continue
+        nodes = _ancestors(module, [n for n in (program, bias) if isinstance(n, fx.Node)])
+        values = _evaluate(module, nodes)
+        now = values[program].detach().contiguous()
+        layer = _layer(call, now, None if bias is None else values[bias].detach().contiguous())
+        layer.train(module.training)
+        reads = [n for n in nodes if n.op == "get_attr" and values[n].dim() > 1 and "_constant" not in str(n.target)]
+        path = str(max(reads, key=lambda n: values[n].numel()).target).rpartition(".")[0]
+        if any(
+            n.op == "get_attr" and str(n.target).startswith(f"{path}.") and set(n.users) - nodes.keys() for n in graph.nodes
+        ):
+            path = free_path(module, f"{path}_merged")
+        old = put_module(module, path, layer)
+        if old is not None:  # its quantizers hang on it
+            layer._modules.update(old._modules)
+            replaced.append(old)
+        with graph.inserting_before(weight if quant is not None else call):
+            new_weight = graph.get_attr(f"{path}.weight")
+            new_bias = None if bias is None else graph.get_attr(f"{path}.bias")
+        if quant is not None:
+            weight.args = (new_weight,)
+            call.update_arg(2, new_bias)
+        else:
+            with graph.inserting_before(call):
+                plain = graph.call_module(path, (call.args[0],))
+            plain.meta = dict(call.meta)
+            call.replace_all_uses_with(plain)
+            graph.erase_node(call)
+        params = sum(values[n].numel() for n in reads)
+        macs = float(now.numel())
+        done.append(Merged(path, tuple(str(n.target) for n in reads), path, macs, macs, params, now.numel(), 0.0))
+    if done:
+        for node in reversed(graph.nodes):
+            if not node.users and (_is_norm(module, node) or node.op in ("get_attr", "call_function", "call_method")):
+                graph.erase_node(node)
+        drop_unreferenced(module, before, replaced)
+    return tuple(done)
+
+
+def _quantizer(module: fx.GraphModule, node: fx.Node) -> FakeQuant | None:
+    found = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return found if isinstance(found, FakeQuant) and found.of_weight else None
+
+
+def _is_program(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is computed from constants and KernelNorms alone."""
+    return all(
+        n.op in ("get_attr", "call_function", "call_method") or _is_norm(module, n) for n in _ancestors(module, [node])
+    )
+
+
+def _is_norm(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), KernelNorm)
+
+
+def _ancestors(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes and what they are computed from, without what a KernelNorm reads statistics of; inputs first."""
+    found: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in found:
+            return
+        for before in node.all_input_nodes[1:] if _is_norm(module, node) else node.all_input_nodes:
+            visit(before)
+        found[node] = None
+
+    for node in nodes:
+        visit(node)
+    return found
+
+
+def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in nodes:
+            if node.op == "get_attr":
+                at: Any = module
+                for name in str(node.target).split("."):
+                    at = getattr(at, name)
+                values[node] = at
+                continue
+            args, kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda v: values.get(v) if isinstance(v, fx.Node) else v
+            )
+            if node.op == "call_module":
+                norm = module.get_submodule(str(node.target))
+                training, norm.training = norm.training, False
+                values[node] = norm(*args, **kwargs)
+                norm.training = training
+            else:
+                f: Any = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))
+                values[node] = f(*args, **kwargs)
+    return values
+
+
+def _layer(call: fx.Node, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    if call.target is F.linear:
+        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
+    else:
+        _, _, _, stride, padding, dilation, groups = call.args
+        given: Any = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation, groups)  # type: ignore[operator]
+        layer = _CONVS[call.target](*given, bias=False, device="meta")
+    layer._parameters["weight"] = nn.Parameter(weight)
+    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias)
+    return layer

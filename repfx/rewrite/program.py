@@ -1,0 +1,101 @@
+"""program: the kernel of a region as straight tensor code in the graph, derived once and run at every step.
+
+`kernel_of` runs on proxies of the weights instead of the weights; what it does with them is recorded as nodes. A batch
+norm becomes a call of the `KernelNorm` that stands in its place, which reads the region's source.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from repfx.algebra import Kernel, KernelNorm
+from repfx.graph.edit import free_path
+from repfx.graph.ops import Map, Ref
+from repfx.graph.proxies import ConstantProxy
+from repfx.graph.view import GraphView
+from repfx.rewrite.kernel_of import kernel_of
+from repfx.rewrite.merge_regions import Merge
+from repfx.rewrite.work import weight_of
+
+
+class Recorder(GraphAppendingTracer):
+    """Records operations on constants as nodes, and does them, so that shapes and numbers are known."""
+
+    def __init__(self, module: fx.GraphModule, view: GraphView, dtype: torch.dtype) -> None:
+        super().__init__(module.graph)
+        self.module, self.view, self.dtype = module, view, dtype
+        self.stored: dict[int, tuple[Tensor, str]] = {}
+
+    def constant(self, ref: Ref) -> ConstantProxy:
+        """A weight as the graph reads it."""
+        node = self.graph.get_attr(ref) if isinstance(ref, str) else ref
+        return ConstantProxy(node, self, self.view.tensor(ref).detach())
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        values = fx.node.map_aggregate((args, kwargs), self._now)
+        with torch.no_grad():
+            call_args, call_kwargs = values
+            f = target if kind == "call_function" else getattr(type(call_args[0]), target)
+            value = f(*call_args, **call_kwargs)
+        return ConstantProxy(node, self, value)
+
+    def _now(self, v: Any) -> Any:
+        if isinstance(v, ConstantProxy):
+            return v.value
+        return v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):  # a constant of the algebra's own, such as the identity's ones
+            if id(a) not in self.stored:
+                path = free_path(self.module, "_constant")
+                self.module.register_buffer(path, self._now(a), persistent=False)
+                self.stored[id(a)] = (a, path)
+            return self.graph.get_attr(self.stored[id(a)][1])
+        return super().create_arg(a)
+
+
+def program(
+    module: fx.GraphModule, view: GraphView, merge: Merge, source: fx.Node, mode: str
+) -> tuple[fx.Node, fx.Node | None, Tensor]:
+    """Writes the program of a region before its sink: the nodes of its weight and bias, and the weight of now.
+
+    Batch norms in it are replaced by KernelNorms of `mode` that read `source`.
+    """
+    region = merge.region
+    like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
+    recorder = Recorder(module, view, like.dtype)
+    fetch: Any = recorder.constant  # proxies stand for tensors
+
+    def meaning(op: Map, before: Kernel) -> Kernel:
+        g = op.geometry(before.geometry)
+        if op.kind != "bn":
+            return op.kernel(fetch, g)
+        node = next(n for n in region.nodes if view.ops[n] is op)
+        norm: Any = view.modules[str(node.target)]
+        where = str(node.target)
+        parent = module.get_submodule(where.rpartition(".")[0])
+        parent._modules[where.rpartition(".")[2]] = KernelNorm(norm, before.geometry, mode)
+        bias = None if before.bias is None else recorder.create_arg(before.bias)
+        call = module.graph.call_module(where, (source, recorder.create_arg(before.weight), bias))
+        running = [t.detach() for t in (norm.running_mean, norm.running_var)]
+        scale = torch.rsqrt(running[1] + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
+        shift = -running[0] * scale + (0 if norm.bias is None else norm.bias.detach())
+        parts = []
+        for i, value in enumerate((scale, shift)):
+            item = module.graph.call_function(operator.getitem, (call, i))
+            parts.append(ConstantProxy(item, recorder, value))
+        return Kernel.diagonal(g, *parts)  # type: ignore[arg-type]
+
+    with module.graph.inserting_before(region.sink):
+        kernel = kernel_of(view, region, fetch, meaning=meaning)
+        packed: Any = kernel.packed
+        weight = recorder.create_arg(packed)
+        bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)
+    now = packed.value if isinstance(packed, ConstantProxy) else packed
+    return weight, bias, now.to(like.dtype)
