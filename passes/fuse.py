@@ -27,6 +27,5 @@ class Fuse(Pass):
     promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REGIONS})
 
     def run(self, work: Work) -> Result:
-        folded = work.fold()
         result = work.merge(self.name)
-        return replace(result, merged=folded + result.merged)
+        return replace(result, merged=result.merged + work.fold())

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import KernelNorm
 from repfx.graph.edit import drop_unreferenced, free_path, put_module, references
+from repfx.graph.effects import is_dead
 from repfx.quant import FakeQuant
 from repfx.rewrite.contract import Merged
 
@@ -24,25 +25,29 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
     graph, before = module.graph, references(module.graph)
     replaced: list[nn.Module] = []
     done = []
-    for call in list(graph.nodes):
+    calls: list[Any] = list(graph.nodes)
+    for call in calls:
         if call.target is not F.linear and call.target not in _CONVS:
             continue
-        weight, bias = call.args[1], call.args[2]
+        given = _bound(call)
+        weight, bias = given["weight"], given["bias"]
+        if not isinstance(weight, fx.Node):
+            continue
         quant = _quantizer(module, weight)
-        program = weight.args[0] if quant is not None else weight
+        program: Any = weight.args[0] if quant is not None else weight
         if program.op == "get_attr" or not _is_program(module, program):
             continue
         nodes = _ancestors(module, [n for n in (program, bias) if isinstance(n, fx.Node)])
         values = _evaluate(module, nodes)
         now = values[program].detach().contiguous()
-        layer = _layer(call, now, None if bias is None else values[bias].detach().contiguous())
+        layer = _layer(call.target, given, now, None if bias is None else values[bias].detach().contiguous())
         layer.train(module.training)
         reads = [n for n in nodes if n.op == "get_attr" and values[n].dim() > 1 and "_constant" not in str(n.target)]
         path = str(max(reads, key=lambda n: values[n].numel()).target).rpartition(".")[0]
-        if any(
-            n.op == "get_attr" and str(n.target).startswith(f"{path}.") and set(n.users) - nodes.keys() for n in graph.nodes
-        ):
-            path = free_path(module, f"{path}_merged")
+        mine = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).rpartition(".")[0] == path]
+        free = type(layer) is type(module.get_submodule(path)) and not any(set(n.users) - {*nodes, call} for n in mine)
+        if not free:
+            path = free_path(module, f"{path}.merged" if path else "merged")
         old = put_module(module, path, layer)
         if old is not None:  # its quantizers hang on it
             layer._modules.update(old._modules)
@@ -52,10 +57,11 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
             new_bias = None if bias is None else graph.get_attr(f"{path}.bias")
         if quant is not None:
             weight.args = (new_weight,)
-            call.update_arg(2, new_bias)
+            if bias is not None:
+                call.replace_input_with(bias, new_bias)
         else:
             with graph.inserting_before(call):
-                plain = graph.call_module(path, (call.args[0],))
+                plain = graph.call_module(path, (given["input"],))
             plain.meta = dict(call.meta)
             call.replace_all_uses_with(plain)
             graph.erase_node(call)
@@ -64,7 +70,7 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
         done.append(Merged(path, tuple(str(n.target) for n in reads), path, macs, macs, params, now.numel(), 0.0))
     if done:
         for node in reversed(graph.nodes):
-            if not node.users and (_is_norm(module, node) or node.op in ("get_attr", "call_function", "call_method")):
+            if is_dead(node) or (not node.users and _is_norm(module, node)):
                 graph.erase_node(node)
         drop_unreferenced(module, before, replaced)
     return tuple(done)
@@ -126,13 +132,20 @@ def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Nod
     return values
 
 
-def _layer(call: fx.Node, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    if call.target is F.linear:
+def _bound(call: fx.Node) -> dict[str, Any]:
+    """The arguments of a functional convolution or linear by name."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def _layer(target: Any, given: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
+    if target is F.linear:
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
     else:
-        _, _, _, stride, padding, dilation, groups = call.args
-        given: Any = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation, groups)  # type: ignore[operator]
-        layer = _CONVS[call.target](*given, bias=False, device="meta")
+        groups, options = given["groups"], {k: given[k] for k in ("stride", "padding", "dilation", "groups")}
+        sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
+        layer = _CONVS[target](*sizes, bias=False, device="meta", **options)
     layer._parameters["weight"] = nn.Parameter(weight)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias)
     return layer
