@@ -167,8 +167,7 @@ def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: Fak
 def _call(graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     """The call of one convolution or linear of this geometry, on nodes."""
     if g.source_axis == -1:
-        flat = graph.call_function(torch.flatten, (weight, 1))
-        y = graph.call_function(F.linear, (x, flat, bias))
+        y = graph.call_function(F.linear, (x, weight, bias))
     else:
         even = all(a.before == a.after >= 0 for a in g.axes) and g.mode == "zeros"
         for step in [] if even else g.pad_steps:

@@ -68,6 +68,8 @@ class Kernel:
     @property
     def packed(self) -> Tensor:
         """The weight without the zeros between its taps, as layers with a dilation hold it."""
+        if all(a.gap == 1 for a in self.geometry.axes):
+            return self.weight
         return self.weight[(slice(None), slice(None), *(slice(None, None, a.gap) for a in self.geometry.axes))]
 
     def _tap_by_tap(self, x: Tensor) -> Tensor:

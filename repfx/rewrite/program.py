@@ -94,7 +94,7 @@ def program(
 
     with module.graph.inserting_before(region.sink):
         kernel = kernel_of(view, region, fetch, meaning=meaning)
-        packed: Any = kernel.packed
+        packed: Any = kernel.packed if kernel.geometry.source_axis == 1 else kernel.packed.flatten(1)
         weight = recorder.create_arg(packed)
         bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)
     now = packed.value if isinstance(packed, ConstantProxy) else packed

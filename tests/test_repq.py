@@ -1,0 +1,178 @@
+"""repq: training on the merged weight is the training of the block, the deployed weight is the one trained, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repfx
+from repfx.algebra import Geometry, KernelNorm
+from repfx.algebra.norm import MODES
+from repfx.blocks import BLOCKS
+from repfx.passes import RepQ
+from repfx.quant import FakeQuant, Grid
+from repfx.testing import assert_same, random_block, randomise
+
+PADS_WITH_RUNNING = {"dbb"}  # its training form pads with running statistics while it normalises by the batch's
+
+
+def net(block: str, stride: int = 1, dtype: torch.dtype = torch.float64) -> nn.Module:
+    groups = 4 if block == "repmixer" else 1
+    make = BLOCKS[block](4, 4, 3, stride, 1, groups=groups)
+    parts = [make, nn.ReLU(), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+    return randomise(nn.Sequential(*parts).to(dtype).eval())
+
+
+def pictures(dtype: torch.dtype = torch.float64, n: int = 16) -> Tensor:
+    return torch.randn(n, 4, 9, 10, dtype=dtype, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("block", sorted(set(BLOCKS) - PADS_WITH_RUNNING))
+def test_batch_mode_without_rounding_is_the_multi_branch_training(block: str) -> None:
+    model, x = net(block, stride=2 if block not in ("repmixer",) else 1), pictures()
+    merged = repfx.transform(model, [RepQ(bits=32, bn="batch")], example=x)
+    assert_same(model, merged, x, 1e-12)
+    model, merged = copy.deepcopy(model).train(), merged.train()
+    want, got = model(x), merged(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    toward = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(9))
+    (want * toward).sum().backward()
+    (got * toward).sum().backward()
+    mine = dict(merged.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(mine[name].grad, p.grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(merged.state_dict().get(name, buffer), buffer, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_trains_and_deploys_what_it_trained(block: str, mode: str, tmp_path: Path) -> None:
+    bits = {"batch": 4, "sampled": 4}.get(mode, 8)
+    model, x = net(block, dtype=torch.float32), pictures(torch.float32)
+    trained = repfx.transform(model, [RepQ(bits=bits, bn=mode)], example=x)
+    assert set(model.state_dict()) <= set(trained.state_dict())
+    y = torch.arange(16) % 5
+    optimiser = torch.optim.SGD(trained.train().parameters(), 0.02, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(trained(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[-3:]) < losses[0]
+
+    seen: dict[str, Tensor] = {}
+    for name, m in trained.named_modules():
+        if isinstance(m, FakeQuant) and m.of_weight:
+            m.register_forward_hook(lambda m, given, out, n=name: seen.update({n: m.codes(given[0]).detach().clone()}))
+    with torch.no_grad():
+        trained(x)  # the last step's forward, in training mode
+    last = dict(seen)
+    for m in trained.modules():
+        m._forward_hooks.clear()
+    fused = repfx.transform(trained.eval(), ["fuse"], example=x)
+    assert_same(trained, fused, x, 0.0)
+    assert not any(isinstance(m, (nn.BatchNorm2d, KernelNorm)) for m in fused.modules())
+    quantizers = {n: m for n, m in fused.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
+    assert len(quantizers) == len(last) == 3
+    for node in fused.graph.nodes:
+        if node.op == "call_module" and node.target in quantizers and mode in ("running", "frozen"):
+            weight = fused.get_parameter(str(node.args[0].target))
+            assert torch.equal(quantizers[node.target].codes(weight), last[node.target]), node.target
+    if mode == "running":
+        assert repfx.lower(fused, tmp_path / "int8.onnx", example=x).parity.agrees
+
+
+def test_the_given_order_of_an_optimiser_by_name_still_fits() -> None:
+    model, x = net("repvgg", dtype=torch.float32), pictures(torch.float32)
+    before = [n for n, _ in model.named_parameters()]
+    trained = repfx.transform(model, ["repq"], example=x)
+    after = dict(trained.named_parameters())
+    assert set(before) <= set(after)
+    assert all(after[n].shape == p.shape and after[n].requires_grad for n, p in model.named_parameters())
+    extra = set(after) - set(before)
+    assert extra and all(n.endswith("_quant.scale") for n in extra)
+    trained.load_state_dict(model.state_dict(), strict=False)
+    again = repfx.transform(trained, ["fuse"], example=x)
+    plain = repfx.transform(model, ["fuse"], example=x)
+    ours, theirs = again.get_parameter("0.main.conv.weight"), plain.get_parameter("0.main.conv.weight")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
+    x = pictures() + 0.7
+    for g in (Geometry.conv(4, 6, (3, 3), (2, 2), (1, 1)), Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)):
+        norm = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").train()
+        weight = torch.randn(6, 4 // g.groups, *(a.taps for a in g.axes), dtype=torch.float64)
+        scale, shift = norm(x, weight)
+        u = F.conv2d(x, weight, None, [a.stride for a in g.axes], [a.before for a in g.axes], groups=g.groups)
+        torch.testing.assert_close(shift / scale, -u.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)
+    flat = torch.randn(4, 4000, dtype=torch.float64)
+    flat = torch.linalg.solve_triangular(torch.linalg.cholesky(flat.cov()), flat - flat.mean(1, keepdim=True), upper=False)
+    white = flat.reshape(1, 4, 40, 100)
+    point = Geometry.conv(4, 6, (1, 1))
+    weight = torch.randn(6, 4, 1, 1, dtype=torch.float64)
+    exact = KernelNorm(nn.BatchNorm2d(6).double(), point, "batch").train()(white, weight)
+    for mode in ("estimate", "estimate_paper"):
+        guess = KernelNorm(nn.BatchNorm2d(6).double(), point, mode).train()(white, weight)
+        torch.testing.assert_close(guess[0], exact[0], rtol=2e-4, atol=0)  # 3999 against 4000 in the covariance
+        torch.testing.assert_close(guess[1], exact[1], rtol=2e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, axis=0), Grid(3, signed=False), Grid(8, full=True)])
+def test_the_learned_step_has_the_gradient_of_lsq(grid: Grid) -> None:
+    v = torch.randn(3, 50, dtype=torch.float64, requires_grad=True)
+    scale = torch.full((3,), 0.21, dtype=torch.float64) if grid.axis == 0 else torch.tensor(0.21, dtype=torch.float64)
+    quant = FakeQuant(grid, scale, learned=True).double().train()
+    quant.set_scale(scale)
+    out = quant(v)
+    torch.testing.assert_close(out, grid.quantize(v, scale))
+    toward = torch.randn_like(v)
+    (out * toward).sum().backward()
+    u = v.detach() / 0.21
+    inside = (u > grid.low) & (u < grid.high)
+    step = torch.where(inside, u.round() - u, u.clamp(grid.low, grid.high))
+    count = v.numel() / scale.numel()
+    want = (toward * step).sum(1) if grid.axis == 0 else (toward * step).sum()
+    torch.testing.assert_close(quant.scale.grad, want / (count * grid.high) ** 0.5)
+    torch.testing.assert_close(v.grad, toward * inside)
+    torch.testing.assert_close(grid.quantize(out.detach(), scale), out.detach())  # idempotent
+
+
+def test_random_graphs_train_merged() -> None:
+    """Regions of any kind: float training on the merged weight equals the graph's own, in eval, and deploys."""
+    merged = 0
+    for seed in range(40):
+        block, x = random_block(seed, nonlinear=True)
+        if not any(getattr(m, "weight", None) is not None and m.weight.dim() > 2 for m in block.modules()):
+            continue
+        trained = repfx.transform(block, [RepQ(bits=32)], example=x)
+        assert_same(block, trained, x, 1e-9)
+        fused = repfx.transform(trained, ["fuse"], example=x)
+        assert_same(block, fused, x, 1e-9)
+        merged += len(fused.meta["repfx"].merged) > 0
+    assert merged >= 20
+
+
+def test_first_and_last_layer_and_bad_options() -> None:
+    model, x = net("acnet", dtype=torch.float32), pictures(torch.float32)
+    trained = repfx.transform(model, ["repq(bits=2, weight_bits=4)"], example=x)
+    bits = [m.grid.bits for m in trained.modules() if isinstance(m, FakeQuant)]
+    assert sorted(bits) == [2, 4, 8, 8, 8, 8]
+    low = repfx.transform(model, ["repq(bits=4, ends=None, per_channel=False)"], example=x)
+    grids = [m.grid for m in low.modules() if isinstance(m, FakeQuant)]
+    assert {g.bits for g in grids} == {4} and all(g.axis is None for g in grids)
+    for spec, text in (
+        ("repq(bits=0)", "bits must be an integer from 2 to 16, not 0"),
+        ("repq(bn=nearly)", "unknown bn 'nearly'; choose one of: batch, estimate, estimate_paper"),
+        ("repq(bits=32, weight_bits=8)", "bits=32 trains in float"),
+    ):
+        with pytest.raises(repfx.InputError, match=text):
+            repfx.transform(model, [spec], example=x)
