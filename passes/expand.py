@@ -51,6 +51,15 @@ class Expand(Pass):
     def __post_init__(self) -> None:
         if isinstance(self.block, str) and self.block not in BLOCKS:
             raise unknown("block", self.block, BLOCKS)
+        if not isinstance(self.block, str) and not callable(self.block):
+            raise unknown("block", repr(self.block), BLOCKS)
+        if not isinstance(self.layers, str):
+            raise InputError(f"layers is a glob of names, such as 'layer1.*', not {self.layers!r}")
+        for name in ("kernel", "stride"):
+            value = getattr(self, name)
+            pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
+            if not (value is None or isinstance(value, int) or pair):
+                raise InputError(f"{name} is an integer or a pair of them, not {value!r}")
         if self.init not in ("preserve", "reset"):
             raise unknown("init", str(self.init), ["preserve", "reset"])
 
@@ -72,7 +81,7 @@ class Expand(Pass):
             inserted.append(path)
         if not inserted and not declined:
             declined.append(
-                Declined("expand", "no convolution has the kernel, stride, groups and name that were asked for")
+                Declined("expand", "no convolution has the kernel, stride, groups and name (layers=) that were asked for")
             )
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
@@ -88,18 +97,26 @@ class Expand(Pass):
     def _block(self, view: GraphView, region: Region, shape: dict[str, Any]) -> Lifted:
         """The block in place of the region. Raises ValueError where the region has no such form."""
         conv = region.nodes[0]
+        like = view.tensor(weight_of(conv))
         if sum(n.target == conv.target for n in view.nodes if n.op == "call_module") > 1:
             raise ValueError("the convolution is called more than once")
+        if sum(view.tensor(weight_of(n)) is like for n in view.nodes if getattr(view.ops[n], "kind", "") == "conv") > 1:
+            raise ValueError("its weight is shared with another convolution")
         if shape["padding"] is None:
             raise ValueError("its sides are padded by different amounts, or not with zeros")
         make = BLOCKS[self.block] if isinstance(self.block, str) else self.block
-        like = view.tensor(weight_of(conv))
         with torch.device(like.device):
             block = make(**shape).double()
         given = lifted(block)
         if self.init == "preserve":
             _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)))
         given.module.to(like.dtype).train(view.module.training)
+        norm = region.nodes[-1]
+        if norm is not conv and norm.op == "call_module":
+            for m in given.module.modules():
+                m.training = m.training and view.modules[str(norm.target)].training
+        if not like.requires_grad:
+            given.module.requires_grad_(False)
         return given
 
 
@@ -133,6 +150,8 @@ def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
 
 def _fit(given: Lifted, block: Any, wanted: Kernel) -> None:
     """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as scale * value + rest."""
+    if not (hasattr(block, "kernel") and hasattr(block, "shift")):
+        raise InputError(f"block {type(block).__name__} names no `kernel` and `shift`, the parameters to solve for")
     if wanted.geometry.axes != given.kernel.geometry.axes:
         raise InputError(f"block {type(block).__name__} is no convolution of the shape that it was asked for")
     for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
@@ -146,7 +165,8 @@ def _fit(given: Lifted, block: Any, wanted: Kernel) -> None:
         rest = read(given.kernel)
         assign(block, name, torch.ones_like(parameter))
         assign(block, name, (read(wanted) - rest) / (read(given.kernel) - rest))
-    off = (given.kernel.weight - wanted.weight).abs().amax() / wanted.weight.abs().amax()
+    largest = max(wanted.weight.abs().amax(), block.get_parameter(block.kernel).abs().amax()).clamp(min=1e-30)
+    off = (given.kernel.weight - wanted.weight).abs().amax() / largest
     if not off <= TOLERANCE[torch.float64]:
         raise CheckError(f"block {type(block).__name__} does not hold the convolution: off by {float(off):.1e}")
     given.prove()

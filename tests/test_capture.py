@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,15 +166,17 @@ def _tail(result: fx.GraphModule, x: Tensor) -> Tensor:
 
 def test_a_trace_that_lies_is_found() -> None:
     class Counter(nn.Module):
-        """Its forward uses a value that Python changes: a trace bakes the first one in."""
+        """Its forward uses a value that Python changes elsewhere: a trace bakes the first one in."""
+
+        calls: ClassVar[list[int]] = []
 
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.calls = block(4, 4), 0
+            self.block = block(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.block(x) * self.calls
+            self.calls.append(1)
+            return self.block(x) * len(self.calls)
 
     result = capture(Counter().eval(), (image(),))
     assert "does not compute" in result.declined[0].reason and result.model.block is not None

@@ -162,6 +162,8 @@ class Geometry:
         """The geometry of y[o] = self(x)[rows[o]]: channels taken, repeated, reordered, or zeros where a row is -1."""
         if rows == tuple(range(self.outputs)):
             return self
+        if not rows:
+            raise Inexact("no channel of it is taken")
         links = (self.links or Links.regular(self.inputs, self.outputs, self.groups)).moved(rows)
         return replace(self, outputs=len(rows), **_canonical(links))
 

@@ -74,6 +74,8 @@ class _Border:
         source: Any = self.pad.args[0]
         own = source.meta.get("shape")
         sizes = [(2, self.channels, *(n + i for i in range(self.rank - 2))) for n in (3, 6)]
+        if own:  # larger, too: an index may name the border of this size only
+            sizes += [(*own[:2], *(n + more for n in own[2:])) for more in (1, 8)]
         results = [self._agrees(view, size) for size in ([own] if own else []) + sizes]
         return (results[0] is True if own else all(results)) and False not in results
 

@@ -35,6 +35,7 @@ class Captured:
     declined: list[Declined] = field(default_factory=list)
     example: tuple[Any, ...] | None = None  # the input of the whole, given or guessed, and its output
     expected: Any = None
+    given: bool = False  # whether the input is the user's
     sure: bool = False  # whether the input's dimensions are the user's word, or those an image must have
     enter_opaque: bool = True
 
@@ -67,7 +68,7 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
             raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
     # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an image.
     sure = given or (example is not None and example[0].dim() > 2)
-    captured = Captured(skeleton, [], example, expected, sure, enter_opaque)
+    captured = Captured(skeleton, [], example, expected, given, sure, enter_opaque)
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
 
@@ -84,7 +85,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(module.graph)
         module.recompile()
         if example is not None:
-            run_eval(Noting(module, captured.sure), example)
+            run_eval(Noting(module, captured.sure, captured.given), example)
         return canonical(module)
     mark, swaps = len(captured.declined), []
     try:
@@ -94,7 +95,7 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
         normalise(graph)
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-        if _agrees(Noting(result, captured.sure), example, expected):
+        if _agrees(Noting(result, captured.sure, captured.given), example, expected):
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
@@ -139,9 +140,10 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
 
 
 def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
-    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch gives on the inputs.
+    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch gives.
 
-    Asked in float64, where a difference is more than rounding; of a module that runs in its own precision only, in that.
+    Asked with the parameters that it has and with others, on the inputs and on larger and stronger ones; in float64,
+    where a difference is more than rounding, or, of a module that runs in its own precision only, in that.
     """
     if inputs is None:
         return False
@@ -155,10 +157,36 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
             continue
         try:
             graph = (tracer := Tracer(_names_of(twin, inputs), training=frozenset({""}))).trace(twin)
-            return agree(run_eval(graph_module(twin, graph, tracer), give), want, tolerance)
+            traced = graph_module(twin, graph, tracer)
+            if not agree(run_eval(traced, give), want, tolerance):
+                return False
+            return all(_agree_elsewhere(twin, traced, give, seed, tolerance) for seed in range(3))
         except Exception:  # the branch cannot be traced, or does not run
             return False
     return False
+
+
+def _agree_elsewhere(module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...], seed: int, tolerance: float) -> bool:
+    """Whether two forwards of the same parameters agree after those are drawn anew, on other inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.7)
+
+    def other(v: Any) -> Any:
+        if not isinstance(v, Tensor) or not v.is_floating_point():
+            return v
+        sizes = [*v.shape[:2], *(n + 3 * seed for n in v.shape[2:])]
+        return (torch.randn(sizes, generator=generator) * 30**seed).to(v)
+
+    given = tuple(map(other, inputs))
+    try:
+        want = run_eval(module, given)
+    except Exception:  # a size that the module does not take
+        given = tuple(v if not isinstance(v, Tensor) else v * 30**seed for v in inputs)
+        want = run_eval(module, given)
+    return agree(run_eval(traced, given), want, tolerance)
 
 
 Swap = tuple[nn.Module, str, nn.Module]

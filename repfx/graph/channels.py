@@ -20,7 +20,8 @@ from repfx.graph.ops import Constants, Op, Opaque, Sum, product_of
 _END = 2**31  # where exported programs write 2**63 - 1 for "to the end"
 
 
-def cat(c: Constants, tensors: Any, dim: Any = 0) -> Op:
+def cat(c: Constants, tensors: Any, dim: Any = 0, *, axis: Any = None) -> Op:
+    dim = dim if axis is None else axis
     if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int):
         return Opaque()
     if not all(isinstance(t, fx.Node) and not c.is_constant(t) for t in tensors):
@@ -86,7 +87,8 @@ def index_select(c: Constants, input: Any, dim: Any, index: Any) -> Op:
     return _moved(c, input, dim, "index_select", lambda n: rows)
 
 
-def flip(c: Constants, input: Any, *dims: Any) -> Op:
+def flip(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
+    dims = given if dims is None else (dims,)
     flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     if len(flat) != 1 or not isinstance(flat[0], int):
         return Opaque()
@@ -101,8 +103,9 @@ def channel_shuffle(c: Constants, input: Any, groups: Any) -> Op:
     )
 
 
-def permute(c: Constants, input: Any, *dims: Any) -> Op:
+def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
     """Channels moved to the last axis, (0, 2, 3, 1), or back, (0, 3, 1, 2)."""
+    dims = given if dims is None else (dims,)
     flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     if not all(isinstance(d, int) for d in flat):
         return Opaque()
@@ -122,9 +125,11 @@ def permute(c: Constants, input: Any, *dims: Any) -> Op:
     return Sum(((input, 1.0),), "permute", arrange, space=(rank - 2, None if last and first else 1 if last else -1))
 
 
-def transpose(c: Constants, input: Any, dim0: Any, dim1: Any) -> Op:
-    """Of (N, C, L) and (N, L, C); in more dimensions it also swaps axes in space."""
-    return permute(c, input, 0, 2, 1) if {dim0, dim1} in ({1, 2}, {1, -1}, {2, -2}, {-1, -2}) else Opaque()
+def transpose(c: Constants, input: Any, *given: Any, **named: Any) -> Op:
+    """Of (N, C, L) and (N, L, C); in more dimensions it also swaps axes in space. Axes are dim0, dim1 or axis0, axis1."""
+    dim0, dim1 = (*given, *named.values())
+    swaps = {dim0, dim1} in ({1, 2}, {1, -1}, {2, -2}, {-1, -2}) and c.rank(input) == 3
+    return permute(c, input, 0, 2, 1) if swaps else Opaque()
 
 
 def _split(c: Constants, input: Any, dim: Any, size: Callable[[int], int]) -> Op:
@@ -166,6 +171,8 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
         channels = dims.pop(g.channel_axis)
         if dims[0] != slice(None):
             raise Inexact("a slice of the batch")
+        if g.channel_axis == -1 and any((s.step or 1) != 1 for s in dims):
+            raise Inexact("a slice with steps of positions that stand before the channels")
         taken = values[0].moved(tuple(range(g.outputs)[channels]))
         axes = [_axis(s) for s in dims[1:]]
         if all(a.is_point for a in axes):

@@ -9,12 +9,39 @@ import torch
 from torch import fx, nn
 
 _WRITERS = {"iadd", "isub", "imul", "itruediv", "setitem"}
-# Results that may be, or be a part of, their input.
-_VIEWS = {
-    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose", "permute", "movedim"),
-    *("swapaxes", "swapdims", "t", "contiguous", "chunk", "split", "tensor_split", "unbind", "narrow", "select"),
-    *("getitem", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "detach", "to", "type", "type_as"),
-    *("float", "double", "half", "getattr", "dropout", "dropout2d", "diagonal", "as_strided", "unfold", "alias"),
+# Operators whose result is new memory. Whatever is not listed may share memory with any of its inputs.
+_FRESH = {
+    *("add", "sub", "mul", "div", "truediv", "neg", "pow", "rsub", "matmul", "conv1d", "conv2d", "conv3d", "linear", "bmm"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm", "layer_norm", "group_norm", "cat", "stack"),
+    *(
+        "concat",
+        "concatenate",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "silu",
+        "gelu",
+        "softmax",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+    ),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "boolean_dispatch", "clone"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "mean", "sum", "exp"),
+    *(
+        "interpolate",
+        "clamp",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "abs",
+        "amax",
+        "amin",
+        "var",
+        "pixel_shuffle",
+        "pad_with",
+        "einsum",
+    ),
 }
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
@@ -28,7 +55,7 @@ def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
     """Whether the node overwrites its first argument. `module` is what a call_module node calls."""
     if module is not None:
-        return bool(getattr(module, "inplace", False))
+        return bool(getattr(module, "inplace", False)) or _is_foreign(module)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     return node.op in ("call_function", "call_method") and writes_by_name(node.target, node.kwargs)
@@ -50,8 +77,8 @@ class Writes:
         self.by: dict[fx.Node, set[fx.Node]] = {}
         for node in nodes:
             called = modules[str(node.target)] if node.op == "call_module" else None
-            if writes(node, called) and node.args and isinstance(node.args[0], fx.Node):
-                self.by[node] = self._aliases(node.args[0])
+            if writes(node, called):
+                self.by[node] = set().union(*map(self._aliases, _written(node, called)))
                 for value in self.by[node]:
                     self.of.setdefault(value, []).append(node)
 
@@ -91,22 +118,42 @@ class Writes:
         found, todo = {value}, [value]
         while todo:
             node = todo.pop()
-            near = [u for u in node.users if u.args and u.args[0] is node and self._may_alias(u)]
-            if self._may_alias(node) and node.args and isinstance(node.args[0], fx.Node):
-                near.append(node.args[0])
+            near = [u for u in node.users if node in self._shared(u)] + self._shared(node)
             for other in near:
                 if other not in found:
                     found.add(other)
                     todo.append(other)
         return found
 
+    def _shared(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose memory the result may share: of what overwrites its first, that one alone."""
+        if not self._may_alias(node):
+            return []
+        called = self.modules[str(node.target)] if node.op == "call_module" else None
+        return _written(node, called) if writes(node, called) else node.all_input_nodes
+
     def _may_alias(self, node: fx.Node) -> bool:
+        """Whether the result may be, or be a part of, one of the inputs."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            foreign = not type(module).__module__.startswith("torch.nn.")
-            return foreign or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            return _is_foreign(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):
             return False
-        return str(getattr(node.target, "__name__", node.target)) in _VIEWS or writes(node)
+        return str(getattr(node.target, "__name__", node.target)) not in _FRESH or writes(node)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a module is code that nobody here has read."""
+    return not type(module).__module__.startswith(("torch.nn.", "repfx."))
+
+
+def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
+    """The values that a writer may overwrite: its first argument, or all that foreign code is given."""
+    if module is not None and _is_foreign(module):
+        return node.all_input_nodes
+    first = node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "self") if k in node.kwargs), None)
+    found: list[fx.Node] = []
+    fx.node.map_arg((first,), found.append)
+    return found

@@ -47,3 +47,20 @@ class ModeFlag:
             return True
         self.asked.times += 1
         return self.asked.value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __index__(self) -> int:
+        return int(bool(self))
+
+    def __mul__(self, other: Any) -> Any:
+        return bool(self) * other
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return "self.training"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, fx
 
 from repfx.algebra import Axis, Geometry, Kernel
@@ -31,6 +32,7 @@ class Constants(Protocol):
     def follows_mode(self, value: Any) -> bool: ...
     def tensor(self, ref: Ref) -> Tensor: ...
     def rank(self, node: fx.Node) -> int | None: ...
+    def dtype(self, node: fx.Node) -> torch.dtype | None: ...
 
 
 @dataclass(frozen=True)

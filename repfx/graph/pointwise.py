@@ -89,6 +89,9 @@ def _affine(
     if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
         return Opaque()
     shape = () if number else tuple(c.tensor(operand).shape)
+    seen = c.dtype(x)
+    if not number and (c.tensor(operand).is_complex() or _widens(c.tensor(operand), seen)):
+        return Opaque("its operand changes the type of the value")
 
     def geometry(g: Geometry) -> Geometry:
         _per_channel(shape, g, lambda: c.rank(x))
@@ -96,6 +99,7 @@ def _affine(
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
         v = torch.tensor(operand, dtype=torch.float64) if number else fetch(operand)
+        v = v if v.dtype.is_floating_point else v.to(torch.float64)
         return Kernel.diagonal(g, *f(v.reshape(-1).expand(g.outputs)))
 
     inputs = product_of(shape) if product_of(shape) > 1 else None
@@ -113,6 +117,11 @@ def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | N
     others = [size for i, size in enumerate(shape) if i != at]
     if len(shape) > dims or any(size != 1 for size in others) or (at >= 0 and shape[at] not in (1, g.outputs)):
         raise Inexact(f"an operand of shape {tuple(shape)} is not one number a channel", "use shape (C, 1, 1)")
+
+
+def _widens(operand: Tensor, value: torch.dtype | None) -> bool:
+    """Whether the result is of another type than the value; numbers in tensors do not count."""
+    return value is not None and operand.dim() > 0 and torch.promote_types(value, operand.dtype) != value
 
 
 def _is_value(c: Constants, v: Any) -> bool:

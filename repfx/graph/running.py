@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 class Noting(nn.Module):
     """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is `sure`, its rank."""
 
-    def __init__(self, graph_module: fx.GraphModule, sure: bool) -> None:
+    def __init__(self, graph_module: fx.GraphModule, sure: bool, given: bool = True) -> None:
         super().__init__()
-        self.graph_module, self.sure = graph_module, sure
+        self.graph_module, self.sure, self.given = graph_module, sure, given
 
     def forward(self, *args: Any) -> Any:
         class Interpreter(fx.Interpreter):
@@ -24,11 +24,12 @@ class Noting(nn.Module):
                 result = super().run_node(n)
                 if isinstance(result, Tensor):
                     n.meta["dtype"], n.meta["shape"] = result.dtype, tuple(result.shape)
+                    n.meta["guessed"] = n.op == "placeholder" and not given
                     if sure:
                         n.meta["rank"] = result.dim()
                 return result
 
-        sure = self.sure
+        sure, given = self.sure, self.given
         return Interpreter(self.graph_module).run(*args)
 
 
@@ -38,6 +39,7 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
     if len(required) != 1:
         return None, None
     generator = torch.Generator().manual_seed(0)
+    tried: set[tuple[int, ...]] = set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -50,12 +52,14 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
         else:
             continue
         for shape in shapes:
+            if shape in tried or len(tried) > 8:  # the first layer in the tree need not be the first that is called
+                continue
+            tried.add(shape)
             x = torch.randn(shape, generator=generator).to(weight)
             try:
                 return (x,), run_eval(model, (x,))
             except Exception:  # the guess was wrong: the next one, or none
                 continue
-        break
     return None, None
 
 
@@ -73,16 +77,25 @@ def quiet() -> contextlib.redirect_stderr[io.StringIO]:
 
 
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The eval output, each module's own mode restored after, the random state untouched."""
-    kept = [(m, m.training) for m in model.modules()]
-    for m, _ in kept:
+    """The eval output. What the forward writes (modes, attributes, buffers, its input, the random state) is as before."""
+    kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
+    given = tuple(v.clone() if isinstance(v, Tensor) else v for v in example)
+    for m, _, _ in kept:
         m.__dict__["training"] = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
-            return model(*example)
+            return model(*given)
     finally:
-        for m, training in kept:
-            m.__dict__["training"] = training
+        for m, attributes, held in kept:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            m._buffers.clear()
+            m._buffers.update(held)
+        with torch.no_grad():
+            for b, version, value in buffers:
+                if b._version != version:
+                    b.copy_(value)
 
 
 def agree(a: Any, b: Any, tolerance: float = 1e-4) -> bool:

@@ -84,6 +84,8 @@ def transposed_convolution(
 def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
+    if c.tensor(weight).dim() != 2:
+        return Opaque("its weight is no matrix")
     out, inputs = c.tensor(weight).shape
     whole = Geometry(inputs, out, 1, (), bias is not None, channel_axis=-1)
 

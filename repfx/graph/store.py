@@ -40,6 +40,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     keys: dict[int, str] = {}
     tree = _encode_module(model, "", tensors, keys, {})
     text = json.dumps({"format": FORMAT, "model": tree})
+    try:  # what cannot be read back must not be written
+        _decode_module(json.loads(text)["model"], tensors, {})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot save: {error}") from error
     write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
 
 

@@ -66,7 +66,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         modules = list(root.modules())
-        kept = [(m, dict(m.__dict__)) for m in modules]  # a forward may leave proxies in the attributes it writes
+        # A forward may leave proxies in what it writes.
+        kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
         self.asked.training = {id(root.get_submodule(path)) for path in self.training}
         for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
             self.names.setdefault(id(tensor), name)
@@ -85,9 +86,11 @@ class Tracer(fx.Tracer):
         finally:
             if self.asked.times:
                 self.branching.add("")
-            for m, attributes in kept:
+            for m, attributes, held in kept:
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
+                m._buffers.clear()
+                m._buffers.update(held)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.opaque or is_leaf(m)

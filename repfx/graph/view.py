@@ -6,6 +6,7 @@ dominators: d dominates v when every path from the input to v passes through d.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from operator import attrgetter
@@ -13,7 +14,7 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from repfx.graph.effects import Writes, writes
 from repfx.graph.modes import Mode
@@ -21,7 +22,9 @@ from repfx.graph.modules import of_module
 from repfx.graph.ops import Op, Opaque, Ref
 from repfx.graph.table import CALLS
 
-_RANDOM = ("rand", "dropout", "bernoulli", "poisson", "normal", "multinomial", "uniform", "exponential", "cauchy")
+_RANDOM: tuple[str, ...] = ("rand", "dropout", "bernoulli", "poisson", "normal", "multinomial", "uniform", "exponential")
+_RANDOM += ("cauchy",)
+_RANDOM += ("gumbel", "empty")
 
 
 class GraphView:
@@ -36,6 +39,7 @@ class GraphView:
         self._tensors: dict[Ref, Tensor] = {}
         self._modes: set[fx.Node] = set()
         self._constants: set[fx.Node] = set()
+        self._written = {n for n in self.writes.of if n.op == "get_attr"}  # what a forward changes is no constant
         for node in self.nodes:
             self._classify(node)
         self.ops: dict[fx.Node, Op] = {}
@@ -52,7 +56,10 @@ class GraphView:
         """The value of a constant: a parameter or buffer by its path, or an expression of them."""
         if ref not in self._tensors:
             if isinstance(ref, str):
-                self._tensors[ref] = attrgetter(ref)(self.module)
+                owner = self.modules.get(ref.rpartition(".")[0])
+                # What parametrizes it may move its own state in training.
+                owner = copy.deepcopy(owner).eval() if owner and nn.utils.parametrize.is_parametrized(owner) else None
+                self._tensors[ref] = getattr(owner, ref.rpartition(".")[2]) if owner else attrgetter(ref)(self.module)
             else:
                 self._tensors[ref] = self.evaluate(ref, self.tensor)
         return self._tensors[ref]
@@ -60,6 +67,10 @@ class GraphView:
     def rank(self, node: fx.Node) -> int | None:
         """The number of dimensions of a value, noted when the graph was checked on an example; None if it was not."""
         return node.meta.get("rank")
+
+    def dtype(self, node: fx.Node) -> torch.dtype | None:
+        """The type of a value, noted as its rank is."""
+        return node.meta.get("dtype")
 
     def channels(self, node: fx.Node, channel_axis: int) -> int | None:
         """The number of channels of a value, noted as its rank is."""
@@ -101,7 +112,8 @@ class GraphView:
 
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self._constants.add(node)
+            if node not in self._written:
+                self._constants.add(node)
         elif node.op == "call_module" and isinstance(self.modules[str(node.target)], Mode):
             self._modes.add(node)
         elif node.op in ("call_function", "call_method") and not writes(node):

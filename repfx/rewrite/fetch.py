@@ -31,7 +31,10 @@ def in_float64(view: GraphView, keep: bool) -> Fetch:
 
 
 def drawn(view: GraphView, seed: int) -> Fetch:
-    """Every parameter and buffer drawn from (0.5, 1.5) in float64, and the expressions of them."""
+    """Every parameter and buffer drawn in float64, and the expressions of them.
+
+    From (0.5, 1.5), parameters with either sign but for the first seed; buffers hold variances and stay positive.
+    """
     generator = torch.Generator().manual_seed(seed)
     cache: dict[Any, Tensor] = {}
 
@@ -43,6 +46,8 @@ def drawn(view: GraphView, seed: int) -> Fetch:
         now = view.tensor(ref)
         if id(now) not in cache:  # tied tensors are drawn once
             draw = torch.rand(now.shape, generator=generator, dtype=torch.float64) + 0.5
+            if seed and isinstance(now, nn.Parameter):
+                draw = draw * (torch.randint(2, now.shape, generator=generator) * 2 - 1)
             cache[id(now)] = draw.to(now.device) if now.is_floating_point() else now
         return cache[id(now)]
 
@@ -53,7 +58,7 @@ def _held(view: GraphView, path: str) -> Tensor:
     owner_path, _, name = path.rpartition(".")
     owner = view.modules[owner_path]
     if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
-        return getattr(copy.deepcopy(owner).double(), name).detach()
+        return getattr(copy.deepcopy(owner).double().eval(), name).detach()
     return _wide(view.tensor(path))
 
 

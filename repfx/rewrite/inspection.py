@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from repfx.errors import Declined
@@ -56,9 +57,10 @@ class Inspection:
             table.add_column(column, overflow="fold", justify="right" if column in ("MACs", "parameters") else "left")
         for r in merged:
             change = f"{r.macs_before:,.0f} → {r.macs_after:,.0f}"
-            table.add_row(r.name, _tally(r.ops), r.merged, change, f"{r.params_before:,} → {r.params_after:,}")
+            table.add_row(escape(r.name), _tally(r.ops), r.merged, change, f"{r.params_before:,} → {r.params_after:,}")
         for d in self.declined:
-            table.add_row(d.where, "[dim]left alone[/dim]", f"{d.reason}" + (f"; {d.cure}" if d.cure else ""), "", "")
+            why = escape(d.reason + (f"; {d.cure}" if d.cure else ""))
+            table.add_row(escape(d.where), "[dim]left alone[/dim]", why, "", "")
         return table
 
 

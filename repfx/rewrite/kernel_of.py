@@ -27,6 +27,7 @@ from repfx.graph.words import described, operator
 from repfx.rewrite.fetch import Fetch, drawn
 
 _KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
+_TYPED = ("conv", "linear", "conv_transpose", "bn")  # what refuses an input that is not of its weights' type
 _CHANGES = ("conv", "linear", "conv_transpose")  # the maps whose outputs are other channels than their inputs
 
 Value = TypeVar("Value", Geometry, Kernel)
@@ -39,6 +40,8 @@ def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> di
         dtype = source.meta.get("dtype")
         if dtype is not None and not dtype.is_floating_point:
             raise Inexact(f"its input is {str(dtype).removeprefix('torch.')}, which a convolution does not take")
+        if source.meta.get("guessed") and not any(getattr(view.ops[n], "kind", "") in _TYPED for n in source.users):
+            raise Inexact("the type of the model's input is not known", "pass an example")
         start = source_geometry(view, source, nodes)
     except Inexact as why:
         return dict.fromkeys(nodes, why)
@@ -99,8 +102,12 @@ def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) 
                     same.add(node)
     if axes is None and channel_axis == -1:
         axes = 0
-    if channel_axis is not None and channels is None:
-        channels = view.channels(source, channel_axis)
+    if channel_axis is not None:
+        seen = view.channels(source, channel_axis)
+        channels = channels if seen is None else seen  # an operand may have more channels than what it broadcasts
+    rank = view.rank(source)
+    if channel_axis == 1 and axes is not None and rank not in (None, axes + 2):
+        raise Inexact("its input has no batch dimension")
     if axes is None or channel_axis is None or channels is None:
         raise Inexact("the number of channels or axes of its source is unknown", "pass an example")
     return Geometry.identity(channels, axes, channel_axis)
