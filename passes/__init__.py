@@ -7,6 +7,7 @@ from repfx.passes.bnfold import BnFold
 from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.passes.ptq import Ptq
+from repfx.passes.qarep import QARep
 from repfx.passes.repq import RepQ
 
-__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "RepQ"]
+__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "QARep", "RepQ"]

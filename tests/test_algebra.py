@@ -158,3 +158,17 @@ def test_mirrored_padding_composes_with_1x1_only() -> None:
     with pytest.raises(Inexact, match="in different ways"):
         reflect + Geometry.conv(4, 4, (3, 3), pad=(1, 1))
     assert (reflect + point).mode == "reflect"
+
+
+def test_dilated_kernels_that_interleave() -> None:
+    """Taps 0 and 2 of one branch, tap 1 of another: together they have no gap."""
+    x = torch.randn(1, 3, 9, 8, dtype=torch.float64)
+    wide = Geometry(3, 3, 1, (Axis(3, 1, 1, 1, gap=2), Axis()))
+    a = Kernel(wide, F.pad(torch.randn(3, 3, 2, 1, dtype=torch.float64), (0, 0, 0, 1))[:, :, [0, 2, 1]])
+    b = Kernel(Geometry.conv(3, 3, (1, 1)), torch.randn(3, 3, 1, 1, dtype=torch.float64))
+    both = a + b
+    assert both.geometry.axes[0].gap == 1 and wide.taps == 2
+    torch.testing.assert_close(both(x), a(x) + b(x))
+    bare = Geometry(3, 3, 1, (Axis(3, gap=2), Axis()))
+    then = a.then(Kernel(bare, a.weight.flip(1)))
+    assert then.geometry.axes[0].gap == 2

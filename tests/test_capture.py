@@ -235,7 +235,9 @@ def test_bad_models_are_refused() -> None:
         repfx.transform(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), ["fuse"])
     with pytest.raises(repfx.InputError, match=r"does not accept the example \(1, 3, 8, 8\)"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], example=torch.zeros(1, 3, 8, 8))
-    with pytest.raises(repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, repq"):
+    with pytest.raises(
+        repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, qarep, repq"
+    ):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
     with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bit=8)"])

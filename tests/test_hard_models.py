@@ -27,8 +27,8 @@ class Net(nn.Module):
             else:
                 setattr(self, name, part)
 
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.run(self, *x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
 
 
 class Branching(nn.Module):
@@ -126,6 +126,17 @@ WRITES: dict[str, Callable[[nn.Module, Tensor], object]] = {
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_in_any_spelling_is_seen(name: str) -> None:
     fused(Net(written(WRITES[name]), a=conv(), b=conv(), act=nn.ReLU(inplace=True), own=Doubles()))
+
+
+def test_a_write_that_stays_is_made_once() -> None:
+    """The changed value is read outside, so the change stays, and what merges must not make it again."""
+
+    def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.sigmoid(x)
+        u = y.sub_(m.w, alpha=2)
+        return m.n(m.a(u)), u
+
+    fused(Net(run, a=conv(), n=nn.BatchNorm2d(4), w=torch.rand(4, 1, 1) + 0.5))
 
 
 def keeps_state(m: nn.Module, x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def parse(spec: str) -> Pass:
     >>> parse("fues")
     Traceback (most recent call last):
     ...
-    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, repq
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep, repq
     """
     try:
         call = ast.parse(spec.strip(), mode="eval").body

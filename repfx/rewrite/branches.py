@@ -1,0 +1,100 @@
+"""branches: sums of branches that read one source, found by structure.
+
+y = [B] C3 x + [B] C1 x + [B] x        at most one branch of each kind; a batch norm on each or not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.graph.ops import Map, Op, Sum
+from repfx.graph.view import GraphView
+from repfx.rewrite.merge_regions import plan_merges
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One term: a convolution and its batch norm, either of which may be missing; neither is the source itself."""
+
+    conv: fx.Node | None
+    norm: fx.Node | None
+
+
+@dataclass(frozen=True)
+class BranchSum:
+    """`main` has the widest kernel, `point` is 1x1, `identity` has no convolution. `nodes` end with the sum."""
+
+    source: fx.Node
+    sink: fx.Node
+    nodes: tuple[fx.Node, ...]
+    main: Branch
+    point: Branch | None
+    identity: Branch | None
+
+
+def branch_sums(view: GraphView) -> Iterator[BranchSum]:
+    """Every sum of branches of modules of which nothing is read elsewhere, in the graph's order."""
+    for merge in plan_merges(view).merges:
+        region = merge.region
+        found = None if region.kept else _read(view, region.source, region.sink, region.nodes)
+        if found is not None:
+            yield found
+
+
+def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """scale and shift of a batch norm in eval mode, (channels,) each: B[u] = scale * u + shift."""
+    m: Any = norm
+    scale = torch.rsqrt(m.running_var + m.eps)
+    scale = scale if m.weight is None else scale * m.weight
+    shift = -m.running_mean * scale
+    return scale, shift if m.bias is None else shift + m.bias
+
+
+def _read(view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]) -> BranchSum | None:
+    terms = _terms(view, sink, source)
+    if not isinstance(view.ops[sink], Sum) or len(terms) < 2:
+        return None
+    branches = [_branch(view, t, source) for t in terms]
+    if any(b is None for b in branches):
+        return None
+    convs = [b for b in branches if b is not None and b.conv is not None]
+    rest = [b for b in branches if b is not None and b.conv is None]
+    convs.sort(key=lambda b: _taps(view, b), reverse=True)
+    if not convs or len(convs) > 2 or len(rest) > 1 or (len(convs) == 2 and _taps(view, convs[1]) != 1):
+        return None
+    if _taps(view, convs[0]) == 1:
+        return None
+    count = sum((b.conv is not None) + (b.norm is not None) for b in (*convs, *rest))
+    if count + len(terms) - 1 != len(nodes):  # something else stands in it
+        return None
+    return BranchSum(source, sink, nodes, convs[0], convs[1] if len(convs) == 2 else None, rest[0] if rest else None)
+
+
+def _terms(view: GraphView, node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    op = view.ops[node]
+    if node is source or not _plain_sum(op):
+        return [node]
+    return [t for value, _ in op.terms for t in _terms(view, value, source)]  # type: ignore[union-attr]
+
+
+def _plain_sum(op: Op) -> bool:
+    return isinstance(op, Sum) and op.arrange is None and all(factor == 1 for _, factor in op.terms)
+
+
+def _branch(view: GraphView, node: fx.Node, source: fx.Node) -> Branch | None:
+    parts: dict[str, fx.Node] = {}
+    for kind in ("bn", "conv"):
+        op = view.ops[node]
+        if node is not source and isinstance(op, Map) and op.kind == kind and node.op == "call_module":
+            parts[kind], node = node, op.x
+    return Branch(parts.get("conv"), parts.get("bn")) if node is source else None
+
+
+def _taps(view: GraphView, branch: Branch) -> int:
+    op: Any = view.ops[branch.conv]  # type: ignore[index]
+    return op.own.taps
