@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from repfx.algebra import Axis, Geometry, Kernel, impulse_response
+from repfx.algebra.kernel import _regroup
 from repfx.errors import Inexact
 
 SIZES = (17, 18, 19, 20, 21)
@@ -172,3 +173,13 @@ def test_dilated_kernels_that_interleave() -> None:
     bare = Geometry(3, 3, 1, (Axis(3, gap=2), Axis()))
     then = a.then(Kernel(bare, a.weight.flip(1)))
     assert then.geometry.axes[0].gap == 2
+
+
+@pytest.mark.parametrize(("groups", "fewer"), [(4, 1), (4, 2), (6, 2), (6, 3), (12, 4)])
+def test_groups_are_put_in_and_taken_out(groups: int, fewer: int) -> None:
+    weight = torch.randn(24, 24 // groups, 3)
+    block = _regroup(weight, groups, fewer)
+    assert block.shape == (24, 24 // fewer, 3)
+    assert torch.equal(_regroup(block, fewer, groups), weight)
+    x = torch.randn(1, 24, 9)
+    torch.testing.assert_close(F.conv1d(x, block, groups=fewer), F.conv1d(x, weight, groups=groups))

@@ -136,7 +136,7 @@ def test_a_write_that_stays_is_made_once() -> None:
         u = y.sub_(m.w, alpha=2)
         return m.n(m.a(u)), u
 
-    fused(Net(run, a=conv(), n=nn.BatchNorm2d(4), w=torch.rand(4, 1, 1) + 0.5))
+    fused(Net(run, a=conv(k=1), n=nn.BatchNorm2d(4), w=torch.rand(4, 1, 1) + 0.5))
 
 
 def keeps_state(m: nn.Module, x: Tensor) -> Tensor:
