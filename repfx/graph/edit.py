@@ -168,11 +168,18 @@ def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterab
             if isinstance(found, (nn.Module, Tensor)):
                 gone[id(found)] = found
                 del store[name]
+        if parent and parent not in now and parent not in above and not _holds_anything(holder):
+            gone[id(holder)] = holder  # a layer that has lost its weights is no layer
     live = {id(module.get_submodule(path)) for path in now if _is_module(module, path)}
     for holder in list(module.modules()):
         for name in [n for n, m in holder._modules.items() if m is not None and id(m) in gone and id(m) not in live]:
             del holder._modules[name]
     _prune(module, live)
+
+
+def _holds_anything(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return bool(module._modules) or any(isinstance(t, Tensor) for t in tensors)
 
 
 def _prune(module: nn.Module, live: set[int]) -> None:
@@ -181,8 +188,7 @@ def _prune(module: nn.Module, live: set[int]) -> None:
         if child is None:
             continue
         _prune(child, live) if type(child) is nn.Module else None
-        held = [child._modules, child._parameters, child._buffers, any(isinstance(v, Tensor) for v in vars(child).values())]
-        empty = type(child) is nn.Module and not any(held)
+        empty = type(child) is nn.Module and not _holds_anything(child)
         if empty and id(child) not in live:
             del module._modules[name]
 

@@ -1,0 +1,80 @@
+"""The cost of a training step on the merged weight: python examples/bench_repq.py
+
+Each row is a net of blocks; times are medians of interleaved steps in one run, relative to plain LSQ quantization-aware
+training of the merged net, and, for float training, to the multi-branch net itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import ACNet, RepVGG
+from repfx.passes import RepQ
+
+
+def net(block: type[nn.Module], width: int, depth: int) -> nn.Module:
+    layers = [nn.Sequential(block(width, width, 3, padding=1), nn.ReLU()) for _ in range(depth)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def stepper(model: nn.Module, x: Tensor, y: Tensor):
+    optimiser = torch.optim.SGD(model.train().parameters(), 0.01)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+
+    return step
+
+
+def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
+    """Median seconds of each, their steps taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()  # type: ignore[operator]
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    x, y = torch.randn(args.batch, args.width, args.size, args.size), torch.arange(args.batch) % 10
+    modes = ("frozen", "estimate", "sampled", "running", "batch")
+    table = Table(title=f"a step, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios")
+    for column in ("block", "multi-branch", "plain QAT", *(f"repq {m}" for m in modes), "float estimate / multi-branch"):
+        table.add_column(column, justify="right")
+    for block in (ACNet, RepVGG):
+        torch.manual_seed(0)
+        model = net(block, args.width, 4).eval()
+        merged = repfx.transform(model, ["fuse"], example=x)
+        steps = {"multi": stepper(repfx.transform(model, [], example=x), x, y)}
+        steps["plain"] = stepper(repfx.transform(merged, ["repq"], example=x), x, y)
+        steps["float"] = stepper(repfx.transform(model, [RepQ(bits=32, bn="estimate")], example=x), x, y)
+        for mode in modes:
+            steps[mode] = stepper(repfx.transform(model, [RepQ(bn=mode)], example=x), x, y)
+        t = compare(steps, args.rounds)
+        ratios = [t["multi"] / t["plain"], 1.0, *(t[m] / t["plain"] for m in modes), t["float"] / t["multi"]]
+        table.add_row(block.__name__, *(f"{r:.2f}" for r in ratios))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""qarep: every variant computes what the block did, keeps its norms where the paper has them, and still merges to one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import ACNet, QARepVGG, RepVGG
+from repfx.passes.qarep import VARIANTS
+from repfx.testing import assert_same, randomise
+
+# Batch norms left in a block that has all three branches, and in one without an identity.
+NORMS = {"S2": (2, 2), "S3": (1, 1), "S4": (2, 2), "all_post": (4, 3), "none_post": (1, 1), "excl_post": (3, 3)}
+SHAPES = {
+    "same": (4, 4, 3, 1, 1, 1, 1),
+    "groups": (8, 8, 3, 1, 1, 1, 4),
+    "stride": (4, 6, 3, 2, 1, 1, 2),
+    "5x5": (4, 4, 5, 1, 2, 1, 1),
+}
+X = torch.randn(2, 8, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def net(shape: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return randomise(nn.Sequential(RepVGG(*SHAPES[shape]), nn.ReLU()).double().eval()), X[:, : SHAPES[shape][0]]
+
+
+def count(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(m, kind) for m in model.modules())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trained_weights_are_kept_exactly(variant: str, shape: str) -> None:
+    model, x = net(shape)
+    result = repfx.transform(model, [f"qarep(variant={variant})"], example=x)
+    assert_same(model, result, x, 1e-12)
+    identity = shape in ("same", "groups", "5x5")
+    assert count(result, nn.BatchNorm2d) == NORMS[variant][not identity]
+    assert len(result.meta["repfx"].results[0].inserted) == 1
+    fused = repfx.transform(result, ["fuse"], example=x)
+    assert_same(model, fused, x, 1e-12)
+    assert (count(fused, nn.Conv2d), count(fused, nn.BatchNorm2d)) == (1, 0)
+    trained = repfx.transform(result, ["repq(bits=32, bn=batch)"], example=x).train()
+    (trained(x) * torch.randn_like(trained(x))).sum().backward()
+    assert all(p.grad is not None for n, p in trained.named_parameters())
+
+
+def test_the_post_norm_has_the_statistics_that_the_branches_imply() -> None:
+    """Where the branches' inputs are white and their norms have seen them, the post norm sees mean 0 and variance 1."""
+    model = nn.Sequential(RepVGG(8, 8, 3, padding=1), nn.ReLU()).train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+    for seed in range(6):
+        model(torch.randn(32, 8, 12, 12, generator=torch.Generator().manual_seed(seed)))
+    result = repfx.transform(model.eval(), ["qarep"])
+    post = next(m for n, m in result.named_modules() if n.endswith("_post"))
+    seen: list[Tensor] = []
+    post.register_forward_pre_hook(lambda m, given: seen.append(given[0].detach()))
+    result(torch.randn(64, 8, 12, 12))
+    mean, std = seen[0].mean((0, 2, 3)), seen[0].std((0, 2, 3))
+    assert float((mean - post.running_mean).abs().max()) < 0.15
+    assert float((std / post.running_var.sqrt() - 1).abs().max()) < 0.5  # branches are not independent
+
+
+def test_an_identity_without_a_1x1_branch_gets_one() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.skip = (
+                nn.Conv2d(4, 4, 3, padding=1, bias=False),
+                nn.BatchNorm2d(4),
+                nn.BatchNorm2d(4),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(x)) + self.skip(x))
+
+    model, x = randomise(Two().double().eval()), X[:, :4]
+    result = repfx.transform(model, ["qarep"], example=x)
+    assert_same(model, result, x, 1e-12)
+    assert count(result, nn.Conv2d) == 2 and "conv_1x1.weight" in result.state_dict()
+    bare = repfx.transform(model, ["qarep", "repq", "fuse"], example=x)
+    assert count(bare, nn.Conv2d) == 1
+
+
+def test_what_is_left_alone_and_bad_options() -> None:
+    for block in (QARepVGG(4, 4, 3, padding=1), ACNet(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3)):
+        model = randomise(nn.Sequential(block, nn.ReLU()).double().eval())
+        result = repfx.transform(model, ["qarep"], example=X[:, :4])
+        assert not result.meta["repfx"].results[0].inserted
+        assert "no sum of a kxk branch" in result.meta["repfx"].declined[0].reason
+        assert set(result.state_dict()) == set(model.state_dict())
+    with pytest.raises(repfx.InputError, match="unknown variant 'S9'; choose one of: S2, S3, S4, all_post"):
+        repfx.transform(net("same")[0], ["qarep(variant=S9)"])
+    fresh = repfx.transform(net("same")[0], ["qarep(init=reset)"])
+    assert all(float(m.weight.detach().std()) == 0 for m in fresh.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_shared_groups_that_differ_are_declined() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.Conv2d(4, 4, 1, groups=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(x) + self.b(x))
+
+    model = Mixed().double().eval()
+    result = repfx.transform(model, ["qarep"], example=X[:, :4])
+    reasons = " ".join(d.reason for d in result.meta["repfx"].declined)
+    assert "different groups" in reasons or "no sum" in reasons
+    assert_same(model, result, X[:, :4], 1e-12)
