@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
-from repfx.algebra import Geometry
+from repfx.algebra import Geometry, Moments
 from repfx.algebra.norm import MODES
 from repfx.errors import Declined, InputError, unknown
 from repfx.graph.edit import free_path, put_module
@@ -72,12 +72,13 @@ class RepQ(Pass):
         names = Names(view, work.module)
         moved: dict[fx.Node, fx.Node] = {}
         quantized: dict[fx.Node, fx.Node] = {}
+        moments: dict[fx.Node, fx.Node] = {}
         signs = {m.region.source: non_negative(view, m.region.source) for m in merges}
         inserted: list[str] = []
         for i, merge in enumerate(merges):
             ends = i in (0, len(merges) - 1) and self.ends is not None
             bits = (self.ends, self.ends) if ends and self.bits != 32 else (self.bits, self.weight_bits or self.bits)
-            self._rewrite(work, view, merge, names, bits, moved, quantized, signs, inserted)
+            self._rewrite(work, view, merge, names, bits, moved, quantized, moments, signs, inserted)
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
     def _rewrite(
@@ -89,13 +90,21 @@ class RepQ(Pass):
         bits: tuple[Any, Any],
         moved: dict[fx.Node, fx.Node],
         quantized: dict[fx.Node, fx.Node],
+        moments: dict[fx.Node, fx.Node],
         signs: dict[fx.Node, bool],
         inserted: list[str],
     ) -> None:
         region, graph = merge.region, work.module.graph
         path = _place(names, merge)
         source = moved.get(region.source, region.source)
-        weight, bias, now = program(work.module, view, merge, source, self.bn)
+
+        def seen() -> fx.Node:
+            if region.source not in moments or view.writes.changed(region.source):
+                needs = Moments(self.bn not in ("batch", "frozen"), self.bn in ("estimate", "estimate_paper"))
+                moments[region.source] = _insert(work, region.sink, source, f"{path}.moments", needs, [])
+            return moments[region.source]
+
+        weight, bias, now = program(work.module, view, merge, seen, self.bn)
         x = source
         if bits[0] != 32:
             if region.source not in quantized or view.writes.changed(region.source):
@@ -155,7 +164,7 @@ def _place(names: Names, merge: Merge) -> str:
     return str(main.target) if main.op == "call_module" else names.view.name(main)
 
 
-def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]) -> fx.Node:
+def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: nn.Module, inserted: list[str]) -> fx.Node:
     path = free_path(work.module, wanted)
     quant.train(work.module.training)
     put_module(work.module, path, quant)

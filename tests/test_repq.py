@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.algebra import Geometry, KernelNorm
+from repfx.algebra import Geometry, KernelNorm, Moments
 from repfx.algebra.norm import MODES
 from repfx.blocks import BLOCKS
 from repfx.passes import RepQ
@@ -79,7 +79,7 @@ def test_every_block_trains_and_deploys_what_it_trained(block: str, mode: str, t
         m._forward_hooks.clear()
     fused = repfx.transform(trained.eval(), ["fuse"], example=x)
     assert_same(trained, fused, x, 0.0)
-    assert not any(isinstance(m, (nn.BatchNorm2d, KernelNorm)) for m in fused.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, KernelNorm, Moments)) for m in fused.modules())
     quantizers = {n: m for n, m in fused.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
     assert len(quantizers) == len(last) == 3
     for node in fused.graph.nodes:
@@ -111,7 +111,7 @@ def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
     for g in (Geometry.conv(4, 6, (3, 3), (2, 2), (1, 1)), Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)):
         norm = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").train()
         weight = torch.randn(6, 4 // g.groups, *(a.taps for a in g.axes), dtype=torch.float64)
-        scale, shift = norm(x, weight)
+        scale, shift = norm(Moments(True, True).train()(x), weight)
         u = F.conv2d(x, weight, None, [a.stride for a in g.axes], [a.before for a in g.axes], groups=g.groups)
         torch.testing.assert_close(shift / scale, -u.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)
     flat = torch.randn(4, 4000, dtype=torch.float64)
@@ -119,9 +119,10 @@ def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
     white = flat.reshape(1, 4, 40, 100)
     point = Geometry.conv(4, 6, (1, 1))
     weight = torch.randn(6, 4, 1, 1, dtype=torch.float64)
-    exact = KernelNorm(nn.BatchNorm2d(6).double(), point, "batch").train()(white, weight)
+    seen = Moments(True, True).train()(white)
+    exact = KernelNorm(nn.BatchNorm2d(6).double(), point, "batch").train()(seen, weight)
     for mode in ("estimate", "estimate_paper"):
-        guess = KernelNorm(nn.BatchNorm2d(6).double(), point, mode).train()(white, weight)
+        guess = KernelNorm(nn.BatchNorm2d(6).double(), point, mode).train()(seen, weight)
         torch.testing.assert_close(guess[0], exact[0], rtol=2e-4, atol=0)  # 3999 against 4000 in the covariance
         torch.testing.assert_close(guess[1], exact[1], rtol=2e-4, atol=1e-10)
 

@@ -5,7 +5,19 @@ from repfx.algebra.geometry import Geometry
 from repfx.algebra.impulse import impulse_response
 from repfx.algebra.kernel import Kernel, dense, swapped
 from repfx.algebra.links import Links, Rows
-from repfx.algebra.norm import KernelNorm
+from repfx.algebra.norm import KernelNorm, Moments
 from repfx.algebra.pad import pad_with
 
-__all__ = ["Axis", "Geometry", "Kernel", "KernelNorm", "Links", "Rows", "dense", "impulse_response", "pad_with", "swapped"]
+__all__ = [
+    "Axis",
+    "Geometry",
+    "Kernel",
+    "KernelNorm",
+    "Links",
+    "Moments",
+    "Rows",
+    "dense",
+    "impulse_response",
+    "pad_with",
+    "swapped",
+]

@@ -28,10 +28,30 @@ from repfx.algebra.kernel import Kernel
 MODES = ("running", "batch", "estimate", "estimate_paper", "sampled", "frozen")
 
 
+Seen = tuple[Tensor, Tensor | None, Tensor | None]  # x and its moments
+
+
+class Moments(nn.Module):
+    """x, and in training its mean over the batch and that of its square where `second`, each (1, channels, ...): what
+    every KernelNorm that reads x needs of it, computed once."""
+
+    is_graph_leaf = True
+
+    def __init__(self, first: bool, second: bool) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Seen:
+        if not self.training:
+            return x, None, None
+        first = x.mean(0, keepdim=True) if self.first else None
+        return x, first, x.square().mean(0, keepdim=True) if self.second else None
+
+
 class KernelNorm(nn.Module):
     """Takes the place, the parameters and the buffers of a batch norm: (x, K, b) -> (scale, shift), each (channels,).
 
-    `geometry` is that of K, `mode` one of MODES, `sample` the part of the batch that "sampled" reads.
+    x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every `sample`-th of a batch.
     """
 
     is_graph_leaf = True
@@ -41,7 +61,7 @@ class KernelNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, sample: int = 4) -> None:
+    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, sample: int = 8) -> None:
         super().__init__()
         self._parameters, self._buffers = norm._parameters, norm._buffers
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
@@ -50,8 +70,8 @@ class KernelNorm(nn.Module):
         self.geometry, self.mode, self.sample = geometry, mode, sample
         self.training = norm.training
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, var = self._statistics(x, weight, bias)
+    def forward(self, seen: Seen, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, var = self._statistics(seen, weight, bias)
         scale = torch.rsqrt(var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale
@@ -60,52 +80,56 @@ class KernelNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.geometry.outputs}, eps={self.eps}, momentum={self.momentum}, mode={self.mode}"
 
-    def _statistics(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _statistics(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, first, second = seen
         if not self.training or self.mode == "frozen":
             return self.running_mean, self.running_var
         if self.mode == "batch":
-            u = self._output(x, weight, bias)
-            axes = [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
-            var, mean = torch.var_mean(u, axes, correction=0)
+            u = Kernel(self.geometry, weight, bias)(x)
+            var, mean = torch.var_mean(u, self._others(u), correction=0)
             count = u.numel() // u.shape[self.geometry.channel_axis]
             self._move(mean, var * (count / max(count - 1, 1)))
             return mean, var
+        assert first is not None
         paper = self.mode == "estimate_paper"
-        first = self._taps(x, paper)
-        mean = (weight * self._per_weight(first)).flatten(1).sum(1)
-        mean = mean if bias is None else mean + bias
+        taps = self._taps(first, paper)
+        level = (weight * self._per_weight(taps)).flatten(1).sum(1)  # the mean of u without its constant
+        mean = level if bias is None else level + bias
         if self.mode in ("estimate", "estimate_paper"):
-            spread = self._taps(x * x, paper) - first * first
-            var = (weight * weight * self._per_weight(spread)).flatten(1).sum(1)
+            assert second is not None
+            spread = self._taps(second, paper) - taps.square()
+            var = (weight.square() * self._per_weight(spread)).flatten(1).sum(1)
             self._move(mean, var)
             return mean, var
         if self.mode == "sampled":
-            part = x[:: self.sample] if x.shape[0] >= 2 * self.sample else x
-            var = self._variance(part, weight, 0)
+            var, _ = self._variance(x[:: self.sample] if x.shape[0] >= 2 * self.sample else x, weight, level, taps)
             self._move(mean, var)
             return mean, var
         with torch.no_grad():
-            self._move(mean, self._variance(x, weight, 1))
+            var, count = self._variance(x, weight, level, taps)
+            self._move(mean, var * (count / max(count - 1, 1)))
         return mean, self.running_var.clone()  # a clone: the next step moves it, backward must not see that
 
-    def _output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return Kernel(self.geometry, weight, bias)(x)
-
-    def _variance(self, x: Tensor, weight: Tensor, correction: int) -> Tensor:
-        """Of u on x. Where K keeps channels apart it is that of x, scaled."""
-        at = self.geometry.channel_axis
+    def _variance(self, x: Tensor, weight: Tensor, level: Tensor, taps: Tensor) -> tuple[Tensor, int]:
+        """Of u on x about its known mean, and over how many values. Where K is a scale by channel, x itself is read."""
         if self.geometry.is_diagonal:
-            axes = [d for d in range(x.dim()) if d != at % x.dim()]
-            return torch.var(x, axes, correction=correction) * weight.flatten(1)[:, 0].square()
-        u = self._output(x, weight, None)
-        return torch.var(u, [d for d in range(u.dim()) if d != at % u.dim()], correction=correction)
+            mean = taps.flatten()
+            u = x - (mean.reshape(-1, *(1,) * (x.dim() - 2)) if self.geometry.channel_axis == 1 else mean)
+        else:
+            u = Kernel(self.geometry, weight, -level)(x)
+        count = u.numel() // u.shape[self.geometry.channel_axis]
+        var = torch.linalg.vector_norm(u, dim=self._others(u)).square() / count
+        return var * weight.flatten().square() if self.geometry.is_diagonal else var, count
+
+    def _others(self, u: Tensor) -> list[int]:
+        return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
     def _taps(self, x: Tensor, everywhere: bool) -> Tensor:
-        """The mean of the padded x under each tap, over the output positions: (in, *taps), 1s where `everywhere`."""
+        """The mean under each tap of the padded x, a mean over the batch (1, in, ...), over the output positions: (in,
+        *taps), 1s where `everywhere`."""
         g = self.geometry
         if g.channel_axis == -1:
             return x.flatten(0, -2).mean(0).reshape(-1, *(1,) * len(g.axes))
-        x = x.mean(0, keepdim=True)
         if everywhere:
             return x.flatten(2).mean(2).reshape(-1, *(1,) * len(g.axes))
         sizes = [a.size(n) for a, n in zip(g.axes, x.shape[2:], strict=True)]

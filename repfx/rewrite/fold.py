@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import KernelNorm
+from repfx.algebra import KernelNorm, Moments
 from repfx.graph.edit import drop_unreferenced, free_path, put_module, references
 from repfx.graph.effects import is_dead
 from repfx.quant import FakeQuant
@@ -70,7 +70,7 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
         done.append(Merged(path, tuple(str(n.target) for n in reads), path, macs, macs, params, now.numel(), 0.0))
     if done:
         for node in reversed(graph.nodes):
-            if is_dead(node) or (not node.users and _is_norm(module, node)):
+            if is_dead(node) or (not node.users and _is_norm(module, node, (KernelNorm, Moments))):
                 graph.erase_node(node)
         drop_unreferenced(module, before, replaced)
     return tuple(done)
@@ -88,8 +88,8 @@ def _is_program(module: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _is_norm(module: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), KernelNorm)
+def _is_norm(module: fx.GraphModule, node: fx.Node, kinds: Any = KernelNorm) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), kinds)
 
 
 def _ancestors(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, None]:
@@ -124,7 +124,7 @@ def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Nod
             if node.op == "call_module":
                 norm = module.get_submodule(str(node.target))
                 training, norm.training = norm.training, False
-                values[node] = norm(*args, **kwargs)
+                values[node] = norm((None, None, None), *args[1:], **kwargs)  # in eval mode it reads no input
                 norm.training = training
             else:
                 f: Any = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))

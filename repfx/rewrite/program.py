@@ -7,6 +7,7 @@ norm becomes a call of the `KernelNorm` that stands in its place, which reads th
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,11 +62,11 @@ class Recorder(GraphAppendingTracer):
 
 
 def program(
-    module: fx.GraphModule, view: GraphView, merge: Merge, source: fx.Node, mode: str
+    module: fx.GraphModule, view: GraphView, merge: Merge, seen: Callable[[], fx.Node], mode: str
 ) -> tuple[fx.Node, fx.Node | None, Tensor]:
     """Writes the program of a region before its sink: the nodes of its weight and bias, and the weight of now.
 
-    Batch norms in it are replaced by KernelNorms of `mode` that read `source`.
+    Batch norms in it are replaced by KernelNorms of `mode` that read the Moments which `seen` gives.
     """
     region = merge.region
     like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
@@ -82,7 +83,7 @@ def program(
         parent = module.get_submodule(where.rpartition(".")[0])
         parent._modules[where.rpartition(".")[2]] = KernelNorm(norm, before.geometry, mode)
         bias = None if before.bias is None else recorder.create_arg(before.bias)
-        call = module.graph.call_module(where, (source, recorder.create_arg(before.weight), bias))
+        call = module.graph.call_module(where, (seen(), recorder.create_arg(before.weight), bias))
         running = [t.detach() for t in (norm.running_mean, norm.running_var)]
         scale = torch.rsqrt(running[1] + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
         shift = -running[0] * scale + (0 if norm.bias is None else norm.bias.detach())
