@@ -177,3 +177,16 @@ def test_first_and_last_layer_and_bad_options() -> None:
     ):
         with pytest.raises(repfx.InputError, match=text):
             repfx.transform(model, [spec], example=x)
+
+
+@pytest.mark.parametrize("mode", ["running", "estimate"])
+def test_it_is_saved_compiled_and_trained_on(mode: str, tmp_path: Path) -> None:
+    model, x = net("repvgg", dtype=torch.float32), pictures(torch.float32)
+    trained = repfx.transform(model, [RepQ(bn=mode)], example=x).train()
+    trained(x)
+    repfx.save(trained, tmp_path / "trained.pt")
+    again = repfx.load(tmp_path / "trained.pt")
+    assert_same(trained, again, x, 0.0)
+    assert_same(repfx.transform(trained, ["fuse"], example=x), repfx.transform(again, ["fuse"], example=x), x, 0.0)
+    compiled = torch.compile(copy.deepcopy(trained), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), again.train()(x), rtol=1e-4, atol=1e-4)

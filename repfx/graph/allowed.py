@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from repfx.algebra import pad_with
+from repfx.algebra import KernelNorm, Moments, pad_with
 from repfx.errors import InputError
 from repfx.graph.modes import Mode
 from repfx.quant import FakeQuant
 
 _OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
+_OWN |= {"repfx.KernelNorm": KernelNorm, "repfx.Moments": Moments}
 READABLE = {"shape", "ndim", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "requires_grad", "is_cuda"}
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
+from repfx.algebra import Axis, Geometry, Links
 from repfx.errors import InputError
 from repfx.graph.allowed import READABLE, class_name, class_named, function_name, function_named, methods
 from repfx.graph.modes import TrainOnly
 from repfx.quant import FakeQuant, Grid
+
+_VALUES: dict[str, Any] = {"grid": Grid, "geometry": Geometry, "axis": Axis, "links": Links}
 
 FORMAT = "1"
 _INTERNAL = set(nn.Module().__dict__) | {"observer"}
@@ -210,8 +214,9 @@ def _encode(v: Any, where: str) -> Any:
         return {"dict": [[_encode(k, where), _encode(e, where)] for k, e in v.items()]}
     if isinstance(v, slice):
         return {"slice": [_encode(e, where) for e in (v.start, v.stop, v.step)]}
-    if isinstance(v, Grid):
-        return {"grid": [v.bits, v.signed, v.axis, v.full]}
+    for name, kind in _VALUES.items():
+        if isinstance(v, kind):
+            return {name: [_encode(getattr(v, f.name), where) for f in fields(kind)]}
     if isinstance(v, (torch.dtype, torch.memory_format, torch.layout)):
         return {"torch": str(v).removeprefix("torch.")}
     if isinstance(v, torch.device):
@@ -233,6 +238,8 @@ def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
         return {"list": list, "tuple": tuple, "set": set}[kind](_decode(e, nodes) for e in data)
     if kind == "dict":
         return {_decode(k, nodes): _decode(e, nodes) for k, e in data}
+    if kind in _VALUES:
+        return _VALUES[kind](*(_decode(e, nodes) for e in data))
     if kind == "slice":
         return slice(*(_decode(e, nodes) for e in data))
     if kind == "torch":
@@ -242,7 +249,6 @@ def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
         return found
     simple: dict[str, Callable[[Any], Any]] = {
         "float": float,
-        "grid": lambda d: Grid(*d),
         "device": torch.device,
         "ellipsis": lambda _: Ellipsis,
         "function": function_named,
