@@ -10,6 +10,7 @@ import repfx
 from repfx.blocks import ACNet, QARepVGG, RepVGG
 from repfx.passes.qarep import VARIANTS
 from repfx.testing import assert_same, randomise
+from repfx.tune.regularise import CustomL2
 
 # Batch norms left in a block that has all three branches, and in one without an identity.
 NORMS = {"S2": (2, 2), "S3": (1, 1), "S4": (2, 2), "all_post": (4, 3), "none_post": (1, 1), "excl_post": (3, 3)}
@@ -114,3 +115,30 @@ def test_shared_groups_that_differ_are_declined() -> None:
     reasons = " ".join(d.reason for d in result.meta["repfx"].declined)
     assert "different groups" in reasons or "no sum" in reasons
     assert_same(model, result, X[:, :4], 1e-12)
+
+
+def test_the_custom_decay_and_its_repair() -> None:
+    model, x = net("same")
+    custom, repaired = CustomL2.of(model, x), CustomL2.of(model, x, denominator=False)
+    block = model[0]
+    k3, k1 = block.main.conv.weight, custom.blocks[0][2].weight
+    t3, t1 = (n.weight * torch.rsqrt(n.running_var + n.eps) for n in (custom.blocks[0][1], custom.blocks[0][3]))
+    want, ring = 0.0, torch.ones(3, 3, dtype=k3.dtype)
+    ring[1, 1] = 0
+    for o in range(4):
+        want += float((k3[o] * ring).square().sum())
+        want += float((k3[o, :, 1, 1] * t3[o] + k1[o, :, 0, 0] * t1[o]).square().sum() / (t3[o] ** 2 + t1[o] ** 2))
+    assert abs(float(custom.penalty().detach()) - want) < 1e-9
+    for penalty in (custom, repaired):
+        model.zero_grad()
+        penalty.penalty().backward()
+        assert all(m.weight.grad is None for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        assert all(k.grad is not None for k in penalty.kernels)
+    before = custom.penalty().item(), repaired.penalty().item()
+    with torch.no_grad():
+        for norm in (custom.blocks[0][1], custom.blocks[0][3]):
+            norm.weight *= 3
+    assert custom.penalty().item() == pytest.approx(before[0], rel=1e-12)
+    assert repaired.penalty().item() > 1.5 * before[1]
+    with pytest.raises(repfx.InputError, match="no sum of a kxk and a 1x1 branch"):
+        CustomL2.of(nn.Sequential(nn.Conv2d(4, 4, 3)))
