@@ -17,7 +17,7 @@ from repfx.rewrite.contract import Pass
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
 from repfx.rewrite.verify import Difference, difference
-from repfx.tune import calibrate
+from repfx.tune import History, calibrate, fit
 
 
 def transform(
@@ -61,9 +61,11 @@ def _output(model: Any, args: tuple[Any, ...]) -> Any:
 __all__ = [
     "Artifact",
     "Difference",
+    "History",
     "Inspection",
     "Report",
     "calibrate",
+    "fit",
     "inspect",
     "load",
     "lower",

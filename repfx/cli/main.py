@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,9 @@ from repfx.errors import InputError, RepfxError
 from repfx.quant import METHODS
 from repfx.rewrite.runner import Report
 from repfx.tune.data import Batches
+from repfx.tune.pictures import train_and_valid
+from repfx.tune.recipe import PRESETS
+from repfx.tune.tasks import TASKS
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
@@ -84,6 +88,57 @@ def quantize(
 
 
 @app.command()
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="A folder or zip of class folders, or of train/ and test/ with them.")],
+    output: Output,
+    task: Annotated[str, typer.Option(help=f"What to train for: {', '.join(TASKS)}.")] = "classification",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; the preset's where there is one.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Numbers of a paper: {', '.join(PRESETS)}.")] = None,
+    passes: Annotated[str, typer.Option(help="Passes to run first, separated by commas, such as repq.")] = "",
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 64,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the pictures; as they are by default.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from after an interruption.")] = None,
+    log: Annotated[Path | None, typer.Option(help="A file for a line of JSON an epoch.")] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
+    seed: int = 0,
+    target: Target = "tensorrt",
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Train a model on labelled pictures, quantization-aware with --passes repq, and save it."""
+    if task != "classification":
+        raise InputError("the command trains on labelled pictures, so --task is classification; repfx.fit takes others")
+    torch.manual_seed(seed)
+    net = load_model(model, weights, trust_pickle)
+    if not output.parent.is_dir():
+        raise InputError(f"no such folder: {output.parent}")
+    net = api.transform(net, _split(passes), target=target)
+    pictures, valid = train_and_valid(data, size=size, skip_broken=skip_broken)
+    for name in (*pictures.broken, *(valid.broken if valid else ())):
+        out.print(f"left out: {name} is not a readable picture", markup=False, highlight=False)
+    history = api.fit(
+        net,
+        task,
+        pictures,
+        valid=valid,
+        epochs=epochs,
+        preset=preset,
+        lr=lr,
+        batch=batch,
+        workers=workers,
+        checkpoint=checkpoint,
+        log=log,
+        seed=seed,
+    )
+    api.save(net.eval(), output)
+    out.print(history)
+    out.print(f"wrote {output}")
+
+
+@app.command()
 def lower(
     model: Model,
     output: Output,
@@ -95,8 +150,6 @@ def lower(
     trust_pickle: Trust = False,
 ) -> None:
     """Lower a model to ONNX and compare the file, run in ONNX Runtime, with the model."""
-    import torch
-
     if not onnx:
         raise InputError("say what to lower to: --onnx")
     dims = tuple(int(v) for v in _numbers("shape", shape))

@@ -1,5 +1,10 @@
-"""What takes a model and data: calibration. It knows no graph surgery, only the quantizers in the model."""
+"""What takes a model and data: calibration and training. It knows no graph surgery, only the quantizers in the model."""
 
 from repfx.tune.calibrate import calibrate
+from repfx.tune.fit import fit
+from repfx.tune.history import Epoch, History
+from repfx.tune.pictures import Pictures
+from repfx.tune.recipe import PRESETS
+from repfx.tune.tasks import Classification, SuperResolution, Task
 
-__all__ = ["calibrate"]
+__all__ = ["PRESETS", "Classification", "Epoch", "History", "Pictures", "SuperResolution", "Task", "calibrate", "fit"]

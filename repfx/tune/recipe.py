@@ -1,0 +1,99 @@
+"""Recipe: the numbers of a training run, by name or one by one; the learning rate is a function of the step alone.
+
+lr(step) = peak * (step + 1) / warm-up steps        at first, then
+lr(step) = peak * (1 + cos(pi t)) / 2               t from 0 to 1 over the rest, or constant
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.errors import InputError, unknown
+from repfx.quant import FakeQuant
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "qarepvgg": {"epochs": 120, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4},
+    "qat": {"epochs": 10, "warmup": 3, "optimizer": "sgd", "momentum": 0.9, "lr": 0.01, "schedule": "cosine"},
+    "ecbsr": {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "weight_decay": 0.0},
+}
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension too."""
+
+    epochs: int
+    optimizer: str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str | Callable[[float], float] = "cosine"
+    warmup: float = 0
+    decay_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.epochs, int) or self.epochs < 1:
+            raise InputError(f"epochs is a whole number from 1, not {self.epochs!r}")
+        for name in ("lr", "momentum", "weight_decay", "warmup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} is a number from 0, not {value!r}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` (from 0) where an epoch has `steps` of them."""
+        warm, total = self.warmup * steps, self.epochs * steps
+        if step < warm:
+            return self.lr * min(1.0, (step + 1) / warm)
+        share = (step - warm) / max(1.0, total - warm)
+        if callable(self.schedule):
+            return self.lr * self.schedule(share)
+        return self.lr * (0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0)
+
+
+def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Recipe:
+    """The preset with what was given (not None) on top. Raises InputError where no epochs are said or a name is unknown."""
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise unknown("preset", preset, PRESETS)
+        preset = PRESETS[preset]
+    values = {**(preset or {}), **{k: v for k, v in given.items() if v is not None}}
+    for name in values:
+        if name not in {f.name for f in fields(Recipe)}:
+            raise unknown("setting in preset", name, [f.name for f in fields(Recipe)])
+    if "epochs" not in values:
+        raise InputError("say how many epochs to train: epochs=")
+    return Recipe(**values)
+
+
+def optimizer_of(model: nn.Module, r: Recipe) -> torch.optim.Optimizer:
+    """The optimizer, with weight decay on what has two dimensions or more and is no scale of a quantizer.
+
+    Raises InputError for a model without a parameter to train.
+    """
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("the model has no parameter to train")
+    decays = [id(p) not in scales and (p.dim() > 1 or r.decay_norm) for p in trained]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, d in zip(trained, decays, strict=True) if d is on], "weight_decay": r.weight_decay * on}
+        for on in (True, False)
+    ]
+    groups = [g for g in groups if g["params"]]
+    if callable(r.optimizer):
+        return r.optimizer(groups)
+    if r.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum)
+    return (torch.optim.Adam if r.optimizer == "adam" else torch.optim.AdamW)(groups, lr=r.lr)
