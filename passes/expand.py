@@ -109,7 +109,7 @@ class Expand(Pass):
             block = make(**shape).double()
         given = lifted(block)
         if self.init == "preserve":
-            _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)))
+            _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)), self._title)
         given.module.to(like.dtype).train(view.module.training)
         norm = region.nodes[-1]
         if norm is not conv and norm.op == "call_module":
@@ -148,12 +148,12 @@ def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
     }
 
 
-def _fit(given: Lifted, block: Any, wanted: Kernel) -> None:
+def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
     """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as scale * value + rest."""
     if not (hasattr(block, "kernel") and hasattr(block, "shift")):
-        raise InputError(f"block {type(block).__name__} names no `kernel` and `shift`, the parameters to solve for")
+        raise InputError(f"block {title} names no `kernel` and `shift`, the parameters to solve for")
     if wanted.geometry.axes != given.kernel.geometry.axes:
-        raise InputError(f"block {type(block).__name__} is no convolution of the shape that it was asked for")
+        raise InputError(f"block {title} is no convolution of the shape that it was asked for")
     for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
         parameter = block.get_parameter(name)
 
@@ -168,5 +168,5 @@ def _fit(given: Lifted, block: Any, wanted: Kernel) -> None:
     largest = max(wanted.weight.abs().amax(), block.get_parameter(block.kernel).abs().amax()).clamp(min=1e-30)
     off = (given.kernel.weight - wanted.weight).abs().amax() / largest
     if not off <= TOLERANCE[torch.float64]:
-        raise CheckError(f"block {type(block).__name__} does not hold the convolution: off by {float(off):.1e}")
+        raise CheckError(f"block {title} does not hold the convolution: off by {float(off):.1e}")
     given.prove()

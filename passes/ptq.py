@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx, nn
 
+from repfx.algebra import CONVS
 from repfx.errors import unknown
-from repfx.graph.edit import free_path, put_module
 from repfx.graph.ops import Map
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
@@ -24,7 +24,6 @@ from repfx.quant import FakeQuant, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.work import Work
 
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
 
 
@@ -59,15 +58,14 @@ class Ptq(Pass):
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
         moved: dict[fx.Node, fx.Node] = {}
-        inserted: list[str] = []
         for node, op in found:
             name = str(node.target) if node.op == "call_module" else _owner(node)
             x = moved.get(op.x, op.x)
             if x not in inputs or view.writes.changed(op.x):
                 quant = FakeQuant(grids[op.x])
-                inputs[x] = self._insert(work, node, x, f"{name}.input_quant", quant, inserted)
-            moved[node] = self._quantize(work, view, node, x, inputs[x], name, weights, inserted)
-        return Result(self.name, inserted=tuple(inserted))
+                inputs[x] = work.insert(node, x, f"{name}.input_quant", quant)
+            moved[node] = self._quantize(work, view, node, x, inputs[x], name, weights)
+        return Result(self.name, inserted=tuple(work.inserted))
 
     def _quantize(
         self,
@@ -78,7 +76,6 @@ class Ptq(Pass):
         x: fx.Node,
         name: str,
         weights: dict[Any, fx.Node],
-        inserted: list[str],
     ) -> fx.Node:
         """Makes the layer's call read the quantized input x in place of the plain one, and a quantized weight."""
         graph = work.module.graph
@@ -101,18 +98,9 @@ class Ptq(Pass):
             power = _POWERS[self.weights]
             scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
             quant = FakeQuant(grid, scale.detach(), of_weight=True)
-            weights[key] = self._insert(work, call, weight, f"{name}.weight_quant", quant, inserted)
+            weights[key] = work.insert(call, weight, f"{name}.weight_quant", quant)
         call.replace_input_with(weight, weights[key])
         return call
-
-    @staticmethod
-    def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: FakeQuant, inserted: list[str]) -> fx.Node:
-        path = free_path(work.module, wanted)
-        quant.train(work.module.training)
-        put_module(work.module, path, quant)
-        inserted.append(path)
-        with work.module.graph.inserting_before(before):
-            return work.module.graph.call_module(path, (value,))
 
 
 def _owner(node: fx.Node) -> str:
@@ -133,4 +121,4 @@ def _as_function(graph: fx.Graph, name: str, layer: Any, x: fx.Node) -> fx.Node:
         x = graph.call_function(F.pad, (x, list(layer._reversed_padding_repeated_twice), layer.padding_mode))
         padding = (0,) * len(layer.kernel_size)
     args = (x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
-    return graph.call_function(_CONVS[len(layer.kernel_size)], args)
+    return graph.call_function(CONVS[len(layer.kernel_size)], args)

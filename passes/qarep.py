@@ -7,10 +7,8 @@ Trained weights are kept exactly, in eval mode. With a batch norm as s u + c:
     C1' = s1 C1 + diag(s0 - 1),    B = u + c1 + c0, its statistics those that the branches' norms imply
 
 Cases: sums of one kxk branch, at most one 1x1 branch and at most one identity, of modules read by nothing else; groups
-and strides included. Where there is an identity and no 1x1 branch, one is made. Variants of the paper's table:
-
-    S2  B3 + B1 + x    S3  B3 + C1 + x    all_post  B[B3 + B1 + B0]    none_post  B[C3 + C1 + x]
-    excl_post  B[B3 + B1 + x]
+and strides included. Where there is an identity and no 1x1 branch, one is made. `variant` names a row
+of the paper's table, as `repfx.blocks.QARepVGG` lists them; S0, Eq6 and S1 are the structure that is there.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.blocks.repvgg import VARIANTS, Norms
 from repfx.errors import Declined, unknown
 from repfx.graph.edit import free_path, put_module
 from repfx.graph.view import GraphView
@@ -28,21 +27,11 @@ from repfx.rewrite.branches import BranchSum, affine_of, branch_sums
 from repfx.rewrite.contract import Pass, Result, Stage, register
 from repfx.rewrite.work import Work
 
-# Which batch norms stay: after the kxk, after the 1x1, on the identity, and after the sum.
-VARIANTS = {
-    "S2": (True, True, False, False),
-    "S3": (True, False, False, False),
-    "S4": (True, False, False, True),
-    "all_post": (True, True, True, True),
-    "none_post": (False, False, False, True),
-    "excl_post": (True, True, False, True),
-}
-
 
 @register
 @dataclass(frozen=True)
 class QARep(Pass):
-    """`variant` of VARIANTS. `init="reset"` gives fresh weights and statistics, for training from scratch."""
+    """`variant`: a row of the paper's table. `init="reset"`: fresh weights and statistics, to train from scratch."""
 
     name: ClassVar[str] = "qarep"
     stage: ClassVar[Stage] = Stage.STRUCTURE
@@ -71,31 +60,31 @@ class QARep(Pass):
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
     def _rewrite(self, work: Work, view: GraphView, block: BranchSum, moved: dict[fx.Node, fx.Node]) -> str:
-        keep3, keep1, keep0, post = VARIANTS[self.variant]
+        keep = VARIANTS[self.variant]
         modules = {n: view.modules[str(n.target)] for n in block.nodes if n.op == "call_module"}
         parts = {k: _Part.of(modules, b) for k, b in (("3", block.main), ("1", block.point), ("0", block.identity))}
         conv3: Any = modules[block.main.conv]  # type: ignore[index]
-        like, out, groups = conv3.weight, conv3.out_channels, conv3.groups
+        like, out = conv3.weight, conv3.out_channels
         mean = sum((p.mean for p in parts.values()), torch.zeros(out)).to(like)
         var = sum((p.var for p in parts.values()), torch.zeros(out)).to(like)
         left = torch.zeros(out).to(like)  # shifts that have lost their batch norm
         point = parts["1"].weight
-        if block.identity is not None and not keep0:
+        if block.identity is not None and not keep.skip:
             scale = parts["0"].scale
             if point is None:
                 point = torch.zeros(out, like.shape[1], *(1,) * (like.dim() - 2)).to(like)
-            into = parts["1"].scale if keep1 and block.point is not None else torch.ones(out).to(like)
-            if not (keep1 and block.point is not None):
+            into = parts["1"].scale if keep.point and block.point is not None else torch.ones(out).to(like)
+            if not (keep.point and block.point is not None):
                 point = point * _rows(parts["1"].scale, point)
                 left = left + parts["1"].shift
             point = point + _diagonal((scale - 1) / into, like.shape[1], point)
             left = left + parts["0"].shift
-        elif block.point is not None and not keep1:
+        elif block.point is not None and not keep.point:
             assert point is not None
             point, left = point * _rows(parts["1"].scale, point), left + parts["1"].shift
 
         with work.module.graph.inserting_before(block.sink):
-            return self._write(work, view, block, moved, parts, point, left, mean, var, (keep3, keep1, keep0, post), groups)
+            return self._write(work, view, block, moved, parts, point, left, mean, var, keep)
 
     def _write(
         self,
@@ -108,11 +97,9 @@ class QARep(Pass):
         left: Tensor,
         mean: Tensor,
         var: Tensor,
-        keep: tuple[bool, bool, bool, bool],
-        groups: int,
+        keep: Norms,
     ) -> str:
         graph, module = work.module.graph, work.module
-        keep3, keep1, keep0, post = keep
         x = moved.get(block.source, block.source)
         conv3, norm3 = block.main.conv, block.main.norm
         assert conv3 is not None
@@ -125,11 +112,11 @@ class QARep(Pass):
                 gone.remove(path)
             return graph.call_module(path, (value,))
 
-        if norm3 is None or keep3:
+        if norm3 is None or keep.main:
             y = call(str(conv3.target), main, x)
             if norm3 is not None:
                 kept: Any = view.modules[str(norm3.target)]
-                y = call(str(norm3.target), kept if post else _shifted(kept, left), y)
+                y = call(str(norm3.target), kept if keep.post else _shifted(kept, left), y)
         else:
             weight = main.weight * _rows(parts["3"].scale, main.weight)
             y, left = call(str(conv3.target), _conv(main, weight, None), x), left + parts["3"].shift
@@ -137,15 +124,15 @@ class QARep(Pass):
             old = block.point.conv if block.point is not None else None
             path = str(old.target) if old is not None else free_path(module, f"{conv3.target}_1x1")
             z = call(path, _conv(main, point, None), x)
-            if block.point is not None and block.point.norm is not None and keep1:
+            if block.point is not None and block.point.norm is not None and keep.point:
                 z = call(str(block.point.norm.target), view.modules[str(block.point.norm.target)], z)
             y = graph.call_function(torch.add, (y, z))
         if block.identity is not None:
             z = x
-            if keep0 and block.identity.norm is not None:
+            if keep.skip and block.identity.norm is not None:
                 z = call(str(block.identity.norm.target), view.modules[str(block.identity.norm.target)], x)
             y = graph.call_function(torch.add, (y, z))
-        if post:
+        if keep.post:
             path = free_path(module, f"{norm3.target if norm3 is not None else conv3.target}_post")
             y = call(path, _post(main, mean, var, left), y)
         y.meta = dict(block.sink.meta)

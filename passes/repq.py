@@ -17,12 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from repfx.algebra import Geometry, Moments
+from repfx.algebra import CONVS, Geometry, Moments
 from repfx.algebra.norm import MODES
 from repfx.errors import Declined, InputError, unknown
-from repfx.graph.edit import free_path, put_module
 from repfx.graph.ops import Map
 from repfx.graph.regions import Region
 from repfx.graph.signs import non_negative
@@ -33,8 +32,6 @@ from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
 from repfx.rewrite.program import program
 from repfx.rewrite.work import Names, Work
-
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @register
@@ -74,12 +71,11 @@ class RepQ(Pass):
         quantized: dict[fx.Node, fx.Node] = {}
         moments: dict[fx.Node, fx.Node] = {}
         signs = {m.region.source: non_negative(view, m.region.source) for m in merges}
-        inserted: list[str] = []
         for i, merge in enumerate(merges):
             ends = i in (0, len(merges) - 1) and self.ends is not None
             bits = (self.ends, self.ends) if ends and self.bits != 32 else (self.bits, self.weight_bits or self.bits)
-            self._rewrite(work, view, merge, names, bits, moved, quantized, moments, signs, inserted)
-        return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
+            self._rewrite(work, view, merge, names, bits, moved, quantized, moments, signs)
+        return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))
 
     def _rewrite(
         self,
@@ -92,7 +88,6 @@ class RepQ(Pass):
         quantized: dict[fx.Node, fx.Node],
         moments: dict[fx.Node, fx.Node],
         signs: dict[fx.Node, bool],
-        inserted: list[str],
     ) -> None:
         region, graph = merge.region, work.module.graph
         path = _place(names, merge)
@@ -101,7 +96,7 @@ class RepQ(Pass):
         def seen() -> fx.Node:
             if region.source not in moments or view.writes.changed(region.source):
                 needs = Moments(self.bn not in ("batch", "frozen"), self.bn in ("estimate", "estimate_paper"))
-                moments[region.source] = _insert(work, region.sink, source, f"{path}.moments", needs, [])
+                moments[region.source] = work.insert(region.sink, source, f"{path}.moments", needs)
             return moments[region.source]
 
         weight, bias, now = program(work.module, view, merge, seen, self.bn)
@@ -110,13 +105,11 @@ class RepQ(Pass):
             if region.source not in quantized or view.writes.changed(region.source):
                 grid = work.target.activation(bits[0], signs[region.source])
                 quant = FakeQuant(grid, learned=True)
-                quantized[region.source] = _insert(work, region.sink, source, f"{path}.input_quant", quant, inserted)
+                quantized[region.source] = work.insert(region.sink, source, f"{path}.input_quant", quant)
             x = quantized[region.source]
             of_weight = work.target.weight(bits[1], self.per_channel)
             scale = search_scale(now, of_weight, 2.0)
-            weight = _insert(
-                work, region.sink, weight, f"{path}.weight_quant", FakeQuant(of_weight, scale, True, True), inserted
-            )
+            weight = work.insert(region.sink, weight, f"{path}.weight_quant", FakeQuant(of_weight, scale, True, True))
         with graph.inserting_before(region.sink):
             y = _call(graph, merge.geometry, x, weight, bias)
         y.meta = dict(region.sink.meta)
@@ -164,15 +157,6 @@ def _place(names: Names, merge: Merge) -> str:
     return str(main.target) if main.op == "call_module" else names.view.name(main)
 
 
-def _insert(work: Work, before: fx.Node, value: fx.Node, wanted: str, quant: nn.Module, inserted: list[str]) -> fx.Node:
-    path = free_path(work.module, wanted)
-    quant.train(work.module.training)
-    put_module(work.module, path, quant)
-    inserted.append(path)
-    with work.module.graph.inserting_before(before):
-        return work.module.graph.call_module(path, (value,))
-
-
 def _call(graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     """The call of one convolution or linear of this geometry, on nodes."""
     if g.source_axis == -1:
@@ -183,5 +167,5 @@ def _call(graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.No
             x = graph.call_function(F.pad, (x, *step))
         pads = tuple(a.before if even else 0 for a in g.axes)
         args = (x, weight, bias, tuple(a.stride for a in g.axes), pads, tuple(a.gap for a in g.axes), g.groups)
-        y = graph.call_function(_CONVS[len(g.axes)], args)
+        y = graph.call_function(CONVS[len(g.axes)], args)
     return graph.call_function(torch.permute, (y, list(g.turn))) if g.turned else y

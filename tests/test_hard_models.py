@@ -178,6 +178,16 @@ def test_layouts_and_types_are_not_guessed() -> None:
     assert all(m.macs_after <= m.macs_before for m in report.merged)
 
 
+def test_a_shuffle_of_one_batch_size_only() -> None:
+    """At two pictures it shuffles channels; at three it mixes pictures, and the rest of the shape still fits."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y.reshape(2, 2, 2, -1).transpose(1, 2).reshape(y.shape))
+
+    fused(Net(run, a=conv(k=1), b=conv(k=1)), (4, 4, 6, 8), x=torch.randn(2, 4, 5, 7))
+
+
 def test_a_border_of_one_size_only() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         y = F.pad(m.n(m.c(x)), [1] * 4)

@@ -3,12 +3,13 @@
 from repfx.algebra.axis import Axis
 from repfx.algebra.geometry import Geometry
 from repfx.algebra.impulse import impulse_response
-from repfx.algebra.kernel import Kernel, dense, swapped
+from repfx.algebra.kernel import CONVS, Kernel, dense, swapped
 from repfx.algebra.links import Links, Rows
 from repfx.algebra.norm import KernelNorm, Moments
 from repfx.algebra.pad import pad_with
 
 __all__ = [
+    "CONVS",
     "Axis",
     "Geometry",
     "Kernel",

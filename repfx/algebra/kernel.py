@@ -22,7 +22,7 @@ from repfx.algebra.axis import Axis
 from repfx.algebra.geometry import Geometry
 from repfx.algebra.links import Rows
 
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -63,7 +63,7 @@ class Kernel:
             x = F.pad(x, sides, mode)
         if _is_depthwise(g):
             return self._tap_by_tap(x)
-        return _CONVS[len(g.axes)](x, self.packed, self.bias, strides, 0, gaps, g.groups)
+        return CONVS[len(g.axes)](x, self.packed, self.bias, strides, 0, gaps, g.groups)
 
     @property
     def packed(self) -> Tensor:

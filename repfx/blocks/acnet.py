@@ -7,29 +7,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from repfx.blocks.frame import ConvNorm, Frame, Size
+from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
-class ACNet(nn.Module):
+class ACNet(Block):
     """y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    def build(self, frame: Frame) -> None:
         self.main = ConvNorm(frame)
         self.column = ConvNorm(frame, (frame.kernel[0], 1))
         self.row = ConvNorm(frame, (1, frame.kernel[1]))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.blocks.frame import ConvNorm, Frame, Size
+from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 def shift_of(norm: nn.BatchNorm2d) -> Tensor:
@@ -69,7 +69,7 @@ class Average(nn.Module):
         return y / self.taps
 
 
-class DBB(nn.Module):
+class DBB(Block):
     """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d.
 
     `internal` is the width between the 1x1 and the k x k of the last branch: in_channels if not given, 2 in_channels for
@@ -81,29 +81,17 @@ class DBB(nn.Module):
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        internal: int | None = None,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        width = (2 if frame.depthwise else 1) * in_channels if internal is None else internal
-        if width < 1 or width % groups:
-            raise ValueError(f"groups={groups} must divide internal={width}")
+    def build(self, frame: Frame, internal: int | None = None) -> None:
+        width = (2 if frame.depthwise else 1) * frame.inputs if internal is None else internal
+        if width < 1 or width % frame.groups:
+            raise ValueError(f"groups={frame.groups} must divide internal={width}")
         self.main = ConvNorm(frame)
         self.point = None if frame.depthwise else ConvNorm(frame, 1)
-        self.before_average = nn.ZeroPad2d(frame.border) if frame.depthwise else PointNorm(frame, out_channels, False)
-        self.average, self.average_norm = Average(frame), nn.BatchNorm2d(out_channels)
-        self.before_deep = PointNorm(frame, width, identity=width == in_channels)
-        self.deep = nn.Conv2d(width, out_channels, frame.kernel, frame.stride, 0, frame.dilation, groups, bias=False)
-        self.deep_norm = nn.BatchNorm2d(out_channels)
+        self.before_average = nn.ZeroPad2d(frame.border) if frame.depthwise else PointNorm(frame, frame.outputs, False)
+        self.average, self.average_norm = Average(frame), nn.BatchNorm2d(frame.outputs)
+        self.before_deep = PointNorm(frame, width, identity=width == frame.inputs)
+        self.deep = nn.Conv2d(width, frame.outputs, frame.kernel, frame.stride, 0, frame.dilation, frame.groups, bias=False)
+        self.deep_norm = nn.BatchNorm2d(frame.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.main(x) + self.average_norm(self.average(self.before_average(x)))

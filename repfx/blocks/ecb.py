@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.blocks.frame import Frame, Size
+from repfx.blocks.frame import Block, Frame
 
 EDGES = {
     "rows": [[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]],
@@ -42,7 +42,7 @@ class Edge(nn.Module):
         return F.conv2d(self.point(x), self.scale * self.edge, self.bias, f.stride, 0, f.dilation, f.outputs)
 
 
-class ECB(nn.Module):
+class ECB(Block):
     """y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d.
 
     Every convolution but C1_i has a bias; `expand * out_channels` channels stand between C1 and C3'.
@@ -53,20 +53,7 @@ class ECB(nn.Module):
     kernel: ClassVar[str] = "main.weight"
     shift: ClassVar[str] = "main.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        expand: int = 2,
-        identity: bool = False,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    def build(self, frame: Frame, expand: int = 2, identity: bool = False) -> None:
         if frame.kernel != (3, 3):
             raise ValueError(f"ECB is 3x3, as its edge filters are; kernel_size is {frame.kernel}")
         if expand < 1:
@@ -74,9 +61,9 @@ class ECB(nn.Module):
         self.border = frame.border
         self.identity = identity and frame.holds_identity
         inside = frame.kernel, frame.stride, 0, frame.dilation, frame.groups
-        self.main = nn.Conv2d(in_channels, out_channels, *inside)
-        self.point = nn.Conv2d(in_channels, expand * out_channels, 1, groups=groups)
-        self.deep = nn.Conv2d(expand * out_channels, out_channels, *inside)
+        self.main = nn.Conv2d(frame.inputs, frame.outputs, *inside)
+        self.point = nn.Conv2d(frame.inputs, expand * frame.outputs, 1, groups=frame.groups)
+        self.deep = nn.Conv2d(expand * frame.outputs, frame.outputs, *inside)
         self.edges = nn.ModuleList(Edge(frame, edge) for edge in EDGES.values())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ and its output has the size of the whole block's for every input size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +81,35 @@ class Frame:
             before = (k - e) // 2
             found.append((p - d * before, p - d * (k - e - before)))
         return found
+
+
+class Block(nn.Module):
+    """Base of every block: nn.Conv2d's arguments, and options of its own, which its `build` names.
+
+    `kernel` and `shift` are the parameters that the merged convolution follows, as repfx.blocks says.
+    Raises ValueError where the block has no form for the arguments.
+    """
+
+    kernel: ClassVar[str]
+    shift: ClassVar[str]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.build(Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups), **options)
+
+    def build(self, frame: Frame) -> None:
+        """Makes the layers."""
+        raise NotImplementedError
 
 
 class ConvNorm(nn.Module):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from repfx.blocks.frame import ConvNorm, Frame, Size
+from repfx.blocks.frame import Block, ConvNorm, Frame, Size
 
 SMALL = {
     5: ((3, 1), (3, 2)),
@@ -30,7 +30,7 @@ def small_kernels(size: int) -> tuple[tuple[int, int], ...]:
     return SMALL[max(k for k in SMALL if k <= size)] if size >= min(SMALL) else ((1, 1),)
 
 
-class LargeKernel(nn.Module):
+class LargeKernel(Block):
     """y = B[CK x] + sum_i B[C(k_i, dilation r_i) x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
 
     `small` lists the (k_i, r_i), an int or a pair each, r_i in taps of the large kernel: UniRepLKNet's for the kernel's
@@ -41,24 +41,11 @@ class LargeKernel(nn.Module):
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        small: Sequence[tuple[Size, Size]] | None = None,
-        outer: bool = False,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    def build(self, frame: Frame, small: Sequence[tuple[Size, Size]] | None = None, outer: bool = False) -> None:
         chosen = small_kernels(min(frame.kernel)) if small is None else small
         self.main = ConvNorm(frame)
         self.small = nn.ModuleList(ConvNorm(frame, k, r) for k, r in chosen)
-        self.norm = nn.BatchNorm2d(out_channels) if outer else nn.Identity()
+        self.norm = nn.BatchNorm2d(frame.outputs) if outer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(sum((branch(x) for branch in self.small), start=self.main(x)))

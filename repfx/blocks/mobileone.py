@@ -8,15 +8,16 @@ MobileOne's 1x1 stands where k > 1, its identity where in == out, stride is 1 an
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from repfx.blocks.frame import ConvNorm, Frame, Size
+from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
-class MobileOne(nn.Module):
+class MobileOne(Block):
     """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
 
     Raises ValueError where branches is below 1.
@@ -25,33 +26,21 @@ class MobileOne(nn.Module):
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        branches: int = 1,
-    ) -> None:
-        super().__init__()
+    def build(self, frame: Frame, branches: int = 1) -> None:
         if branches < 1:
             raise ValueError(f"branches={branches} must be at least 1")
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         self.main = ConvNorm(frame)
         self.others = nn.ModuleList(ConvNorm(frame) for _ in range(branches - 1))
         if frame.kernel != (1, 1):
             self.others.append(ConvNorm(frame, 1))
         if frame.holds_identity:
-            self.others.append(nn.BatchNorm2d(out_channels))
+            self.others.append(nn.BatchNorm2d(frame.outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return sum((branch(x) for branch in self.others), start=self.main(x))
 
 
-class RepMixer(nn.Module):
+class RepMixer(Block):
     """y = x + l (M(x) - B[x]), M a depthwise MobileOne: (N, C, H, W) -> (N, C, H, W).
 
     `branches` are M's. `layer_scale` is where l starts: 1, so that a trained convolution fits; the paper has 1e-5, at
@@ -62,31 +51,18 @@ class RepMixer(nn.Module):
     kernel: ClassVar[str] = "mixer.main.conv.weight"
     shift: ClassVar[str] = "mixer.main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        branches: int = 1,
-        layer_scale: float = 1.0,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    def build(self, frame: Frame, branches: int = 1, layer_scale: float = 1.0) -> None:
         if not frame.depthwise:
             raise ValueError(
-                f"RepMixer is depthwise: in_channels={in_channels}, out_channels={out_channels}, groups={groups}"
+                f"RepMixer is depthwise: in_channels={frame.inputs}, out_channels={frame.outputs}, groups={frame.groups}"
             )
         if not frame.holds_identity:
             raise ValueError(
                 "RepMixer adds its input: stride must be 1, the kernel odd and the padding dilation * (kernel - 1) / 2"
             )
-        self.mixer = MobileOne(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, branches)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.scale = nn.Parameter(torch.full((out_channels, 1, 1), layer_scale))
+        self.mixer = MobileOne(*astuple(frame), branches=branches)
+        self.norm = nn.BatchNorm2d(frame.outputs)
+        self.scale = nn.Parameter(torch.full((frame.outputs, 1, 1), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.scale * (self.mixer(x) - self.norm(x))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.blocks.frame import Frame, Pair, Size
+from repfx.blocks.frame import Block, Frame, Pair
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -44,7 +44,7 @@ def cosines(channels: int, kernel: Pair) -> Tensor:
     return torch.einsum("oh,ow->ohw", wave(rows, frequency // columns), wave(columns, frequency % columns))[:, None]
 
 
-class OREPA(nn.Module):
+class OREPA(Block):
     """y = B[W * x], W = sum_i s_i W_i: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
 
     W is (out, in / groups, kh, kw); with kernel_size 1 it has the two 1x1 branches only. An input channel has `expand`
@@ -56,37 +56,26 @@ class OREPA(nn.Module):
     eye: Tensor
     prior: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        expand: int = 8,
-    ) -> None:
-        super().__init__()
+    def build(self, frame: Frame, expand: int = 8) -> None:
         if expand < 1:
             raise ValueError(f"expand={expand} must be at least 1")
-        self.frame = frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        ins, outs, (rows, columns) = in_channels // groups, out_channels // groups, frame.kernel
+        self.frame = frame
+        ins, outs, (rows, columns) = frame.inputs // frame.groups, frame.outputs // frame.groups, frame.kernel
         taps = rows * columns
         # Kernels that are composed carry the group as an axis of its own.
-        self.full = uniform((out_channels, ins, rows, columns), ins * taps)
-        self.deep = uniform((groups, outs, ins, rows, columns), ins * taps)
-        self.deep_point = nn.Parameter(torch.zeros(groups, ins, ins))
+        self.full = uniform((frame.outputs, ins, rows, columns), ins * taps)
+        self.deep = uniform((frame.groups, outs, ins, rows, columns), ins * taps)
+        self.deep_point = nn.Parameter(torch.zeros(frame.groups, ins, ins))
         self.register_buffer("eye", torch.eye(ins), persistent=False)
         starts = [0.25, 0.5]
         if taps > 1:
-            self.average_point, self.prior_point, self.point = (uniform((out_channels, ins, 1, 1), ins) for _ in range(3))
-            self.register_buffer("prior", cosines(out_channels, frame.kernel), persistent=False)
-            self.depthwise = uniform((groups, ins, expand, rows, columns), taps)
-            self.depthwise_point = uniform((groups, outs, ins, expand), ins * expand)
+            self.average_point, self.prior_point, self.point = (uniform((frame.outputs, ins, 1, 1), ins) for _ in range(3))
+            self.register_buffer("prior", cosines(frame.outputs, frame.kernel), persistent=False)
+            self.depthwise = uniform((frame.groups, ins, expand, rows, columns), taps)
+            self.depthwise_point = uniform((frame.groups, outs, ins, expand), ins * expand)
             starts += [0.25, 0.25, 1.0, 0.5]
-        self.scales = nn.Parameter(torch.tensor(starts)[:, None, None, None, None].repeat(1, out_channels, 1, 1, 1))
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.scales = nn.Parameter(torch.tensor(starts)[:, None, None, None, None].repeat(1, frame.outputs, 1, 1, 1))
+        self.norm = nn.BatchNorm2d(frame.outputs)
 
     def weight(self) -> Tensor:
         """W: (out, in / groups, kh, kw)."""

@@ -13,29 +13,18 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from repfx.blocks.frame import ConvNorm, Frame, Size
+from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
-class RepVGG(nn.Module):
+class RepVGG(Block):
     """y = B[Ck x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    def build(self, frame: Frame) -> None:
         self.main, self.point = ConvNorm(frame), ConvNorm(frame, 1)
-        self.skip = nn.BatchNorm2d(out_channels) if frame.holds_identity else None
+        self.skip = nn.BatchNorm2d(frame.outputs) if frame.holds_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.main(x) + self.point(x)
@@ -64,7 +53,7 @@ VARIANTS = {
 }
 
 
-class QARepVGG(nn.Module):
+class QARepVGG(Block):
     """y = B[B[Ck x] + C1 x + x] (variant S4): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
 
     `variant` names a row of the paper's ablation; S0, Eq6 and S1 have one structure and differ in their weight decay:
@@ -80,28 +69,16 @@ class QARepVGG(nn.Module):
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "norm.bias"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        variant: str = "S4",
-    ) -> None:
-        super().__init__()
+    def build(self, frame: Frame, variant: str = "S4") -> None:
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose one of: {', '.join(VARIANTS)}")
-        frame = Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         norms = VARIANTS[variant]
         # `norm` is the last one after the main branch: of the sum, or, where there is no post norm, of that branch alone.
         self.post = norms.post
         self.main = ConvNorm(frame, norm=norms.main and norms.post)
         self.point = ConvNorm(frame, 1, norm=norms.point)
-        self.skip = (nn.BatchNorm2d(out_channels) if norms.skip else nn.Identity()) if frame.holds_identity else None
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.skip = (nn.BatchNorm2d(frame.outputs) if norms.skip else nn.Identity()) if frame.holds_identity else None
+        self.norm = nn.BatchNorm2d(frame.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         others = self.point(x) if self.skip is None else self.point(x) + self.skip(x)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from repfx.algebra import pad_with
+from repfx.graph.calls import call
 from repfx.graph.view import GraphView
 
 aten = torch.ops.aten
@@ -91,11 +92,7 @@ class _Border:
 
         try:
             for node in (self.pad, *self.writes):
-                args, kwargs = fx.node.map_aggregate(
-                    (node.args, node.kwargs),
-                    lambda v: x if v is self.pad.args[0] else known(v) if isinstance(v, fx.Node) else v,
-                )
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = call(node, lambda v: x if v is self.pad.args[0] else known(v))
             return torch.equal(values[self.end], pad_with(x, self.sides, value.reshape(1, -1, *(1,) * (self.rank - 2))))
         except (RuntimeError, IndexError, TypeError, KeyError):
             return None

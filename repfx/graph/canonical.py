@@ -9,6 +9,7 @@ A spelling is recognised by what it does when it runs, not by how it is written.
 from __future__ import annotations
 
 import operator
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from repfx.graph.border import name_border_writes
+from repfx.graph.calls import call
 from repfx.graph.effects import is_dead
 from repfx.graph.view import GraphView
 
@@ -75,7 +77,7 @@ def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
 def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
     """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where they refuse those."""
     n, channels, *space = source.meta["shape"]
-    x = torch.arange((n + more) * channels * _product([s + more for s in space]), dtype=torch.float32)
+    x = torch.arange((n + more) * channels * prod(s + more for s in space), dtype=torch.float32)
     x = x.reshape(n + more, channels, *(s + more for s in space))
     try:
         y = _value(moves[0], source, x, {})
@@ -91,16 +93,5 @@ def _value(node: fx.Node, source: fx.Node, x: Tensor, known: dict[fx.Node, Any])
     if node not in known:
         if node.op not in ("call_function", "call_method"):
             raise ValueError(f"{node} does not follow from the source")
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda v: _value(v, source, x, known) if isinstance(v, fx.Node) else v
-        )
-        f: Any = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))
-        known[node] = f(*args, **kwargs)
+        known[node] = call(node, lambda v: _value(v, source, x, known))
     return known[node]
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for s in sizes:
-        total *= s
-    return total

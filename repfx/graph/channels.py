@@ -9,13 +9,14 @@ rule of its own:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 from torch import fx
 
 from repfx.algebra import Axis, Geometry
 from repfx.errors import Inexact
-from repfx.graph.ops import Constants, Op, Opaque, Sum, product_of
+from repfx.graph.ops import Constants, Op, Opaque, Sum
 
 _END = 2**31  # where exported programs write 2**63 - 1 for "to the end"
 
@@ -184,7 +185,7 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
     steps = [i.step or 1 for i in _per_dimension(index, len(index))[2:]] if Ellipsis not in index else []
     if Ellipsis in index and any(i is not Ellipsis and (i.step or 1) != 1 for i in index):
         return Opaque("a slice with steps")
-    return Sum(((input, 1.0),), "slice", arrange, stride=product_of(steps))
+    return Sum(((input, 1.0),), "slice", arrange, stride=prod(steps))
 
 
 def _axis(s: slice) -> Axis:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from repfx.algebra import Geometry, Kernel, dense, swapped
 from repfx.graph.effects import is_dead
 
-_CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_LAYERS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
@@ -43,7 +43,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
         )
         weight = swapped(kernel.packed, g.groups)
     else:
-        layer = _CONVS[len(g.axes)](
+        layer = CONV_LAYERS[len(g.axes)](
             g.inputs,
             g.outputs,
             tuple(len(a.places) for a in g.axes),

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
@@ -97,10 +97,3 @@ Op: TypeAlias = Map | Sum | Opaque
 def pointwise(g: Geometry, bias: bool = False) -> Geometry:
     """The geometry of a map with one number a channel, on the channels and axes of g's output."""
     return Geometry(g.outputs, g.outputs, g.outputs, (Axis(),) * len(g.axes), bias, channel_axis=g.channel_axis)
-
-
-def product_of(sizes: Sequence[int]) -> int:
-    total = 1
-    for s in sizes:
-        total *= s
-    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import Inexact
-from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Sum, pointwise, product_of
+from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Sum, pointwise
 
 
 def add(c: Constants, input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Op:
@@ -102,8 +103,8 @@ def _affine(
         v = v if v.dtype.is_floating_point else v.to(torch.float64)
         return Kernel.diagonal(g, *f(v.reshape(-1).expand(g.outputs)))
 
-    inputs = product_of(shape) if product_of(shape) > 1 else None
-    return Map(x, kind, geometry, kernel, 0, 0 if number else product_of(shape), inputs=inputs)
+    inputs = prod(shape) if prod(shape) > 1 else None
+    return Map(x, kind, geometry, kernel, 0, 0 if number else prod(shape), inputs=inputs)
 
 
 def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | None]) -> None:

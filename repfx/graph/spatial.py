@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from repfx.algebra import Axis, Geometry, Kernel, impulse_response, swapped
 from repfx.errors import Inexact
-from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Ref, pointwise, product_of
+from repfx.graph.ops import Constants, Fetch, Map, Op, Opaque, Ref, pointwise
 from repfx.graph.pointwise import identity
 
 
@@ -44,9 +45,9 @@ def convolution(
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
         return Kernel(g, _dilate(fetch(weight), dilations), None if bias is None else fetch(bias))
 
-    macs = shape[0] * shape[1] * product_of(shape[2:])
+    macs = shape[0] * shape[1] * prod(shape[2:])
     params = macs + (shape[0] if bias is not None else 0)
-    return Map(input, "conv", lambda _: whole, kernel, macs, params, product_of(strides), (n, 1), whole.inputs, own=whole)
+    return Map(input, "conv", lambda _: whole, kernel, macs, params, prod(strides), (n, 1), whole.inputs, own=whole)
 
 
 def transposed_convolution(
@@ -74,7 +75,7 @@ def transposed_convolution(
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
         return Kernel(g, _dilate(swapped(fetch(weight), groups), dilations), None if bias is None else fetch(bias))
 
-    params, step = shape.numel(), product_of(strides)
+    params, step = shape.numel(), prod(strides)
     macs = Fraction(params, step)
     params += whole.outputs * whole.bias
     rate = Fraction(1, step)
@@ -213,7 +214,7 @@ def avg_pool(
         one = impulse_response(lambda x: run(x, taps, strides, pads), Geometry(1, 1, 1, lines))
         return Kernel(g, one.weight.expand(g.outputs, *one.weight.shape[1:]))
 
-    return Map(input, "avgpool", geometry, kernel, 0, 0, product_of(strides), (axes, 1))
+    return Map(input, "avgpool", geometry, kernel, 0, 0, prod(strides), (axes, 1))
 
 
 def _conv_pads(padding: Any, taps: tuple[int, ...]) -> list[tuple[int, int]]:

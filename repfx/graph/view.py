@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.graph.calls import call
 from repfx.graph.effects import Writes, writes
 from repfx.graph.modes import Mode
 from repfx.graph.modules import of_module
@@ -142,7 +143,5 @@ class GraphView:
         """Runs a constant expression on the tensors that `fetch` gives."""
         if node.op == "get_attr":
             return fetch(str(node.target))
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda v: fetch(v) if isinstance(v, fx.Node) else v)
         with torch.no_grad():
-            f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
-            return f(*args, **kwargs)
+            return call(node, fetch)

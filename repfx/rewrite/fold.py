@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import KernelNorm, Moments
-from repfx.graph.edit import drop_unreferenced, free_path, put_module, references
+from repfx.algebra import CONVS, KernelNorm, Moments
+from repfx.graph.calls import call as run_node
+from repfx.graph.edit import CONV_LAYERS, drop_unreferenced, free_path, put_module, references
 from repfx.graph.effects import is_dead
 from repfx.quant import FakeQuant
 from repfx.rewrite.contract import Merged
 
-_CONVS: dict[Any, type[nn.Module]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+_LAYERS = {CONVS[axes]: layer for axes, layer in CONV_LAYERS.items()}
 
 
 def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
@@ -27,7 +28,7 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
     done = []
     calls: list[Any] = list(graph.nodes)
     for call in calls:
-        if call.target is not F.linear and call.target not in _CONVS:
+        if call.target is not F.linear and call.target not in _LAYERS:
             continue
         given = _bound(call)
         weight, bias = given["weight"], given["bias"]
@@ -118,17 +119,14 @@ def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Nod
                     at = getattr(at, name)
                 values[node] = at
                 continue
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda v: values.get(v) if isinstance(v, fx.Node) else v
-            )
-            if node.op == "call_module":
-                norm = module.get_submodule(str(node.target))
-                training, norm.training = norm.training, False
-                values[node] = norm((None, None, None), *args[1:], **kwargs)  # in eval mode it reads no input
-                norm.training = training
-            else:
-                f: Any = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))
-                values[node] = f(*args, **kwargs)
+            if node.op != "call_module":
+                values[node] = run_node(node, values.__getitem__)
+                continue
+            norm = module.get_submodule(str(node.target))
+            training, norm.training = norm.training, False
+            given = (values[v] if isinstance(v, fx.Node) else v for v in node.args[1:])
+            values[node] = norm((None, None, None), *given)  # in eval mode it reads no input
+            norm.training = training
     return values
 
 
@@ -145,7 +143,7 @@ def _layer(target: Any, given: dict[str, Any], weight: Tensor, bias: Tensor | No
     else:
         groups, options = given["groups"], {k: given[k] for k in ("stride", "padding", "dilation", "groups")}
         sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
-        layer = _CONVS[target](*sizes, bias=False, device="meta", **options)
+        layer = _LAYERS[target](*sizes, bias=False, device="meta", **options)
     layer._parameters["weight"] = nn.Parameter(weight)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias)
     return layer

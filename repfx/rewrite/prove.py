@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import CheckError
+from repfx.graph.calls import call
 from repfx.graph.ops import Ref
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
@@ -92,24 +93,16 @@ def _run(
     """The region's output on x; `seen` collects the largest magnitude of each value on the way."""
     values: dict[fx.Node, Any] = {region.source: x.clone()}  # a change in place must not reach the input
 
-    def value(v: Any) -> Any:
-        if not isinstance(v, fx.Node):
-            return v
+    def value(v: fx.Node) -> Any:
         if view.follows_mode(v):
             return False
         return values[v] if v in values else fetch(v)
 
     last = {v: node for node in region.nodes for v in node.all_input_nodes}
     for node in region.nodes:
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
-        if node.op == "call_module":
-            if node not in twins:
-                twins[node] = _twin(view.modules[str(node.target)], str(node.target), fetch)
-            values[node] = twins[node](*args, **kwargs)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_module" and node not in twins:
+            twins[node] = _twin(view.modules[str(node.target)], str(node.target), fetch)
+        values[node] = call(node, value, twins.get(node))
         if seen is not None and isinstance(values[node], Tensor):
             seen.append(float(values[node].abs().amax()))
         for v in node.all_input_nodes:

@@ -35,6 +35,7 @@ class Work:
     def __init__(self, module: fx.GraphModule, target: Target) -> None:
         self.module = module
         self.target = target
+        self.inserted: list[str] = []  # paths of new layers
 
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""
@@ -49,6 +50,14 @@ class Work:
             merged += self._merge(view, plan)
             if not plan.again:
                 return Result(name, tuple(merged), plan.declined)
+
+    def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
+        """Calls a new layer on a value, before a node; its path is `wanted` or the next free one, its mode the graph's."""
+        path = free_path(self.module, wanted)
+        put_module(self.module, path, layer.train(self.module.training))
+        self.inserted.append(path)
+        with self.module.graph.inserting_before(before):
+            return self.module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
         """Makes each weight that a program computes a plain weight."""

@@ -5,6 +5,18 @@ from repfx.tune.fit import fit
 from repfx.tune.history import Epoch, History
 from repfx.tune.pictures import Pictures
 from repfx.tune.recipe import PRESETS
+from repfx.tune.regularise import CustomL2
 from repfx.tune.tasks import Classification, SuperResolution, Task
 
-__all__ = ["PRESETS", "Classification", "Epoch", "History", "Pictures", "SuperResolution", "Task", "calibrate", "fit"]
+__all__ = [
+    "PRESETS",
+    "Classification",
+    "CustomL2",
+    "Epoch",
+    "History",
+    "Pictures",
+    "SuperResolution",
+    "Task",
+    "calibrate",
+    "fit",
+]
