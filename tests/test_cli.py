@@ -163,13 +163,13 @@ def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
 def test_a_folder_of_pictures(folder: Path) -> None:
     from PIL import Image
 
-    from repfx.tune.data import Batches
+    from repfx.tune import Images
 
     pictures = folder / "pictures" / "cats"
     pictures.mkdir(parents=True)
     for i, size in enumerate([(20, 30), (40, 24), (16, 16)]):
         Image.fromarray(np.full((*size, 3), 100 + i, dtype=np.uint8)).save(pictures / f"{i}.png")
-    batches = list(Batches(folder / "pictures", size=16, batch=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    batches = list(Images(folder / "pictures", size=16, mean=(0.5,) * 3, std=(0.5,) * 3).batches(2))
     assert [tuple(b.shape) for b in batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
     assert torch.allclose(batches[1], torch.full((1, 3, 16, 16), 102 / 255 * 2 - 1), atol=1e-6)
     (pictures / "3.png").write_bytes(b"not a picture")

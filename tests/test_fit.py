@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
@@ -23,7 +24,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.errors import CheckError, InputError
 from repfx.quant import FakeQuant
-from repfx.tune import PRESETS, Classification, fit
+from repfx.tune import PRESETS, Classification, CustomL2, fit
 from repfx.tune.order import source_of
 from repfx.tune.recipe import Recipe, optimizer_of, recipe
 
@@ -227,6 +228,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         ({"task": 3}, "a task has loss"),
         ({"epochs": 0}, "epochs is a whole number from 1"),
         ({"epochs": None}, "say how many epochs"),
+        ({"l2": "huge"}, "unknown l2 'huge'; choose one of: custom, eq6, plain"),
+        ({"l2": "custom", "model": nn.Conv2d(3, 4, 3)}, "no sum of a kxk and a 1x1 branch"),
         ({"preset": "resnet"}, "unknown preset 'resnet'"),
         ({"preset": {"rate": 3}}, "unknown setting in preset 'rate'"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
@@ -248,7 +251,7 @@ def test_bad_input_is_named(given: dict[str, Any], message: str) -> None:
 
 
 def test_presets_and_decay() -> None:
-    assert set(PRESETS) == {"qarepvgg", "qat", "ecbsr"}
+    assert set(PRESETS) == {"repvgg", "qarepvgg", "qat", "ecbsr"}
     q = recipe("qat", {"lr": 0.02, "epochs": None})
     assert (q.epochs, q.warmup, q.lr, q.momentum, q.weight_decay) == (10, 3, 0.02, 0.9, 1e-4)
     assert [q.lr_at(s, 2) for s in (0, 5)] == pytest.approx([0.02 / 6, 0.02]) and q.lr_at(20, 2) == pytest.approx(0)
@@ -261,3 +264,25 @@ def test_presets_and_decay() -> None:
         assert all(("weight" in names[id(p)] and p.dim() > 1) or everything for p in decayed["params"])
         free = [names[id(p)] for p in not_decayed["params"]]
         assert sum(n.endswith("_quant.scale") for n in free) == 6 and (len(free) == 6) is everything
+
+
+@pytest.mark.parametrize("l2", ["plain", "custom", "eq6"])
+def test_the_decay_of_a_block_is_the_one_asked_for(l2: str) -> None:
+    def blocks() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(RepVGG(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    model, ours = blocks(), blocks().train()
+    given = {"lr": 0.5, "momentum": 0, "weight_decay": 0.1, "schedule": "constant"}
+    fit(model, "classification", (x, y), epochs=1, batch=16, l2=l2, preset=given)
+    penalty = None if l2 == "plain" else CustomL2.of(ours, denominator=l2 == "custom")
+    kernels = {id(k) for k in penalty.kernels} if penalty else set()
+    loss = F.cross_entropy(ours(x), y)
+    if penalty:
+        loss = loss + 0.05 * penalty.penalty()
+    loss = loss + 0.05 * sum(p.square().sum() for p in ours.parameters() if p.dim() > 1 and id(p) not in kernels)
+    loss.backward()
+    trained = dict(model.named_parameters())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(trained[name], p - 0.5 * p.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

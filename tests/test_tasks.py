@@ -6,8 +6,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 import repfx
 from repfx.cli.main import app
 from repfx.errors import InputError
-from repfx.tune import Pictures, SuperResolution, fit
+from repfx.tune import Pairs, Pictures, SuperResolution, fit
 from repfx.tune.tasks import psnr
 
 
@@ -67,6 +69,8 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
     assert there.classes == ("dark", "light") and len(there) == 24
     for index in (0, 23):
         assert torch.equal(there[index][0], zipped[index][0]) and there[index][1] == zipped[index][1] == index // 12
+    cached = Pictures(root, "train", augment=True, cache=True)
+    assert torch.equal(cached[3][0], there[3][0]) and torch.equal(cached[3][0], there[3][0])
     first = there[0][0]
     there.set_epoch(0, 1)
     moved = there[0][0]
@@ -94,3 +98,64 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
         Pictures(tmp_path / "bad.zip")
     with pytest.raises(InputError, match="no picture in a class folder"):
         Pictures(root / "train" / "dark")
+
+
+def high_pictures(root: Path, count: int = 3) -> Path:
+    random = np.random.default_rng(0)
+    for part, names in (("train/set", count), ("test/hr", 2)):
+        (root / part).mkdir(parents=True)
+        for i in range(names):
+            coarse = random.integers(0, 256, (5, 6 + i, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((41 + 4 * i, 37), Image.Resampling.BICUBIC).save(root / part / f"{i}.png")
+    (root / "test/lr_x2").mkdir()
+    for i in range(2):
+        Image.new("RGB", (20 + 2 * i, 18), (255, 0, 0)).save(root / "test/lr_x2" / f"{i}.png")
+    return root
+
+
+def test_pairs_are_read_or_made(tmp_path: Path) -> None:
+    root = high_pictures(tmp_path / "sr")
+    low, high = Pairs(root, "test")[1]
+    assert low.shape == (1, 18, 22) and high.shape == (1, 36, 44)
+    assert torch.allclose(low, torch.tensor(65.481 + 16), atol=1e-3)  # Y of pure red
+    low, high = Pairs(root, "train", channels=3)[0]
+    assert low.shape == (3, 18, 20) and high.shape == (3, 36, 40)
+    averaged = F.avg_pool2d(high[None], 2)[0]
+    assert (averaged - low).abs().mean() < 5 and high.max() > 100
+    cut = Pairs(root, "train", patch=16, repeat=4, cache=True)
+    assert len(cut) == 12 and cut[5][0].shape == (1, 8, 8) and cut[5][1].shape == (1, 16, 16)
+    assert torch.equal(cut[5][1], cut[5][1]) and not torch.equal(cut[5][1], cut[8][1])
+    for index in range(12):  # low and high are turned and flipped together
+        low, high = cut[index]
+        assert (F.avg_pool2d(high[None], 2)[0] - low)[..., 1:-1, 1:-1].abs().mean() < 0.1 * high.std()
+    cut.set_epoch(0, 1)
+    moved = cut[5][1]
+    cut.set_epoch(0, 0)
+    assert not torch.equal(moved, cut[5][1])
+    with pytest.raises(InputError, match="no multiple of the scale"):
+        Pairs(root, patch=15)
+    with pytest.raises(InputError, match="smaller than a patch of 64"):
+        Pairs(root, "train", patch=64)[0]
+    (root / "test/lr_x2/1.png").unlink()
+    with pytest.raises(InputError, match=r"hr/1\.png but no test/lr_x2/1\.png"):
+        Pairs(root, "test")
+    (root / "train/set/1.png").write_bytes(b"no picture")
+    assert Pairs(root, "train", skip_broken=True).broken == ("train/set/1.png",)
+
+
+def test_the_command_trains_super_resolution_and_packaged_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = high_pictures(tmp_path / "sr")
+    (tmp_path / "made.py").write_text(
+        "from torch import nn\n"
+        "def sr():\n    return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1), nn.PixelShuffle(2))\n"
+        "def digits():\n    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runner, out = CliRunner(), ["-o", str(tmp_path / "out.pt"), "--epochs", "1"]
+    task = ["--task", "super-resolution", "--size", "16", "--preset", "ecbsr"]
+    done = runner.invoke(app, ["train", "made:sr", "--data", str(root), *task, *out])
+    assert done.exit_code == 0 and "psnr" in done.output, done.output
+    done = runner.invoke(app, ["train", "made:digits", "--data", "digits", *out])
+    assert done.exit_code == 0 and "top1" in done.output, done.output
+    done = runner.invoke(app, ["train", "made:digits", "--data", "cifar", *out])
+    assert done.exit_code != 0 and "no such file or folder: cifar" in str(done.exception)

@@ -52,6 +52,8 @@ class KernelNorm(nn.Module):
     """Takes the place, the parameters and the buffers of a batch norm: (x, K, b) -> (scale, shift), each (channels,).
 
     x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every `sample`-th of a batch.
+    `exact`: K has taps that are not learned, a mean or a filter for edges. What neighbours have in common is then all
+    that counts, and the estimates, which leave it out, are off by factors: they take the variance of u instead.
     """
 
     is_graph_leaf = True
@@ -61,13 +63,13 @@ class KernelNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, sample: int = 8) -> None:
+    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False, sample: int = 8) -> None:
         super().__init__()
         self._parameters, self._buffers = norm._parameters, norm._buffers
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
         self.eps: float = norm.eps  # type: ignore[assignment]
         self.momentum: float | None = norm.momentum  # type: ignore[assignment]
-        self.geometry, self.mode, self.sample = geometry, mode, sample
+        self.geometry, self.mode, self.exact, self.sample = geometry, mode, exact, sample
         self.training = norm.training
 
     def forward(self, seen: Seen, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,34 +83,42 @@ class KernelNorm(nn.Module):
         return f"{self.geometry.outputs}, eps={self.eps}, momentum={self.momentum}, mode={self.mode}"
 
     def _statistics(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, first, second = seen
         if not self.training or self.mode == "frozen":
             return self.running_mean, self.running_var
+        mean, var, unbiased = self.measure(seen, weight, bias)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
+            self.running_var.lerp_(unbiased.detach().to(self.running_var), share)
+        if self.mode == "running":
+            return mean, self.running_var.clone()  # the next step moves it; backward must not see that
+        return mean, var
+
+    def measure(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the mode says of this batch, each (channels,): mean, variance, and the variance that is kept."""
+        x, first, second = seen
         if self.mode == "batch":
             u = Kernel(self.geometry, weight, bias)(x)
             var, mean = torch.var_mean(u, self._others(u), correction=0)
-            count = u.numel() // u.shape[self.geometry.channel_axis]
-            self._move(mean, var * (count / max(count - 1, 1)))
-            return mean, var
+            return mean, var, _unbiased(var, u.numel() // u.shape[self.geometry.channel_axis])
         assert first is not None
         paper = self.mode == "estimate_paper"
         taps = self._taps(first, paper)
         level = (weight * self._per_weight(taps)).flatten(1).sum(1)  # the mean of u without its constant
         mean = level if bias is None else level + bias
-        if self.mode in ("estimate", "estimate_paper"):
+        if self.mode in ("estimate", "estimate_paper") and not self.exact:
             assert second is not None
             spread = self._taps(second, paper) - taps.square()
             var = (weight.square() * self._per_weight(spread)).flatten(1).sum(1)
-            self._move(mean, var)
-            return mean, var
-        if self.mode == "sampled":
-            var, _ = self._variance(x[:: self.sample] if x.shape[0] >= 2 * self.sample else x, weight, level, taps)
-            self._move(mean, var)
-            return mean, var
-        with torch.no_grad():
-            var, count = self._variance(x, weight, level, taps)
-            self._move(mean, var * (count / max(count - 1, 1)))
-        return mean, self.running_var.clone()  # a clone: the next step moves it, backward must not see that
+            return mean, var, var
+        if self.mode == "running":
+            with torch.no_grad():
+                var, count = self._variance(x, weight, level, taps)
+            return mean, var, _unbiased(var, count)
+        part = x[:: self.sample] if self.mode == "sampled" and x.shape[0] >= 2 * self.sample else x
+        var, _ = self._variance(part, weight, level, taps)
+        return mean, var, var
 
     def _variance(self, x: Tensor, weight: Tensor, level: Tensor, taps: Tensor) -> tuple[Tensor, int]:
         """Of u on x about its known mean, and over how many values. Where K is a scale by channel, x itself is read."""
@@ -150,9 +160,6 @@ class KernelNorm(nn.Module):
         rows = rows.expand(-1, g.outputs // g.groups, *rows.shape[2:])
         return rows.reshape(g.outputs, -1, *values.shape[1:])
 
-    @torch.no_grad()
-    def _move(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
-        self.running_var.lerp_(var.detach().to(self.running_var), share)
+
+def _unbiased(var: Tensor, count: int) -> Tensor:
+    return var * (count / max(count - 1, 1))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from repfx import api
 from repfx.blocks import RepVGG
-from repfx.errors import InputError, MissingPart
+from repfx.errors import InputError
+from repfx.tune.packaged import digits
 
 TARGET = "onnxruntime"
 
@@ -49,19 +49,6 @@ def small_repvgg(classes: int = 10) -> nn.Sequential:
     )
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1 797 handwritten digits, 8x8: training pictures and labels, then test ones (a quarter)."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise MissingPart("the demo's pictures come with scikit-learn: pip install repfx[demo]") from error
-    data = load_digits()
-    x = (data.images / 8.0 - 1.0).astype(np.float32)[:, None]
-    parts = train_test_split(x, data.target, test_size=0.25, random_state=seed, stratify=data.target)
-    return torch.from_numpy(parts[0]), torch.tensor(parts[2]), torch.from_numpy(parts[1]), torch.tensor(parts[3])
-
-
 def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     """Runs the whole path and prints the table. Raises InputError where the folder cannot be written."""
     try:
@@ -69,7 +56,7 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}") from error
     torch.manual_seed(seed)
-    train_x, train_y, test_x, test_y = digits(seed)
+    (train_x, train_y), (test_x, test_y) = digits(seed)
     model = small_repvgg()
     _train(model, train_x, train_y, epochs, console)
 

@@ -17,10 +17,9 @@ from repfx.cli.models import load_model
 from repfx.errors import InputError, RepfxError
 from repfx.quant import METHODS
 from repfx.rewrite.runner import Report
-from repfx.tune.data import Batches
-from repfx.tune.pictures import train_and_valid
+from repfx.tune.data import Images
 from repfx.tune.recipe import PRESETS
-from repfx.tune.tasks import TASKS
+from repfx.tune.tasks import TASKS, SuperResolution, data_of, task_of
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
@@ -32,7 +31,7 @@ Weights = Annotated[str | None, typer.Option(help="A state_dict for package.modu
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
 Target = Annotated[str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")]
-Data = Annotated[Path, typer.Option(help="A folder of pictures, or a .npy file (N, C, H, W).")]
+Data = Annotated[Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")]
 Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
 
 
@@ -68,6 +67,7 @@ def quantize(
     size: Size = 224,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
     limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     mean: Annotated[str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")] = "0.485,0.456,0.406",
     std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
     target: Target = "tensorrt",
@@ -75,7 +75,8 @@ def quantize(
     trust_pickle: Trust = False,
 ) -> None:
     """Merge, quantize and calibrate a model on pictures, and save it."""
-    batches = Batches(data, size=size, batch=batch, limit=limit, mean=_numbers("mean", mean), std=_numbers("std", std))
+    images = Images(data, size=size, limit=limit, mean=_numbers("mean", mean), std=_numbers("std", std))
+    batches = images.batches(batch, workers)
     loaded = load_model(model, weights, trust_pickle)
     result = api.transform(loaded, [f"ptq(bits={bits})"], target=target)
     api.calibrate(result, batches, method=method, progress=err.is_terminal)
@@ -90,7 +91,7 @@ def quantize(
 @app.command()
 def train(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A folder or zip of class folders, or of train/ and test/ with them.")],
+    data: Annotated[Path, typer.Option(help="A folder or zip of pictures, best with train/ and test/ in it, or digits.")],
     output: Output,
     task: Annotated[str, typer.Option(help=f"What to train for: {', '.join(TASKS)}.")] = "classification",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; the preset's where there is one.")] = None,
@@ -98,7 +99,9 @@ def train(
     passes: Annotated[str, typer.Option(help="Passes to run first, separated by commas, such as repq.")] = "",
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 64,
-    size: Annotated[int | None, typer.Option(min=1, help="Side of the pictures; as they are by default.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of pictures or patches; as they are by default.")] = None,
+    scale: Annotated[int, typer.Option(min=1, help="Super-resolution: times larger.")] = 2,
+    channels: Annotated[int, typer.Option(help="Super-resolution: 1 (Y) or 3 (RGB).")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from after an interruption.")] = None,
     log: Annotated[Path | None, typer.Option(help="A file for a line of JSON an epoch.")] = None,
@@ -108,20 +111,20 @@ def train(
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Train a model on labelled pictures, quantization-aware with --passes repq, and save it."""
-    if task != "classification":
-        raise InputError("the command trains on labelled pictures, so --task is classification; repfx.fit takes others")
+    """Train a model on pictures, quantization-aware with --passes repq, and save it."""
+    goal = SuperResolution(scale, channels=channels) if task == "super-resolution" else task_of(task)
     torch.manual_seed(seed)
     net = load_model(model, weights, trust_pickle)
     if not output.parent.is_dir():
         raise InputError(f"no such folder: {output.parent}")
     net = api.transform(net, _split(passes), target=target)
-    pictures, valid = train_and_valid(data, size=size, skip_broken=skip_broken)
-    for name in (*pictures.broken, *(valid.broken if valid else ())):
-        out.print(f"left out: {name} is not a readable picture", markup=False, highlight=False)
+    pictures, valid = data_of(goal, data, size=size, skip_broken=skip_broken)
+    for part in (pictures, getattr(valid, "dataset", valid)):
+        for name in getattr(part, "broken", ()):
+            out.print(f"left out: {name} is not a readable picture", markup=False, highlight=False)
     history = api.fit(
         net,
-        task,
+        goal,
         pictures,
         valid=valid,
         epochs=epochs,
@@ -154,7 +157,7 @@ def lower(
         raise InputError("say what to lower to: --onnx")
     dims = tuple(int(v) for v in _numbers("shape", shape))
     if data is not None:
-        example = next(iter(Batches(data, size=dims[-1], batch=8)))
+        example = next(iter(Images(data, size=dims[-1]).batches(8)))
     else:
         example = torch.randn(2, *dims, generator=torch.Generator().manual_seed(0))
     artifact = api.lower(load_model(model, weights, trust_pickle), output, example=example, target=target)

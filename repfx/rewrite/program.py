@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -81,9 +82,11 @@ def program(
         norm: Any = view.modules[str(node.target)]
         where = str(node.target)
         parent = module.get_submodule(where.rpartition(".")[0])
-        parent._modules[where.rpartition(".")[2]] = KernelNorm(norm, before.geometry, mode)
         bias = None if before.bias is None else recorder.create_arg(before.bias)
-        call = module.graph.call_module(where, (seen(), recorder.create_arg(before.weight), bias))
+        args = (seen(), recorder.create_arg(before.weight), bias)
+        exact = before.geometry.taps > 1 and not _taps_are_learned(module, args[1], args[0])
+        parent._modules[where.rpartition(".")[2]] = KernelNorm(norm, before.geometry, mode, exact)
+        call = module.graph.call_module(where, args)
         running = [t.detach() for t in (norm.running_mean, norm.running_var)]
         scale = torch.rsqrt(running[1] + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
         shift = -running[0] * scale + (0 if norm.bias is None else norm.bias.detach())
@@ -100,3 +103,19 @@ def program(
         bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)
     now = packed.value if isinstance(packed, ConstantProxy) else packed
     return weight, bias, now.to(like.dtype)
+
+
+def _taps_are_learned(module: fx.GraphModule, weight: fx.Node, seen: fx.Node) -> bool:
+    """Whether a parameter of more than one tap is in this expression; a filter that is only scaled has none."""
+    reached, todo = {seen}, [weight]
+    while todo:
+        node = todo.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        todo += node.all_input_nodes
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(module)
+            if value.requires_grad and prod(value.shape[2:]) > 1:
+                return True
+    return False

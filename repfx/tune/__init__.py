@@ -1,11 +1,14 @@
 """What takes a model and data: calibration and training. It knows no graph surgery, only the quantizers in the model."""
 
 from repfx.tune.calibrate import calibrate
+from repfx.tune.data import Images
 from repfx.tune.fit import fit
 from repfx.tune.history import Epoch, History
+from repfx.tune.pairs import Pairs
 from repfx.tune.pictures import Pictures
 from repfx.tune.recipe import PRESETS
 from repfx.tune.regularise import CustomL2
+from repfx.tune.statistics import match_statistics
 from repfx.tune.tasks import Classification, SuperResolution, Task
 
 __all__ = [
@@ -14,9 +17,12 @@ __all__ = [
     "CustomL2",
     "Epoch",
     "History",
+    "Images",
+    "Pairs",
     "Pictures",
     "SuperResolution",
     "Task",
     "calibrate",
     "fit",
+    "match_statistics",
 ]

@@ -44,7 +44,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
             quant.calibrated = False
         with torch.no_grad():
             for batch in track(batches, "calibrating", disable=not progress):
-                _feed(model, batch, device)
+                feed(model, batch, device)
                 seen += 1
         if not seen:
             raise InputError("the calibration set is empty: give at least one batch")
@@ -61,7 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
     return model
 
 
-def _feed(model: nn.Module, batch: Any, device: torch.device) -> None:
+def feed(model: nn.Module, batch: Any, device: torch.device) -> None:
+    """Runs the model on a batch as `calibrate` takes them. Raises InputError for one it does not take."""
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     try:

@@ -21,9 +21,8 @@ from repfx.errors import InputError, MissingPart
 from repfx.tune.history import History
 from repfx.tune.loop import Run
 from repfx.tune.order import source_of
-from repfx.tune.pictures import train_and_valid
 from repfx.tune.recipe import recipe
-from repfx.tune.tasks import Distilled, Task, task_of
+from repfx.tune.tasks import Distilled, Task, data_of, task_of
 
 
 def fit(
@@ -41,6 +40,7 @@ def fit(
     schedule: str | Callable[[float], float] | None = None,
     warmup: float | None = None,
     decay_norm: bool | None = None,
+    l2: str | None = None,
     batch: int = 64,
     workers: int = 0,
     ema: float | None = None,
@@ -60,13 +60,15 @@ def fit(
     """Trains the model in place and returns what happened, an epoch a row.
 
     `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and `metric()` (see `Task`).
-    `data`, `valid`: tensors (x, y) of N samples, a data set, a DataLoader, or a folder or zip of class folders (with
-    `train/` and `test/` or `val/` in it, the latter is `valid`). `batch`: samples a process and micro batch.
+    `data`, `valid`: tensors (x, y) of N samples, a data set or a DataLoader. `data` may be a path, which the task reads: a
+    folder or zip of class folders, or of pictures for super-resolution (with `train/` and `test/` or `val/` in it, the
+    latter is `valid`), or "digits". `batch`: samples a process and micro batch.
 
-    `preset`: "qarepvgg", "qat", "ecbsr" or a dict, for what is not given here; without it SGD with `momentum` 0.9, `lr`
-    0.1 falling on a cosine to 0, `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw or a function of parameter groups.
-    `schedule`: cosine, constant, or a function from 0..1 to a factor. `warmup`: epochs. Weight decay leaves out
-    parameters of one dimension unless `decay_norm`, and the scales of quantizers always.
+    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict, for what is not given here; without it SGD with `momentum`
+    0.9, `lr` 0.1 falling on a cosine to 0, `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw or a function of parameter
+    groups. `schedule`: cosine, constant, or a function from 0..1 to a factor. `warmup`: epochs. Weight decay leaves out
+    parameters of one dimension unless `decay_norm`, and the scales of quantizers always. `l2`: "plain", or "custom"
+    (RepVGG's) or "eq6" (QARepVGG's repair) in place of plain decay on the kernels of multi-branch blocks (`CustomL2`).
 
     `ema`: decay of an average of the weights, which `valid` is measured on and the model has in the end. `clip`: largest
     norm of the gradient. `accumulate`: micro batches a step. `teacher`: a net whose outputs make up `distill` of the
@@ -91,6 +93,7 @@ def fit(
         "schedule": schedule,
         "warmup": warmup,
         "decay_norm": decay_norm,
+        "l2": l2,
     }
     rules = recipe(preset, given)
     for name, value in (("batch", batch), ("accumulate", accumulate), ("checkpoint_every", checkpoint_every or 1)):
@@ -104,7 +107,7 @@ def fit(
         raise InputError(f"distill is a share from 0 to 1, not {distill!r}")
     goal = task_of(task)
     if isinstance(data, (str, os.PathLike)):
-        data, found = train_and_valid(data)
+        data, found = data_of(task, data)
         valid = found if valid is None else valid
     source = source_of(data, batch, workers)
     valid_source = None if valid is None else source_of(valid, batch, workers)

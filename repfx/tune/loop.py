@@ -27,6 +27,7 @@ from repfx.tune.average import Average
 from repfx.tune.history import Epoch, History
 from repfx.tune.order import Source
 from repfx.tune.recipe import Recipe, optimizer_of
+from repfx.tune.regularise import CustomL2
 from repfx.tune.tasks import Task
 
 
@@ -51,7 +52,9 @@ class Run:
         self.accelerator, self.model, self.task, self.source, self.rules = accelerator, model, task, source, rules
         self.clip, self.accumulate, self.seed = clip, accumulate, seed
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        optimizer = optimizer_of(model.to(accelerator.device), rules)
+        self.custom = None if rules.l2 == "plain" else CustomL2.of(model, denominator=rules.l2 == "custom")
+        free = () if self.custom is None else self.custom.kernels
+        optimizer = optimizer_of(model.to(accelerator.device), rules, free)
         self.ema = None if ema is None else Average(model, ema)
         self.net = accelerator.prepare_model(model)
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
@@ -137,6 +140,8 @@ class Run:
                 if not isinstance(loss, Tensor) or loss.dim():
                     raise InputError(f"the loss of a task is a scalar tensor, not {loss!r}")
                 total += weight * loss.detach()
+                if self.custom is not None:
+                    loss = loss + 0.5 * self.rules.weight_decay * self.custom.penalty()
                 self.accelerator.backward(weight * loss)
         value = float(self.accelerator.reduce(total, "mean"))
         if not math.isfinite(value):

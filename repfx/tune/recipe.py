@@ -7,28 +7,31 @@ lr(step) = peak * (1 + cos(pi t)) / 2               t from 0 to 1 over the rest,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repfx.errors import InputError, unknown
 from repfx.quant import FakeQuant
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "repvgg": {"epochs": 120, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine", "l2": "custom"},
     "qarepvgg": {"epochs": 120, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4},
     "qat": {"epochs": 10, "warmup": 3, "optimizer": "sgd", "momentum": 0.9, "lr": 0.01, "schedule": "cosine"},
     "ecbsr": {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "weight_decay": 0.0},
 }
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "constant")
+L2 = ("plain", "custom", "eq6")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension too."""
+    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension too. `l2`: plain weight
+    decay, or RepVGG's custom one or Eq. 6 of QARepVGG on the kernels of its blocks (`CustomL2`)."""
 
     epochs: int
     optimizer: str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = "sgd"
@@ -38,12 +41,15 @@ class Recipe:
     schedule: str | Callable[[float], float] = "cosine"
     warmup: float = 0
     decay_norm: bool = False
+    l2: str = "plain"
 
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
+        if self.l2 not in L2:
+            raise unknown("l2", str(self.l2), L2)
         if not isinstance(self.epochs, int) or self.epochs < 1:
             raise InputError(f"epochs is a whole number from 1, not {self.epochs!r}")
         for name in ("lr", "momentum", "weight_decay", "warmup"):
@@ -77,16 +83,16 @@ def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> 
     return Recipe(**values)
 
 
-def optimizer_of(model: nn.Module, r: Recipe) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on what has two dimensions or more and is no scale of a quantizer.
+def optimizer_of(model: nn.Module, r: Recipe, free: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
+    """The optimizer, with weight decay on what has two dimensions or more, is no scale of a quantizer and not in `free`.
 
     Raises InputError for a model without a parameter to train.
     """
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)}
+    spared = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)} | {id(p) for p in free}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("the model has no parameter to train")
-    decays = [id(p) not in scales and (p.dim() > 1 or r.decay_norm) for p in trained]
+    decays = [id(p) not in spared and (p.dim() > 1 or r.decay_norm) for p in trained]
     groups: list[dict[str, Any]] = [
         {"params": [p for p, d in zip(trained, decays, strict=True) if d is on], "weight_decay": r.weight_decay * on}
         for on in (True, False)

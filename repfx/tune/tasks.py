@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from repfx.errors import InputError, MissingPart, unknown
+from repfx.tune.packaged import PACKAGED
+from repfx.tune.pairs import Pairs
+from repfx.tune.pictures import train_and_valid, validation_part
 
 
 class Score(Protocol):
@@ -35,12 +40,27 @@ class Task(Protocol):
     def metric(self) -> Score | None: ...
 
 
+class Reader(Protocol):
+    """A task that knows how its data lie on a disk: what to train on and what to validate on, from a path or a name.
+
+    `size` is the side of the pictures it reads; `skip_broken` leaves out pictures that cannot be read.
+    """
+
+    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]: ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross entropy of logits (N, classes) against labels (N,), or probabilities (N, classes); top-1 and top-5."""
 
     smoothing: float = 0.0
     temperature: float = 1.0
+
+    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]:
+        """A folder or zip of class folders, or of `train/` and `test/` or `val/` with them; or "digits"."""
+        if str(path) in PACKAGED and not Path(path).exists():
+            return PACKAGED[str(path)]()
+        return train_and_valid(path, size=size, skip_broken=skip_broken)
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
         x, y = pair(batch)
@@ -89,6 +109,19 @@ class SuperResolution:
 
     scale: int = 2
     peak: float = 255.0
+    channels: int = 1
+
+    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]:
+        """A folder or zip of pictures, with `train/` and `test/` or `val/` in it where there is to be validation.
+
+        Random patches of `size` pixels (64 times the scale where it is None) to train on, sixteen a picture and epoch;
+        whole pictures, one at a time, to validate. See `Pairs` for how the small ones are found or made.
+        """
+        same: dict[str, Any] = {"scale": self.scale, "channels": self.channels, "skip_broken": skip_broken}
+        found = validation_part(path)
+        part = "" if found is None else "train"
+        train = Pairs(path, part, patch=size or 64 * self.scale, repeat=16, cache=True, **same)
+        return train, DataLoader(Pairs(path, found, **same), 1) if found else None
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
         low, high = pair(batch)
@@ -193,6 +226,17 @@ class Distilled:
 
 
 TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "super-resolution": SuperResolution}
+
+
+def data_of(task: str | Task, path: Any, **options: Any) -> tuple[Any, Any]:
+    """What the task reads at this path: to train on, and to validate on or None. `options` as in `Reader`.
+
+    Raises InputError for a task that reads no files.
+    """
+    reader: Any = task_of(task)
+    if not callable(getattr(reader, "read", None)):
+        raise InputError(f"{type(task)} has no read(path): give fit a data set, tensors or a DataLoader")
+    return reader.read(path, **options)
 
 
 def task_of(task: str | Task) -> Task:

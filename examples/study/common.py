@@ -1,0 +1,96 @@
+"""What the studies share: the nets, the pictures, and a file of results that a run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import repfx
+from repfx.blocks.frame import ConvNorm, Frame
+from repfx.tune import Pictures
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def plain(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Module:
+    """One convolution and its batch norm: what a block is compared with."""
+    return ConvNorm(Frame.of(inputs, outputs, kernel, stride, padding))
+
+
+def mini(block: Any, widths: tuple[int, int, int] = (16, 32, 64), classes: int = 10, **options: Any) -> nn.Module:
+    """Eight blocks of 3x3 with ReLU between, for pictures of 32x32: (N, 3, 32, 32) -> (N, classes)."""
+    a, b, c = widths
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width, stride in ((a, 1), (a, 1), (b, 2), (b, 1), (b, 1), (c, 2), (c, 1), (c, 1)):
+        layers += [block(inputs, width, 3, stride, 1, **options), nn.ReLU()]
+        inputs = width
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    return net.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+def pictures(path: Path, limit: int | None = None) -> tuple[Pictures, Pictures]:
+    """CIFAR-10 as `train/<class>/*.jpg` and `test/<class>/*.jpg`, in a folder or zip."""
+    same: dict[str, Any] = {"mean": MEAN, "std": STD, "cache": True}
+    return Pictures(path, "train", augment=True, limit=limit, **same), Pictures(path, "test", **same)
+
+
+def calibration(path: Path, count: int = 1024) -> list[torch.Tensor]:
+    """Training pictures without augmentation, in batches of 128."""
+    data = Pictures(path, "train", mean=MEAN, std=STD, limit=count)
+    return [x for x, _ in DataLoader(data, 128)]
+
+
+class Accuracy:
+    """Top-1 in percent on the test pictures, decoded once."""
+
+    def __init__(self, test: Any) -> None:
+        self.batches = [
+            (x.to(memory_format=torch.channels_last), y) for x, y in DataLoader(Subset(test, range(len(test))), 500)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        model.eval()
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in self.batches)
+        return 100 * right / sum(len(y) for _, y in self.batches)
+
+
+class Results:
+    """Lines of JSON, each with a key; what has a line is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def trained(folder: Path, name: str, make: Any, task: Any, data: Any, seed: int, **options: Any) -> nn.Module:
+    """The net of this name and seed, from its finished checkpoint or trained now; a cut run goes on where it was."""
+    torch.manual_seed(seed)
+    model: nn.Module = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{seed}.ck"
+    repfx.fit(model, task, data, seed=seed, checkpoint=file, log=file.with_suffix(".jsonl"), device="cpu", **options)
+    return model.eval()
+
+
+def spread(values: Iterable[float]) -> str:
+    """mean ± half the range, of several seeds."""
+    v = list(values)
+    return f"{sum(v) / len(v):.1f} ± {(max(v) - min(v)) / 2:.1f}" if len(v) > 1 else f"{v[0]:.1f}"
