@@ -7,6 +7,8 @@ training of the merged net, and, for float training, to the multi-branch net its
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import time
 
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 import repfx
 from repfx.blocks import ACNet, RepVGG
 from repfx.passes import RepQ
+
+MODES = ("frozen", "estimate", "sampled", "running", "batch")
 
 
 def net(block: type[nn.Module], width: int, depth: int) -> nn.Module:
@@ -49,29 +53,53 @@ def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]:
+    """What is compared: the net of branches, plain QAT of the merged net, float training merged, and repq's modes."""
+    torch.manual_seed(0)
+    model = net(block, width, 4).eval()
+    merged = repfx.transform(model, ["fuse"], example=x)
+    found: dict[str, nn.Module] = {"multi": repfx.transform(model, [], example=x)}
+    found["plain"] = repfx.transform(merged, ["repq"], example=x)
+    found["float"] = repfx.transform(model, [RepQ(bits=32, bn="estimate")], example=x)
+    return found | {mode: repfx.transform(model, [RepQ(bn=mode)], example=x) for mode in MODES}
+
+
+def peak(block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, out: object) -> None:
+    """Puts the MB that three steps take above what the process held before them."""
+    x, y = torch.randn(shape), torch.arange(shape[0]) % 10
+    step = stepper(forms(block, width, x[:2, :, :8, :8])[form], x, y)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)  # type: ignore[attr-defined]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step instead of its time")
     args = parser.parse_args()
-    x, y = torch.randn(args.batch, args.width, args.size, args.size), torch.arange(args.batch) % 10
-    modes = ("frozen", "estimate", "sampled", "running", "batch")
-    table = Table(title=f"a step, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios")
-    for column in ("block", "multi-branch", "plain QAT", *(f"repq {m}" for m in modes), "float estimate / multi-branch"):
+    shape = (args.batch, args.width, args.size, args.size)
+    x, y = torch.randn(shape), torch.arange(args.batch) % 10
+    what = "peak memory of a step" if args.memory else "a step"
+    table = Table(title=f"{what}, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios")
+    for column in ("block", "multi-branch", "plain QAT", *(f"repq {m}" for m in MODES), "float estimate / multi-branch"):
         table.add_column(column, justify="right")
     for block in (ACNet, RepVGG):
-        torch.manual_seed(0)
-        model = net(block, args.width, 4).eval()
-        merged = repfx.transform(model, ["fuse"], example=x)
-        steps = {"multi": stepper(repfx.transform(model, [], example=x), x, y)}
-        steps["plain"] = stepper(repfx.transform(merged, ["repq"], example=x), x, y)
-        steps["float"] = stepper(repfx.transform(model, [RepQ(bits=32, bn="estimate")], example=x), x, y)
-        for mode in modes:
-            steps[mode] = stepper(repfx.transform(model, [RepQ(bn=mode)], example=x), x, y)
-        t = compare(steps, args.rounds)
-        ratios = [t["multi"] / t["plain"], 1.0, *(t[m] / t["plain"] for m in modes), t["float"] / t["multi"]]
+        if args.memory:
+            t = {}
+            for form in ("multi", "plain", "float", *MODES):
+                out = multiprocessing.get_context("spawn").Queue()
+                job = multiprocessing.get_context("spawn").Process(target=peak, args=(block, args.width, shape, form, out))
+                job.start()
+                t[form] = out.get()
+                job.join()
+        else:
+            t = compare({name: stepper(m, x, y) for name, m in forms(block, args.width, x).items()}, args.rounds)
+        ratios = [t["multi"] / t["plain"], 1.0, *(t[m] / t["plain"] for m in MODES), t["float"] / t["multi"]]
         table.add_row(block.__name__, *(f"{r:.2f}" for r in ratios))
     Console(width=140).print(table)
 

@@ -1,0 +1,72 @@
+"""Study (b), RepQ: Plain, Merged and RepQ in its modes, at 8 and 4 bits, for RepVGG- and ACNet-style nets.
+
+    python examples/study/strategies.py --data cifar10.zip
+
+Plain     one convolution and batch norm from the start:  train, then transform(net, ["repq"])
+Merged    train the branches, merge, then quantize:        transform(net, ["fuse", "repq"])
+RepQ      quantize the merged weight of the branches:      transform(net, ["repq"])
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import Accuracy, Results, calibration, mini, pictures, plain, trained
+
+import repfx
+from repfx.blocks import ACNet, RepVGG
+from repfx.passes import RepQ
+from repfx.tune import match_statistics
+
+NETS = {"plain": plain, "repvgg": RepVGG, "acnet": ACNet}
+MODES = ("running", "batch", "estimate", "sampled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "strategies.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=8, help="of float training")
+    parser.add_argument("--qat-epochs", type=int, default=2)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train, test = pictures(args.data)
+    accuracy, results = Accuracy(test), Results(args.results)
+    batches = calibration(args.data)
+    for seed in args.seeds:
+        floats = {
+            name: trained(
+                args.runs, name, lambda b=block: mini(b), "classification", train, seed,
+                epochs=args.epochs, lr=0.1, batch=128,
+            )
+            for name, block in NETS.items()
+        }  # fmt: skip
+        for name, net in floats.items():
+            if not results.has(net=name, seed=seed, bits=32):
+                results.add(net=name, seed=seed, bits=32, strategy="float", top1=accuracy(net))
+            ways = {"Plain": ["running"]} if name == "plain" else {"Merged": ["running"], "RepQ": MODES}
+            for bits, strategy, mode in [(b, s, m) for b in args.bits for s, modes in ways.items() for m in modes]:
+                if results.has(net=name, seed=seed, bits=bits, strategy=strategy, mode=mode):
+                    continue
+                passes = [*(["fuse"] if strategy == "Merged" else []), RepQ(bits=bits, bn=mode)]
+
+                def start(n: torch.nn.Module = net, p: list[object] = passes, m: str = mode) -> torch.nn.Module:
+                    made = repfx.transform(n, p)
+                    return match_statistics(made, batches) if m == "estimate" else made
+
+                quantized = trained(
+                    args.runs, f"{name}-{strategy}-{mode}-{bits}", start, "classification", train, seed,
+                    epochs=args.qat_epochs, lr=0.01, batch=128,
+                )  # fmt: skip
+                top1 = accuracy(repfx.transform(quantized, ["fuse"]))
+                results.add(net=name, seed=seed, bits=bits, strategy=strategy, mode=mode, top1=top1)
+
+
+if __name__ == "__main__":
+    main()
