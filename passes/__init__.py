@@ -8,6 +8,7 @@ from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.passes.ptq import Ptq
 from repfx.passes.qarep import QARep
+from repfx.passes.qprep import QPRep
 from repfx.passes.repq import RepQ
 
-__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "QARep", "RepQ"]
+__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "QARep", "QPRep", "RepQ"]

@@ -17,7 +17,7 @@ from repfx.rewrite.contract import Pass
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
 from repfx.rewrite.verify import Difference, difference
-from repfx.tune import History, calibrate, fit
+from repfx.tune import History, calibrate, fit, reconstruct
 
 
 def transform(
@@ -69,6 +69,7 @@ __all__ = [
     "inspect",
     "load",
     "lower",
+    "reconstruct",
     "save",
     "transform",
     "verify",

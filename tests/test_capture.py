@@ -236,7 +236,7 @@ def test_bad_models_are_refused() -> None:
     with pytest.raises(repfx.InputError, match=r"does not accept the example \(1, 3, 8, 8\)"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], example=torch.zeros(1, 3, 8, 8))
     with pytest.raises(
-        repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, qarep, repq"
+        repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, qarep, qprep, repq"
     ):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
     with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):

@@ -91,7 +91,7 @@ BAD = {
     "unknown pass": (
         ["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"],
         2,
-        "one of: bnfold, expand, fuse, ptq, qarep, repq",
+        "one of: bnfold, expand, fuse, ptq, qarep, qprep, repq",
     ),
     "unknown method": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "best"],

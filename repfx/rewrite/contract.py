@@ -27,6 +27,7 @@ class Stage(IntEnum):
     TRAIN = 2
     MERGE = 3
     QUANTIZE = 4
+    ADJUST = 5
 
 
 class Promise(Enum):
@@ -113,7 +114,7 @@ def parse(spec: str) -> Pass:
     >>> parse("fues")
     Traceback (most recent call last):
     ...
-    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep, repq
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep, qprep, repq
     """
     try:
         call = ast.parse(spec.strip(), mode="eval").body

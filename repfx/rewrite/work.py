@@ -24,6 +24,7 @@ from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
 from repfx.rewrite.fetch import in_float64
 from repfx.rewrite.fold import fold_programs
+from repfx.rewrite.fold_affine import fold_affines
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.prove import prove
@@ -60,8 +61,8 @@ class Work:
             return self.module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
-        """Makes each weight that a program computes a plain weight."""
-        return fold_programs(self.module)
+        """Makes each weight that a program computes a plain weight, and each affine a part of its layer."""
+        return fold_programs(self.module) + fold_affines(self.module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> None:
         """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's."""

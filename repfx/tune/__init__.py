@@ -7,6 +7,7 @@ from repfx.tune.history import Epoch, History
 from repfx.tune.pairs import Pairs
 from repfx.tune.pictures import Pictures
 from repfx.tune.recipe import PRESETS
+from repfx.tune.reconstruct import reconstruct
 from repfx.tune.regularise import CustomL2
 from repfx.tune.statistics import match_statistics
 from repfx.tune.tasks import Classification, SuperResolution, Task
@@ -25,4 +26,5 @@ __all__ = [
     "calibrate",
     "fit",
     "match_statistics",
+    "reconstruct",
 ]

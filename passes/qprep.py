@@ -1,0 +1,63 @@
+"""qprep: a learnable affine after every quantized layer, which folds into its integers (QPRep of RepAPQ).
+
+    F.conv2d(Q(x), Q(W), b)   ->   F.conv2d(Q(x), *affine(Q(W), b)),    affine = (eta Q(W), eta b + eps)
+
+eta = 1 and eps = 0 at the start: nothing changes. `repfx.reconstruct` learns them; `fuse` folds them exactly into weight
+scales, codes (eta < 0 included) and biases. It works on the merged, quantized net and runs `fuse` and `ptq` first.
+
+Weights need one scale a channel. A layer whose quantized weight other layers read too is declined.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import fx
+
+from repfx.algebra import CONVS
+from repfx.errors import Declined, InputError
+from repfx.quant import Affine, FakeQuant
+from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.work import Work
+
+
+@register
+@dataclass(frozen=True)
+class QPRep(Pass):
+    """Puts the affines in. Raises InputError where a weight is quantized per tensor."""
+
+    name: ClassVar[str] = "qprep"
+    stage: ClassVar[Stage] = Stage.ADJUST
+    requires: ClassVar[tuple[str, ...]] = ("ptq", "fuse")
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.NAMES})
+
+    def run(self, work: Work) -> Result:
+        view, graph = work.view(), work.module.graph
+        declined = []
+        for node in view.nodes:
+            quant = view.modules.get(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(quant, FakeQuant) or not quant.of_weight:
+                continue
+            path = str(node.target)
+            if quant.grid.axis is None:
+                raise InputError(f"{path} has one scale for the tensor: an affine folds into ptq(per_channel=True) only")
+            call = next(iter(node.users))
+            if len(node.users) > 1 or call.target not in {*CONVS.values(), F.linear}:
+                declined.append(Declined(path, "its quantized weight is read more than once, or not by a layer"))
+                continue
+            bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+            if isinstance(bias, fx.Node) and bias.op != "get_attr":
+                declined.append(Declined(path, "the bias of its layer is computed"))
+                continue
+            ref = node.args[0]
+            assert isinstance(ref, fx.Node)
+            affine = work.insert(call, node, f"{path.rpartition('.')[0]}.affine".lstrip("."), Affine(view.tensor(ref)))
+            affine.args = (node, bias)
+            with graph.inserting_before(call):
+                parts = [graph.call_function(operator.getitem, (affine, i)) for i in (0, 1)]
+            call.kwargs = {k: v for k, v in call.kwargs.items() if k not in ("weight", "bias")}
+            call.args = (call.args[0], *parts, *call.args[3:])
+        return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))
