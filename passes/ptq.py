@@ -9,6 +9,7 @@ One quantizer a tensor: layers that read the same value share it. Weights get th
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from repfx.errors import unknown
 from repfx.graph.ops import Map
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.quant import FakeQuant, search_scale
+from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.work import Work
 
@@ -33,7 +34,8 @@ class Ptq(Pass):
     """`bits` of activations, and of weights unless `weight_bits` says otherwise.
 
     `per_channel`: one weight scale per output channel, else per tensor. `weights`: how weight ranges are chosen, max,
-    mse or mae.
+    mse or mae. `wide`: layers, by name or pattern ("head.*"), one or several, that take `wide_bits` instead; 32 leaves
+    them in float. A value that several layers read takes the most bits of theirs.
     """
 
     name: ClassVar[str] = "ptq"
@@ -45,8 +47,12 @@ class Ptq(Pass):
     weight_bits: int | None = None
     per_channel: bool = True
     weights: str = "max"
+    wide: str | tuple[str, ...] = ()
+    wide_bits: int = 8
 
     def __post_init__(self) -> None:
+        for bits in (self.bits, self.weight_bits or self.bits, *([] if self.wide_bits == 32 else [self.wide_bits])):
+            Grid(bits)  # raises for what no grid has
         if self.weights not in _POWERS:
             raise unknown("method for weights", self.weights, _POWERS)
 
@@ -54,17 +60,29 @@ class Ptq(Pass):
         view = work.view()
         found = [(n, op) for n, op in view.ops.items() if isinstance(op, Map) and op.kind in ("conv", "linear")]
         # Read the graph in full before the first change: the view is a snapshot.
-        grids = {op.x: work.target.activation(self.bits, non_negative(view, op.x)) for _, op in found}
+        names = {n: str(n.target) if n.op == "call_module" else _owner(n) for n, _ in found}
+        patterns = (self.wide,) if isinstance(self.wide, str) else self.wide
+        for pattern in patterns:
+            if not fnmatch.filter(names.values(), pattern):
+                raise unknown("layer in wide", pattern, names.values())
+        wide = {n for n, name in names.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+        bits: dict[fx.Node, int] = {}
+        kept = wide if self.wide_bits == 32 else set()
+        found = [(n, op) for n, op in found if n not in kept]
+        for n, op in found:
+            bits[op.x] = max(bits.get(op.x, 2), self.wide_bits if n in wide else self.bits)
+        grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
         moved: dict[fx.Node, fx.Node] = {}
         for node, op in found:
-            name = str(node.target) if node.op == "call_module" else _owner(node)
+            name = names[node]
             x = moved.get(op.x, op.x)
             if x not in inputs or view.writes.changed(op.x):
                 quant = FakeQuant(grids[op.x])
                 inputs[x] = work.insert(node, x, f"{name}.input_quant", quant)
-            moved[node] = self._quantize(work, view, node, x, inputs[x], name, weights)
+            b = self.wide_bits if node in wide else self.weight_bits or self.bits
+            moved[node] = self._quantize(work, view, node, x, inputs[x], name, b, weights)
         return Result(self.name, inserted=tuple(work.inserted))
 
     def _quantize(
@@ -75,6 +93,7 @@ class Ptq(Pass):
         plain: fx.Node,
         x: fx.Node,
         name: str,
+        bits: int,
         weights: dict[Any, fx.Node],
     ) -> fx.Node:
         """Makes the layer's call read the quantized input x in place of the plain one, and a quantized weight."""
@@ -94,7 +113,7 @@ class Ptq(Pass):
         key = weight.target if weight.op == "get_attr" else weight
         if key not in weights:
             value = view.tensor(str(weight.target) if weight.op == "get_attr" else weight)
-            grid = work.target.weight(self.weight_bits or self.bits, self.per_channel)
+            grid = work.target.weight(bits, self.per_channel)
             power = _POWERS[self.weights]
             scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
             quant = FakeQuant(grid, scale.detach(), of_weight=True)

@@ -13,6 +13,7 @@ from repfx.api import (
     lower,
     reconstruct,
     save,
+    sensitivity,
     transform,
     verify,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "lower",
     "reconstruct",
     "save",
+    "sensitivity",
     "transform",
     "verify",
 ]

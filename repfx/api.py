@@ -17,7 +17,7 @@ from repfx.rewrite.contract import Pass
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
 from repfx.rewrite.verify import Difference, difference
-from repfx.tune import History, calibrate, fit, reconstruct
+from repfx.tune import History, calibrate, fit, reconstruct, sensitivity
 
 
 def transform(
@@ -71,6 +71,7 @@ __all__ = [
     "lower",
     "reconstruct",
     "save",
+    "sensitivity",
     "transform",
     "verify",
 ]

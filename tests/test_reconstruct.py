@@ -119,7 +119,7 @@ def test_segments_make_up_the_model() -> None:
         segments(model, ["0"])
     with pytest.raises(InputError, match="one input, not 2"):
         segments(repfx.transform(_Two().eval(), ["ptq"], example=(x, x)))
-    with pytest.raises(InputError, match="traced model"):
+    with pytest.raises(InputError, match="a model traced whole"):
         segments(net())
 
 
@@ -187,8 +187,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
     on_disk = repfx.reconstruct(quantized(), x.split(10), **same, cache=tmp_path / "cache")
     assert all(torch.equal(v, on_disk.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not list((tmp_path / "cache").iterdir())
-    code: Any = sys.modules[repfx.reconstruct.__module__]
-    learn, calls = code._Run._learn, []
+    code: Any = sys.modules["repfx.tune.blockwise"]
+    learn, calls = code.Run._learn, []
 
     def stops(self: Any, index: int, *args: Any) -> Any:
         calls.append(index)
@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
             raise Stop
         return learn(self, index, *args)
 
-    monkeypatch.setattr(code._Run, "_learn", stops)
+    monkeypatch.setattr(code.Run, "_learn", stops)
     path = tmp_path / "run.ck"
     cut = quantized()
     with pytest.raises(Stop):
@@ -262,3 +262,34 @@ def test_adaround_settles_on_the_codes_it_learned() -> None:
     settled = soft.settled(weight)
     torch.testing.assert_close(quant(settled), soft(weight))
     assert not torch.equal(quant.codes(settled), quant.codes(weight))
+
+
+def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
+    model, x = net(), pictures()
+    q = repfx.calibrate(repfx.transform(model, [Ptq(3)], example=x[:2]), [x])
+    found = repfx.sensitivity(q, [x[:16], (x[16:], None)])
+    names = ["0.main.conv", "2.main.conv", "4.one", "4.two", "7"]
+    assert [r.layer for r in found.rows] == names
+    whole = repfx.verify(repfx.transform(model, ["fuse"], example=x[:2]), q, x).sqnr
+    assert found.rows[-1].together == pytest.approx(whole, abs=0.1)
+    assert found.rows[0].alone == pytest.approx(found.rows[0].together) and all(r.alone > whole for r in found.rows)
+    only = repfx.calibrate(
+        repfx.transform(model, [Ptq(3, wide=tuple(n for n in names if n != "4.two"), wide_bits=32)]), [x]
+    )
+    assert len(layers(only, FakeQuant)) == 2
+    assert repfx.verify(model, only, x).sqnr == pytest.approx(found.rows[3].alone, abs=0.1)
+    gains = {}
+    for chosen in (found.worst(2), tuple(n for n in names if n not in found.worst(3))):
+        mixed = repfx.calibrate(repfx.transform(model, [Ptq(3, wide=chosen)], example=x[:2]), [x])
+        bits = {n.rpartition(".")[0]: m.grid.bits for n, m in layers(mixed, FakeQuant).items() if m.of_weight}
+        assert {n for n, b in bits.items() if b == 8} == set(chosen)
+        gains[chosen] = repfx.verify(model, mixed, x).sqnr
+    assert gains[found.worst(2)] == max(gains.values()) > whole
+    with pytest.raises(InputError, match=r"unknown layer in wide 'head\.\*'"):
+        repfx.transform(model, [Ptq(wide="head.*")])
+    with pytest.raises(InputError, match="the worst 6 of them"):
+        found.worst(6)
+    with pytest.raises(InputError, match="is not calibrated"):
+        repfx.sensitivity(repfx.transform(model, ["ptq"]), [x])
+    with pytest.raises(InputError, match="at least one batch"):
+        repfx.sensitivity(q, [])

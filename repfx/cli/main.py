@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,8 @@ from rich.table import Table
 from repfx import api
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
-from repfx.errors import InputError, RepfxError
+from repfx.errors import InputError, RepfxError, unknown
+from repfx.passes import Ptq
 from repfx.quant import METHODS
 from repfx.rewrite.runner import Report
 from repfx.tune.data import Images
@@ -63,7 +66,10 @@ def quantize(
     data: Data,
     output: Output,
     bits: Annotated[int, typer.Option(help="Bits of activations and weights.")] = 8,
-    method: Annotated[str, typer.Option(help=f"How ranges are chosen: {', '.join(METHODS)}.")] = "percentile",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: ranges alone; repapq: learned too.")] = "repapq",
+    iterations: Annotated[int, typer.Option(min=1, help="repapq: steps of learning a block.")] = 1000,
+    keep: Annotated[int, typer.Option(min=0, help="So many of the worst layers take 8 bits, float where --bits is 8.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")] = None,
     size: Size = 224,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
     limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
@@ -78,12 +84,27 @@ def quantize(
     images = Images(data, size=size, limit=limit, mean=_numbers("mean", mean), std=_numbers("std", std))
     batches = images.batches(batch, workers)
     loaded = load_model(model, weights, trust_pickle)
-    result = api.transform(loaded, [f"ptq(bits={bits})"], target=target)
-    api.calibrate(result, batches, method=method, progress=err.is_terminal)
+    if method not in (*METHODS, "repapq"):
+        raise unknown("method", method, (*METHODS, "repapq"))
+    learn = method == "repapq"
+    ranges = "mae" if learn else method
+    ptq = Ptq(bits, weights="mse" if learn else "max")
+    if keep:
+        result = api.calibrate(api.transform(loaded, [ptq], target=target), batches, method=ranges)
+        worst = api.sensitivity(result, islice(batches, 4), progress=err.is_terminal).worst(keep)
+        out.print(f"kept wide: {', '.join(worst)}")
+        ptq = replace(ptq, wide=worst, wide_bits=8 if bits < 8 else 32)
+    result = api.transform(loaded, [ptq, "qprep"] if learn else [ptq], target=target)
+    report = result.meta["repfx"]
+    if learn:
+        api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, progress=err.is_terminal)
+        result = api.transform(result, ["fuse"], target=target)
+    else:
+        api.calibrate(result, batches, method=method, progress=err.is_terminal)
     first = next(iter(batches))
     off = api.verify(loaded, result, first)
     api.save(result, output)
-    _print_report(result.meta["repfx"])
+    _print_report(report)
     out.print(f"SQNR against the float model on the first batch: {off.sqnr:.1f} dB")
     out.print(f"wrote {output}")
 

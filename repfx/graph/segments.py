@@ -47,7 +47,7 @@ def segments(module: nn.Module, ends: Sequence[str] | None = None) -> list[Segme
     that are.
     """
     if not isinstance(module, fx.GraphModule):
-        raise InputError("blocks are found in a traced model: repfx.transform it, and the whole of it must be traceable")
+        raise InputError("blocks are found in a GraphModule, a model traced whole; repfx.calibrate takes any")
     nodes = list(module.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder" and n.users]
     if len(inputs) != 1:

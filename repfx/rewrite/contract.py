@@ -110,7 +110,7 @@ def parse(spec: str) -> Pass:
 
     >>> import repfx.passes
     >>> parse("ptq(bits=6, per_channel=False)")
-    Ptq(bits=6, weight_bits=None, per_channel=False, weights='max')
+    Ptq(bits=6, weight_bits=None, per_channel=False, weights='max', wide=(), wide_bits=8)
     >>> parse("fues")
     Traceback (most recent call last):
     ...

@@ -9,6 +9,7 @@ from repfx.tune.pictures import Pictures
 from repfx.tune.recipe import PRESETS
 from repfx.tune.reconstruct import reconstruct
 from repfx.tune.regularise import CustomL2
+from repfx.tune.sensitivity import Sensitivity, sensitivity
 from repfx.tune.statistics import match_statistics
 from repfx.tune.tasks import Classification, SuperResolution, Task
 
@@ -21,10 +22,12 @@ __all__ = [
     "Images",
     "Pairs",
     "Pictures",
+    "Sensitivity",
     "SuperResolution",
     "Task",
     "calibrate",
     "fit",
     "match_statistics",
     "reconstruct",
+    "sensitivity",
 ]

@@ -1,0 +1,244 @@
+"""Learning a block at a time: what is run, cached and kept while `reconstruct` goes through the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from repfx.errors import InputError, unknown
+from repfx.graph.running import quiet
+from repfx.graph.segments import Segment
+from repfx.graph.store import write_whole
+from repfx.quant import FakeQuant, Observer
+from repfx.tune.learn import learned
+from repfx.tune.store import Rows
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"mae": lambda d: d.abs().mean(), "mse": lambda d: d.square().mean()}
+ROUNDING = ("straight", "adaround")
+READING = ("last", "all")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What learning did to one block: the loss of its own output over all pictures before and after, and its stage."""
+
+    name: str
+    stage: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers of a run; see `reconstruct`."""
+
+    loss: str
+    stage: float
+    reading: str
+    iterations: int
+    batch: int
+    rounding: str
+    drop: float
+    lr: float
+    lr_scale: float
+    lr_affine: float
+    seed: int
+
+
+class Run:
+    """One reconstruction: the blocks, quantized and in float, and the activations between them."""
+
+    def __init__(
+        self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, cache: Any, path: Any, progress: bool
+    ) -> None:
+        self.model, self.net, self.plain, self.o = model, net, plain, o
+        self.cache, self.path, self.progress = cache, None if path is None else Path(path), progress
+        self.loss = LOSSES[o.loss]
+
+    def all(self, batches: Iterable[Any], stages: Sequence[str] | None) -> list[Block]:
+        ours = self._inputs(batches)
+        theirs = ours
+        done: list[Block] = []
+        ends = self._stages(ours, stages)
+        start = self._restore(len(ours), done)
+        with Progress(disable=not self.progress, transient=True) as bars:
+            bar = bars.add_task("learning", total=len(self.net) * self.o.iterations)
+            for i, (block, plain) in enumerate(zip(self.net, self.plain, strict=True)):
+                first = next((e + 1 for e in reversed(ends) if e < i), 0)
+                last = next(e for e in ends if e >= i)
+                with torch.no_grad():
+                    targets = theirs.map(plain, self.o.batch)
+                if i >= start:
+                    rest = self.plain[i + 1 : last + 1]
+                    share = self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
+                    tick = lambda n, i=i: bars.update(bar, completed=i * self.o.iterations + n)  # noqa: E731
+                    before, after = self._learn(i, block, rest, share, ours, theirs, targets, tick)
+                    done.append(Block(block.name, ends.index(last), before, after))
+                    self._save(len(ours), i, done)
+                if i < len(self.net) - 1:
+                    with torch.no_grad():
+                        nxt = ours.map(block, self.o.batch)
+                    for rows in {id(r): r for r in (ours, theirs)}.values():
+                        rows.close()
+                    ours, theirs = nxt, targets
+                else:
+                    for rows in {id(r): r for r in (ours, theirs, targets)}.values():
+                        rows.close()
+        return done
+
+    def _inputs(self, batches: Iterable[Any]) -> Rows:
+        parts: list[Tensor] = []
+        for given in batches:
+            x = given[0] if isinstance(given, (tuple, list)) and given else given
+            if not isinstance(x, Tensor) or x.dim() < 2:
+                raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
+            bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
+            if bad:
+                raise InputError(f"picture {sum(map(len, parts)) + bad[0]} of the calibration set holds NaN or infinity")
+            if parts and x.shape[1:] != parts[0].shape[1:]:
+                raise InputError(
+                    f"pictures of {tuple(parts[0].shape[1:])} and {tuple(x.shape[1:])}: all must have one size"
+                )
+            parts.append(x)
+        if not sum(map(len, parts)):
+            raise InputError("the calibration set is empty: give at least one batch")
+        rows = Rows(self.cache).fill(sum(map(len, parts)), parts)
+        try:
+            with torch.no_grad(), quiet():
+                self.model(next(iter(rows.batches(1))))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputError(f"the model does not take a picture of {tuple(parts[0].shape[1:])}: {error}") from error
+        return rows
+
+    def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
+        """The blocks that stages end with."""
+        names = [s.name for s in self.net]
+        if stages is not None:
+            for name in stages:
+                if name not in names:
+                    raise unknown("end of a stage", name, names)
+            return sorted({*(names.index(n) for n in stages), len(names) - 1})
+        sizes = []
+        with torch.no_grad():
+            x: Any = next(iter(inputs.batches(1)))
+            for block in self.plain:
+                x = block(x)
+                sizes.append(x.shape[2:] if isinstance(x, Tensor) else None)
+        return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
+
+    def _learn(
+        self,
+        index: int,
+        block: Segment,
+        rest: list[Segment],
+        share: float,
+        ours: Rows,
+        theirs: Rows,
+        targets: Rows,
+        tick: Callable[[int], Any],
+    ) -> tuple[float, float]:
+        o = self.o
+        self._set_steps(block, ours)
+        before = self._error(block, ours, targets)
+        state = copy.deepcopy(block.module.state_dict())
+        random = torch.Generator().manual_seed((o.seed << 16) + index)
+        with learned(block, o.rounding == "adaround", o.drop, random) as what:
+            groups = [
+                {"params": what.weights, "lr": o.lr if o.rounding == "straight" else 1e-2},
+                {"params": what.biases, "lr": o.lr},
+                {"params": what.steps, "lr": o.lr_scale},
+                {"params": what.affines, "lr": o.lr_affine},
+            ]
+            optimizer = torch.optim.Adam([g for g in groups if g["params"]])
+            fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
+            for n in range(o.iterations):
+                rows = torch.randperm(len(ours), generator=random)[: o.batch]
+                x, y = ours[rows], targets[rows]
+                if o.drop:
+                    keep = torch.rand(x.shape, generator=random, dtype=x.dtype) < o.drop
+                    x = torch.where(keep, theirs[rows], x)
+                what.place()
+                given = block(x)
+                value = self.loss(given - y) + what.penalty(n / o.iterations)
+                if share:
+                    value = value + share * self._rest(rest, given, y)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                fall.step()
+                tick(n + 1)
+        after = self._error(block, ours, targets)
+        if not after <= before:  # never worse than where it started
+            block.module.load_state_dict(state)
+            after = before
+        return before, after
+
+    def _rest(self, rest: list[Segment], given: Tensor, y: Tensor) -> Tensor:
+        terms = []
+        for following in rest:
+            given = following(given)
+            with torch.no_grad():
+                y = following(y)
+            terms.append(self.loss(given - y))
+        return terms[-1] if self.o.reading == "last" else torch.stack(terms).mean()
+
+    def _set_steps(self, block: Segment, inputs: Rows) -> None:
+        """Sets the steps of activations from what the quantized net before gives, the block itself in float."""
+        quants: list[Any] = list(block.modules(FakeQuant).values())
+        acts = [m for m in quants if not m.of_weight]
+        on = [(m, m.calibrated) for m in quants if m.of_weight]
+        for m in acts:
+            m.observer = Observer(m.grid)
+        for m, _ in on:
+            m.calibrated = False
+        with torch.no_grad():
+            for x in inputs.batches(self.o.batch):
+                block(x)
+        for m in acts:
+            m.set_scale(m.observer.scale(self.o.loss).to(m.scale))
+            m.observer = None
+        for m, was in on:
+            m.calibrated = was
+
+    @torch.no_grad()
+    def _error(self, block: Segment, inputs: Rows, targets: Rows) -> float:
+        total = 0.0
+        for x, y in zip(inputs.batches(self.o.batch), targets.batches(self.o.batch), strict=True):
+            total += float(self.loss(block(x) - y)) * len(x)
+        return total / len(inputs)
+
+    def _save(self, count: int, index: int, done: list[Block]) -> None:
+        if self.path is not None:
+            rows = [[b.name, b.stage, b.before, b.after] for b in done]
+            flags = {n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)}
+            content = {"run": self._same(count), "done": rows, "model": dict(self.model.state_dict()), "flags": flags}
+            write_whole(self.path, lambda part: torch.save({"format": "repfx.reconstruct 1", **content}, part))
+
+    def _restore(self, count: int, done: list[Block]) -> int:
+        """Takes over what a checkpoint has; the number of blocks it did."""
+        if self.path is None or not self.path.exists():
+            return 0
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            same, rows, state, flags = found["run"], found["done"], found["model"], found["flags"]
+        except Exception as error:  # what the unpickler raises on strange bytes has no common class
+            raise InputError(f"{self.path} is not a checkpoint of repfx.reconstruct, or it is damaged") from error
+        if same != self._same(count):
+            raise InputError(f"{self.path} is a checkpoint of another model or run")
+        self.model.load_state_dict(state)
+        for name, m in self.model.named_modules():
+            if isinstance(m, FakeQuant):
+                m.calibrated = flags[name]
+        done += [Block(*row) for row in rows]
+        return len(done)
+
+    def _same(self, count: int) -> list[Any]:
+        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
+        return [repr(self.o), count, [s.name for s in self.net], shapes]
