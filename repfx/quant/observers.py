@@ -26,10 +26,10 @@ CANDIDATES = 256
 
 
 class Observer:
-    """Sees batches of values for one quantizer and gives its scale by a method."""
+    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no `histogram`."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, histogram: bool = True) -> None:
+        self.grid, self.histogram = grid, histogram
         self.amax = 0.0
         self.limit = 0.0
         self.seen = 0
@@ -38,28 +38,32 @@ class Observer:
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity."""
         values = x.detach().reshape(-1).float()
-        values = values.abs() if self.grid.signed else values.clamp(min=0)
-        top = float(values.amax()) if values.numel() else 0.0
-        if not top < float("inf"):
+        low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+        if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
+        top = max(high, -low if self.grid.signed else 0.0)
         self.seen += values.numel()
         self.amax = max(self.amax, top)
-        if top == 0.0:
+        if top == 0.0 or not self.histogram:
             return
         if self.counts is None:
             self.limit, self.counts = top, torch.zeros(BINS, dtype=torch.float64)
         while top > self.limit:
             self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
             self.limit *= 2
-        where = (values[values > 0] * (BINS / self.limit)).long().clamp_(max=BINS - 1)
-        self.counts += torch.bincount(where, minlength=BINS).cpu()
+        if low < 0:
+            values = values.abs() if self.grid.signed else values.clamp(min=0)
+        found = torch.bincount((values * (BINS / self.limit)).to(torch.int32), minlength=BINS).cpu()
+        found[BINS - 1] += found[BINS:].sum()  # the limit itself, and what rounds to it
+        found[0] -= (values == 0).sum().cpu()
+        self.counts += found[:BINS]
 
     def scale(self, method: str) -> Tensor:
         """The scale by `method`, a scalar. Raises InputError for an unknown one or where nothing was seen."""
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         if self.counts is None:
-            return torch.tensor(0.0)
+            return torch.tensor(self.amax / self.grid.high)  # nothing but zeros, or no histogram
         edges = torch.arange(BINS, dtype=torch.float64)
         middles = (edges + 0.5) * (self.limit / BINS)
         return torch.tensor(METHODS[method](middles, self.counts, self))
@@ -79,10 +83,6 @@ def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
         better = error < best_error
         best, best_error = torch.where(better, scale[:, 0], best), torch.where(better, error, best_error)
     return best.reshape(()) if grid.axis is None else best
-
-
-def _max(middles: Tensor, counts: Tensor, of: Observer) -> float:
-    return of.amax / of.grid.high
 
 
 def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999) -> float:
@@ -130,7 +130,7 @@ def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Observer], float]] = {
-    "max": _max,
+    "max": lambda middles, counts, of: of.amax / of.grid.high,
     "percentile": _percentile,
     "mse": _error(2.0),
     "mae": _error(1.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,28 +94,32 @@ class Run:
         return done
 
     def _inputs(self, batches: Iterable[Any]) -> Rows:
-        parts: list[Tensor] = []
+        rows = Rows(self.cache).fill(self._checked(batches))
+        try:
+            with torch.no_grad(), quiet():
+                self.model(next(iter(rows.batches(1))))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputError(
+                f"the model does not take a picture of {tuple(next(iter(rows.batches(1))).shape[1:])}: {error}"
+            ) from error
+        return rows
+
+    def _checked(self, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """The pictures of each batch."""
+        shape, count = None, 0
         for given in batches:
             x = given[0] if isinstance(given, (tuple, list)) and given else given
             if not isinstance(x, Tensor) or x.dim() < 2:
                 raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
             bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
             if bad:
-                raise InputError(f"picture {sum(map(len, parts)) + bad[0]} of the calibration set holds NaN or infinity")
-            if parts and x.shape[1:] != parts[0].shape[1:]:
-                raise InputError(
-                    f"pictures of {tuple(parts[0].shape[1:])} and {tuple(x.shape[1:])}: all must have one size"
-                )
-            parts.append(x)
-        if not sum(map(len, parts)):
+                raise InputError(f"picture {count + bad[0]} of the calibration set holds NaN or infinity")
+            if shape not in (None, x.shape[1:]):
+                raise InputError(f"pictures of {tuple(shape or ())} and {tuple(x.shape[1:])}: all must have one size")
+            shape, count = x.shape[1:], count + len(x)
+            yield x
+        if not count:
             raise InputError("the calibration set is empty: give at least one batch")
-        rows = Rows(self.cache).fill(sum(map(len, parts)), parts)
-        try:
-            with torch.no_grad(), quiet():
-                self.model(next(iter(rows.batches(1))))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise InputError(f"the model does not take a picture of {tuple(parts[0].shape[1:])}: {error}") from error
-        return rows
 
     def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
         """The blocks that stages end with."""

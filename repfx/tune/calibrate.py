@@ -39,7 +39,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
     try:
         model.eval()
         for quant in acts.values():
-            quant.observer = Observer(quant.grid)
+            quant.observer = Observer(quant.grid, histogram=method != "max")
         for quant, _ in weights_on:
             quant.calibrated = False
         with torch.no_grad():

@@ -22,19 +22,26 @@ class Rows:
         self.path: Path | None = None
         self.data: Tensor | None = None
 
-    def fill(self, count: int, batches: Iterable[Tensor]) -> Rows:
-        """Writes `count` rows that come in batches."""
-        at = 0
-        for part in batches:
-            if self.data is None:
-                self.data = self._empty((count, *part.shape[1:]), part.dtype)
-            self.data[at : at + len(part)] = part
-            at += len(part)
+    def fill(self, batches: Iterable[Tensor]) -> Rows:
+        """Writes the rows that come in batches; of a folder, one batch is in memory at a time."""
+        if self.folder is None:
+            self.data = torch.cat(list(batches))
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / f"rows-{os.getpid()}-{next(_numbers)}"
+        shape: tuple[int, ...] = ()
+        dtype, count = torch.float32, 0
+        with self.path.open("wb") as file:
+            for part in batches:
+                file.write(part.contiguous().numpy().tobytes())
+                shape, dtype, count = tuple(part.shape[1:]), part.dtype, count + len(part)
+        flat = torch.from_file(str(self.path), shared=True, size=count * prod(shape), dtype=dtype)
+        self.data = flat.reshape(count, *shape)
         return self
 
     def map(self, f: Callable[[Tensor], Tensor], batch: int) -> Rows:
         """f of the rows, `batch` at a time."""
-        return Rows(self.folder).fill(len(self), (f(x) for x in self.batches(batch)))
+        return Rows(self.folder).fill(f(x) for x in self.batches(batch))
 
     def batches(self, batch: int) -> Iterable[Tensor]:
         assert self.data is not None
@@ -51,10 +58,3 @@ class Rows:
         self.data = None
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.folder is None:
-            return torch.empty(shape, dtype=dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"rows-{os.getpid()}-{next(_numbers)}"
-        return torch.from_file(str(self.path), shared=True, size=prod(shape), dtype=dtype).reshape(shape)
