@@ -1,6 +1,7 @@
 """ptq: fake quantization on the input and the (merged) weight of every convolution and linear layer.
 
-    conv(x)   ->   F.conv2d(input_quant(x), weight_quant(conv.weight), conv.bias, ...)
+    conv(x)       ->   F.conv2d(input_quant(x), weight_quant(conv.weight), conv.bias, ...)
+    conv(x) + y   ->   conv(x) + input_quant(y)         a skip; averages too, where the target runs these in integers
 
 One quantizer a tensor: layers that read the same value share it. Weights get their scale here, activations from
 `calibrate`; until then the activation quantizers pass values through. Every state_dict key stays; quantizers add
@@ -23,6 +24,7 @@ from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.placement import other_places
 from repfx.rewrite.work import Work
 
 _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
@@ -71,18 +73,26 @@ class Ptq(Pass):
         found = [(n, op) for n, op in found if n not in kept]
         for n, op in found:
             bits[op.x] = max(bits.get(op.x, 2), self.wide_bits if n in wide else self.bits)
+        places = [(n, op.x) for n, op in found]
+        if work.target.quantizes_between:
+            places += other_places(view, {n for n, _ in found})
+        for _, x in places:
+            bits.setdefault(x, self.bits)
         grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
         moved: dict[fx.Node, fx.Node] = {}
-        for node, op in found:
-            name = names[node]
-            x = moved.get(op.x, op.x)
-            if x not in inputs or view.writes.changed(op.x):
-                quant = FakeQuant(grids[op.x])
+        for node, value in sorted(places, key=lambda place: view.index[place[0]]):
+            name = names.get(node) or (str(node.target) if node.op == "call_module" else node.name)
+            x = moved.get(value, value)
+            if x not in inputs or view.writes.changed(value):
+                quant = FakeQuant(grids[value])
                 inputs[x] = work.insert(node, x, f"{name}.input_quant", quant)
-            b = self.wide_bits if node in wide else self.weight_bits or self.bits
-            moved[node] = self._quantize(work, view, node, x, inputs[x], name, b, weights)
+            if node in names:
+                b = self.wide_bits if node in wide else self.weight_bits or self.bits
+                moved[node] = self._quantize(work, view, node, x, inputs[x], name, b, weights)
+            else:
+                node.replace_input_with(x, inputs[x])
         return Result(self.name, inserted=tuple(work.inserted))
 
     def _quantize(

@@ -117,7 +117,7 @@ def test_ptq_adds_quantizers_and_keeps_every_key() -> None:
     assert set(fused.state_dict()) <= keys
     extra = {k.rpartition(".")[0].rpartition(".")[2] for k in keys - set(fused.state_dict())}
     assert extra == {"input_quant", "weight_quant"}
-    assert len(keys - set(fused.state_dict())) == 6
+    assert len(keys - set(fused.state_dict())) == 7  # an input and a weight for each layer, and the input of the pool
     assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"]).meta["repfx"].results)
 
 
@@ -140,7 +140,7 @@ def test_targets_choose_number_formats() -> None:
     for target in ("tensorrt", "onnxruntime"):
         quantized = repfx.transform(model(), ["ptq"], target=target)
         signs[target] = [m.grid.signed for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight]
-    assert signs["tensorrt"] == [True, True, True]
+    assert signs["tensorrt"] == [True, True, True, True]  # the average pool runs in integers, too
     assert signs["onnxruntime"] == [True, False, False]  # the input may be negative, what follows a ReLU may not
 
 
@@ -220,3 +220,41 @@ def test_scales_travel_by_state_dict() -> None:
     other = repfx.transform(net, ["ptq"])
     other.load_state_dict(quantized.state_dict())
     assert_same(quantized, other, pictures()[0], 0.0)
+
+
+class Residual(nn.Module):
+    """Two of them: the skip is the input, or a convolution of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1, 2)
+        self.a, self.b = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.c, self.d = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.b(torch.relu(self.a(x))))
+        x = torch.relu(self.d(torch.relu(self.c(x))) + self.down(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
+    net = Residual().eval()
+    for target, more in (
+        ("tensorrt", {"add.input_quant", "add_1.input_quant", "mean.input_quant"}),
+        ("onnxruntime", set()),
+    ):
+        quantized = repfx.transform(net, ["ptq"], target=target)
+        names = {n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+        layers = {f"{n}.input_quant" for n in ("stem", "a", "b", "c", "d", "head")}
+        assert names == layers | more, names  # x is quantized for `a`, and for the sum by it
+        nodes = {n.name: n for n in quantized.graph.nodes}
+        if more:
+            read = [str(n.target) for n in nodes["add"].args]
+            assert "a.input_quant" in read
+            later = [n for n in nodes["add_1"].all_input_nodes if n.op == "call_module"]
+            assert [str(n.target) for n in later] == ["add_1.input_quant"]
+        repfx.calibrate(quantized, pictures(2))
+        assert repfx.verify(net, quantized, pictures()[0]).sqnr > 25
+        assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"], target=target).meta["repfx"].results)

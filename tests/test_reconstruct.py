@@ -109,7 +109,7 @@ def test_segments_make_up_the_model() -> None:
     model, x = quantized(), pictures(4)
     repfx.calibrate(model, [x])
     found = segments(model)
-    assert [s.name for s in found] == ["1", "3", "6", "output"]
+    assert [s.name for s in found] == ["1", "3", "relu_1", "6", "output"]
     y = x
     for s in found:
         y = s(y)
@@ -152,7 +152,7 @@ def test_learning_beats_ranges_on_other_pictures(options: dict[str, Any]) -> Non
     assert repfx.reconstruct(model, [x[:20], (x[20:], None)], iterations=60, batch=24, **options) is model
     assert {n: (p.requires_grad, type(p)) for n, p in (*model.named_parameters(), *model.named_buffers())} == state
     done = model.meta["reconstruct"]
-    assert [b.stage for b in done] == [0, 1, 2, 2] and all(b.after <= b.before for b in done)
+    assert [b.stage for b in done] == [0, 1, 1, 2, 2] and all(b.after <= b.before for b in done)
     assert sum(b.after for b in done[:3]) < 0.95 * sum(b.before for b in done[:3])
     deployed = repfx.transform(model, ["fuse"])
     assert repfx.verify(net(), deployed, other).sqnr > repfx.verify(net(), base, other).sqnr + 1
@@ -167,7 +167,7 @@ def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
         repfx.reconstruct(model, [x], iterations=40, batch=16, **options)
         return dict(model.state_dict())
 
-    without, alone = learned(stage=0.0), learned(stages=["1", "3", "6"])  # a stage for each block: i = n
+    without, alone = learned(stage=0.0), learned(stages=["1", "3", "relu_1", "6"])  # a stage for each block: i = n
     assert all(torch.equal(without[k], alone[k]) for k in without)
     joined = learned(stages=[])
     assert not torch.equal(joined["0.main.conv.affine.eta"], without["0.main.conv.affine.eta"])
@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
         repfx.reconstruct(cut, [x], **same, checkpoint=path)
     assert all(p.requires_grad for p in cut.parameters()) and path.exists()
     again = repfx.reconstruct(quantized(), [x], **same, checkpoint=path)
-    assert calls == [0, 1, 2, 2, 3]
+    assert calls == [0, 1, 2, 2, 3, 4]
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     assert again.meta["reconstruct"] == whole.meta["reconstruct"]
     with pytest.raises(InputError, match="another model or run"):
@@ -266,7 +266,7 @@ def test_adaround_settles_on_the_codes_it_learned() -> None:
 
 def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     model, x = net(), pictures()
-    q = repfx.calibrate(repfx.transform(model, [Ptq(3)], example=x[:2]), [x])
+    q = repfx.calibrate(repfx.transform(model, [Ptq(3)], example=x[:2], target="onnxruntime"), [x])
     found = repfx.sensitivity(q, [x[:16], (x[16:], None)])
     names = ["0.main.conv", "2.main.conv", "4.one", "4.two", "7"]
     assert [r.layer for r in found.rows] == names
@@ -280,7 +280,7 @@ def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     assert repfx.verify(model, only, x).sqnr == pytest.approx(found.rows[3].alone, abs=0.1)
     gains = {}
     for chosen in (found.worst(2), tuple(n for n in names if n not in found.worst(3))):
-        mixed = repfx.calibrate(repfx.transform(model, [Ptq(3, wide=chosen)], example=x[:2]), [x])
+        mixed = repfx.calibrate(repfx.transform(model, [Ptq(3, wide=chosen)], example=x[:2], target="onnxruntime"), [x])
         bits = {n.rpartition(".")[0]: m.grid.bits for n, m in layers(mixed, FakeQuant).items() if m.of_weight}
         assert {n for n, b in bits.items() if b == 8} == set(chosen)
         gains[chosen] = repfx.verify(model, mixed, x).sqnr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,3 @@ def trained(folder: Path, name: str, make: Any, task: Any, data: Any, seed: int,
     file = folder / f"{name}-{seed}.ck"
     repfx.fit(model, task, data, seed=seed, checkpoint=file, log=file.with_suffix(".jsonl"), device="cpu", **options)
     return model.eval()
-
-
-def spread(values: Iterable[float]) -> str:
-    """mean ± half the range, of several seeds."""
-    v = list(values)
-    return f"{sum(v) / len(v):.1f} ± {(max(v) - min(v)) / 2:.1f}" if len(v) > 1 else f"{v[0]:.1f}"

@@ -10,10 +10,14 @@ from repfx.quant.grid import Grid
 
 @dataclass(frozen=True)
 class Target:
-    """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want."""
+    """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want.
+
+    `quantizes_between`: whether skips of residual sums and inputs of average pools want integers too.
+    """
 
     name: str
     unsigned_after_relu: bool
+    quantizes_between: bool
 
     def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
         return Grid(bits, axis=0 if per_channel else None)
@@ -25,9 +29,9 @@ class Target:
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", unsigned_after_relu=False),
-    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True),
-    "openvino": Target("openvino", unsigned_after_relu=True),
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False, quantizes_between=True),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, quantizes_between=False),
+    "openvino": Target("openvino", unsigned_after_relu=True, quantizes_between=False),
 }
 
 

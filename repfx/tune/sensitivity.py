@@ -67,8 +67,11 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
     if not inputs:
         raise InputError("there is nothing to measure on: give at least one batch")
     groups: dict[str, list[FakeQuant]] = {}
+    layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
     for name in _in_order(model, list(quants), inputs[0]):
-        groups.setdefault(name.rpartition(".")[0], []).append(quants[name])
+        layer = name.rpartition(".")[0]
+        last = next(reversed(groups), layer)  # what is quantized between layers goes with the one before
+        groups.setdefault(layer if layer in layers else last, []).append(quants[name])
     training = [(m, m.training) for m in model.modules()]
     rows = []
     try:

@@ -1,0 +1,66 @@
+"""The tables of README.md from the results: python examples/study/tables.py"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    path = HERE / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    """The mean and half the range of several seeds."""
+    v = list(values)
+    if not v:
+        return "–"
+    text = f"{sum(v) / len(v):.{digits}f}"
+    return text if len(v) == 1 else f"{text} ± {(max(v) - min(v)) / 2:.{digits}f}"
+
+
+def table(
+    found: list[dict[str, Any]], row: Callable[..., str], column: Callable[..., str], value: str, digits: int = 1
+) -> str:
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    columns: dict[str, None] = {}
+    for r in found:
+        cells[row(r)][column(r)].append(r[value])
+        columns.setdefault(column(r))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(spread(line[c], digits) for c in columns) + " |" for name, line in cells.items()]
+    return "\n".join(lines)
+
+
+def bits_of(r: dict[str, Any]) -> str:
+    kind = "" if r.get("per_channel", True) else " per tensor"
+    return "float" if r["bits"] == 32 else f"W{r['bits']}A{r['bits']}{kind}"
+
+
+def main() -> None:
+    variants = sorted(rows("variants"), key=lambda r: (not r.get("per_channel", True), -r["bits"]))
+    order = ["S0", "Eq6", "S1", "S2", "S3", "S4"]
+    variants.sort(key=lambda r: order.index(r["variant"]))
+    print("(a)\n" + table(variants, lambda r: r["variant"], bits_of, "top1"))
+    found = rows("strategies")
+    print("\n(b)\n" + table(found, lambda r: f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip(), bits_of, "top1"))
+    found = rows("sr")
+    for name in ("set5", "set14"):
+        print(
+            f"\n(c) {name}\n"
+            + table(found, lambda r: r["strategy"] + (f" {r['net']}" if "net" in r else ""), bits_of, name, 2)
+        )
+    found = rows("ptq")
+    for bits in ((6, 6), (8, 4), (8, 8)):
+        some = [r for r in found if r["method"] == "float" or (r["bits"], r["weight_bits"]) == bits]
+        print(f"\n(e) W{bits[1]}A{bits[0]}\n" + table(some, lambda r: r["method"], lambda r: r["net"], "top1"))
+
+
+if __name__ == "__main__":
+    main()

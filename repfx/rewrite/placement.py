@@ -1,0 +1,63 @@
+"""Where a runtime wants integers besides the inputs of layers, so that no stretch between two layers runs in float.
+
+conv + skip   ->   conv + Q(skip)       the convolution and the sum become one kernel
+mean(x)       ->   mean(Q(x))           an average pool between quantized layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from repfx.graph.ops import Map, Sum
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant
+
+_AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_AVERAGES |= {torch.ops.aten.mean.dim, torch.ops.aten.adaptive_avg_pool2d.default}
+_LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+
+
+def other_places(view: GraphView, layers: Collection[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """(reader, value) of each skip added to what one of `layers` alone gives, and of each average pool before one."""
+    found = []
+    for node in view.nodes:
+        op = view.ops[node]
+        value = _skip(view, op, layers) if isinstance(op, Sum) else _averaged(view, node)
+        if value is None or view.writes.changed(value) or isinstance(view.modules.get(str(value.target)), FakeQuant):
+            continue
+        if isinstance(op, Sum) or _leads_to(node, layers):
+            found.append((node, value))
+    return found
+
+
+def _skip(view: GraphView, op: Sum, layers: Collection[fx.Node]) -> fx.Node | None:
+    if op.kind != "add" or op.arrange is not None or len(op.terms) != 2 or any(factor != 1 for _, factor in op.terms):
+        return None
+    a, b = op.values
+    mains = [n for n in (a, b) if n in layers and len(n.users) == 1]
+    if not mains or a is b:
+        return None
+    return a if max(mains, key=view.index.__getitem__) is b else b
+
+
+def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
+    op, target = view.ops[node], view.modules.get(str(node.target)) if node.op == "call_module" else node.target
+    average = isinstance(target, _LAYERS) or (isinstance(op, Map) and op.kind == "avgpool")
+    average = average or (node.op != "call_module" and target in _AVERAGES)
+    value = node.args[0] if node.args else None
+    return value if average and isinstance(value, fx.Node) and view.is_data(value) else None
+
+
+def _leads_to(node: fx.Node, layers: Collection[fx.Node]) -> bool:
+    """Whether what it gives is read by one of the layers, at most reshaped."""
+    for _ in range(4):
+        if len(node.users) != 1:
+            return any(user in layers for user in node.users)
+        node = next(iter(node.users))
+        if node in layers:
+            return True
+    return False
