@@ -274,7 +274,8 @@ def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     assert found.rows[-1].together == pytest.approx(whole, abs=0.1)
     assert found.rows[0].alone == pytest.approx(found.rows[0].together) and sum(r.alone > whole for r in found.rows) >= 4
     only = repfx.calibrate(
-        repfx.transform(model, [Ptq(3, wide=tuple(n for n in names if n != "4.two"), wide_bits=32)]), [x]
+        repfx.transform(model, [Ptq(3, wide=tuple(n for n in names if n != "4.two"), wide_bits=32)], target="onnxruntime"),
+        [x],
     )
     assert len(layers(only, FakeQuant)) == 2
     assert repfx.verify(model, only, x).sqnr == pytest.approx(found.rows[3].alone, abs=0.1)
