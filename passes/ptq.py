@@ -73,9 +73,7 @@ class Ptq(Pass):
         found = [(n, op) for n, op in found if n not in kept]
         for n, op in found:
             bits[op.x] = max(bits.get(op.x, 2), self.wide_bits if n in wide else self.bits)
-        places = [(n, op.x) for n, op in found]
-        if work.target.quantizes_between:
-            places += other_places(view, {n for n, _ in found})
+        places = [*((n, op.x) for n, op in found), *other_places(view, {n for n, _ in found}, work.target)]
         for _, x in places:
             bits.setdefault(x, self.bits)
         grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}

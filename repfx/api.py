@@ -12,7 +12,7 @@ import repfx.passes  # noqa: F401  (registers the passes)
 from repfx.graph.capture import capture
 from repfx.graph.running import run_eval
 from repfx.graph.store import load, save
-from repfx.lower import Artifact, lower
+from repfx.lower import Artifact, Finding, lint, lower
 from repfx.rewrite.contract import Pass
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
@@ -61,12 +61,14 @@ def _output(model: Any, args: tuple[Any, ...]) -> Any:
 __all__ = [
     "Artifact",
     "Difference",
+    "Finding",
     "History",
     "Inspection",
     "Report",
     "calibrate",
     "fit",
     "inspect",
+    "lint",
     "load",
     "lower",
     "reconstruct",

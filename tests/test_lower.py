@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.lower.parity import run_onnx
+from repfx.lower.runtimes import session
 from repfx.testing import randomise
 
 
@@ -56,7 +56,7 @@ def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
     beyond = 1.5 * pictures()  # past the calibrated range: both must clip at the same codes
     artifact = repfx.lower(model, tmp_path / "model.onnx", example=beyond, target=target)
     parity = artifact.parity
-    assert len(parity.quantizers) == 6 and parity.codes > 50_000
+    assert len(parity.quantizers) == 8 and parity.codes > 50_000
     assert all(q.largest <= 1 for q in parity.quantizers.values())
     assert parity.different <= 5, str(parity)  # rounding ties
     assert parity.sqnr > 25
@@ -94,7 +94,7 @@ def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:
     model = quantized("onnxruntime")
     repfx.lower(model, path, example=pictures(1), target="onnxruntime")
     for n in (1, 3, 8):
-        (got,) = run_onnx(onnx.load(path), (pictures(n),))
+        (got,) = session("onnxruntime", onnx.load(path))((pictures(n),))
         assert repfx.rewrite.verify.difference(model.eval()(pictures(n)), got).sqnr > 30
 
 

@@ -10,12 +10,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from repfx import api
+from repfx.cli import deploy
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
+from repfx.cli.options import Data, Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, split
 from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
@@ -23,19 +24,6 @@ from repfx.rewrite.runner import Report
 from repfx.tune.data import Images
 from repfx.tune.recipe import PRESETS
 from repfx.tune.tasks import TASKS, SuperResolution, data_of, task_of
-
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
-)
-out, err = Console(), Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")]
-Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
-Trust = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
-Target = Annotated[str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")]
-Data = Annotated[Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")]
-Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
 
 
 @app.command()
@@ -54,7 +42,7 @@ def transform(
     trust_pickle: Trust = False,
 ) -> None:
     """Rewrite a model and save it."""
-    result = api.transform(load_model(model, weights, trust_pickle), _split(passes), target=target)
+    result = api.transform(load_model(model, weights, trust_pickle), split(passes), target=target)
     api.save(result, output)
     _print_report(result.meta["repfx"])
     out.print(f"wrote {output}")
@@ -81,7 +69,7 @@ def quantize(
     trust_pickle: Trust = False,
 ) -> None:
     """Merge, quantize and calibrate a model on pictures, and save it."""
-    images = Images(data, size=size, limit=limit, mean=_numbers("mean", mean), std=_numbers("std", std))
+    images = Images(data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std))
     batches = images.batches(batch, workers)
     loaded = load_model(model, weights, trust_pickle)
     if method not in (*METHODS, "repapq"):
@@ -138,7 +126,7 @@ def train(
     net = load_model(model, weights, trust_pickle)
     if not output.parent.is_dir():
         raise InputError(f"no such folder: {output.parent}")
-    net = api.transform(net, _split(passes), target=target)
+    net = api.transform(net, split(passes), target=target)
     pictures, valid = data_of(goal, data, size=size, skip_broken=skip_broken)
     for part in (pictures, getattr(valid, "dataset", valid)):
         for name in getattr(part, "broken", ()):
@@ -160,30 +148,6 @@ def train(
     api.save(net.eval(), output)
     out.print(history)
     out.print(f"wrote {output}")
-
-
-@app.command()
-def lower(
-    model: Model,
-    output: Output,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
-    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
-    data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder or a .npy file.")] = None,
-    target: Target = "tensorrt",
-    weights: Weights = None,
-    trust_pickle: Trust = False,
-) -> None:
-    """Lower a model to ONNX and compare the file, run in ONNX Runtime, with the model."""
-    if not onnx:
-        raise InputError("say what to lower to: --onnx")
-    dims = tuple(int(v) for v in _numbers("shape", shape))
-    if data is not None:
-        example = next(iter(Images(data, size=dims[-1]).batches(8)))
-    else:
-        example = torch.randn(2, *dims, generator=torch.Generator().manual_seed(0))
-    artifact = api.lower(load_model(model, weights, trust_pickle), output, example=example, target=target)
-    out.print(f"ONNX Runtime against torch: {artifact.parity}")
-    out.print(f"wrote {artifact.onnx} ({artifact.onnx.stat().st_size / 1e6:.2f} MB)")
 
 
 @app.command()
@@ -226,25 +190,6 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-def _split(passes: str) -> list[str]:
-    """Commas between passes, not those inside their parentheses."""
-    parts, depth = [""], 0
-    for c in passes:
-        depth += (c == "(") - (c == ")")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [p.strip() for p in parts if p.strip()]
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(v) for v in text.split(","))
-    except ValueError:
-        raise InputError(f"--{name} is numbers separated by commas, not {text!r}") from None
-
-
 def _print_report(report: Report) -> None:
     table = Table(title="what changed", title_justify="left")
     for column in ("layer", "from", "MACs", "parameters", "error"):
@@ -258,4 +203,4 @@ def _print_report(report: Report) -> None:
         out.print(f"left alone: {d}", markup=False, highlight=False)
 
 
-__all__ = ["app", "main"]
+__all__ = ["app", "deploy", "main"]

@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from repfx.graph.running import run_eval
+from repfx.lower.runtimes import session
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, difference
 
@@ -69,8 +68,11 @@ class Parity:
         return f"{codes}output: {self.output}"
 
 
-def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...]) -> Parity:
-    """Runs both on the same input and compares the output and every activation quantizer's codes."""
+def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...], runtime: str = "onnxruntime") -> Parity:
+    """Runs both on the same input and compares the output and every activation quantizer's codes.
+
+    Raises MissingPart where the runtime is not installed.
+    """
     quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
@@ -81,7 +83,7 @@ def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...]) 
     for name in names:
         kind = made[f"{name}.codes"].data_type
         exposed.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.codes", kind, None))
-    reference = run_onnx(exposed, args, optimize=False)
+    reference = session(runtime, exposed, optimize=False)(args)
     theirs = {
         name: codes.float() - float(onnx.numpy_helper.to_array(made[f"{name}.codes"]))
         for name, codes in zip(names, reference[outputs:], strict=True)
@@ -105,19 +107,5 @@ def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...]) 
         for hook in hooks:
             hook.remove()
     leaves = lambda value: [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]  # noqa: E731
-    deployed = difference(leaves(free), run_onnx(proto, args))
+    deployed = difference(leaves(free), session(runtime, proto)(args))
     return Parity(deployed, difference(leaves(forced), reference[:outputs]), found)
-
-
-def run_onnx(proto: onnx.ModelProto, args: tuple[Tensor, ...], optimize: bool = True) -> list[Tensor]:
-    """The outputs of an ONNX model in ONNX Runtime on the CPU; without `optimize` each operator runs as written.
-
-    Optimized, convolutions run on integers and biases are rounded to int32, which the file does not ask for.
-    """
-    options = onnxruntime.SessionOptions()
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {i.name: a.detach().cpu().numpy() for i, a in zip(session.get_inputs(), args, strict=True)}
-    return [torch.from_numpy(np.asarray(o)) for o in session.run(None, feeds)]

@@ -12,12 +12,14 @@ from repfx.quant.grid import Grid
 class Target:
     """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want.
 
-    `quantizes_between`: whether skips of residual sums and inputs of average pools want integers too.
+    `sums`: what of a residual sum wants integers: "" nothing, "skip" what is added to a layer's own output, "all" that
+    output too. `averages`: whether the input of an average pool does.
     """
 
     name: str
     unsigned_after_relu: bool
-    quantizes_between: bool
+    sums: str
+    averages: bool
 
     def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
         return Grid(bits, axis=0 if per_channel else None)
@@ -29,9 +31,9 @@ class Target:
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", unsigned_after_relu=False, quantizes_between=True),
-    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, quantizes_between=False),
-    "openvino": Target("openvino", unsigned_after_relu=True, quantizes_between=False),
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False, sums="skip", averages=True),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, sums="all", averages=True),
+    "openvino": Target("openvino", unsigned_after_relu=True, sums="skip", averages=True),
 }
 
 

@@ -14,42 +14,46 @@ from torch import fx, nn
 
 from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
-from repfx.quant import FakeQuant
+from repfx.quant import FakeQuant, Target
 
 _AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 _AVERAGES |= {torch.ops.aten.mean.dim, torch.ops.aten.adaptive_avg_pool2d.default}
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
-def other_places(view: GraphView, layers: Collection[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    """(reader, value) of each skip added to what one of `layers` alone gives, and of each average pool before one."""
-    found = []
+def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -> list[tuple[fx.Node, fx.Node]]:
+    """(reader, value) of what is to be quantized of each sum with a layer's own output, and before each average pool."""
+    found: list[tuple[fx.Node, fx.Node]] = []
     for node in view.nodes:
         op = view.ops[node]
-        value = _skip(view, op, layers) if isinstance(op, Sum) else _averaged(view, node)
-        if value is None or view.writes.changed(value) or isinstance(view.modules.get(str(value.target)), FakeQuant):
-            continue
-        if isinstance(op, Sum) or _leads_to(node, layers):
-            found.append((node, value))
+        if isinstance(op, Sum):
+            values = _addends(view, op, layers, target.sums)
+        else:
+            values = _averaged(view, node) if target.averages and _leads_to(node, layers) else []
+        found += [(node, v) for v in values if not view.writes.changed(v) and not _is_quantized(view, v)]
     return found
 
 
-def _skip(view: GraphView, op: Sum, layers: Collection[fx.Node]) -> fx.Node | None:
-    if op.kind != "add" or op.arrange is not None or len(op.terms) != 2 or any(factor != 1 for _, factor in op.terms):
-        return None
+def _is_quantized(view: GraphView, value: fx.Node) -> bool:
+    return value.op == "call_module" and isinstance(view.modules[str(value.target)], FakeQuant)
+
+
+def _addends(view: GraphView, op: Sum, layers: Collection[fx.Node], which: str) -> list[fx.Node]:
+    if not which or op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
+        return []
     a, b = op.values
     mains = [n for n in (a, b) if n in layers and len(n.users) == 1]
-    if not mains or a is b:
-        return None
-    return a if max(mains, key=view.index.__getitem__) is b else b
+    if not mains or a is b or any(factor != 1 for _, factor in op.terms):
+        return []
+    return [a, b] if which == "all" else [a if max(mains, key=view.index.__getitem__) is b else b]
 
 
-def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
+def _averaged(view: GraphView, node: fx.Node) -> list[fx.Node]:
     op, target = view.ops[node], view.modules.get(str(node.target)) if node.op == "call_module" else node.target
     average = isinstance(target, _LAYERS) or (isinstance(op, Map) and op.kind == "avgpool")
     average = average or (node.op != "call_module" and target in _AVERAGES)
     value = node.args[0] if node.args else None
-    return value if average and isinstance(value, fx.Node) and view.is_data(value) else None
+    return [value] if average and isinstance(value, fx.Node) and view.is_data(value) else []
 
 
 def _leads_to(node: fx.Node, layers: Collection[fx.Node]) -> bool:

@@ -1,0 +1,114 @@
+"""The commands that deploy: lower, lint, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from repfx import api
+from repfx.cli.models import load_model
+from repfx.cli.options import Model, Output, Trust, Weights, app, err, numbers, out
+from repfx.errors import InputError
+from repfx.graph.store import write_whole
+from repfx.lower.engine import Profile, build
+from repfx.lower.runtimes import installed, write_ir
+from repfx.lower.timing import bench as measure
+from repfx.quant import FakeQuant
+from repfx.tune.data import Images
+
+
+@app.command()
+def lower(
+    model: Model,
+    output: Output,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed.")] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")
+    ] = False,
+    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
+    data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")] = None,
+    batches: Annotated[str, typer.Option(help="--trt: smallest, usual and largest batch.")] = "1,8,32",
+    workspace: Annotated[float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")] = 4.0,
+    timing_cache: Annotated[Path | None, typer.Option(help="--trt: a file that makes the next build faster.")] = None,
+    target: Annotated[str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")] = None,
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Lower a model to ONNX, compare the file with the model in a runtime, and build what that runtime deploys."""
+    if not (onnx or trt or openvino):
+        raise InputError("say what to lower to: --onnx, --trt or --openvino")
+    dims = tuple(int(v) for v in numbers("shape", shape))
+    if data is not None:
+        example = next(iter(Images(data, size=dims[-1]).batches(8)))
+    else:
+        example = torch.randn(2, *dims, generator=torch.Generator().manual_seed(0))
+    net = load_model(model, weights, trust_pickle)
+    if trt and not any(isinstance(m, FakeQuant) for m in net.modules()):
+        raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
+    target = target or ("openvino" if openvino and not (onnx or trt) else "tensorrt")
+    runtime = "openvino" if openvino else "onnxruntime"
+    file = output.with_suffix(".onnx")
+    artifact = api.lower(net, file, example=example, target=target, runtime=runtime)
+    out.print(f"{runtime} against torch: {artifact.parity}")
+    out.print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
+    for finding in api.lint(file) if target == "tensorrt" else []:
+        out.print(str(finding), markup=False, highlight=False)
+    if openvino and output.suffix == ".xml":
+        write_ir(file, output)
+        out.print(f"wrote {output}")
+    if trt:
+        low, usual, high = (int(v) for v in (*numbers("batches", batches), 0, 0, 0)[:3])
+        built = build(
+            file,
+            output.with_suffix(".engine"),
+            profile=Profile(low, usual, high),
+            workspace_gib=workspace,
+            timing_cache=timing_cache,
+            progress=err.is_terminal,
+        )
+        layers = ", ".join(f"{n} {name}" for name, n in sorted(built.layers.items()))
+        out.print(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
+
+
+@app.command()
+def lint(file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")]) -> None:
+    """Check an ONNX file for what keeps TensorRT from running it in INT8. Exit code 1 where the build would fail."""
+    found = api.lint(file)
+    table = Table("rule", "", "where", "what", "cure", title=f"{len(found)} findings in {file.name}", title_justify="left")
+    for f in found:
+        table.add_row(f.rule, f.severity, *(Text(t) for t in (f.node, f.message, f.cure)))
+    out.print(table if found else "nothing to complain of")
+    if any(f.severity == "E" for f in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Model,
+    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a run.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each form.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads a runtime may use; all by default.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="A file for the same numbers.")] = None,
+    weights: Weights = None,
+    trust_pickle: Trust = False,
+) -> None:
+    """Time a float model as written, merged, and INT8 in every runtime installed, on random pictures."""
+    net = load_model(model, weights, trust_pickle)
+    dims = tuple(int(v) for v in numbers("shape", shape))
+    x = torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0))
+    if threads:
+        torch.set_num_threads(threads)
+    merged = api.transform(net, ["fuse"], example=x)
+    int8 = {name: api.calibrate(api.transform(net, ["ptq"], example=x, target=name), [x]) for name in installed()}
+    as_written = api.transform(net, [], example=x)
+    found = measure(as_written.eval(), merged.eval(), int8, x, rounds=rounds, threads=threads, progress=err.is_terminal)
+    if json is not None:
+        write_whole(json, lambda part: Path(part).write_text(found.json() + "\n"))
+    out.print(found)

@@ -1,0 +1,101 @@
+"""lint: checks anybody's ONNX Q/DQ file against what TensorRT builds, fuses and runs fast."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import NodeProto, external_data_helper
+
+from repfx.errors import InputError
+from repfx.lower import rules_placement  # noqa: F401, it registers its rules
+from repfx.lower.onnx_index import Index
+from repfx.lower.rules import REGISTRY
+
+RULES: dict[str, tuple[str, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
+_ORDER = "EWI"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`rule`: its id, such as Q08. `severity`: E the build fails or the numbers are wrong, W slow or inaccurate, I worth
+    knowing. `node`: a node, tensor or graph. `message`: what is wrong. `cure`: what to do."""
+
+    rule: str
+    severity: str
+    node: str
+    message: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.severity} {self.rule} {self.node}: {self.message} ({self.cure})"
+
+
+def lint(path: str | os.PathLike[str] | onnx.ModelProto) -> list[Finding]:
+    """The findings of every rule on the main graph, the worst first; RULES says what is checked.
+
+    Raises InputError where the file is missing, is no ONNX model, or lacks the files that hold its weights.
+    """
+    model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
+    where = "the model" if isinstance(path, onnx.ModelProto) else str(path)
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{where} is not an ONNX model: it holds no graph")
+    apart = {
+        _location(t) for t in external_data_helper._get_all_tensors(model) if external_data_helper.uses_external_data(t)
+    }
+    if apart:
+        raise InputError(f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load them, or give the path")
+    index = Index(_inlined(model))
+    found = {
+        Finding(name, hit.severity or rule.severity, _name(hit.node), hit.message, hit.cure or rule.cure): None
+        for name, rule in REGISTRY.items()
+        for hit in rule.find(index)
+    }
+    return sorted(found, key=lambda f: (_ORDER.index(f.severity), f.rule))
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{path} is not an ONNX file: {error}") from error
+    for tensor in _elsewhere(model):
+        if not (path.parent / _location(tensor)).is_file():
+            raise InputError(f"{path} keeps {tensor.name} in {path.parent / _location(tensor)}, which does not exist")
+    try:
+        external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise InputError(f"{path}: the external data cannot be read: {error}") from error
+    return model
+
+
+def _elsewhere(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """The tensors of the main graph that are in other files."""
+    attributes = (a.t for n in model.graph.node for a in n.attribute if a.HasField("t"))
+    return [t for t in (*model.graph.initializer, *attributes) if external_data_helper.uses_external_data(t)]
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((e.value for e in tensor.external_data if e.key == "location"), "")
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its local functions written out, so that rules see their nodes; as it is where that fails."""
+    if not model.functions:
+        return model
+    try:
+        from onnx.inliner import inline_local_functions
+
+        return inline_local_functions(model)
+    except Exception:
+        return model
+
+
+def _name(node: NodeProto | str) -> str:
+    if isinstance(node, str):
+        return node
+    return node.name or next((o for o in node.output if o), node.op_type)

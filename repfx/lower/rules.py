@@ -1,0 +1,275 @@
+"""Lint rules about the numbers: types, scales, zero points and axes that TensorRT's ONNX parser reads.
+
+A rule is a function from an Index to hits. The first line of its docstring is its public description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from repfx.lower.onnx_index import DQ, Index, Layer, Q, arg, attribute
+
+
+class Hit(NamedTuple):
+    """A place that breaks a rule. `severity` and `cure`: where they are not the rule's own."""
+
+    node: NodeProto | str
+    message: str
+    severity: str = ""
+    cure: str = ""
+
+
+class Rule(NamedTuple):
+    """`severity`: E the build fails or the numbers are wrong, W slow or inaccurate, I worth knowing."""
+
+    severity: str
+    description: str
+    cure: str
+    find: Callable[[Index], Iterator[Hit]]
+
+
+REGISTRY: dict[str, Rule] = {}
+
+
+def rule(
+    name: str, severity: str, cure: str
+) -> Callable[[Callable[[Index], Iterator[Hit]]], Callable[[Index], Iterator[Hit]]]:
+    """Registers a rule under its id."""
+
+    def enter(find: Callable[[Index], Iterator[Hit]]) -> Callable[[Index], Iterator[Hit]]:
+        REGISTRY[name] = Rule(severity, (find.__doc__ or "").strip().splitlines()[0], cure, find)
+        return find
+
+    return enter
+
+
+_TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)  # 23: FLOAT4E2M1, not in older onnx
+_BETWEEN = frozenset(
+    {
+        *("Clip", "Cast", "Reshape", "Transpose", "Min", "Max", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad"),
+        *("Concat", "Gather", "MaxPool", "Relu", "Round", "Add", "Sub", "Mul", "Where", "Split"),
+    }
+)
+_INTEGER_OPS = frozenset({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"})
+
+
+def _formats(index: Index) -> Iterator[NodeProto]:
+    """Every Q, and every DQ that does not repeat its Q. Quantized biases are left to Q08."""
+    yield from index.quantizes
+    for node in index.dequantizes:
+        q = index.q(node)
+        if not index.of_bias(node) and (q is None or list(q.input[1:]) != list(node.input[1:])):
+            yield node
+
+
+def _type_name(kind: int) -> str:
+    return TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else f"type {kind}"
+
+
+def _per_channel(index: Index, node: NodeProto) -> bool:
+    return (index.size(arg(node, 1)) or 1) > 1
+
+
+@rule("Q00", "E", "quantize before the export and keep the Q/DQ nodes in it")
+def nothing_quantized(index: Index) -> Iterator[Hit]:
+    """The graph holds at least one QuantizeLinear, or integer constants with DequantizeLinear."""
+    constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
+    if not index.quantizes and not any(constant):
+        yield Hit(index.graph.name or "graph", "holds no Q/DQ: an engine of it is not INT8")
+
+
+@rule("Q01", "E", "quantize symmetrically: TensorRT has no zero points")
+def zero_points_are_zero(index: Index) -> Iterator[Hit]:
+    """Every zero point is all zeros."""
+    for node in _formats(index):
+        zero = index.value(arg(node, 2)) if arg(node, 2) else None
+        if zero is not None and np.any(zero.astype(np.float64) != 0):
+            yield Hit(node, f"zero point {zero.ravel()[np.argmax(zero.ravel() != 0)]} is not 0")
+
+
+@rule("Q02", "E", "quantize to int8 with a constant zero point")
+def zero_points_are_int8(index: Index) -> Iterator[Hit]:
+    """The zero point is an int8 constant (or of another type that TensorRT has, such as float8e4m3fn)."""
+    for node in _formats(index):
+        name = arg(node, 2)
+        kind = index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
+        if name and name not in index.fixed:
+            yield Hit(node, f"zero point {name} is computed, not constant")
+        elif kind and kind not in _TYPES:
+            yield Hit(node, f"codes are {_type_name(kind)}, which the parser rejects or reads as int8")
+
+
+def _codes(index: Index, node: NodeProto) -> int:
+    """The type of constant codes that come without a zero point."""
+    return index.type(arg(node, 0)) if node.op_type == DQ and arg(node, 0) in index.fixed else 0
+
+
+@rule("Q03", "W", "give QuantizeLinear an int8 zero point of zeros")
+def zero_points_are_given(index: Index) -> Iterator[Hit]:
+    """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT int8."""
+    for node in index.quantizes:
+        if not arg(node, 2) and not attribute(node, "output_dtype", 0):
+            yield Hit(node, "has no zero point: uint8 in ONNX, int8 in TensorRT")
+
+
+@rule("Q04", "E", "write the scale as a positive constant: a scalar, or one a channel")
+def scales_are_numbers(index: Index) -> Iterator[Hit]:
+    """The scale is constant, finite, positive, and a scalar or 1-D of the axis's size."""
+    for node in _formats(index):
+        name = arg(node, 1)
+        scale = index.value(name)
+        if name not in index.fixed:
+            yield Hit(node, f"scale {name} is computed, not constant")
+            continue
+        if scale is None:
+            continue
+        values = scale.astype(np.float64)
+        if not np.all(np.isfinite(values) & (values > 0)):
+            yield Hit(
+                node, f"scale {values.ravel()[np.argmin(np.isfinite(values) & (values > 0))]:g} is not a positive number"
+            )
+        elif not attribute(node, "block_size", 0):
+            yield from _scale_shape(index, node, scale)
+
+
+def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[Hit]:
+    if scale.ndim == 0 or index.opset < 13:  # without the axis attribute: Q07
+        return
+    shape, axis = index.shape(arg(node, 0)), attribute(node, "axis", 1)
+    length = shape[axis] if shape and -len(shape) <= axis < len(shape) else None
+    if scale.ndim > 1:
+        yield Hit(node, f"scale has shape {scale.shape}")
+    elif scale.size == 1 and length != 1:
+        yield Hit(node, "scale has shape (1,), which breaks some fusions", "W", "write it as a scalar")
+    elif length is not None and scale.size != length:
+        yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
+
+
+@rule("Q05", "E", "use one scale for an activation")
+def channels_of_constants_only(index: Index) -> Iterator[Hit]:
+    """Only constants have a scale a channel."""
+    for node in _formats(index):
+        if _per_channel(index, node) and arg(node, 0) not in index.fixed:
+            yield Hit(node, f"activation {arg(node, 0)} has {index.size(arg(node, 1))} scales")
+
+
+@rule("Q06", "E", "quantize the weight along its output channels, or per tensor")
+def weight_axes(index: Index) -> Iterator[Hit]:
+    """Weight scales run along Conv's axis 0, the output axis of Gemm and MatMul, ConvTranspose's axis 0 (fragile)."""
+    for layer in index.layers:
+        dq = index.dq(layer.weight) if layer.weight else None
+        if dq is None or index.opset < 13 or not _per_channel(index, dq) or attribute(dq, "block_size", 0):
+            continue
+        axis, wanted = _axis_at(index, layer, dq), _output_axis(index, layer)
+        if axis is None or wanted is None:
+            continue
+        if axis != wanted:
+            yield Hit(layer.node, f"{layer.node.op_type} weight is quantized along axis {axis}; axis {wanted} is needed")
+        elif layer.node.op_type == "ConvTranspose":
+            yield Hit(
+                layer.node, "ConvTranspose with a scale a channel is fragile", "W", "quantize per tensor, or leave in float"
+            )
+
+
+def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
+    """The quantization axis as the layer sees it, after transpositions; None where it cannot be followed."""
+    shape = index.shape(arg(dq, 0))
+    if shape is None:
+        return None
+    axis = attribute(dq, "axis", 1) % len(shape)
+    path: list[NodeProto] = []
+    name = layer.weight
+    while (node := index.made.get(name)) is not None and node is not dq and len(path) < 100:
+        path.append(node)
+        name = arg(node, 0)
+    for node in reversed(path):
+        if node.op_type == "Transpose":
+            axis = list(attribute(node, "perm", range(len(shape))[::-1])).index(axis)
+        elif node.op_type != "Identity":
+            return None
+    return axis
+
+
+def _output_axis(index: Index, layer: Layer) -> int | None:
+    if layer.node.op_type == "Gemm":
+        return 0 if attribute(layer.node, "transB", 0) else 1
+    if layer.node.op_type == "MatMul":
+        shape = index.shape(layer.weight)
+        first = arg(layer.node, 0) == layer.weight
+        return None if not shape or len(shape) < 2 else len(shape) - (2 if first else 1)
+    return 0
+
+
+@rule("Q07", "E", "export with opset 13 to 20")
+def opsets(index: Index) -> Iterator[Hit]:
+    """The opset is 13 or later for scales a channel, and 20 at most for TensorRT 10.0 and 10.1."""
+    if index.opset < 13:
+        for node in (*index.quantizes, *index.dequantizes):
+            if _per_channel(index, node):
+                yield Hit(node, f"has scales a channel; opset {index.opset} has no axis for them")
+                return
+    if index.opset > 20:
+        yield Hit(
+            index.graph.name or "graph",
+            f"opset {index.opset}: TensorRT 10.0 and 10.1 read 20 at most",
+            "I",
+            "export with opset 20 for those versions",
+        )
+
+
+@rule("Q08", "E", "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)")
+def biases_are_float(index: Index) -> Iterator[Hit]:
+    """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float constants."""
+    told = set()
+    for layer in index.layers:
+        dq = index.dq(layer.bias) if layer.bias else None
+        if dq is not None:
+            told.add(id(dq))
+            yield Hit(layer.node, f"bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}")
+    for node in index.dequantizes:
+        if index.of_bias(node) and id(node) not in told:
+            yield Hit(node, "dequantizes int32")
+
+
+@rule("Q09", "E", "let Q, or the integer constant, feed DQ directly")
+def nothing_between(index: Index) -> Iterator[Hit]:
+    """Nothing stands between a QuantizeLinear or an integer constant and its DequantizeLinear."""
+    for dq in index.dequantizes:
+        name = index.source(arg(dq, 0))
+        node = index.made.get(name)
+        if node is None or node.op_type in (Q, "Constant") or node.op_type not in _BETWEEN:
+            continue
+        root = index.maker(name, {*_BETWEEN, "Identity"})
+        if name in index.fixed or (root is not None and root.op_type == Q):
+            yield Hit(dq, f"{node.op_type} stands between the codes and DequantizeLinear")
+
+
+@rule("Q22", "E", "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)")
+def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
+    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator."""
+    for node in index.graph.node:
+        if node.domain == "com.microsoft" or node.op_type in _INTEGER_OPS or node.op_type.startswith("QLinear"):
+            yield Hit(node, f"{node.domain + '.' if node.domain else ''}{node.op_type} is not known to TensorRT")
+
+
+@rule("Q24", "I", "give the builder an optimization profile with the smallest, usual and largest shape")
+def dynamic_inputs(index: Index) -> Iterator[Hit]:
+    """An input with a dynamic dimension needs an optimization profile, or the build fails."""
+    for info in index.graph.input:
+        shape = index.shapes.get(info.name)
+        if info.name not in index.tensors and shape and None in shape:
+            where = ", ".join(str(i) for i, d in enumerate(shape) if d is None)
+            yield Hit(info.name, f"dynamic in dimension {where}: building without a profile is an error")
+
+
+@rule("Q25", "E", "give both the same scale")
+def one_scale_a_pair(index: Index) -> Iterator[Hit]:
+    """A QuantizeLinear and its DequantizeLinear have one scale."""
+    for dq in index.dequantizes:
+        q = index.q(dq)
+        if q is not None and not index.one_scale(q, dq):
+            yield Hit(dq, f"scale differs from that of {q.name or q.output[0]} before it")

@@ -1,0 +1,469 @@
+"""Lint: every rule finds its fault and nothing else, clean files are clean, and odd files do not crash it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import RepVGG
+from repfx.lower.lint import RULES, Finding, lint
+from repfx.testing import randomise
+
+Array = Any
+
+
+class Draft:
+    """Writes a graph node by node. Every method returns the name of what it makes."""
+
+    def __init__(self, opset: int = 20) -> None:
+        self.opset, self.nodes, self.tensors = opset, [], []
+        self.inputs: list[Any] = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8, 8])]
+
+    def const(self, value: Array, dtype: Any = np.float32) -> str:
+        name = f"c{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def op(self, kind: str, *inputs: str, **attrs: Any) -> str:
+        name = f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [f"{name}_out"], name=name, **attrs))
+        return f"{name}_out"
+
+    def fq(
+        self, x: str, scale: Array = 0.1, back: Array = None, zero: Array = 0, dtype: Any = np.int8, **attrs: Any
+    ) -> str:
+        s, z = self.const(scale), self.const(zero, dtype)
+        codes = self.op("QuantizeLinear", x, s, z, **attrs)
+        return self.op("DequantizeLinear", codes, s if back is None else self.const(back), z, **attrs)
+
+    def codes(self, shape: Sequence[int], axis: int | None = 0, **attrs: Any) -> str:
+        """An integer constant and its DQ, a scale a channel along the axis, or one scale."""
+        n = () if axis is None else (shape[axis],)
+        scale, zero = self.const(np.full(n, 0.01)), self.const(np.zeros(n), np.int8)
+        given = {} if axis is None or self.opset < 13 else {"axis": axis}
+        return self.op("DequantizeLinear", self.const(np.ones(shape), np.int8), scale, zero, **given, **attrs)
+
+    def conv(self, x: str, out: int = 8, kernel: int = 1, axis: int | None = 0, inputs: int = 8, group: int = 1) -> str:
+        """A quantized convolution; `x` must be from a DQ."""
+        w = self.codes((out, inputs // group, kernel, kernel), axis)
+        return self.op("Conv", x, w, self.const(np.ones(out)), pads=[kernel // 2] * 4, group=group)
+
+    def gemm(self, x: str) -> str:
+        return self.op("Gemm", self.op("Flatten", x), self.const(np.ones((4, 512))), transB=1)
+
+    def model(self, *outputs: str) -> onnx.ModelProto:
+        infos = [helper.make_empty_tensor_value_info(o) for o in outputs]
+        graph = helper.make_graph(self.nodes, "net", self.inputs, infos, self.tensors)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+
+
+def clean() -> onnx.ModelProto:
+    """A residual block, pools, a grouped and a depthwise convolution, a concat and a head, as TensorRT wants them."""
+    d = Draft()
+    x = d.fq(d.op("Relu", d.conv(d.fq("x"), kernel=3)))
+    y = d.fq(d.op("Relu", d.conv(x)))
+    y = d.op("Relu", d.op("Add", d.conv(y), x))
+    y = d.op("MaxPool", d.fq(y), kernel_shape=[2, 2], strides=[2, 2])
+    y = d.op("Concat", *(d.fq(d.op("Relu", d.conv(y, group=g)), 0.3) for g in (2, 8)), axis=1)
+    y = d.op("Flatten", d.fq(d.op("GlobalAveragePool", y)))
+    w = d.op("Transpose", d.codes((5, 16)), perm=[1, 0])
+    return d.model(d.op("Add", d.op("MatMul", y, w), d.const(np.ones(5))))
+
+
+CASES: dict[str, Callable[[], onnx.ModelProto]] = {}
+
+
+def breaks(name: str) -> Callable[[Callable[[], onnx.ModelProto]], Callable[[], onnx.ModelProto]]:
+    def enter(make: Callable[[], onnx.ModelProto]) -> Callable[[], onnx.ModelProto]:
+        CASES[f"{name} {make.__name__}"] = make
+        return make
+
+    return enter
+
+
+@breaks("Q00")
+def float_model() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.gemm("x"))
+
+
+@breaks("Q01")
+def zero_point_of_three() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", zero=3)))
+
+
+@breaks("Q02")
+def uint8() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", dtype=np.uint8)))
+
+
+@breaks("Q02")
+def computed_zero_point() -> onnx.ModelProto:
+    d = Draft()
+    d.inputs.append(helper.make_tensor_value_info("z", TensorProto.INT8, []))
+    s = d.const(0.1)
+    return d.model(d.conv(d.op("DequantizeLinear", d.op("QuantizeLinear", "x", s, "z"), s, "z")))
+
+
+@breaks("Q03")
+def no_zero_point() -> onnx.ModelProto:
+    d = Draft()
+    s = d.const(0.1)
+    return d.model(d.conv(d.op("DequantizeLinear", d.op("QuantizeLinear", "x", s), s)))
+
+
+@breaks("Q04")
+def negative_scale() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", -0.1)))
+
+
+@breaks("Q04")
+def scale_of_shape_one() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", [0.1], zero=[0])))
+
+
+@breaks("Q04")
+def computed_scale() -> onnx.ModelProto:
+    d = Draft()
+    d.inputs.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, []))
+    z = d.const(0, np.int8)
+    return d.model(d.conv(d.op("DequantizeLinear", d.op("QuantizeLinear", "x", "s", z), "s", z)))
+
+
+@breaks("Q05")
+def activation_by_channel() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", [0.1] * 8, zero=[0] * 8, axis=1)))
+
+
+@breaks("Q06")
+def conv_along_its_inputs() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x"), axis=1))
+
+
+@breaks("Q06")
+def transposed_linear_along_its_inputs() -> onnx.ModelProto:
+    d = Draft()
+    w = d.op("Transpose", d.codes((5, 8), axis=1), perm=[1, 0])
+    return d.model(d.op("MatMul", d.fq("x"), w))
+
+
+@breaks("Q06")
+def transposed_conv_by_channel() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.op("ConvTranspose", d.fq("x"), d.codes((8, 4, 2, 2))))
+
+
+@breaks("Q07")
+def channels_in_opset_12() -> onnx.ModelProto:
+    d = Draft(12)
+    return d.model(d.conv(d.fq("x")))
+
+
+@breaks("Q07")
+def opset_21() -> onnx.ModelProto:
+    d = Draft(21)
+    return d.model(d.conv(d.fq("x")))
+
+
+@breaks("Q08")
+def int32_bias() -> onnx.ModelProto:
+    d = Draft()
+    bias = d.op("DequantizeLinear", d.const([1] * 8, np.int32), d.const([0.1] * 8), d.const([0] * 8, np.int32), axis=0)
+    return d.model(d.op("Conv", d.fq("x"), d.codes((8, 8, 1, 1)), bias))
+
+
+@breaks("Q09")
+def clip_before_dq() -> onnx.ModelProto:
+    d = Draft()
+    s, z = d.const(0.1), d.const(0, np.int8)
+    codes = d.op("Clip", d.op("QuantizeLinear", "x", s, z), d.const(-127, np.int8), d.const(127, np.int8))
+    return d.model(d.conv(d.op("DequantizeLinear", codes, s, z)))
+
+
+@breaks("Q09")
+def transposed_codes() -> onnx.ModelProto:
+    d = Draft()
+    w = d.op("Transpose", d.const(np.ones((8, 5)), np.int8))
+    return d.model(d.op("MatMul", d.fq("x"), d.op("DequantizeLinear", d.op("Transpose", w), d.const(0.1))))
+
+
+@breaks("Q10")
+def float_weight() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.gemm(d.fq("x")))
+
+
+@breaks("Q10")
+def float_activation() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.op("Relu", d.fq("x"))))
+
+
+@breaks("Q11")
+def q_before_relu() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.op("Relu", d.fq(d.conv(d.fq("x")))))
+
+
+@breaks("Q12")
+def lone_batch_norm() -> onnx.ModelProto:
+    d = Draft()
+    norm = d.op("BatchNormalization", "x", *(d.const(np.ones(8)) for _ in range(4)))
+    return d.model(d.conv(d.fq(norm)))
+
+
+@breaks("Q13")
+def skip_in_float() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.op("Add", d.conv(d.fq("x")), "x"))
+
+
+@breaks("Q13")
+def conv_branch_quantized() -> onnx.ModelProto:
+    d = Draft()
+    x = d.fq("x")
+    return d.model(d.op("Add", d.fq(d.conv(x)), x))
+
+
+@breaks("Q14")
+def two_convs_summed() -> onnx.ModelProto:
+    d = Draft()
+    x = d.fq("x")
+    norm = d.op("BatchNormalization", d.conv(x), *(d.const(np.ones(8)) for _ in range(4)))
+    return d.model(d.op("Relu", d.op("Add", norm, d.conv(x, kernel=3))))
+
+
+@breaks("Q15")
+def two_scales() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", 0.1)), d.conv(d.fq("x", 0.2)))
+
+
+@breaks("Q16")
+def concat_of_two_scales() -> onnx.ModelProto:
+    d = Draft()
+    y = d.op("Relu", d.conv(d.fq("x")))
+    return d.model(d.conv(d.op("Concat", d.fq("x"), d.fq(y, 0.3), axis=1), inputs=16))
+
+
+@breaks("Q16")
+def concat_half_quantized() -> onnx.ModelProto:
+    d = Draft()
+    x = d.fq("x")
+    return d.model(d.op("Concat", x, d.op("Relu", d.conv(x)), axis=1))
+
+
+@breaks("Q17")
+def average_in_float() -> onnx.ModelProto:
+    d = Draft()
+    y = d.op("ReduceMean", d.op("Relu", d.conv(d.fq("x"))), d.const([2, 3], np.int64), keepdims=1)
+    return d.model(d.conv(d.fq(y)))
+
+
+@breaks("Q17")
+def max_pool_quantized_again() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq(d.op("MaxPool", d.fq("x"), kernel_shape=[2, 2]))))
+
+
+@breaks("Q17")
+def max_pool_in_float() -> onnx.ModelProto:
+    d = Draft()
+    y = d.op("MaxPool", "x", kernel_shape=[2, 2])
+    return d.model(d.conv(d.fq(y)), d.op("Sigmoid", y))
+
+
+@breaks("Q18")
+def quantized_twice() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq(d.op("Identity", d.fq("x")), 0.2)))
+
+
+@breaks("Q19")
+def two_channels_a_group() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x"), group=4))
+
+
+@breaks("Q20")
+def float_head() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.gemm(d.op("Relu", d.conv(d.fq("x")))))
+
+
+@breaks("Q21")
+def output_quantized() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.fq(d.conv(d.fq("x"))))
+
+
+@breaks("Q22")
+def microsoft() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.op("QGemm", d.conv(d.fq("x")), domain="com.microsoft"))
+
+
+@breaks("Q22")
+def convolution_of_integers() -> onnx.ModelProto:
+    d = Draft()
+    codes = d.op("QuantizeLinear", d.conv(d.fq("x")), d.const(0.1), d.const(0, np.int8))
+    return d.model(d.op("ConvInteger", codes, d.const(np.ones((8, 8, 1, 1)), np.int8)))
+
+
+@breaks("Q24")
+def dynamic_batch() -> onnx.ModelProto:
+    d = Draft()
+    d.inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 8, 8])]
+    return d.model(d.conv(d.fq("x")))
+
+
+@breaks("Q25")
+def scale_changes() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.fq("x", 0.1, back=0.2)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_finds_its_fault_alone(case: str) -> None:
+    found = lint(CASES[case]())
+    assert {f.rule for f in found} == {case[:3]}, "\n".join(map(str, found))
+    for f in found:
+        assert f.severity in "EWI" and f.node and f.message and f.cure
+        assert str(f).startswith(f"{f.severity} {f.rule} ") and "\n" not in str(f)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {case[:3] for case in CASES} == set(RULES)
+    assert RULES["Q08"][0] == "E" and "bias" in RULES["Q08"][1]
+
+
+def test_a_clean_file_is_clean(tmp_path: Path) -> None:
+    model = clean()
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, [1, 5]))
+    onnx.checker.check_model(model, full_check=True)
+    assert lint(model) == []
+    onnx.save(model, tmp_path / "m.onnx")
+    assert lint(tmp_path / "m.onnx") == lint(str(tmp_path / "m.onnx")) == []
+
+
+def test_constants_are_initializers_or_nodes() -> None:
+    for make in (clean, CASES["Q08 int32_bias"], CASES["Q06 conv_along_its_inputs"], CASES["Q04 negative_scale"]):
+        model = make()
+        nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+        want = lint(model)
+        del model.graph.initializer[:]
+        for node in reversed(nodes):
+            model.graph.node.insert(0, node)
+        assert lint(model) == want
+
+
+def test_findings_are_sorted_by_severity() -> None:
+    d = Draft(21)
+    y = d.op("Relu", d.fq(d.conv(d.fq("x", zero=3))))
+    found = lint(d.model(d.fq(y, -1.0)))
+    order = [("EWI".index(f.severity), f.rule) for f in found]
+    assert order == sorted(order) and [f.rule for f in found] == ["Q01", "Q04", "Q11", "Q21", "Q07"]
+
+
+def test_bad_input_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(repfx.InputError, match="does not exist"):
+        lint(tmp_path / "no.onnx")
+    with pytest.raises(repfx.InputError, match="is not a file"):
+        lint(tmp_path)
+    for name, content in {"text": b"hello, this is text", "empty": b"", "zeros": bytes(64)}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(repfx.InputError, match="is not an ONNX"):
+            lint(tmp_path / name)
+    onnx.save(clean(), tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert lint(tmp_path / "m.onnx") == []
+    with pytest.raises(repfx.InputError, match=r"lacks its weights, which are in weights\.bin"):
+        lint(onnx.load(tmp_path / "m.onnx", load_external_data=False))
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(repfx.InputError, match=r"keeps c0 in .*weights\.bin, which does not exist"):
+        lint(tmp_path / "m.onnx")
+
+
+def test_odd_graphs_do_not_crash() -> None:
+    """Cycles, absent inputs, unknown operators, no types, wrong axes."""
+    kinds = (
+        "QuantizeLinear DequantizeLinear Conv ConvTranspose Gemm MatMul Add Concat BatchNormalization MaxPool ReduceMean"
+    )
+    for kind in (*kinds.split(), "Identity", "Constant", "Unheard"):
+        for inputs in ([], [""], ["x"], ["y"], ["x", "y"], ["c", "c"], ["x", "c", "c"], ["c", "x", "", "c"]):
+            nodes = [helper.make_node(kind, inputs, ["y"], axis=7), helper.make_node("DequantizeLinear", ["y", "c"], ["z"])]
+            constant = numpy_helper.from_array(np.ones((2, 2), np.float32), "c")
+            info = [helper.make_empty_tensor_value_info("x")]
+            graph = helper.make_graph(nodes, "odd", info, [helper.make_empty_tensor_value_info("z")], [constant])
+            assert all(isinstance(f, Finding) for f in lint(helper.make_model(graph)))
+
+
+def lowered(model: nn.Module, tmp_path: Path) -> list[Finding]:
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = repfx.calibrate(repfx.transform(randomise(model.eval()), ["ptq"]), [x])
+    return lint(repfx.lower(model, tmp_path / "m.onnx", example=x).onnx)
+
+
+def test_our_own_file_is_clean(tmp_path: Path) -> None:
+    layers = (m for i, o, g in ((3, 8, 1), (8, 16, 2), (16, 16, 16)) for m in (RepVGG(i, o, 3, 1, 1, groups=g), nn.ReLU()))
+    net = nn.Sequential(*layers, nn.Conv2d(16, 4, 1))
+    found = lowered(net, tmp_path)
+    assert [f.rule for f in found] == ["Q24"], "\n".join(map(str, found))
+
+
+def test_our_own_residual_file_is_clean(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(RepVGG(3, 8, 3, 1, 1), nn.ReLU())
+            self.body = nn.Sequential(RepVGG(8, 8, 3, 1, 1), nn.ReLU(), RepVGG(8, 8, 3, 1, 1))
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = torch.relu(x + self.body(x))
+            return self.head(torch.cat([x, torch.max_pool2d(x, 3, 1, 1)], 1).mean((2, 3)))
+
+    found = lowered(Net(), tmp_path)
+    assert all(f.severity == "I" for f in found), "\n".join(map(str, found))
+
+
+def test_what_onnxruntime_quantizes(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Data(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.left = [{"x": np.random.default_rng(i).standard_normal((1, 8, 8, 8), np.float32)} for i in range(2)]
+
+        def get_next(self) -> dict[str, Any] | None:
+            return self.left.pop() if self.left else None
+
+    d = Draft()
+    y = d.op("Relu", d.op("Conv", "x", d.const(np.ones((8, 8, 3, 3))), d.const(np.ones(8))))
+    model = d.model(d.op("Conv", y, d.const(np.ones((4, 8, 1, 1))), d.const(np.ones(4))))
+    model.ir_version = 10
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "float.onnx")
+    quantization.quantize_static(
+        tmp_path / "float.onnx",
+        tmp_path / "int8.onnx",
+        Data(),
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    found = lint(tmp_path / "int8.onnx")
+    assert {"Q01", "Q02", "Q08", "Q21"} <= {f.rule for f in found}, "\n".join(map(str, found))
