@@ -115,7 +115,7 @@ def test_narrow_weights_lower_as_int8_constants(tmp_path: Path) -> None:
 def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     raw = repfx.transform(net(), ["ptq"])
-    with pytest.raises(repfx.InputError, match=r"6 quantizers are not calibrated \(stem.*run repfx.calibrate"):
+    with pytest.raises(repfx.InputError, match=r"8 quantizers are not calibrated \(stem.*run repfx.calibrate"):
         repfx.lower(raw, path, example=pictures())
     with pytest.raises(repfx.InputError, match="rounds activations to 6 bits"):
         repfx.lower(quantized("tensorrt", "ptq(bits=6)"), path, example=pictures())
