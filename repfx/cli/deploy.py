@@ -28,9 +28,7 @@ def lower(
     output: Output,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
     trt: Annotated[bool, typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed.")] = False,
-    openvino: Annotated[
-        bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")
-    ] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")] = False,
     shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
     data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")] = None,
     batches: Annotated[str, typer.Option(help="--trt: smallest, usual and largest batch.")] = "1,8,32",

@@ -1,0 +1,99 @@
+"""INT8 files of ours against ONNX Runtime's own quantizer, in ONNX Runtime and OpenVINO: python examples/bench_runtimes.py
+
+All from one merged float net with random weights; runs in turn; ratios are medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import repfx
+from repfx.lower.runtimes import installed, session
+from repfx.lower.timing import interleaved
+
+
+class Once(CalibrationDataReader):
+    """One batch, as ONNX Runtime's calibration wants it."""
+
+    def __init__(self, name: str, x: Tensor) -> None:
+        self.batches = iter([{name: x.numpy()}])
+
+    def get_next(self) -> dict[str, object] | None:
+        return next(self.batches, None)
+
+
+def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
+    """ONNX Runtime's quantize_static: uint8 activations, int8 weights per channel, after its own preparation."""
+    import onnx
+
+    quant_pre_process(str(plain), str(goal.with_suffix(".pre.onnx")), skip_symbolic_shape=True)
+    name = onnx.load(plain).graph.input[0].name
+    quantize_static(
+        str(goal.with_suffix(".pre.onnx")), str(goal), Once(name, x), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    return goal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["repvgg_a0", "mobileone_s0", "resnet18"])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    table = Table(title=f"{args.batch} pictures of {args.size}, {args.rounds} rounds; ratios of medians")
+    for column in (
+        "model",
+        "runtime",
+        "float ms",
+        "INT8 ms",
+        "float / INT8",
+        "ours / its own quantizer",
+        "file, over float",
+    ):
+        table.add_column(column, justify="right")
+    for name in args.models:
+        torch.manual_seed(0)
+        model, x = timm.create_model(name).eval(), torch.randn(args.batch, 3, args.size, args.size)
+        merged = repfx.transform(model, ["fuse"], example=x)
+        with tempfile.TemporaryDirectory() as text:
+            folder = Path(text)
+            plain = repfx.lower(merged, folder / "float.onnx", example=x).onnx
+            other = theirs(plain, folder / "theirs.onnx", x)
+            for runtime in installed():
+                int8 = repfx.transform(model, ["ptq"], example=x, target=runtime)
+                repfx.calibrate(int8, [x])
+                ours = repfx.lower(int8, folder / f"{runtime}.onnx", example=x, target=runtime).onnx
+                files = {"float": plain, "ours": ours, "theirs": other}
+                runs = {k: partial(session(runtime, f, threads=args.threads), (x,)) for k, f in files.items()}
+                times = interleaved(runs, args.rounds)
+                t = {k: statistics.median(v) for k, v in times.items()}
+                ratio = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
+                size = ours.stat().st_size / plain.stat().st_size
+                row = (
+                    f"{t['float']:.1f}",
+                    f"{t['ours']:.1f}",
+                    f"{t['float'] / t['ours']:.2f}",
+                    f"{ratio:.2f}",
+                    f"{size:.3f}",
+                )
+                table.add_row(name, runtime, *row)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
