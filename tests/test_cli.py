@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -69,26 +70,36 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 0 and "2 blocks merge" in done.stdout and "conv 3x3, 3 → 8" in done.stdout
     done = run(folder, "transform", "mynet:net", "--weights", "weights.pt", "--passes", "fuse", "-o", "fused.pt")
     assert done.returncode == 0 and "wrote fused.pt" in done.stdout
-    done = run(
-        folder,
-        "quantize",
-        "fused.pt",
-        "--data",
-        "data.npy",
-        "-o",
-        "int6.pt",
-        "--bits",
-        "6",
-        "--iterations",
-        "5",
-        "--keep",
-        "1",
-    )
+    six = ["--bits", "6", "--iterations", "5", "--keep", "1"]
+    done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int6.pt", *six)
     assert done.returncode == 0 and "kept wide: " in done.stdout, done.stderr
     done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int8.pt", "--method", "mse")
     assert done.returncode == 0 and "SQNR against the float model" in done.stdout
     done = run(folder, "lower", "int8.pt", "--onnx", "--data", "data.npy", "-o", "int8.onnx")
     assert done.returncode == 0 and "codes differ by one" in done.stdout and (folder / "int8.onnx").exists()
+    done = run(folder, "lint", "int8.onnx")
+    assert done.returncode == 0 and "optimization profile" in done.stdout, done.stderr
+    done = run(folder, "lower", "int8.pt", "--trt", "--shape", "3,16,16", "-o", "int8.engine", "--batches", "1,4,16")
+    assert done.returncode == 3 and "wrote int8.onnx" in done.stdout and not (folder / "int8.engine").exists()
+    assert "trtexec --onnx=int8.onnx" in done.stderr and "16x3x16x16" in done.stderr, done.stderr
+    for target in ("openvino", "onnxruntime"):
+        done = run(
+            folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "cpu.pt", "--method", "max", "--target", target
+        )
+        assert done.returncode == 0, done.stderr
+    done = run(folder, "lint", "cpu.onnx")
+    assert done.returncode == 2 and "cpu.onnx" in done.stderr
+    done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml")
+    assert done.returncode == 0 and "openvino against torch" in done.stdout, done.stderr
+    assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
+    done = run(folder, "lint", "cpu.onnx")
+    assert done.returncode == 1 and "Q01" in done.stdout  # uint8 is for CPUs
+    done = run(folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json")
+    assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
+    rows = json.loads((folder / "bench.json").read_text())["milliseconds"]
+    forms = {(r["form"], r["runtime"]) for r in rows}
+    assert forms >= {("train form", "torch"), ("merged", "torch"), ("INT8", "onnxruntime"), ("INT8", "openvino")}
+    assert all(0 < r["fastest"] <= r["median"] <= r["slowest"] for r in rows)
     done = run(folder, "inspect", "net.pt")
     assert done.returncode == 0
     done = run(folder, "transform", "pickled.pt", "--trust-pickle", "-o", "trusted.pt")
