@@ -90,7 +90,7 @@ def test_the_whole_path(folder: Path) -> None:
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 2 and "cpu.onnx" in done.stderr
     done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml")
-    assert done.returncode == 0 and "openvino against torch" in done.stdout, done.stderr
+    assert done.returncode == 0 and "OpenVINO against torch" in done.stdout, done.stderr
     assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q01" in done.stdout  # uint8 is for CPUs

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
+from onnx import load
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from repfx.cli.options import Model, Output, Trust, Weights, app, err, numbers, 
 from repfx.errors import InputError
 from repfx.graph.store import write_whole
 from repfx.lower.engine import Profile, build
+from repfx.lower.parity import compare
 from repfx.lower.runtimes import installed, write_ir
 from repfx.lower.timing import bench as measure
 from repfx.quant import FakeQuant
@@ -50,13 +52,14 @@ def lower(
     if trt and not any(isinstance(m, FakeQuant) for m in net.modules()):
         raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
     target = target or ("openvino" if openvino and not (onnx or trt) else "tensorrt")
-    runtime = "openvino" if openvino else "onnxruntime"
     file = output.with_suffix(".onnx")
-    artifact = api.lower(net, file, example=example, target=target, runtime=runtime)
-    out.print(f"{runtime} against torch: {artifact.parity}")
+    artifact = api.lower(net, file, example=example, target=target)
+    out.print(f"ONNX Runtime against torch: {artifact.parity}")
     out.print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     for finding in api.lint(file) if target == "tensorrt" else []:
         out.print(str(finding), markup=False, highlight=False)
+    if openvino:
+        out.print(f"OpenVINO against torch: {compare(net, load(file), (example,), 'openvino')}")
     if openvino and output.suffix == ".xml":
         write_ir(file, output)
         out.print(f"wrote {output}")

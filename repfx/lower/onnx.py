@@ -37,11 +37,10 @@ KEY = "repfx.quantizer"
 
 @dataclass(frozen=True)
 class Artifact:
-    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in `runtime`."""
+    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX Runtime."""
 
     onnx: Path
     parity: Parity
-    runtime: str = "onnxruntime"
 
 
 def lower(
@@ -50,18 +49,15 @@ def lower(
     *,
     example: Any,
     target: str = "tensorrt",
-    runtime: str = "onnxruntime",
     opset: int = OPSET,
 ) -> Artifact:
-    """Writes the model as ONNX and compares the file, run in a runtime, with the torch model on the example.
+    """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
 
     `example`: a tensor (N, ...) or a tuple of them; the first dimension of each is dynamic in the file. `target` must
-    be the one the model was quantized for, `runtime` is onnxruntime or openvino. A model without quantizers gives a float
-    file.
+    be the one the model was quantized for. A model without quantizers gives a float file.
 
     Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit or the
-    path cannot be written; CheckError where the file is not valid or computes something else; MissingPart where the
-    runtime is not installed.
+    path cannot be written; CheckError where the file is not valid or computes something else.
     """
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
@@ -77,11 +73,11 @@ def lower(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
-    parity = compare(model, proto, args, runtime)
+    parity = compare(model, proto, args)
     if not parity.agrees:
         raise CheckError(f"the exported graph does not compute what the model computes: {parity}")
     write_whole(path, lambda part: onnx.save(proto, part))
-    return Artifact(Path(path), parity, runtime)
+    return Artifact(Path(path), parity)
 
 
 class _Activation(nn.Module):
