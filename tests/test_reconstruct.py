@@ -177,6 +177,31 @@ def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
     assert not torch.equal(learned(stages=[], reading="all")["0.main.conv.weight"], joined["0.main.conv.weight"])
 
 
+def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    code: Any = sys.modules["repfx.tune.blockwise"]
+    learn = code.Run._learn
+
+    def noted(self: Any, index: int, block: Any, rest: list[Any], share: float, *args: Any) -> Any:
+        seen.append((len(rest), round(share, 9)))
+        return learn(self, index, block, rest, share, *args)
+
+    monkeypatch.setattr(code.Run, "_learn", noted)
+    repfx.reconstruct(quantized(), [pictures(4)], iterations=1, stage=2.0, stages=["1"])
+    assert seen == [(0, 0.0), (3, 0.5), (2, 1.0), (1, 1.5), (0, 0.0)]  # lambda i / n, without rest nothing
+
+
+@pytest.mark.parametrize("rounding", ["straight", "adaround"])
+def test_adaround_keeps_steps_and_settles_weights_on_codes(rounding: str) -> None:
+    model = quantized(affine=False)
+    before = {n: m.scale.clone() for n, m in layers(model, FakeQuant).items() if m.of_weight}
+    repfx.reconstruct(model, [pictures()], iterations=30, rounding=rounding)
+    for name, scale in before.items():
+        weight, quant = model.get_parameter(name.replace("_quant", "")), model.get_submodule(name)
+        settled = torch.allclose(weight, quant(weight), rtol=0, atol=1e-6)
+        assert (settled, torch.equal(quant.scale, scale)) == ((True, True) if rounding == "adaround" else (False, False))
+
+
 class Stop(Exception):
     pass
 
