@@ -167,7 +167,8 @@ def test_a_missing_part_is_named(folder: Path) -> None:
 def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
     """The process is told to stop while the file is being written: the old file stays, and nothing lies beside it."""
     (folder / "slow.py").write_text(
-        "import time, pathlib, repfx.graph.store as store\n"
+        "import signal, time, pathlib, repfx.graph.store as store\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def slow(tensors, path, metadata=None):\n"
         "    pathlib.Path(path).write_bytes(b'half'); pathlib.Path('writing').touch(); time.sleep(60)\n"
         "store.save_file = slow\n"

@@ -56,6 +56,9 @@ def main() -> None:
             f"\n(c) {name}\n"
             + table(found, lambda r: r["strategy"] + (f" {r['net']}" if "net" in r else ""), bits_of, name, 2)
         )
+    found = rows("sr_ptq")
+    for name in ("set5", "set14"):
+        print(f"\n(f) {name}\n" + table(found, lambda r: r["method"], bits_of, name, 2))
     found = rows("ptq")
     for bits in ((6, 6), (8, 4), (8, 8)):
         some = [r for r in found if r["method"] == "float" or (r["bits"], r["weight_bits"]) == bits]

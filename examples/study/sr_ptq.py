@@ -1,0 +1,63 @@
+"""Study (f): ECBSR-m4c8 x2 quantized after training, PSNR on Set5 and Set14.
+
+python examples/study/sr.py --data sr.zip          trains it
+python examples/study/sr_ptq.py --data sr.zip
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import Results
+from ptq import LEARNED
+from sr import ECBSR
+from torch import nn
+from torch.utils.data import DataLoader
+
+import repfx
+from repfx.blocks import ECB
+from repfx.passes import Ptq
+from repfx.tune import Pairs, SuperResolution
+
+
+@torch.no_grad()
+def psnr(model: nn.Module, test: DataLoader) -> float:
+    score = SuperResolution().metric()
+    for pair in test:
+        score.update(model.eval(), pair)
+    return float(score.compute()["psnr"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "sr_ptq.jsonl")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    net = ECBSR(ECB)
+    net.load_state_dict(torch.load(args.runs / "sr-ecb-0.ck", weights_only=True)["model"])
+    tests = {name: DataLoader(Pairs(args.data, f"test/{name}"), 1) for name in ("set5", "set14")}
+    patches = Pairs(args.data, "train", patch=64, repeat=3)
+    batches = [low for low, _ in DataLoader(patches, 64)]
+    results = Results(args.results)
+    for bits in (8, 6):
+        for method in ("max", "mse", "mae", *LEARNED):
+            if results.has(bits=bits, method=method):
+                continue
+            passes, options = LEARNED.get(method, ([], {}))
+            quantized = repfx.transform(net.eval(), [Ptq(bits, weights="mse"), *passes])
+            if method in LEARNED:
+                repfx.reconstruct(quantized, batches, iterations=args.iterations, batch=32, **options)
+                quantized = repfx.transform(quantized, ["fuse"])
+            else:
+                repfx.calibrate(quantized, batches, method=method)
+            results.add(bits=bits, method=method, **{name: psnr(quantized, test) for name, test in tests.items()})
+
+
+if __name__ == "__main__":
+    main()
