@@ -58,6 +58,7 @@ def quantize(
     iterations: Annotated[int, typer.Option(min=1, help="repapq: steps of learning a block.")] = 1000,
     keep: Annotated[int, typer.Option(min=0, help="So many of the worst layers take 8 bits, float where --bits is 8.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")] = None,
     size: Size = 224,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
     limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
@@ -85,7 +86,8 @@ def quantize(
     result = api.transform(loaded, [ptq, "qprep"] if learn else [ptq], target=target)
     report = result.meta["repfx"]
     if learn:
-        api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, progress=err.is_terminal)
+        shown = err.is_terminal
+        api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, cache=cache, progress=shown)
         result = api.transform(result, ["fuse"], target=target)
     else:
         api.calibrate(result, batches, method=method, progress=err.is_terminal)
