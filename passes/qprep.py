@@ -11,6 +11,7 @@ Weights need one scale a channel. A layer whose quantized weight other layers re
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +38,7 @@ class QPRep(Pass):
     def run(self, work: Work) -> Result:
         view, graph = work.view(), work.module.graph
         declined = []
+        reads = Counter(n.target for n in view.nodes if n.op == "get_attr")
         for node in view.nodes:
             quant = view.modules.get(str(node.target)) if node.op == "call_module" else None
             if not isinstance(quant, FakeQuant) or not quant.of_weight:
@@ -49,8 +51,8 @@ class QPRep(Pass):
                 declined.append(Declined(path, "its quantized weight is read more than once, or not by a layer"))
                 continue
             bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-            if isinstance(bias, fx.Node) and bias.op != "get_attr":
-                declined.append(Declined(path, "the bias of its layer is computed"))
+            if isinstance(bias, fx.Node) and (bias.op != "get_attr" or reads[bias.target] > 1 or len(bias.users) > 1):
+                declined.append(Declined(path, "the bias of its layer is computed, or read elsewhere too"))
                 continue
             ref = node.args[0]
             assert isinstance(ref, fx.Node)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
@@ -100,6 +101,16 @@ def test_the_affine_refuses_what_cannot_fold() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(torch.relu(self.conv(x)))
 
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(torch.relu(F.conv2d(x, self.one.weight, self.one.bias)), self.two.weight, self.one.bias)
+
+    tied = repfx.transform(Tied().eval(), ["ptq", "qprep"], example=pictures(2))
+    assert len(layers(tied, Affine)) == 0 and any("read elsewhere" in str(d) for d in tied.meta["repfx"].declined)
     shared = repfx.transform(Twice().eval(), ["ptq", "qprep"], example=pictures(2))
     assert not layers(shared, Affine)
     assert any("read more than once" in str(d) for d in shared.meta["repfx"].declined)
