@@ -236,7 +236,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
     path = tmp_path / "run.ck"
     cut = quantized()
     with pytest.raises(Stop):
-        repfx.reconstruct(cut, [x], **same, checkpoint=path)
+        repfx.reconstruct(cut, [x], **same, checkpoint=path, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(InputError, match="NaN"):
+        repfx.reconstruct(quantized(), [x, x * float("nan")], cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
     assert all(p.requires_grad for p in cut.parameters()) and path.exists()
     again = repfx.reconstruct(quantized(), [x], **same, checkpoint=path)
     assert calls == [0, 1, 2, 2, 3, 4]

@@ -81,16 +81,10 @@ class Run:
                     tick = lambda n, i=i: bars.update(bar, completed=i * self.o.iterations + n)  # noqa: E731
                     before, after = self._learn(i, block, rest, share, ours, theirs, targets, tick)
                     done.append(Block(block.name, ends.index(last), before, after))
-                    self._save(len(ours), i, done)
+                    self._save(len(ours), done)
                 if i < len(self.net) - 1:
                     with torch.no_grad():
-                        nxt = ours.map(block, self.o.batch)
-                    for rows in {id(r): r for r in (ours, theirs)}.values():
-                        rows.close()
-                    ours, theirs = nxt, targets
-                else:
-                    for rows in {id(r): r for r in (ours, theirs, targets)}.values():
-                        rows.close()
+                        ours, theirs = ours.map(block, self.o.batch), targets
         return done
 
     def _inputs(self, batches: Iterable[Any]) -> Rows:
@@ -218,7 +212,7 @@ class Run:
             total += float(self.loss(block(x) - y)) * len(x)
         return total / len(inputs)
 
-    def _save(self, count: int, index: int, done: list[Block]) -> None:
+    def _save(self, count: int, done: list[Block]) -> None:
         if self.path is not None:
             rows = [[b.name, b.stage, b.before, b.after] for b in done]
             flags = {n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)}

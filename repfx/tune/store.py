@@ -15,11 +15,10 @@ _numbers = itertools.count()
 
 
 class Rows:
-    """A tensor (N, ...) that is written a batch at a time; with `folder`, in a file there, which `close` removes."""
+    """A tensor (N, ...) that is written a batch at a time; with `folder`, in a file there that is gone when it is."""
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.path: Path | None = None
         self.data: Tensor | None = None
 
     def fill(self, batches: Iterable[Tensor]) -> Rows:
@@ -28,14 +27,17 @@ class Rows:
             self.data = torch.cat(list(batches))
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"rows-{os.getpid()}-{next(_numbers)}"
+        path = self.folder / f"rows-{os.getpid()}-{next(_numbers)}"
         shape: tuple[int, ...] = ()
         dtype, count = torch.float32, 0
-        with self.path.open("wb") as file:
-            for part in batches:
-                file.write(part.contiguous().numpy().tobytes())
-                shape, dtype, count = tuple(part.shape[1:]), part.dtype, count + len(part)
-        flat = torch.from_file(str(self.path), shared=True, size=count * prod(shape), dtype=dtype)
+        try:
+            with path.open("wb") as file:
+                for part in batches:
+                    file.write(part.contiguous().numpy().tobytes())
+                    shape, dtype, count = tuple(part.shape[1:]), part.dtype, count + len(part)
+            flat = torch.from_file(str(path), shared=True, size=count * prod(shape), dtype=dtype)
+        finally:  # what is mapped lives on without its name, so that no interruption leaves a file
+            path.unlink(missing_ok=True)
         self.data = flat.reshape(count, *shape)
         return self
 
@@ -53,8 +55,3 @@ class Rows:
 
     def __len__(self) -> int:
         return 0 if self.data is None else len(self.data)
-
-    def close(self) -> None:
-        self.data = None
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
