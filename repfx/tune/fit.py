@@ -10,6 +10,7 @@ process's running statistics count during an epoch, the mean over processes at i
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -135,7 +136,20 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
         raise MissingPart("training needs accelerate: pip install repfx[train]") from error
     if device not in (None, "cpu"):
         raise InputError(f"device is None or 'cpu', not {device!r}; accelerate launch chooses others")
+    ours = not _joined()
     try:
-        return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"accelerate refuses device={device!r}, precision={precision!r}: {error}") from error
+    if ours and _joined():  # a process that ends inside a group may abort in its threads' destructors
+        atexit.register(_leave)
+    return accelerator
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _leave() -> None:
+    if _joined():
+        torch.distributed.destroy_process_group()
