@@ -71,11 +71,10 @@ class Ptq(Pass):
         bits: dict[fx.Node, int] = {}
         kept = wide if self.wide_bits == 32 else set()
         found = [(n, op) for n, op in found if n not in kept]
-        for n, op in found:
-            bits[op.x] = max(bits.get(op.x, 2), self.wide_bits if n in wide else self.bits)
-        places = [*((n, op.x) for n, op in found), *other_places(view, {n for n, _ in found}, work.target)]
-        for _, x in places:
-            bits.setdefault(x, self.bits)
+        others = other_places(view, {n for n, _ in found}, work.target)
+        for x, n in [*((op.x, n) for n, op in found), *((x, n) for _, x, n in others)]:
+            bits[x] = max(bits.get(x, 2), self.wide_bits if n in wide else self.bits)
+        places = [*((n, op.x) for n, op in found), *((n, x) for n, x, _ in others)]
         grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}

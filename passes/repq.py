@@ -6,14 +6,15 @@ M is the block run on kernels, written into the graph once as straight tensor co
 differentiates and compiles. Every key of the state_dict stays and trains on; quantizers add keys. Batch norms inside a
 block keep their statistics, computed from x and the kernel of what they normalise, as `bn` says (`KernelNorm`).
 
-Cases: every region that `fuse` would merge, and every convolution and linear besides. `bits=32` leaves the rounding out:
-float training at about the cost of the one convolution. `fuse` after it gives the deployed net, with the same codes.
+Cases: every region that `fuse` would merge, every convolution and linear besides, and the skips and averages that the
+target runs in integers. `bits=32` leaves the rounding out: float training at about the cost of the one convolution.
+`fuse` after it gives the deployed net, with the same codes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
+from repfx.rewrite.placement import other_places
 from repfx.rewrite.program import program
 from repfx.rewrite.work import Names, Work
 
@@ -64,56 +66,78 @@ class RepQ(Pass):
             raise InputError("bits=32 trains in float: weights and activations alike")
 
     def run(self, work: Work) -> Result:
-        view = work.view()
-        merges, declined = _regions(view)
-        names = Names(view, work.module)
-        moved: dict[fx.Node, fx.Node] = {}
-        quantized: dict[fx.Node, fx.Node] = {}
-        moments: dict[fx.Node, fx.Node] = {}
-        signs = {m.region.source: non_negative(view, m.region.source) for m in merges}
-        for i, merge in enumerate(merges):
-            ends = i in (0, len(merges) - 1) and self.ends is not None
-            bits = (self.ends, self.ends) if ends and self.bits != 32 else (self.bits, self.weight_bits or self.bits)
-            self._rewrite(work, view, merge, names, bits, moved, quantized, moments, signs)
+        merges, declined = _regions(work.view())
+        _Rewrite(self, work, merges).all()
         return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))
 
-    def _rewrite(
-        self,
-        work: Work,
-        view: GraphView,
-        merge: Merge,
-        names: Names,
-        bits: tuple[Any, Any],
-        moved: dict[fx.Node, fx.Node],
-        quantized: dict[fx.Node, fx.Node],
-        moments: dict[fx.Node, fx.Node],
-        signs: dict[fx.Node, bool],
-    ) -> None:
-        region, graph = merge.region, work.module.graph
-        path = _place(names, merge)
-        source = moved.get(region.source, region.source)
+
+class _Rewrite:
+    """One run of the pass over the regions it trains; what was made so far is in the four maps."""
+
+    def __init__(self, rules: RepQ, work: Work, merges: list[Merge]) -> None:
+        self.rules, self.work, self.view = rules, work, work.view()
+        self.names = Names(self.view, work.module)
+        self.merges = {m.region.sink: m for m in merges}
+        self.ends = {merges[i].region.sink for i in (0, -1) if merges and rules.ends is not None}
+        self.others: dict[fx.Node, list[fx.Node]] = {}  # values to quantize for a reader that is no layer
+        self.bits: dict[fx.Node, int] = {}  # of a quantized value: the most that one of its readers wants
+        if rules.bits != 32:
+            removed = {n for m in merges for n in m.region.removed}
+            for reader, value, layer in other_places(self.view, self.merges, work.target):
+                if reader not in removed:
+                    self.others.setdefault(reader, []).append(value)
+                    self.want(value, layer)
+            for sink, merge in self.merges.items():
+                self.want(merge.region.source, sink)
+        self.signs = {value: non_negative(self.view, value) for value in self.bits}
+        self.moved: dict[fx.Node, fx.Node] = {}
+        self.quantized: dict[fx.Node, fx.Node] = {}
+        self.moments: dict[fx.Node, fx.Node] = {}
+
+    def want(self, value: fx.Node, layer: fx.Node) -> None:
+        wide = self.rules.ends if layer in self.ends else None
+        self.bits[value] = max(self.bits.get(value, 2), wide or self.rules.bits)
+
+    def all(self) -> None:
+        for node in self.view.nodes:  # in order: the first reader of a value makes what the others share
+            if node in self.merges:
+                self.layer(self.merges[node])
+            for value in self.others.get(node, ()):
+                path = str(node.target) if node.op == "call_module" else node.name
+                source = self.moved.get(value, value)
+                node.replace_input_with(source, self.quant(node, value, path))
+
+    def quant(self, before: fx.Node, value: fx.Node, path: str) -> fx.Node:
+        """The quantized value, one for all that read it."""
+        if value not in self.quantized or self.view.writes.changed(value):
+            quant = FakeQuant(self.work.target.activation(self.bits[value], self.signs[value]), learned=True)
+            source = self.moved.get(value, value)
+            self.quantized[value] = self.work.insert(before, source, f"{path}.input_quant", quant)
+        return self.quantized[value]
+
+    def layer(self, merge: Merge) -> None:
+        rules, work, region, graph = self.rules, self.work, merge.region, self.work.module.graph
+        path = _place(self.names, merge)
+        source = self.moved.get(region.source, region.source)
 
         def seen() -> fx.Node:
-            if region.source not in moments or view.writes.changed(region.source):
-                needs = Moments(self.bn not in ("batch", "frozen"), self.bn in ("estimate", "estimate_paper"))
-                moments[region.source] = work.insert(region.sink, source, f"{path}.moments", needs)
-            return moments[region.source]
+            if region.source not in self.moments or self.view.writes.changed(region.source):
+                needs = Moments(rules.bn not in ("batch", "frozen"), rules.bn in ("estimate", "estimate_paper"))
+                self.moments[region.source] = work.insert(region.sink, source, f"{path}.moments", needs)
+            return self.moments[region.source]
 
-        weight, bias, now = program(work.module, view, merge, seen, self.bn)
+        weight, bias, now = program(work.module, self.view, merge, seen, rules.bn)
         x = source
-        if bits[0] != 32:
-            if region.source not in quantized or view.writes.changed(region.source):
-                grid = work.target.activation(bits[0], signs[region.source])
-                quant = FakeQuant(grid, learned=True)
-                quantized[region.source] = work.insert(region.sink, source, f"{path}.input_quant", quant)
-            x = quantized[region.source]
-            of_weight = work.target.weight(bits[1], self.per_channel)
-            scale = search_scale(now, of_weight, 2.0)
-            weight = work.insert(region.sink, weight, f"{path}.weight_quant", FakeQuant(of_weight, scale, True, True))
+        if rules.bits != 32:
+            x = self.quant(region.sink, region.source, path)
+            wide = rules.ends if region.sink in self.ends else None
+            grid = work.target.weight(wide or rules.weight_bits or rules.bits, rules.per_channel)
+            scale = search_scale(now, grid, 2.0)
+            weight = work.insert(region.sink, weight, f"{path}.weight_quant", FakeQuant(grid, scale, True, True))
         with graph.inserting_before(region.sink):
             y = _call(graph, merge.geometry, x, weight, bias)
         y.meta = dict(region.sink.meta)
-        moved[region.sink] = y
+        self.moved[region.sink] = y
         region.sink.replace_all_uses_with(y)
         for node in sorted(region.removed, reverse=True):
             graph.erase_node(node)

@@ -130,6 +130,26 @@ def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class InPlace(nn.Module):
+    """Changes what its convolution gave, through a view that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        y[:, -1:].mul_(2)
+        return self.two(y)
+
+
+def test_a_change_in_place_is_in_the_file(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    quantized = repfx.transform(InPlace().eval(), ["ptq"], example=x)
+    repfx.calibrate(quantized, [x])
+    assert repfx.lower(quantized, tmp_path / "int8.onnx", example=x).parity.agrees
+
+
 def test_a_wrong_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight code off by one must not pass for rounding."""
     lowering = importlib.import_module("repfx.lower.onnx")

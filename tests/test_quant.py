@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +238,32 @@ class Residual(nn.Module):
         x = torch.relu(x + self.b(torch.relu(self.a(x))))
         x = torch.relu(self.d(torch.relu(self.c(x))) + self.down(x))
         return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
+def test_training_quantizes_the_places_that_ptq_does(target: str, tmp_path: Path) -> None:
+    net, x = Residual().eval(), pictures()[0]
+    ready, trained = (repfx.transform(net, [name], target=target, example=x) for name in ("ptq", "repq"))
+    places = [{n for n, m in g.named_modules() if isinstance(m, FakeQuant)} for g in (ready, trained)]
+    assert places[0] == places[1]
+    y = trained.train()(x)
+    y.square().mean().backward()
+    fused = repfx.transform(trained.eval(), ["fuse"], target=target, example=x)
+    assert repfx.lower(fused, tmp_path / "int8.onnx", example=x, target=target).parity.agrees
+    if target == "tensorrt":
+        assert not [f for f in repfx.lint(tmp_path / "int8.onnx") if f.severity in "EW"]
+
+
+def test_a_learned_scale_that_a_step_took_past_zero() -> None:
+    quant, x = FakeQuant(Grid(8), torch.tensor(0.1), learned=True), torch.randn(100)
+    with torch.no_grad():
+        quant.scale.fill_(-0.2)
+    assert quant.step > 0 and torch.equal(quant.eval()(x), quant.grid.quantize(x, quant.step))
+    again = FakeQuant(Grid(8), learned=True)
+    again.load_state_dict(quant.state_dict())
+    assert again.calibrated, "or it would pass values through"
+    quant.train()(x).sum().backward()
+    assert quant.scale == quant.step and quant.scale.grad is not None
 
 
 def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from repfx.errors import CheckError, InputError
 from repfx.graph.capture import graphs
+from repfx.graph.effects import is_dead
 from repfx.graph.running import run_eval
 from repfx.graph.store import write_whole
 from repfx.lower.parity import Parity, compare
@@ -94,7 +95,7 @@ class _Activation(nn.Module):
         self.path = path
         self.dtype = torch.int8 if quant.grid.signed and not offset else torch.uint8
         zero = 128 if quant.grid.signed and offset else 0
-        self.register_buffer("scale", quant.scale.detach().clone())
+        self.register_buffer("scale", quant.step.detach().clone())
         self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ class _Weight(nn.Module):
         self.axis = quant.grid.axis
         self.dtype = weight.dtype
         self.register_buffer("codes", quant.codes(weight.detach()).to(torch.int8))
-        self.register_buffer("scale", quant.scale.detach().clone())
-        self.register_buffer("zero", torch.zeros(quant.scale.shape, dtype=torch.int8))
+        self.register_buffer("scale", quant.step.detach().clone())
+        self.register_buffer("zero", torch.zeros(quant.step.shape, dtype=torch.int8))
 
     def forward(self) -> Tensor:
         attrs: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
@@ -193,7 +194,9 @@ def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
             node.args = ()
         else:
             holder._modules[name] = _Activation(quant, f"{prefix}.{path}".lstrip("."), offset)
-    graph.eliminate_dead_code()
+    for node in reversed(graph.nodes):  # fx's own elimination takes writes in place for dead
+        if is_dead(node):
+            graph.erase_node(node)
     module.recompile()
 
 

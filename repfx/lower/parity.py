@@ -64,7 +64,9 @@ class Parity:
         return ties and self.forced.relative <= 1e-3
 
     def __str__(self) -> str:
-        codes = f"{self.different} of {self.codes} codes differ by one; " if self.quantizers else ""
+        most = max((q.largest for q in self.quantizers.values()), default=0)
+        by = "one" if most <= 1 else f"up to {most}"
+        codes = f"{self.different} of {self.codes} codes differ by {by}; " if self.quantizers else ""
         return f"{codes}output: {self.output}"
 
 
@@ -95,7 +97,7 @@ def compare(model: nn.Module, proto: onnx.ModelProto, args: tuple[Tensor, ...], 
             codes = theirs[name].to(result)
             off = (m.codes(inputs[0]) - codes).abs()
             found[name] = CodeDifference(off.numel(), int((off > 0).sum()), int(off.max()) if off.numel() else 0)
-            return codes * m.scale
+            return codes * m.step
 
         return hook
 

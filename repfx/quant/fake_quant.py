@@ -16,6 +16,9 @@ from repfx.quant.grid import Grid
 from repfx.quant.observers import search_scale
 
 
+SMALLEST = torch.finfo(torch.float32).eps  # of a learned scale, as of PyTorch's own observers
+
+
 class FakeQuant(nn.Module):
     """y = Q(x) on `grid`, with buffer `scale` () or (channels,). `scale` 0 means not calibrated: y = x.
 
@@ -54,7 +57,16 @@ class FakeQuant(nn.Module):
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
         if not self.calibrated:
             return x
-        return self.grid.quantize(x, self._lsq(x) if self.learned and self.training else self.scale)
+        if not (self.learned and self.training):
+            return self.grid.quantize(x, self.step)
+        with torch.no_grad():  # an optimizer's step may have taken it past 0, where no gradient leads back
+            self.scale.clamp_(min=SMALLEST)
+        return self.grid.quantize(x, self._lsq(x))
+
+    @property
+    def step(self) -> Tensor:
+        """The scale that counts: a learned one is not below `SMALLEST`, wherever its last step of training took it."""
+        return self.scale.clamp(min=SMALLEST) if self.learned else self.scale
 
     def _lsq(self, x: Tensor) -> Tensor:
         """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
@@ -63,7 +75,7 @@ class FakeQuant(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""
-        return self.grid.codes(x, self.scale)
+        return self.grid.codes(x, self.step)
 
     def extra_repr(self) -> str:
         g = self.grid
@@ -72,4 +84,4 @@ class FakeQuant(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.calibrated = bool((self.scale > 0).all())
+        self.calibrated = bool((self.scale != 0).all())

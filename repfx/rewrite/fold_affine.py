@@ -31,7 +31,7 @@ def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
         given = str(weight.args[0].target)
         with torch.no_grad():
             codes = quant.codes(operator.attrgetter(given)(module))
-            scale = quant.scale * affine.eta.abs()
+            scale = quant.step * affine.eta.abs()
             turned = codes * affine.eta.sign().reshape(-1, *(1,) * (codes.dim() - 1))
             old = operator.attrgetter(str(bias.target))(module) if isinstance(bias, fx.Node) else None
             _, shift = affine(codes, old)

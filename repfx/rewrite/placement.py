@@ -21,16 +21,21 @@ _AVERAGES |= {torch.ops.aten.mean.dim, torch.ops.aten.adaptive_avg_pool2d.defaul
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
-def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -> list[tuple[fx.Node, fx.Node]]:
-    """(reader, value) of what is to be quantized of each sum with a layer's own output, and before each average pool."""
-    found: list[tuple[fx.Node, fx.Node]] = []
+Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
+
+
+def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -> list[Place]:
+    """What is to be quantized of each sum with a layer's own output, and before each average that a layer reads."""
+    found: list[Place] = []
     for node in view.nodes:
         op = view.ops[node]
         if isinstance(op, Sum):
-            values = _addends(view, op, layers, target.sums)
+            layer, values = _addends(view, op, layers, target.sums)
         else:
-            values = _averaged(view, node) if target.averages and _leads_to(node, layers) else []
-        found += [(node, v) for v in values if not view.writes.changed(v) and not _is_quantized(view, v)]
+            layer = _reader(node, layers) if target.averages else None
+            values = [] if layer is None else _averaged(view, node)
+        if layer is not None:
+            found += [(node, v, layer) for v in values if not view.writes.changed(v) and not _is_quantized(view, v)]
     return found
 
 
@@ -38,14 +43,16 @@ def _is_quantized(view: GraphView, value: fx.Node) -> bool:
     return value.op == "call_module" and isinstance(view.modules[str(value.target)], FakeQuant)
 
 
-def _addends(view: GraphView, op: Sum, layers: Collection[fx.Node], which: str) -> list[fx.Node]:
+def _addends(view: GraphView, op: Sum, layers: Collection[fx.Node], which: str) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The layer whose output is summed, and which of both values the target wants in integers."""
     if not which or op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
-        return []
+        return None, []
     a, b = op.values
     mains = [n for n in (a, b) if n in layers and len(n.users) == 1]
     if not mains or a is b or any(factor != 1 for _, factor in op.terms):
-        return []
-    return [a, b] if which == "all" else [a if max(mains, key=view.index.__getitem__) is b else b]
+        return None, []
+    main = max(mains, key=view.index.__getitem__)
+    return main, [a, b] if which == "all" else [a if main is b else b]
 
 
 def _averaged(view: GraphView, node: fx.Node) -> list[fx.Node]:
@@ -56,12 +63,11 @@ def _averaged(view: GraphView, node: fx.Node) -> list[fx.Node]:
     return [value] if average and isinstance(value, fx.Node) and view.is_data(value) else []
 
 
-def _leads_to(node: fx.Node, layers: Collection[fx.Node]) -> bool:
-    """Whether what it gives is read by one of the layers, at most reshaped."""
+def _reader(node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:
+    """The layer that reads what this gives, at most reshaped."""
     for _ in range(4):
-        if len(node.users) != 1:
-            return any(user in layers for user in node.users)
+        found = next((user for user in node.users if user in layers), None)
+        if found is not None or len(node.users) != 1:
+            return found
         node = next(iter(node.users))
-        if node in layers:
-            return True
-    return False
+    return None

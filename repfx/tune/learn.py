@@ -26,7 +26,7 @@ class AdaRound(nn.Module):
 
     def __init__(self, quant: FakeQuant, weight: Tensor) -> None:
         super().__init__()
-        self.grid, self.step = quant.grid, quant.grid.along(quant.scale.detach(), weight)
+        self.grid, self.step = quant.grid, quant.grid.along(quant.step.detach(), weight)
         u = weight.detach() / self.step
         rest = (u - u.floor()).clamp(1e-3, 1 - 1e-3)
         self.v = nn.Parameter(-torch.log(1.2 / (rest + 0.1) - 1))
