@@ -106,10 +106,54 @@ def test_a_float_model_lowers_too(tmp_path: Path) -> None:
     assert "QuantizeLinear" not in ops and int8.onnx.stat().st_size < artifact.onnx.stat().st_size
 
 
-def test_narrow_weights_lower_as_int8_constants(tmp_path: Path) -> None:
-    model = quantized("tensorrt", "ptq(bits=8, weight_bits=4)")
-    artifact = repfx.lower(model, tmp_path / "w4.onnx", example=pictures())
+@pytest.mark.parametrize(("opset", "kind"), [(20, onnx.TensorProto.INT8), (21, onnx.TensorProto.INT4)])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_narrow_weights_are_int4_where_the_standard_has_it(bits: int, opset: int, kind: int, tmp_path: Path) -> None:
+    model = quantized("tensorrt", f"ptq(bits=8, weight_bits={bits})")
+    artifact = repfx.lower(model, tmp_path / "narrow.onnx", example=pictures(), opset=opset)
     assert artifact.parity.different <= 5
+    weights = {t.name: t for t in onnx.load(artifact.onnx).graph.initializer if t.name.endswith("weight_quant.codes")}
+    assert len(weights) == 6 and {t.data_type for t in weights.values()} == {kind}
+    quant, weight = model.get_submodule("gate.weight_quant"), model.get_parameter("gate.weight")
+    held = onnx.numpy_helper.to_array(weights["gate.weight_quant.codes"]).astype("float32")
+    assert torch.equal(torch.from_numpy(held), quant.codes(weight))
+
+
+@pytest.mark.parametrize("opset", [19, 21])
+def test_float16_is_all_that_is_not_an_integer(opset: int, tmp_path: Path) -> None:
+    model, x = quantized("tensorrt", "ptq(wide=gate, wide_bits=32)"), pictures()
+    paths = tmp_path / "float32.onnx", tmp_path / "float16.onnx"
+    plain, halved = (
+        repfx.lower(model, p, example=x, opset=opset, float16=h).parity for p, h in zip(paths, (False, True), strict=True)
+    )
+    assert plain.agrees and halved.agrees and halved.float16
+    assert 0 < halved.different < 0.01 * halved.codes  # float16's last bit; not the float32 file by mistake
+    proto = onnx.load(paths[1])
+    assert not [t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    ends = [*proto.graph.input, *proto.graph.output]
+    assert {i.type.tensor_type.elem_type for i in ends} == {onnx.TensorProto.FLOAT}
+    found = [{f.rule for f in repfx.lint(p) if f.severity in "EW"} for p in paths]
+    assert "Q20" in found[0] and "Q20" not in found[1]
+    one, other = (session("onnxruntime", p)((x,))[0] for p in paths)
+    assert float((one - other).abs().max()) < 0.05 * float(one.abs().max())
+
+
+def test_what_float16_cannot_hold(tmp_path: Path) -> None:
+    x = pictures()
+    model = quantized("tensorrt")
+    with torch.no_grad():
+        model.get_submodule("gate").bias[0] = 1e5
+    with pytest.raises(repfx.InputError, match=r"gate.bias holds values beyond float16's 65504"):
+        repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True)
+    model = quantized("tensorrt")
+    model.get_submodule("gate.weight_quant").scale[0] = 2.1e-7
+    with pytest.raises(repfx.InputError, match=r"a scale of gate.weight_quant, 2.1e-07, is .*% off in float16"):
+        repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True)
+    with pytest.raises(repfx.InputError, match="opset is from 19 to 23 with float16, not 18"):
+        repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True, opset=18)
+    with pytest.raises(repfx.InputError, match="opset is from 18 to 23, not 9"):
+        repfx.lower(model, tmp_path / "a.onnx", example=x, opset=9)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def mini(
     classes: int = 10,
     **options: Any,
 ) -> nn.Module:
-    """Stages of 3x3 blocks with ReLU between, each but the first starting with a stride of 2: (N, 3, 32, 32) -> (N, classes)."""
+    """Stages of 3x3 blocks and ReLU, all but the first begin with a stride of 2: (N, 3, 32, 32) -> (N, classes)."""
     layers: list[nn.Module] = []
     inputs = 3
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):

@@ -37,6 +37,8 @@ def lower(
     workspace: Annotated[float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")] = 4.0,
     timing_cache: Annotated[Path | None, typer.Option(help="--trt: a file that makes the next build faster.")] = None,
     target: Annotated[str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")] = None,
+    float16: Annotated[bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")] = False,
+    opset: Annotated[int, typer.Option(help="From 21 on weights of 4 bits are int4.")] = 20,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
@@ -53,12 +55,12 @@ def lower(
         raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
     target = target or ("openvino" if openvino and not (onnx or trt) else "tensorrt")
     file = output.with_suffix(".onnx")
-    artifact = api.lower(net, file, example=example, target=target)
+    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16)
     out.print(f"ONNX Runtime against torch: {artifact.parity}")
     out.print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     for finding in api.lint(file) if target == "tensorrt" else []:
         out.print(str(finding), markup=False, highlight=False)
-    if openvino:
+    if openvino and not float16:
         out.print(f"OpenVINO against torch: {compare(net, load(file), (example,), 'openvino')}")
     if openvino and output.suffix == ".xml":
         write_ir(file, output)

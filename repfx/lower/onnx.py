@@ -4,6 +4,7 @@
     FakeQuant of a weight        ->   int8 codes as a constant, DequantizeLinear along its axis
     bias                         ->   a float constant
 
+With `float16` all that is not an integer is float16 (`half`).
 The batch dimension is dynamic. The file is checked by onnx.checker, run in ONNX Runtime and compared with the torch
 model before it gets its name.
 """
@@ -14,6 +15,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from repfx.graph.capture import graphs
 from repfx.graph.effects import is_dead
 from repfx.graph.running import run_eval
 from repfx.graph.store import write_whole
+from repfx.lower import half
 from repfx.lower.parity import Parity, compare
 from repfx.quant import FakeQuant, target_named
 
@@ -51,11 +54,15 @@ def lower(
     example: Any,
     target: str = "tensorrt",
     opset: int = OPSET,
+    float16: bool = False,
 ) -> Artifact:
     """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
 
     `example`: a tensor (N, ...) or a tuple of them; the first dimension of each is dynamic in the file. `target` must
-    be the one the model was quantized for. A model without quantizers gives a float file.
+    be the one the model was quantized for. A model without quantizers gives a float file. `float16`: scales, biases and
+    layers that are not quantized are float16 in the file, its inputs and outputs stay float32; the comparison is then
+    with the torch model rounded to float16 after each operator. `opset`: from 18, from 19 with `float16`; from 21 on
+    weights of 4 bits and fewer are int4.
 
     Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit or the
     path cannot be written; CheckError where the file is not valid or computes something else.
@@ -64,17 +71,21 @@ def lower(
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
         raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
     _check_formats(model, target)
+    least = half.OPSET if float16 else 18
+    if not least <= opset <= 23:
+        raise InputError(f"opset is from {least} to 23{' with float16' if float16 else ''}, not {opset}")
     try:
         run_eval(model, args)
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise InputError(f"the model does not accept the example {shapes}: {error}") from error
-    proto = _export(model, args, target, opset)
+    model = half.constants(model) if float16 else model
+    proto = _export(model, args, target, opset, float16)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
-    parity = compare(model, proto, args)
+    parity = compare(half.operators(model) if float16 else model, proto, args, float16=float16)
     if not parity.agrees:
         raise CheckError(f"the exported graph does not compute what the model computes: {parity}")
     write_whole(path, lambda part: onnx.save(proto, part))
@@ -119,7 +130,6 @@ class _Weight(nn.Module):
     def __init__(self, quant: FakeQuant, weight: Tensor) -> None:
         super().__init__()
         self.axis = quant.grid.axis
-        self.dtype = weight.dtype
         self.register_buffer("codes", quant.codes(weight.detach()).to(torch.int8))
         self.register_buffer("scale", quant.step.detach().clone())
         self.register_buffer("zero", torch.zeros(quant.step.shape, dtype=torch.int8))
@@ -127,7 +137,7 @@ class _Weight(nn.Module):
     def forward(self) -> Tensor:
         attrs: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         inputs = (self.codes, self.scale, self.zero)
-        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs, dtype=self.dtype, shape=self.codes.shape)
+        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs, dtype=self.scale.dtype, shape=self.codes.shape)
 
 
 def _check_formats(model: nn.Module, target: str) -> None:
@@ -140,8 +150,9 @@ def _check_formats(model: nn.Module, target: str) -> None:
             raw.append(name)
         elif not m.of_weight and m.grid.bits != 8:
             raise InputError(
-                f"{name} rounds activations to {m.grid.bits} bits; QuantizeLinear has 8. Quantize with ptq(bits=8), or "
-                "use ptq(bits=8, weight_bits=...) to narrow the weights alone"
+                f"{name} rounds activations to {m.grid.bits} bits; the layers of ONNX runtimes and TensorRT have 8. "
+                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4) to narrow the weights alone (int4 from opset 21 on); "
+                "torch runs this model as it is"
             )
         elif m.of_weight and m.grid.bits > 8:
             raise InputError(f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold 8 at most")
@@ -153,12 +164,15 @@ def _check_formats(model: nn.Module, target: str) -> None:
         raise InputError(f"{other[0]} is unsigned, which {target} does not run: transform the model with target={target!r}")
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int) -> onnx.ModelProto:
+def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, float16: bool) -> onnx.ModelProto:
     """The ONNX graph of a copy whose quantizers are symbolic."""
     symbolic = copy.deepcopy(model).eval().cpu()
     for path, module in graphs(symbolic):
         _make_symbolic(module, path, target_named(target).unsigned_after_relu)
     wide = tuple(torch.cat([a, a]).cpu() if a.shape[0] == 1 else a.cpu() for a in args)
+    if float16:
+        half.in_half(symbolic)
+        wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
     batch = torch.export.Dim("batch")
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
@@ -175,6 +189,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int) ->
     assert program is not None
     proto = program.model_proto
     _name_codes(proto)
+    if float16:
+        half.cast_ends(proto)
+    if opset >= 21:
+        _narrow(
+            proto, {n for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight and m.grid.bits <= 4}
+        )
     return proto
 
 
@@ -234,3 +254,23 @@ def _name_codes(proto: onnx.ModelProto) -> None:
         info.name = renamed.get(info.name, info.name)
     for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
         del entry.metadata_props[:]
+
+
+def _narrow(proto: onnx.ModelProto, names: set[str]) -> None:
+    """Makes the codes of these weights int4, two a byte, with a zero point of that type."""
+    held = {t.name: t for t in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in {f"{n}.codes" for n in names} & set(held):
+            codes, zero = held[node.input[0]], held[node.input[2]]
+            values = onnx.numpy_helper.to_array(codes)
+            for info in proto.graph.value_info:
+                if info.name == codes.name:
+                    info.type.tensor_type.elem_type = onnx.TensorProto.INT4
+            codes.CopyFrom(onnx.helper.make_tensor(codes.name, onnx.TensorProto.INT4, values.shape, values.ravel()))
+            shape, node.input[2] = tuple(zero.dims), f"{node.input[0]}.zero"
+            zeros = [0] * math.prod(shape)
+            proto.graph.initializer.append(onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros))
+    read = {i for node in proto.graph.node for i in node.input}
+    kept = [t for t in proto.graph.initializer if t.name in read]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)

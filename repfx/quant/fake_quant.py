@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from repfx.quant.grid import Grid
 from repfx.quant.observers import search_scale
 
-
 SMALLEST = torch.finfo(torch.float32).eps  # of a learned scale, as of PyTorch's own observers
 
 
