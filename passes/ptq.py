@@ -24,7 +24,7 @@ from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
-from repfx.rewrite.placement import other_places
+from repfx.rewrite.placement import before_pools, other_places
 from repfx.rewrite.work import Work
 
 _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
@@ -71,25 +71,32 @@ class Ptq(Pass):
         bits: dict[fx.Node, int] = {}
         kept = wide if self.wide_bits == 32 else set()
         found = [(n, op) for n, op in found if n not in kept]
-        others = other_places(view, {n for n, _ in found}, work.target)
-        for x, n in [*((op.x, n) for n, op in found), *((x, n) for _, x, n in others)]:
+        layers = {n: op.x for n, op in found}
+        places = [*((n, x, n) for n, x in layers.items()), *other_places(view, layers, work.target)]
+        places = before_pools(view, places)
+        for _, x, n in places:
             bits[x] = max(bits.get(x, 2), self.wide_bits if n in wide else self.bits)
-        places = [*((n, op.x) for n, op in found), *((n, x) for n, x, _ in others)]
+        readers: dict[fx.Node, list[fx.Node]] = {}  # of a node, its values to quantize
+        for reader, value, _ in places:
+            readers.setdefault(reader, []).append(value)
         grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
         moved: dict[fx.Node, fx.Node] = {}
-        for node, value in sorted(places, key=lambda place: view.index[place[0]]):
-            name = names.get(node) or (str(node.target) if node.op == "call_module" else node.name)
-            x = moved.get(value, value)
-            if x not in inputs or view.writes.changed(value):
-                quant = FakeQuant(grids[value])
-                inputs[x] = work.insert(node, x, f"{name}.input_quant", quant)
-            if node in names:
+        for node in view.nodes:
+            for value in dict.fromkeys(readers.get(node, ())):
+                plain = moved.get(value, value)
+                if plain not in inputs or view.writes.changed(value):
+                    named = names.get(node) or (str(node.target) if node.op == "call_module" else node.name)
+                    quant = FakeQuant(grids[value])
+                    inputs[plain] = work.insert(node, plain, f"{named}.input_quant", quant)
+                if node not in layers:
+                    node.replace_input_with(plain, inputs[plain])
+            if node in layers:
+                plain = moved.get(layers[node], layers[node])
+                x = inputs[plain] if node in readers else plain  # else it reads a pool of quantized values
                 b = self.wide_bits if node in wide else self.weight_bits or self.bits
-                moved[node] = self._quantize(work, view, node, x, inputs[x], name, b, weights)
-            else:
-                node.replace_input_with(x, inputs[x])
+                moved[node] = self._quantize(work, view, node, plain, x, names[node], b, weights)
         return Result(self.name, inserted=tuple(work.inserted))
 
     def _quantize(

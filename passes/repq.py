@@ -31,7 +31,7 @@ from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
-from repfx.rewrite.placement import other_places
+from repfx.rewrite.placement import before_pools, other_places
 from repfx.rewrite.program import program
 from repfx.rewrite.work import Names, Work
 
@@ -79,30 +79,26 @@ class _Rewrite:
         self.names = Names(self.view, work.module)
         self.merges = {m.region.sink: m for m in merges}
         self.ends = {merges[i].region.sink for i in (0, -1) if merges and rules.ends is not None}
-        self.others: dict[fx.Node, list[fx.Node]] = {}  # values to quantize for a reader that is no layer
+        self.readers: dict[fx.Node, list[fx.Node]] = {}  # of a node or region, its values to quantize
         self.bits: dict[fx.Node, int] = {}  # of a quantized value: the most that one of its readers wants
         if rules.bits != 32:
-            removed = {n for m in merges for n in m.region.removed}
-            for reader, value, layer in other_places(self.view, self.merges, work.target):
-                if reader not in removed:
-                    self.others.setdefault(reader, []).append(value)
-                    self.want(value, layer)
-            for sink, merge in self.merges.items():
-                self.want(merge.region.source, sink)
+            inside = {n for m in merges for n in m.region.removed}
+            others = [p for p in other_places(self.view, self.merges, work.target) if p[0] not in inside]
+            layers = [(sink, m.region.source, sink) for sink, m in self.merges.items()]
+            for reader, value, layer in before_pools(self.view, [*layers, *others]):
+                self.readers.setdefault(reader, []).append(value)
+                wide = rules.ends if layer in self.ends else None
+                self.bits[value] = max(self.bits.get(value, 2), wide or rules.bits)
         self.signs = {value: non_negative(self.view, value) for value in self.bits}
         self.moved: dict[fx.Node, fx.Node] = {}
         self.quantized: dict[fx.Node, fx.Node] = {}
         self.moments: dict[fx.Node, fx.Node] = {}
 
-    def want(self, value: fx.Node, layer: fx.Node) -> None:
-        wide = self.rules.ends if layer in self.ends else None
-        self.bits[value] = max(self.bits.get(value, 2), wide or self.rules.bits)
-
     def all(self) -> None:
         for node in self.view.nodes:  # in order: the first reader of a value makes what the others share
             if node in self.merges:
                 self.layer(self.merges[node])
-            for value in self.others.get(node, ()):
+            for value in () if node in self.merges else dict.fromkeys(self.readers.get(node, ())):
                 path = str(node.target) if node.op == "call_module" else node.name
                 source = self.moved.get(value, value)
                 node.replace_input_with(source, self.quant(node, value, path))
@@ -129,7 +125,8 @@ class _Rewrite:
         weight, bias, now = program(work.module, self.view, merge, seen, rules.bn)
         x = source
         if rules.bits != 32:
-            x = self.quant(region.sink, region.source, path)
+            if region.source in self.readers.get(region.sink, ()):  # or it reads a pool of quantized values
+                x = self.quant(region.sink, region.source, path)
             wide = rules.ends if region.sink in self.ends else None
             grid = work.target.weight(wide or rules.weight_bits or rules.bits, rules.per_channel)
             scale = search_scale(now, grid, 2.0)

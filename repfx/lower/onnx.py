@@ -151,7 +151,7 @@ def _check_formats(model: nn.Module, target: str) -> None:
         elif not m.of_weight and m.grid.bits != 8:
             raise InputError(
                 f"{name} rounds activations to {m.grid.bits} bits; the layers of ONNX runtimes and TensorRT have 8. "
-                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4) to narrow the weights alone (int4 from opset 21 on); "
+                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4), int4 from opset 21 on; "
                 "torch runs this model as it is"
             )
         elif m.of_weight and m.grid.bits > 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -58,11 +59,14 @@ class Bench:
 
 
 def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int, progress: bool = False) -> dict[Any, list[float]]:
-    """Milliseconds of each run of each, one after the other in `rounds` rounds, after two that do not count."""
+    """Milliseconds of each run of each, `rounds` rounds after two that do not count. The order is drawn anew each round:
+    what runs after a large model finds its caches cold."""
     times: dict[Any, list[float]] = {name: [] for name in runs}
+    order, draw = list(runs.items()), random.Random(0)
     with torch.no_grad():
         for i in track(range(rounds + 2), "measuring", disable=not progress):
-            for name, run in runs.items():
+            draw.shuffle(order)
+            for name, run in order:
                 start = time.perf_counter()
                 run()
                 if i >= 2:

@@ -2,11 +2,13 @@
 
 conv + skip   ->   conv + Q(skip)       the convolution and the sum become one kernel
 mean(x)       ->   mean(Q(x))           an average pool between quantized layers
+Q(max(x))     ->   max(Q(x))            the same values, and the layer before the pool writes integers
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ _AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F
 _AVERAGES |= {torch.ops.aten.mean.dim, torch.ops.aten.adaptive_avg_pool2d.default}
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
+
+_MAXIMA: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
+_MAXIMA |= {torch.ops.aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
 
@@ -37,6 +42,27 @@ def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -
         if layer is not None:
             found += [(node, v, layer) for v in values if not view.writes.changed(v) and not _is_quantized(view, v)]
     return found
+
+
+def before_pools(view: GraphView, places: Iterable[Place]) -> list[Place]:
+    """The places with each quantizer after a max pool moved before it, where the pool has no other reader."""
+    readers: dict[fx.Node, list[Place]] = {}
+    for place in places:
+        readers.setdefault(place[1], []).append(place)
+    for pool in reversed(view.nodes):
+        mine = readers.get(pool, [])
+        if _is_max_pool(view, pool) and mine and {reader for reader, _, _ in mine} == set(pool.users):
+            value = pool.args[0]
+            if isinstance(value, fx.Node) and not view.writes.changed(value) and not _is_quantized(view, value):
+                del readers[pool]
+                readers.setdefault(value, []).extend((pool, value, layer) for _, _, layer in mine)
+    return sorted((p for some in readers.values() for p in some), key=lambda place: view.index[place[0]])
+
+
+def _is_max_pool(view: GraphView, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(view.modules[str(node.target)]) in _MAXIMA
+    return node.op == "call_function" and node.target in _MAXIMA
 
 
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
