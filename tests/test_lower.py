@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,19 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     zeros = [onnx.numpy_helper.to_array(constants[n.input[2]]) for n in made.values() if "Quantize" in n.op_type]
     assert all((z == 0).all() for z in zeros)
     assert {n.op_type for n in proto.graph.node} & {"BatchNormalization", "QLinearConv", "Clip"} == set()
+
+
+def test_onnx_runtime_runs_every_layer_in_integers(tmp_path: Path) -> None:
+    layers = [block(3, 16), block(16, 32, 2), nn.MaxPool2d(2), block(32, 32, groups=4), nn.Flatten(), nn.Linear(512, 7)]
+    model = repfx.transform(randomise(nn.Sequential(*layers).eval()), ["ptq"], target="onnxruntime", example=pictures())
+    repfx.calibrate(model, [pictures()])
+    path = repfx.lower(model, tmp_path / "model.onnx", example=pictures(), target="onnxruntime").onnx
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 3 and kinds.count("QGemm") == 1
+    assert not {"Conv", "Gemm", "FusedConv", "MatMul"} & set(kinds)
 
 
 def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:

@@ -240,6 +240,48 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Pooled(nn.Module):
+    """A max pool that two layers read, or `other` too."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.stem, self.pool, self.a, self.b = (
+            nn.Conv2d(3, 8, 3),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(8, 4, 1),
+            nn.Conv2d(8, 4, 3),
+        )
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.stem(x))
+        found = self.a(y).mean((2, 3)) + self.b(y).mean((2, 3))
+        return found + y.mean() if self.other else found
+
+
+@pytest.mark.parametrize("name", ["ptq", "repq"])
+@pytest.mark.parametrize("other", [False, True])
+def test_quantizers_stand_before_a_max_pool_that_only_layers_read(name: str, other: bool) -> None:
+    x = pictures()[0]
+    net = Pooled(other).eval()
+    quantized = repfx.transform(net, [name], example=x)
+    if name == "ptq":
+        repfx.calibrate(quantized, [x])
+    else:
+        quantized.train()(x)
+        quantized.eval()
+    nodes = {n.name: n for n in quantized.graph.nodes}
+    names = {n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    assert names == {"stem.input_quant", "a.input_quant" if other else "pool.input_quant"}
+    before = nodes["pool"].args[0]
+    assert str(before.target).endswith("pool.input_quant") != other
+    if not other:  # the same values as with the quantizer after the pool
+        quant = quantized.get_submodule("pool.input_quant")
+        seen = torch.nn.functional.max_pool2d(y := torch.randn(2, 8, 9, 9), 3, 2)
+        assert torch.equal(torch.nn.functional.max_pool2d(quant(y), 3, 2), quant(seen))
+    assert repfx.verify(net, quantized, x).sqnr > 25
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
 def test_training_quantizes_the_places_that_ptq_does(target: str, tmp_path: Path) -> None:
     net, x = Residual().eval(), pictures()[0]

@@ -24,6 +24,7 @@ from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.errors import CheckError, InputError
@@ -201,6 +202,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
 def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
     graph = module.graph
     for node in list(graph.nodes):
+        if offset and node.target is F.linear:
+            _split_bias(graph, node)
         if node.op != "call_module":
             continue
         path = str(node.target)
@@ -218,6 +221,16 @@ def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
         if is_dead(node):
             graph.erase_node(node)
     module.recompile()
+
+
+def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """Adds the bias of a linear layer after it: ONNX Runtime has no integer Gemm with a float bias."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if isinstance(bias, fx.Node):
+        node.args, node.kwargs = node.args[:2], {k: v for k, v in node.kwargs.items() if k != "bias"}
+        with graph.inserting_before(node.next):
+            total = graph.call_function(torch.add, (node, bias))
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
 def _constant(module: fx.GraphModule, node: Any) -> Tensor:
