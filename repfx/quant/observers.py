@@ -23,6 +23,7 @@ from repfx.quant.grid import Grid
 
 BINS = 4096
 CANDIDATES = 256
+_UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
 
 
 class Observer:
@@ -37,7 +38,9 @@ class Observer:
 
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity."""
-        values = x.detach().reshape(-1).float()
+        x = x.detach()
+        # In the order of memory, so that no layout is copied.
+        values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1).float()
         low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
         if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
@@ -53,10 +56,11 @@ class Observer:
             self.limit *= 2
         if low < 0:
             values = values.abs() if self.grid.signed else values.clamp(min=0)
-        found = torch.bincount((values * (BINS / self.limit)).to(torch.int32), minlength=BINS).cpu()
-        found[BINS - 1] += found[BINS:].sum()  # the limit itself, and what rounds to it
-        found[0] -= (values == 0).sum().cpu()
-        self.counts += found[:BINS]
+        # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros. int16 is half the time of int32.
+        bins = torch.add(_UP, values, alpha=BINS / self.limit).to(torch.int16)
+        found = torch.bincount(bins, minlength=BINS + 1).cpu()
+        found[BINS] += found[BINS + 1 :].sum()  # what the division rounded past the limit
+        self.counts += found[1 : BINS + 1]
 
     def scale(self, method: str) -> Tensor:
         """The scale by `method`, a scalar. Raises InputError for an unknown one or where nothing was seen."""
@@ -95,12 +99,10 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         seen = counts > 0
         v, w = middles[seen], counts[seen]
-        best = (float("inf"), of.amax / of.grid.high)
-        for i in range(1, CANDIDATES + 1):
-            s = of.amax * i / CANDIDATES / of.grid.high
-            q = torch.clamp(torch.round(v / s), 0, of.grid.high) * s
-            best = min(best, (float((w * (q - v).abs().pow(power)).sum()), s))
-        return best[1]
+        shares = torch.arange(1, CANDIDATES + 1, dtype=v.dtype) / CANDIDATES
+        steps = (of.amax / of.grid.high * shares).unsqueeze(1)
+        off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_()
+        return float(steps[int(torch.argmin(off.pow_(power) @ w))])
 
     return search
 
