@@ -1,31 +1,32 @@
-"""ONNX Runtime's own quantizer on the nets of study (e), W8A8, run in ONNX Runtime beside ours.
+"""Other tools on the nets of study (e), W8A8, each on the merged net and the same 1 024 pictures, beside ours.
 
-python examples/study/peers.py --data cifar10.zip
+    pip install nvidia-modelopt requests torchao nncf openvino aimet-torch
+    python examples/study/peers.py --data cifar10.zip
+
+ONNX Runtime's quantizer and ours run in ONNX Runtime, NNCF's in OpenVINO, the others' in torch as they simulate it. A tool
+that is not installed is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from common import Accuracy, Results, calibration, pictures, trained
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from ptq import NETS
-from torch import Tensor
+from torch import Tensor, nn
 
 import repfx
 from repfx.lower.runtimes import session
 from repfx.passes import Ptq
-
-METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
 
 
 class Reader(CalibrationDataReader):
@@ -36,15 +37,89 @@ class Reader(CalibrationDataReader):
         return next(self.feeds, None)
 
 
-class Deployed(torch.nn.Module):
-    """A file in ONNX Runtime, as a model."""
+class Call(nn.Module):
+    """A function as a model."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.run: Callable[..., list[Tensor]] = session("onnxruntime", path, threads=threads)
+        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run((x,))[0]
+        return self.function(x.contiguous())
+
+
+def in_runtime(path: Path, runtime: str = "onnxruntime") -> nn.Module:
+    run = session(runtime, path, threads=torch.get_num_threads())
+    return Call(lambda x: run((x,))[0])
+
+
+def onnxruntime(method: CalibrationMethod, merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    plain = repfx.lower(merged, folder / "float.onnx", example=batches[0]).onnx
+    source = onnx.load(plain).graph.input[0].name
+    quantize_static(
+        str(plain), str(folder / "theirs.onnx"), Reader(source, batches), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+    )  # fmt: skip
+    return in_runtime(folder / "theirs.onnx")
+
+
+def nncf(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    import nncf
+    import openvino
+
+    plain = repfx.lower(merged, folder / "float.onnx", example=batches[0]).onnx
+    model = openvino.Core().read_model(str(plain))
+    quantized = nncf.quantize(model, nncf.Dataset([x.numpy() for b in batches for x in b.split(1)]), subset_size=1024)
+    compiled = openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return Call(lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy()))
+
+
+def modelopt(config: str, merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    return mtq.quantize(copy.deepcopy(merged), getattr(mtq, config), forward_loop=lambda m: [m(x) for x in batches])
+
+
+def torchao(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
+    exported = torch.export.export(merged.to(memory_format=torch.contiguous_format), (batches[0],), dynamic_shapes=shapes)
+    prepared = prepare_pt2e(exported.module(), quantizer)
+    with torch.no_grad():
+        for x in batches:
+            prepared(x)
+    converted = convert_pt2e(prepared)
+    return Call(lambda x: converted(x))
+
+
+def aimet(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    from aimet_torch.quantsim import QuantizationSimModel
+
+    sim = QuantizationSimModel(copy.deepcopy(merged), dummy_input=batches[0], default_param_bw=8, default_output_bw=8)
+    sim.compute_encodings(lambda model, _: [model(x) for x in batches], None)
+    return sim.model
+
+
+def ours(seed: int, iterations: int, net: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    model = repfx.transform(net, [Ptq(weights="mse"), "qprep"], target="onnxruntime")
+    repfx.reconstruct(model, batches, iterations=iterations, seed=seed)
+    model = repfx.transform(model, ["fuse"], target="onnxruntime")
+    return in_runtime(repfx.lower(model, folder / "ours.onnx", example=batches[0], target="onnxruntime").onnx)
+
+
+PEERS: dict[str, Callable[[nn.Module, list[Tensor], Path], nn.Module]] = {
+    "onnxruntime minmax": partial(onnxruntime, CalibrationMethod.MinMax),
+    "onnxruntime percentile": partial(onnxruntime, CalibrationMethod.Percentile),
+    "onnxruntime entropy": partial(onnxruntime, CalibrationMethod.Entropy),
+    "nncf": nncf,
+    "modelopt max": partial(modelopt, "INT8_DEFAULT_CFG"),
+    "modelopt smoothquant": partial(modelopt, "INT8_SMOOTHQUANT_CFG"),
+    "torchao pt2e": torchao,
+    "aimet": aimet,
+}
 
 
 def main() -> None:
@@ -53,7 +128,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "peers.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--nets", nargs="+", default=["S0", "S4"])
+    parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -63,28 +138,20 @@ def main() -> None:
     accuracy, batches, results = Accuracy(test), calibration(args.data), Results(args.results)
     for seed, name in [(s, n) for s in args.seeds for n in args.nets]:
         make, l2 = NETS[name]
-        net = trained(
-            args.runs, name, make, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128, l2=l2
-        )  # fmt: skip
-        with tempfile.TemporaryDirectory() as text:
-            folder, x = Path(text), batches[0]
-            plain = repfx.lower(repfx.transform(net, ["fuse"]), folder / "float.onnx", example=x).onnx
-            source = onnx.load(plain).graph.input[0].name
-            for method, kind in METHODS.items():
-                if results.has(net=name, seed=seed, method=f"onnxruntime {method}"):
-                    continue
-                quantize_static(
-                    str(plain), str(folder / "theirs.onnx"), Reader(source, batches), quant_format=QuantFormat.QDQ,
-                    per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=kind,
-                )  # fmt: skip
-                top1 = accuracy(Deployed(folder / "theirs.onnx", args.threads))
-                results.add(net=name, seed=seed, method=f"onnxruntime {method}", top1=top1)
-            if not results.has(net=name, seed=seed, method="repapq"):
-                ours = repfx.transform(net, [Ptq(weights="mse"), "qprep"], target="onnxruntime")
-                repfx.reconstruct(ours, batches, iterations=args.iterations, seed=seed)
-                ours = repfx.transform(ours, ["fuse"], target="onnxruntime")
-                file = repfx.lower(ours, folder / "ours.onnx", example=x, target="onnxruntime").onnx
-                results.add(net=name, seed=seed, method="repapq", top1=accuracy(Deployed(file, args.threads)))
+        options: dict[str, Any] = {"epochs": args.epochs, "lr": 0.1, "batch": 128, "l2": l2}
+        net = trained(args.runs / "mini", name, make, "classification", train, seed, **options)
+        merged = repfx.transform(net, ["fuse"])
+        methods = PEERS | {"repfx repapq": partial(ours, seed, args.iterations)}
+        for method, run in methods.items():
+            if results.has(net=name, seed=seed, method=method):
+                continue
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    top1 = accuracy(run(net if run is methods["repfx repapq"] else merged, batches, Path(folder)))
+            except ImportError as error:
+                print(f"{method} is left out: {error}")
+                continue
+            results.add(net=name, seed=seed, method=method, top1=top1)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import repfx
 from repfx.blocks import MobileOne, QARepVGG
 from repfx.passes import Ptq
 
+BITS = ((6, 6), (8, 4), (8, 8))  # of activations and of weights
 RANGES = ("max", "percentile", "entropy", "mse", "mae")
 LEARNED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "block mse, adaround, drop": ([], {"loss": "mse", "rounding": "adaround", "drop": 0.5, "stage": 0.0}),
@@ -73,28 +75,27 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
     accuracy, batches, results = Accuracy(test), calibration(args.data, args.pictures), Results(args.results)
-    for seed, name in [(s, n) for s in args.seeds for n in args.nets]:
+    for (bits, weight_bits), seed, name in product(BITS, args.seeds, args.nets):
         make, l2 = NETS[name]
         net = trained(
-            args.runs, name, make, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128, l2=l2
+            args.runs / "mini", name, make, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128, l2=l2
         )  # fmt: skip
         if not results.has(net=name, seed=seed, method="float"):
             results.add(net=name, seed=seed, method="float", top1=accuracy(net))
-        for bits, weight_bits in ((6, 6), (8, 4), (8, 8)):
-            same = {"net": name, "seed": seed, "bits": bits, "weight_bits": weight_bits}
-            for method in (*RANGES, *LEARNED):
-                if results.has(**same, method=method):
-                    continue
-                start = time.perf_counter()
-                passes, options = LEARNED.get(method, ([], {}))
-                quantized = repfx.transform(net, [Ptq(bits, weight_bits, weights="mse"), *passes])
-                if method in LEARNED:
-                    repfx.reconstruct(quantized, batches, iterations=args.iterations, seed=seed, **options)
-                    quantized = repfx.transform(quantized, ["fuse"])
-                else:
-                    repfx.calibrate(quantized, batches, method=method)
-                seconds = time.perf_counter() - start
-                results.add(**same, method=method, top1=accuracy(quantized), seconds=round(seconds, 1))
+        same = {"net": name, "seed": seed, "bits": bits, "weight_bits": weight_bits}
+        for method in (*RANGES, *LEARNED):
+            if results.has(**same, method=method):
+                continue
+            start = time.perf_counter()
+            passes, options = LEARNED.get(method, ([], {}))
+            quantized = repfx.transform(net, [Ptq(bits, weight_bits, weights="mse"), *passes])
+            if method in LEARNED:
+                repfx.reconstruct(quantized, batches, iterations=args.iterations, seed=seed, **options)
+                quantized = repfx.transform(quantized, ["fuse"])
+            else:
+                repfx.calibrate(quantized, batches, method=method)
+            seconds = time.perf_counter() - start
+            results.add(**same, method=method, top1=accuracy(quantized), seconds=round(seconds, 1))
 
 
 if __name__ == "__main__":

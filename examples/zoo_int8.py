@@ -1,0 +1,73 @@
+"""INT8 files of a dozen nets: lint, layers in integers, codes in ONNX Runtime and OpenVINO, size.
+
+    python examples/zoo_int8.py [models] [--float16]
+
+Random weights, 96 x 96. A code "differs" where torch and the runtime round one value to neighbours, each on equal codes
+before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import onnx
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import repfx
+from repfx.lower.onnx_index import Index
+from repfx.lower.parity import compare
+
+MODELS = (
+    *("resnet18", "repvgg_a0", "repvgg_b1g4", "mobileone_s0", "mobilenetv2_100", "repghostnet_100", "fastvit_t8"),
+    *("efficientnet_b0", "regnetx_002", "densenet121", "convnext_atto", "repvit_m0_9"),
+)
+
+
+def float_layers(path: Path) -> int:
+    """Convolutions and linear layers without integers on both inputs."""
+    index = Index(onnx.load(path))
+    return sum(index.dq(layer.x) is None or not layer.weight or index.dq(layer.weight) is None for layer in index.layers)
+
+
+def row(name: str, folder: Path, float16: bool) -> list[str]:
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 96, 96)
+    merged = repfx.transform(model, ["fuse"], example=x)
+    size = repfx.lower(merged, folder / "float.onnx", example=x, float16=float16).onnx.stat().st_size
+    cells, bad, left = [], {"E": 0, "W": 0}, 0
+    for target in ("tensorrt", "onnxruntime", "openvino"):
+        int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
+        for opset in (20, 21) if target == "tensorrt" else (20,):
+            file = repfx.lower(int8, folder / "int8.onnx", example=x, target=target, opset=opset, float16=float16)
+            parity = file.parity
+            if target == "tensorrt":
+                for finding in repfx.lint(file.onnx):
+                    bad[finding.severity] = bad.get(finding.severity, 0) + 1
+                left = max(left, float_layers(file.onnx))
+                ratio = file.onnx.stat().st_size / size
+        if target == "openvino":
+            parity = compare(int8, onnx.load(file.onnx), (x,), "openvino", float16)
+        cells.append(f"{parity.different:,} of {parity.codes:,}")
+    return [name, *cells, f"{bad['E']}, {bad['W']}", str(left), f"{ratio:.3f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--float16", action="store_true", help="files in half precision; OpenVINO runs them in float32")
+    args = parser.parse_args()
+    table = Table("model", "tensorrt", "onnxruntime", "openvino", "lint E, W", "layers in float", "size")
+    for name in track(args.models, "lowering"):
+        with tempfile.TemporaryDirectory() as folder:
+            table.add_row(*row(name, Path(folder), args.float16))
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
