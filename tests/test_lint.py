@@ -248,6 +248,13 @@ def two_convs_summed() -> onnx.ModelProto:
     return d.model(d.op("Relu", d.op("Add", norm, d.conv(x, kernel=3))))
 
 
+@breaks("Q14")
+def two_convs_summed_behind_a_cast() -> onnx.ModelProto:
+    d = Draft()
+    same = d.op("Cast", "x", to=TensorProto.FLOAT)
+    return d.model(d.op("Relu", d.op("Add", d.conv(d.fq("x"), kernel=3), d.conv(d.fq(same)))))
+
+
 @breaks("Q15")
 def two_scales() -> onnx.ModelProto:
     d = Draft()

@@ -104,7 +104,7 @@ def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
         if node is None or sum(1 for _ in index.readers(out(node))) > 1:
             continue
         if node.op_type == "Conv":
-            groups[index.source(arg(node, 0), {*IDENTITY, Q, DQ})][id(node)] = node
+            groups[index.source(arg(node, 0), {*IDENTITY, Q, DQ, "Cast"})][id(node)] = node
         elif node.op_type in IDENTITY or node.op_type in (Q, DQ, "BatchNormalization", "Add", "Sum"):
             inputs = node.input if node.op_type in ("Add", "Sum") else node.input[:1]
             todo += [i for i in inputs if i not in seen]
