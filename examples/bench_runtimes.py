@@ -1,6 +1,9 @@
-"""INT8 files of ours against ONNX Runtime's own quantizer, in ONNX Runtime and OpenVINO: python examples/bench_runtimes.py
+"""INT8 files of ours against ONNX Runtime's own quantizer and, where it is installed, NNCF's, in ONNX Runtime and OpenVINO.
 
-All from one merged float net with random weights; runs in turn; ratios are medians of the rounds' ratios.
+    python examples/bench_runtimes.py
+
+All from one merged float net with random weights; each round runs all in an order of its own; ratios are medians of the
+rounds' ratios.
 """
 
 from __future__ import annotations
@@ -47,6 +50,19 @@ def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
     return goal
 
 
+def by_nncf(plain: Path, goal: Path, x: Tensor) -> Path | None:
+    """NNCF's quantize of the same file, as OpenVINO IR; None where NNCF is not installed."""
+    try:
+        import nncf
+    except ImportError:
+        return None
+    import openvino
+
+    quantized = nncf.quantize(openvino.Core().read_model(str(plain)), nncf.Dataset([x.numpy()]), subset_size=1)
+    openvino.save_model(quantized, str(goal), compress_to_fp16=False)
+    return goal
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["repvgg_a0", "mobileone_s0", "resnet18"])
@@ -62,7 +78,8 @@ def main() -> None:
         "float ms",
         "INT8 ms",
         "float / INT8",
-        "ours / its own quantizer",
+        "ours / ONNX Runtime's",
+        "ours / NNCF's",
         "file, over float",
     ):
         table.add_column(column, justify="right")
@@ -79,16 +96,23 @@ def main() -> None:
                 repfx.calibrate(int8, [x])
                 ours = repfx.lower(int8, folder / f"{runtime}.onnx", example=x, target=runtime).onnx
                 files = {"float": plain, "ours": ours, "theirs": other}
+                third = by_nncf(plain, folder / "nncf.xml", x) if runtime == "openvino" else None
+                files |= {} if third is None else {"nncf": third}
                 runs = {k: partial(session(runtime, f, threads=args.threads), (x,)) for k, f in files.items()}
                 times = interleaved(runs, args.rounds)
                 t = {k: statistics.median(v) for k, v in times.items()}
-                ratio = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
+                against = {
+                    k: f"{statistics.median(a / b for a, b in zip(times['ours'], times[k], strict=True)):.3f}"
+                    for k in ("theirs", "nncf")
+                    if k in times
+                }
                 size = ours.stat().st_size / plain.stat().st_size
                 row = (
                     f"{t['float']:.1f}",
                     f"{t['ours']:.1f}",
                     f"{t['float'] / t['ours']:.2f}",
-                    f"{ratio:.2f}",
+                    against["theirs"],
+                    against.get("nncf", ""),
                     f"{size:.3f}",
                 )
                 table.add_row(name, runtime, *row)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import fx, nn
 import repfx.passes  # noqa: F401  (registers the passes)
 from repfx.graph.capture import capture
 from repfx.graph.running import run_eval
-from repfx.graph.store import load, save
+from repfx.graph.store import load, save, write_whole
 from repfx.lower import Artifact, Finding, lint, lower
+from repfx.report import Numbers, as_json, measure
+from repfx.report.write import write
 from repfx.rewrite.contract import Pass
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
@@ -42,6 +46,49 @@ def transform(
     return rewrite(model, passes, example, target)[0]  # type: ignore[return-value]
 
 
+def report(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    data: Iterable[Any] | None = None,
+    against: Any = None,
+    titles: Sequence[str] = ("model", "other"),
+    passes: Sequence[str | Pass] = ("fuse", "ptq"),
+    example: Any = None,
+    target: str = "tensorrt",
+    json: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> tuple[Numbers, ...]:
+    """Writes a page, one HTML file, of what the passes do to a float model and what quantization costs each layer.
+
+    `data`: batches of inputs (N, ...), or (inputs, labels); the first 64 pictures are used. Without it the page has the
+    weights alone. `against`: another float model to show beside it. `titles`: what the page calls them. `passes`: what
+    makes the deployed net. `json`: a file for the numbers, which are also what is returned, a record a model.
+
+    Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that cannot be written;
+    MissingPart without jinja2 and plotly.
+    """
+    models = [model] if against is None else [model, against]
+    batches = None if data is None else list(_first(data))
+    same: dict[str, Any] = {"passes": passes, "example": example, "target": target, "progress": progress}
+    found = tuple(measure(m, batches, title=t, **same) for m, t in zip(models, titles, strict=False))
+    write(found, path)
+    if json is not None:
+        write_whole(json, lambda part: Path(part).write_text(as_json(found) + "\n"))
+    return found
+
+
+def _first(data: Iterable[Any], pictures: int = 64) -> Iterable[Any]:
+    """As many batches as `report` looks at."""
+    count = 0
+    for batch in data:
+        yield batch
+        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        count += len(first) if hasattr(first, "__len__") else 1
+        if count >= pictures:
+            return
+
+
 def verify(before: Any, after: Any, x: Any) -> Difference:
     """How far two models are apart on input x (or a tuple of inputs), both in eval mode.
 
@@ -64,6 +111,7 @@ __all__ = [
     "Finding",
     "History",
     "Inspection",
+    "Numbers",
     "Report",
     "calibrate",
     "fit",
@@ -72,6 +120,7 @@ __all__ = [
     "load",
     "lower",
     "reconstruct",
+    "report",
     "save",
     "sensitivity",
     "transform",

@@ -18,6 +18,7 @@ FLOORS = [
     {"graph"},
     {"rewrite"},
     {"passes", "tune", "lower"},
+    {"report"},
     {"api", "testing"},
     {"cli"},
 ]

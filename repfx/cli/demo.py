@@ -84,7 +84,12 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     console.print(f"{len(report.merged)} blocks merged, largest error {max(m.error for m in report.merged):.0e} in float64")
     console.print(f"ONNX INT8 against fake-quant: {parity}")
     console.print(_table(rows, len(test_y), len(batch)))
-    console.print(f"files are in {folder}")
+    pages = folder / "report.html"
+    batches = [(test_x[:64], test_y[:64])]
+    (found,) = api.report(model, pages, data=batches, titles=["digits"], target=TARGET)
+    for warning in found.warnings[:3]:
+        console.print(f"warning: {warning.layer} {warning.what} ({warning.cure})", markup=False)
+    console.print(f"files are in {folder}, what was done and what it costs in {pages}")
     return rows
 
 

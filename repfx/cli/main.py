@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from repfx import api
-from repfx.cli import deploy
+from repfx.cli import deploy, pages
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
 from repfx.cli.options import Data, Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, split
@@ -205,4 +205,4 @@ def _print_report(report: Report) -> None:
         out.print(f"left alone: {d}", markup=False, highlight=False)
 
 
-__all__ = ["app", "deploy", "main"]
+__all__ = ["app", "deploy", "main", "pages"]

@@ -40,7 +40,7 @@ class Observer:
         """Adds a batch. Raises InputError where it holds NaN or infinity."""
         x = x.detach()
         # In the order of memory, so that no layout is copied.
-        values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1).float()
+        values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
         low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
         if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")

@@ -51,7 +51,7 @@ def before_pools(view: GraphView, places: Iterable[Place]) -> list[Place]:
         readers.setdefault(place[1], []).append(place)
     for pool in reversed(view.nodes):
         mine = readers.get(pool, [])
-        if _is_max_pool(view, pool) and mine and {reader for reader, _, _ in mine} == set(pool.users):
+        if is_max_pool(view.module, pool) and mine and {reader for reader, _, _ in mine} == set(pool.users):
             value = pool.args[0]
             if isinstance(value, fx.Node) and not view.writes.changed(value) and not _is_quantized(view, value):
                 del readers[pool]
@@ -59,9 +59,9 @@ def before_pools(view: GraphView, places: Iterable[Place]) -> list[Place]:
     return sorted((p for some in readers.values() for p in some), key=lambda place: view.index[place[0]])
 
 
-def _is_max_pool(view: GraphView, node: fx.Node) -> bool:
+def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return type(view.modules[str(node.target)]) in _MAXIMA
+        return type(module.get_submodule(str(node.target))) in _MAXIMA
     return node.op == "call_function" and node.target in _MAXIMA
 
 

@@ -1,0 +1,211 @@
+"""From a model, and data where there is some, to the numbers of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from repfx.errors import InputError
+from repfx.graph.capture import graphs
+from repfx.graph.running import guess_example, run_eval
+from repfx.graph.view import GraphView
+from repfx.graph.words import short
+from repfx.quant import FakeQuant, Grid, search_scale
+from repfx.report.advice import advice
+from repfx.report.drawing import drawing
+from repfx.report.numbers import Branch, Form, Layer, Norm, Numbers
+from repfx.report.pairs import Pairs, reach, spread, tensors_of
+from repfx.report.regions import branches_of, deployed_layers, norms_of, regions_of
+from repfx.rewrite.contract import Pass, Stage, resolve
+from repfx.rewrite.placement import is_max_pool
+from repfx.rewrite.runner import rewrite
+from repfx.rewrite.verify import difference
+from repfx.tune import calibrate
+
+
+def measure(
+    model: Any,
+    data: Iterable[Any] | None = None,
+    *,
+    title: str = "model",
+    passes: Sequence[str | Pass] = ("fuse", "ptq"),
+    example: Any = None,
+    target: str = "tensorrt",
+    progress: bool = False,
+) -> Numbers:
+    """The numbers of one float model.
+
+    `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are calibrated on them. Without
+    it there are no activations and no errors. `passes`: what makes the deployed net, the last of them quantizing.
+
+    Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers already.
+    """
+    if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
+        raise InputError("the report wants the float model: it quantizes a copy itself")
+    batches = None if data is None else list(data)
+    if batches == []:
+        raise InputError("the data is empty: give at least one batch, or none at all")
+    x = tensors_of(batches)[0][:2] if batches else example
+    ordered = resolve(passes)
+    merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
+    base, _ = rewrite(model, [], x, target)
+    merged, report = rewrite(model, merging, x, target)
+    deployed, _ = rewrite(model, ordered, x, target)
+    if batches:
+        calibrate(deployed, batches, progress=progress)
+    notes = [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
+    bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
+
+    args = _as_input(x, base)
+    parts = {"as written": base, "merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
+    forms = _forms(parts, batches, args)
+    regions = regions_of(model, report, x)
+    layers = [
+        _layer(name, node, view, bits, branches_of(base, regions, name), norms_of(base, regions, name))
+        for name, node, view in deployed_layers(merged)
+    ]
+    if batches and isinstance(deployed, fx.GraphModule):
+        layers = _errors(deployed, layers, batches, progress)
+    elif batches:
+        notes.append("The model is traced in parts: the errors of its layers are not measured.")
+    numbers = Numbers(
+        title, bits, forms, regions, tuple(layers), drawing(base, regions, False), drawing(merged, regions, True)
+    )
+    return replace(numbers, warnings=advice(numbers), notes=tuple(notes))
+
+
+def _as_input(x: Any, model: nn.Module) -> tuple[Any, ...] | None:
+    if x is None:
+        return guess_example(model)[0]
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None) -> tuple[Form, ...]:
+    found = []
+    truth: list[Tensor] = []
+    for i, (name, model) in enumerate(parts.items()):
+        coded = {id(w): m.grid.bits for m, w in _coded(model)}
+        params = list({id(p): p for p in model.parameters() if not _is_scale(model, p)}.values())
+        size = sum(p.numel() * coded.get(id(p), 32) // 8 for p in params)
+        sqnr = top1 = None
+        if batches:
+            outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
+            first = [o if isinstance(o, Tensor) else torch.cat([t.flatten(1) for t in _tensors(o)], 1) for o in outputs]
+            truth = truth or first
+            sqnr = None if i == 0 else difference(torch.cat(truth), torch.cat(first)).sqnr
+            top1 = _top1(first, batches)
+        convs, macs = _cost(model, args)
+        found.append(Form(name, convs, sum(p.numel() for p in params), macs, size, sqnr, top1))
+    return tuple(found)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _is_scale(model: nn.Module, p: Tensor) -> bool:
+    return any(isinstance(m, FakeQuant) and m.scale is p for m in model.modules())
+
+
+def _coded(model: nn.Module) -> list[tuple[FakeQuant, Tensor]]:
+    """The quantizers of weights with what they round."""
+    found = []
+    for _, module in graphs(model):
+        view = GraphView(module)
+        for node in view.nodes:
+            quant = view.modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(quant, FakeQuant) and quant.of_weight:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                found.append((quant, view.tensor(str(source.target) if source.op == "get_attr" else source)))
+    return found
+
+
+def _top1(outputs: list[Tensor], batches: list[Any]) -> float | None:
+    labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)]
+    if len(labels) != len(outputs) or outputs[0].dim() != 2 or labels[0].dim() != 1:
+        return None
+    right = sum(int((o.argmax(1) == y).sum()) for o, y in zip(outputs, labels, strict=True))
+    return 100 * right / sum(len(y) for y in labels)
+
+
+def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
+    """Convolutions and linear layers, and the multiply-accumulates of one input."""
+    if args is None:
+        return sum(1 for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), 0.0
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run_eval(model, args)
+    found = counter.get_flop_counts().get("Global", {})
+    views = [GraphView(m) for _, m in graphs(model)]
+    calls = sum(_weighted(node, view) for view in views for node in view.nodes)
+    return calls, sum(found.values()) / 2 / max(1, len(args[0]))
+
+
+def _weighted(node: fx.Node, view: GraphView) -> bool:
+    return (node.op == "call_function" and node.target in _CALLS) or bool(getattr(view.ops.get(node), "macs", 0))
+
+
+_CALLS = {torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.linear}
+
+
+def _layer(
+    name: str, node: fx.Node, view: GraphView, bits: int, branches: tuple[Branch, ...], norms: tuple[Norm, ...]
+) -> Layer:
+    op: Any = view.ops[node]
+    weight = view.tensor(f"{node.target}.weight" if node.op == "call_module" else _weight_of(view, node)).detach().float()
+    grid = Grid(bits, axis=0)
+    scale = search_scale(weight, grid, 2.0)
+    codes = grid.codes(weight, scale)
+    noise = float((weight - codes * grid.along(scale, weight)).double().square().sum())
+    sqnr = float("inf") if noise == 0 else 10 * torch.log10(weight.double().square().sum() / noise).item()
+    used = len(codes.unique()) / (grid.high - grid.low + 1)
+    top = weight.abs().flatten(1).amax(1)
+    rows = (reach(top)[0], len(top), reach(top)[1])
+    return Layer(
+        name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms
+    )  # fmt: skip
+
+
+def _weight_of(view: GraphView, node: fx.Node) -> Any:
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else weight
+
+
+def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], progress: bool) -> list[Layer]:
+    calls: dict[fx.Node, str] = {}
+    inputs: dict[str, str] = {}
+    for node in deployed.graph.nodes:
+        if node.op == "call_function" and node.target in _CALLS and _quantizer(deployed, node.args[1]):
+            name = str(node.args[1].target).rpartition(".")[0]
+            calls[node] = name
+            source = node.args[0]
+            while is_max_pool(deployed, source):
+                source = source.args[0]
+            if _quantizer(deployed, source):
+                inputs[name] = str(source.target)
+    pairs = Pairs(deployed, calls)
+    for x in track(tensors_of(batches), "measuring", disable=not progress):
+        pairs.add((x,))
+    found = []
+    for layer in layers:
+        if layer.name not in calls.values():
+            found.append(layer)
+            continue
+        alone, together = pairs.sqnr(layer.name)
+        seen = pairs.seen.get(inputs.get(layer.name, ""))
+        macs = float(pairs.positions[layer.name] * layer.params)
+        found.append(
+            replace(layer, macs=macs, alone=alone, together=together, input=None if seen is None else seen.activation())
+        )
+    return found
+
+
+def _quantizer(module: fx.GraphModule, node: Any) -> bool:
+    called = isinstance(node, fx.Node) and node.op == "call_module"
+    return called and isinstance(module.get_submodule(str(node.target)), FakeQuant)
