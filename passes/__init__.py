@@ -10,5 +10,7 @@ from repfx.passes.ptq import Ptq
 from repfx.passes.qarep import QARep
 from repfx.passes.qprep import QPRep
 from repfx.passes.repq import RepQ
+from repfx.rewrite.contract import Pass, Promise, Result, Stage
+from repfx.rewrite.work import Work
 
-__all__ = ["BnFold", "Expand", "Fuse", "Ptq", "QARep", "QPRep", "RepQ"]
+__all__ = ["BnFold", "Expand", "Fuse", "Pass", "Promise", "Ptq", "QARep", "QPRep", "RepQ", "Result", "Stage", "Work"]

@@ -49,7 +49,8 @@ class Moments(nn.Module):
 
 
 class KernelNorm(nn.Module):
-    """Takes the place, the parameters and the buffers of a batch norm: (x, K, b) -> (scale, shift), each (channels,).
+    """Takes the place and all that hangs on a batch norm, parameters, buffers and children: (x, K, b) -> (scale, shift),
+    each (channels,).
 
     x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every `sample`-th of a batch.
     `exact`: K has taps that are not learned, a mean or a filter for edges. What neighbours have in common is then all
@@ -65,7 +66,7 @@ class KernelNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False, sample: int = 8) -> None:
         super().__init__()
-        self._parameters, self._buffers = norm._parameters, norm._buffers
+        self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
         self.eps: float = norm.eps  # type: ignore[assignment]
         self.momentum: float | None = norm.momentum  # type: ignore[assignment]

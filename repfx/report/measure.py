@@ -56,7 +56,7 @@ def measure(
     merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
     base, _ = rewrite(model, [], x, target)
     merged, report = rewrite(model, merging, x, target)
-    deployed, _ = rewrite(model, ordered, x, target)
+    deployed, _ = rewrite(merged, [p for p in ordered if p not in merging], x, target)
     if batches:
         calibrate(deployed, batches, progress=progress)
     notes = [] if batches else ["No data was given: activations, errors and accuracy are not measured."]

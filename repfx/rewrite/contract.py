@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from repfx.errors import Declined, InputError, unknown
@@ -85,6 +86,22 @@ def register(cls: type[Pass]) -> type[Pass]:
     return cls
 
 
+def _register_installed() -> None:
+    """Registers the passes of other packages, their entry points in the group "repfx.passes" (`name = "module:Class"`)."""
+    for entry in entry_points(group="repfx.passes"):
+        if entry.name in REGISTRY:
+            continue
+        try:
+            cls = entry.load()
+        except Exception as error:  # anybody's module, anybody's error
+            raise InputError(
+                f"the pass {entry.name!r} of another package, {entry.value}, does not load: {error}"
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == entry.name):
+            raise InputError(f"{entry.value} is no subclass of repfx.passes.Pass with the name {entry.name!r}")
+        register(cls)
+
+
 def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
     """Names, specs such as "ptq(bits=6)" and pass objects, with what they require, in order of stage.
 
@@ -123,6 +140,8 @@ def parse(spec: str) -> Pass:
     name = call.func if isinstance(call, ast.Call) else call
     if not isinstance(name, ast.Name):
         raise InputError(f"a pass is written name or name(option=value, ...), not {spec!r}")
+    if name.id not in REGISTRY:
+        _register_installed()
     if name.id not in REGISTRY:
         raise unknown("pass", name.id, REGISTRY)
     cls = REGISTRY[name.id]

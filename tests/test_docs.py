@@ -1,0 +1,82 @@
+"""Every guide does what it says: its files are written, its programs and commands run, in order, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import repfx
+
+ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+HERE = Path(__file__).parent
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> None:
+    paths = os.pathsep.join([str(folder), *sys.path])
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
+def test_a_guide_runs(guide: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(draw.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    ran = 0
+    for kind, text in BLOCK.findall(guide.read_text()):
+        name = re.match(r"# file: (\S+)\n", text)
+        if name:
+            (tmp_path / name[1]).write_text(text)
+        elif kind == "python":
+            run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import conftest\n{text}"], tmp_path)
+        elif kind == "sh":
+            for line in text.strip().splitlines():
+                words = line.split()
+                assert words[0] == "repfx"
+                run([sys.executable, "-c", "from repfx.cli import main; main()", *words[1:]], tmp_path)
+        elif kind == "toml":
+            package = tmp_path / "hard-1.0.dist-info"
+            package.mkdir()
+            (package / "METADATA").write_text("Metadata-Version: 2.1\nName: hard\nVersion: 1.0\n")
+            group, line = re.search(r'entry-points\."(.*?)"\]\n(.*)', text).groups()
+            (package / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
+        ran += 1
+    assert ran >= 2
+
+
+def test_the_guide_of_own_passes_is_short() -> None:
+    text = (ROOT / "docs" / "own-pass.md").read_text()
+    code = next(t for _, t in BLOCK.findall(text) if t.startswith("# file"))
+    assert len(code[code.index("@dataclass") :].strip().splitlines()) <= 30
+
+
+def test_a_pass_of_another_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "bad-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for target, text in (("nowhere:Thing", "does not load"), ("json:loads", "is no subclass of repfx.passes.Pass")):
+        (package / "entry_points.txt").write_text(f"[repfx.passes]\nfolly = {target}\n")
+        with pytest.raises(repfx.InputError, match=text):
+            repfx.transform(repfx.blocks.RepVGG(3, 4, 3), ["folly"])
+
+
+def test_every_guide_is_linked() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"docs/{g.name}" in readme for g in GUIDES)
+
+
+def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    run([sys.executable, "-m", "pdoc", "repfx", "-o", str(tmp_path / "api")], tmp_path)
+    page = (tmp_path / "api" / "repfx.html").read_text()
+    assert [name for name in repfx.__all__ if f'id="{name}"' not in page] == []

@@ -1,0 +1,242 @@
+"""The report: its numbers are the model's, its page is one inert file, its warnings name what was done to the layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import QARepVGG, RepVGG
+from repfx.quant import FakeQuant
+from repfx.report import measure
+from repfx.testing import randomise
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def net(block: type[nn.Module] = RepVGG) -> nn.Module:
+    layers = [m for i, o, s in ((3, 16, 1), (16, 16, 1), (16, 24, 2)) for m in (block(i, o, 3, s, 1), nn.ReLU())]
+    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)).eval())
+
+
+def batches(n: int = 2) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    return [(torch.randn(8, 3, 12, 12, generator=draw), torch.randint(0, 5, (8,), generator=draw)) for _ in range(n)]
+
+
+def test_the_numbers_are_those_of_the_model() -> None:
+    model, data = net(), batches()
+    found = measure(model, data)
+    deployed = repfx.calibrate(repfx.transform(model, ["ptq"], example=data[0][0]), data)
+    x = torch.cat([b[0] for b in data])
+    written, merged, int8 = found.forms
+    assert (written.convs, merged.convs, int8.convs) == (7, 4, 4)
+    assert written.params == sum(p.numel() for p in model.parameters()) > merged.params == int8.params
+    assert merged.size == 4 * merged.params and int8.size < 0.3 * merged.size
+    assert merged.macs == 12 * 12 * (16 * 27 + 16 * 144) + 6 * 6 * 24 * 144 + 24 * 5
+    assert int8.sqnr == pytest.approx(repfx.verify(model, deployed, x).sqnr, abs=1e-3)
+    with torch.no_grad():
+        right = model(x).argmax(1) == torch.cat([b[1] for b in data])
+    assert written.top1 == pytest.approx(100 * right.float().mean().item())
+    assert [r.becomes for r in found.regions] == ["conv 3x3, 3 → 16", "conv 3x3, 16 → 16", "conv 3x3, 16 → 24, stride 2"]
+    layer = found.layers[1]
+    weight = repfx.transform(model, ["fuse"], example=x).get_parameter("2.main.conv.weight")
+    assert (layer.weight.low, layer.weight.std) == pytest.approx((float(weight.min()), float(weight.std(correction=0))))
+    assert {b.name for b in layer.branches} == {"2.main.conv", "2.point.conv"} and len(layer.norms) == 3
+    with torch.no_grad():
+        inside = model[:2](x)
+    assert layer.input is not None and layer.input.values.std == pytest.approx(float(inside.std(correction=0)), rel=1e-4)
+    assert layer.input.values.high == pytest.approx(float(inside.max()), rel=1e-4) and layer.input.clipped == 0
+    assert layer.input.channels == 16 and 0.3 < layer.input.used <= 0.51  # of a signed grid, after ReLU
+
+
+def test_errors_alone_and_together() -> None:
+    model, data = net(), batches(1)
+    x = data[0][0]
+    found = measure(model, data)
+    deployed = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), data)
+    merged = repfx.transform(model, ["fuse"], example=x)
+    quant = {n: m for n, m in deployed.named_modules() if isinstance(m, FakeQuant)}
+    conv = merged.get_submodule("2.main.conv")
+    with torch.no_grad():
+        given = torch.relu(merged.get_submodule("0.main.conv")(x))
+        exact = conv(given)
+        weight = quant["2.main.conv.weight_quant"](conv.weight)
+        alone = torch.conv2d(quant["2.main.conv.input_quant"](given), weight, conv.bias, 1, 1)
+        seen: list[Tensor] = []
+        names[
+            "4.main.conv.input_quant"
+        ]  # what the second layer gives, rounded with all before it, goes through ReLU in there
+        quant["4.main.conv.input_quant"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        deployed(x)
+    want = 10 * torch.log10(exact.square().sum() / (exact - alone).square().sum()).item()
+    assert found.layers[1].alone == pytest.approx(want, abs=1e-3)
+    assert found.layers[0].alone == pytest.approx(found.layers[0].together)
+    after = 10 * torch.log10(exact.relu().square().sum() / (exact.relu() - seen[0]).square().sum()).item()
+    together = found.layers[1].together
+    assert together is not None and abs(together - after) < 3 and together < found.layers[1].alone
+
+
+def spoiled(what: str) -> nn.Module:
+    model = net()
+    with torch.no_grad():
+        if what == "input":  # one channel of what layer 2 reads is far larger
+            for norm in (m for m in model[0].modules() if isinstance(m, nn.BatchNorm2d)):
+                norm.weight[3] *= 60
+        elif what == "weight":
+            norm = next(m for m in model[2].modules() if isinstance(m, nn.BatchNorm2d))
+            norm.weight[5] *= 60
+            norm.running_var[5] = 1e-4
+    return model
+
+
+@pytest.mark.parametrize(
+    ("what", "layer", "text"), [("input", "2.main.conv", "its input"), ("weight", "2.main.conv", "weight")]
+)
+def test_a_spoiled_layer_is_named_with_a_cure(what: str, layer: str, text: str) -> None:
+    told = measure(spoiled(what), batches()).warnings
+    assert any(
+        w.layer == "2.main.conv" and text in w.what and "on 1 of 16 channels" in w.what and "qprep" in w.cure for w in told
+    )
+    assert not any("channels" in w.what for w in measure(net(), batches()).warnings)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+class Hostile(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("</script><img src=x onerror=alert(1)>", RepVGG(3, 8, 3, 1, 1))
+        self.add_module("relu", nn.ReLU())
+        self.add_module("<b>&amp;", nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for m in self.children():
+            x = m(x)
+        return x
+
+
+def test_the_page_is_one_inert_file(tmp_path: Path) -> None:
+    page, numbers = tmp_path / "report.html", tmp_path / "numbers.json"
+    found = repfx.report(
+        randomise(Hostile().eval()), page, data=[torch.randn(2, 3, 8, 8)], titles=["<i>title</i>"], json=numbers
+    )
+    parsed = Page(page.read_text())
+    tags = {t for t, _ in parsed.tags}
+    assert not tags & {"img", "iframe", "link", "i", "b", "object", "embed"}
+    assert [a for _, a in parsed.tags if "src" in a or any(k.startswith("on") for k in a)] == []
+    assert all(a["href"].startswith("#") for t, a in parsed.tags if t == "a" and a["href"])
+    policy = next(a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none'")
+    assert any("<img src=x onerror=alert(1)>" in text for text in parsed.text), "shown as text"
+    charts = [a for _, a in parsed.tags if "chart" in (a.get("class") or "")]
+    assert len(charts) >= 10 and all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in charts)
+    told = json.loads(numbers.read_text())
+    assert told["format"] == "repfx.report 1" and len(told["models"][0]["layers"]) == len(found[0].layers) == 2
+    assert page.stat().st_size < 15e6
+
+
+def test_without_data_the_weights_are_there(tmp_path: Path) -> None:
+    (found,) = repfx.report(net(), tmp_path / "report.html", example=torch.randn(1, 3, 12, 12))
+    assert all(x.input is None and x.alone is None and x.weight.std > 0 and x.weight_sqnr > 20 for x in found.layers)
+    assert "No data was given" in (tmp_path / "report.html").read_text() and found.forms[2].sqnr is None
+
+
+def test_two_models_side_by_side(tmp_path: Path) -> None:
+    both = repfx.report(net(), tmp_path / "report.html", data=batches(), against=net(QARepVGG), titles=["before", "after"])
+    text = (tmp_path / "report.html").read_text()
+    assert [b.title for b in both] == ["before", "after"] and "before, merged" in text and "after, merged" in text
+
+
+def test_each_region_has_its_program() -> None:
+    found = measure(net(), batches(1))
+    for region in found.regions:
+        assert re.search(r"main.conv.weight|main\.conv\.weight", region.program) and "return (" in region.program
+        compile(region.program, "program", "exec")
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    with pytest.raises(repfx.InputError, match="wants the float model"):
+        repfx.report(repfx.transform(net(), ["ptq"], example=x), tmp_path / "a.html", data=[x])
+    with pytest.raises(repfx.InputError, match="the data is empty"):
+        repfx.report(net(), tmp_path / "a.html", data=[])
+    with pytest.raises(repfx.InputError, match="cannot write"):
+        repfx.report(net(), tmp_path / "no" / "a.html", data=[x])
+    with pytest.raises(repfx.InputError, match="NaN"):
+        repfx.report(net(), tmp_path / "a.html", data=[x * float("nan")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("REPFX_BROWSER" not in os.environ, reason="a real browser: REPFX_BROWSER=1, chromium, playwright")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page = tmp_path / "report.html"
+    repfx.report(net(), page, data=batches(), against=net(QARepVGG), titles=["RepVGG", "QARepVGG"])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        view = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+        said: list[str] = []
+        asked: list[str] = []
+        view.on("console", lambda m: said.append(m.text))
+        view.on("pageerror", lambda e: said.append(str(e)))
+        view.on("request", lambda r: asked.append(r.url))
+        view.goto(f"file://{page}")
+        count = view.evaluate("document.querySelectorAll('.chart').length")
+        for i in range(count):
+            view.evaluate(f"document.querySelectorAll('.chart')[{i}].scrollIntoView()")
+            view.wait_for_function(f"document.querySelectorAll('.chart')[{i}].classList.contains('drawn')")
+        assert not said and [u for u in asked if not u.startswith(("file:", "blob:", "data:"))] == []
+        assert view.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        table = view.locator("#blocks-0")
+        cells = lambda: table.locator("tbody td:nth-child(5)").all_inner_texts()  # noqa: E731
+        table.locator("th button", has_text="after").first.click()
+        up = [float(c.replace(",", "")) for c in cells()]
+        table.locator("th button", has_text="after").first.click()
+        down = [float(c.replace(",", "")) for c in cells()]
+        assert up == sorted(up) and down == up[::-1] and len(set(up)) > 1
+        view.fill("input.filter >> nth=0", "stride 2")
+        assert table.locator("tbody tr:visible").count() == 1
+        view.fill("input.filter >> nth=0", "")
+        view.locator("#blocks-0 .open").first.click()
+        assert view.locator("details.region[open]").count() == 1
+        view.evaluate("document.querySelectorAll('details.region').forEach(d => d.open = false)")
+        graph = view.locator("#graph-before-0")
+        graph.scroll_into_view_if_needed()
+        place = graph.evaluate(
+            """g => { const t = g._fullData[1], i = t.customdata.findIndex(r => r >= 0), l = g._fullLayout,
+            b = g.getBoundingClientRect();
+            return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[i]), b.y + l.yaxis._offset + l.yaxis.d2p(t.y[i])]; }"""
+        )
+        view.mouse.move(*place)
+        view.wait_for_timeout(200)
+        view.mouse.click(*place)
+        view.wait_for_timeout(300)
+        assert view.locator("details.region[open]").count() == 1
+        before = view.evaluate("getComputedStyle(document.body).backgroundColor")
+        view.click("#theme")
+        assert view.evaluate("getComputedStyle(document.body).backgroundColor") != before
+        assert not said
+        browser.close()
