@@ -71,9 +71,6 @@ def test_errors_alone_and_together() -> None:
         weight = quant["2.main.conv.weight_quant"](conv.weight)
         alone = torch.conv2d(quant["2.main.conv.input_quant"](given), weight, conv.bias, 1, 1)
         seen: list[Tensor] = []
-        names[
-            "4.main.conv.input_quant"
-        ]  # what the second layer gives, rounded with all before it, goes through ReLU in there
         quant["4.main.conv.input_quant"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         deployed(x)
     want = 10 * torch.log10(exact.square().sum() / (exact - alone).square().sum()).item()
@@ -97,14 +94,10 @@ def spoiled(what: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("what", "layer", "text"), [("input", "2.main.conv", "its input"), ("weight", "2.main.conv", "weight")]
-)
-def test_a_spoiled_layer_is_named_with_a_cure(what: str, layer: str, text: str) -> None:
-    told = measure(spoiled(what), batches()).warnings
-    assert any(
-        w.layer == "2.main.conv" and text in w.what and "on 1 of 16 channels" in w.what and "qprep" in w.cure for w in told
-    )
+@pytest.mark.parametrize(("what", "text"), [("input", "its input"), ("weight", "its weight")])
+def test_a_spoiled_layer_is_named_with_a_cure(what: str, text: str) -> None:
+    told = [w for w in measure(spoiled(what), batches()).warnings if w.layer == "2.main.conv" and text in w.what]
+    assert len(told) == 1 and "on 1 of 16 channels" in told[0].what and "qprep" in told[0].cure
     assert not any("channels" in w.what for w in measure(net(), batches()).warnings)
 
 
