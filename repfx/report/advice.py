@@ -5,12 +5,13 @@ from __future__ import annotations
 from repfx.report.numbers import Layer, Numbers, Warning
 
 LOST = 20.0  # dB: a tenth of the output's magnitude is noise
+REACH = 25.0  # standard deviations
 CLIPPED = 0.01
 AMPLIFIED = 30.0  # a batch norm that multiplies by this blows up what was rounded before it
 
 
 def advice(numbers: Numbers) -> tuple[Warning, ...]:
-    """The worst first: layers that lose much, whose range is spent on few channels, that clip, or that amplify."""
+    """The worst first: layers that lose much, whose range is spent on few channels or values, that clip, or that amplify."""
     found: list[tuple[float, Warning]] = []
     for layer in numbers.layers:
         for weight, warning in _of(layer, numbers.bits):
@@ -31,6 +32,9 @@ def _of(layer: Layer, bits: int) -> list[tuple[float, Warning]]:
     if few(wide, channels, median):
         what = f"its weight spends its range on {wide} of {channels} channels; the median channel has {median:.1%}"
         found.append((40 - 100 * median, Warning(layer.name, what, "quantize weights per channel; qarep, or qprep")))
+    if layer.weight.reach > REACH:
+        what = f"its largest weight is {layer.weight.reach:.0f} standard deviations out"
+        found.append((30.0, Warning(layer.name, what, "an identity's or a small branch's batch norm does that: qarep")))
     if a is not None and a.clipped > CLIPPED:
         what = f"{a.clipped:.1%} of its input is cut off"
         found.append((100 * a.clipped, Warning(layer.name, what, 'calibrate with method="max" or "mse"')))
