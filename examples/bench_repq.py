@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import random
 import resource
 import statistics
 import time
@@ -42,10 +43,12 @@ def stepper(model: nn.Module, x: Tensor, y: Tensor):
 
 
 def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
-    """Median seconds of each, their steps taken in turn."""
+    """Median seconds of each, a step of each a round, in an order drawn anew."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps.items()), random.Random(0)
     for i in range(rounds + 2):
-        for name, step in steps.items():
+        draw.shuffle(order)
+        for name, step in order:
             start = time.perf_counter()
             step()  # type: ignore[operator]
             if i >= 2:

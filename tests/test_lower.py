@@ -185,6 +185,8 @@ def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
         repfx.lower(quantized("tensorrt"), path, example=pictures(), target="coreml")
     with pytest.raises(repfx.InputError, match="cannot write"):
         repfx.lower(quantized("tensorrt"), tmp_path / "no" / "folder.onnx", example=pictures())
+    with pytest.raises(repfx.InputError, match="cannot write"):
+        repfx.lower(quantized("tensorrt"), "/sys/model.onnx", example=pictures())  # read-only, for root too
     assert not list(tmp_path.iterdir())
 
 

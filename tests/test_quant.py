@@ -13,6 +13,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
 from repfx.testing import assert_same, randomise
+from repfx.tune import correct_biases
 
 
 def error(v: Tensor, scale: Tensor, grid: Grid, power: float) -> float:
@@ -238,6 +239,30 @@ class Residual(nn.Module):
         x = torch.relu(x + self.b(torch.relu(self.a(x))))
         x = torch.relu(self.d(torch.relu(self.c(x))) + self.down(x))
         return self.head(x.mean((2, 3)))
+
+
+def test_biases_take_off_what_rounding_adds() -> None:
+    net = randomise(
+        nn.Sequential(RepVGG(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    )
+    net = net.eval()
+    xs = [torch.randn(16, 3, 12, 12) for _ in range(3)]
+    plain, fixed = (repfx.transform(net, ["ptq(bits=4)"], example=xs[0]) for _ in range(2))
+    repfx.calibrate(plain, iter(xs), method="mse")
+    repfx.calibrate(fixed, ((x, None) for x in xs), method="mse", bias=True)
+    x = torch.cat(xs)
+    with torch.no_grad():
+        want, before, after = net(x), plain(x), fixed(x)
+    bias = [(y - want).mean((0, 2, 3)).abs().max() for y in (before, after)]
+    assert bias[1] < 1e-3 * bias[0] and bias[0] > 1e-3
+    assert (after - want).square().mean() < 0.9 * (before - want).square().mean()
+    assert correct_biases(fixed, xs) == ("2",), "it has no bias to correct"
+    held = {n: b for n, b in plain.state_dict().items() if not torch.equal(b, fixed.state_dict()[n])}
+    assert set(held) == {"0.main.conv.bias", "4.bias"}
+    with pytest.raises(repfx.InputError, match="at least one batch"):
+        correct_biases(fixed, [])
+    with pytest.raises(repfx.InputError, match="traced whole"):
+        repfx.calibrate(nn.Sequential(fixed), xs, bias=True)
 
 
 class Pooled(nn.Module):

@@ -56,6 +56,7 @@ def quantize(
     bits: Annotated[int, typer.Option(help="Bits of activations and weights.")] = 8,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: ranges alone; repapq: learned too.")] = "repapq",
     iterations: Annotated[int, typer.Option(min=1, help="repapq: steps of learning a block.")] = 1000,
+    bias: Annotated[bool, typer.Option("--bias", help="Ranges alone: let biases take off what rounding adds.")] = False,
     keep: Annotated[int, typer.Option(min=0, help="So many of the worst layers take 8 bits, float where --bits is 8.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")] = None,
     cache: Annotated[Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")] = None,
@@ -90,7 +91,7 @@ def quantize(
         api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, cache=cache, progress=shown)
         result = api.transform(result, ["fuse"], target=target)
     else:
-        api.calibrate(result, batches, method=method, progress=err.is_terminal)
+        api.calibrate(result, batches, method=method, bias=bias, progress=err.is_terminal)
     first = next(iter(batches))
     off = api.verify(loaded, result, first)
     api.save(result, output)

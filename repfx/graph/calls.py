@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
@@ -15,3 +16,19 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any], module: nn.Module | Non
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     f: Any = node.target if module is None else module
     return f(*args, **kwargs)
+
+
+def step(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """What any node but an input or the output gives in this module."""
+    if node.op == "get_attr":
+        return attrgetter(str(node.target))(module)
+    return call(node, value, module.get_submodule(str(node.target)) if node.op == "call_module" else None)
+
+
+def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values that nothing reads after it."""
+    index = {n: i for i, n in enumerate(graph.nodes)}
+    found: dict[fx.Node, list[fx.Node]] = {n: [] for n in index}
+    for n in index:
+        found[max(n.users, default=n, key=index.__getitem__)].append(n)
+    return found

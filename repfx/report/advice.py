@@ -11,7 +11,7 @@ AMPLIFIED = 30.0  # a batch norm that multiplies by this blows up what was round
 
 
 def advice(numbers: Numbers) -> tuple[Warning, ...]:
-    """The worst first: layers that lose much, whose range is spent on few channels or values, that clip, or that amplify."""
+    """The worst first: layers that lose much, whose range few channels or values take up, that clip, or that amplify."""
     found: list[tuple[float, Warning]] = []
     for layer in numbers.layers:
         for weight, warning in _of(layer, numbers.bits):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from repfx.graph.calls import last_readers, step
 from repfx.graph.running import quiet
 from repfx.quant import FakeQuant
 from repfx.report.numbers import Activation, Spread
@@ -27,8 +28,7 @@ class Pairs:
 
     def __init__(self, module: fx.GraphModule, layers: dict[fx.Node, str]) -> None:
         self.module, self.layers = module, layers
-        index = {n: i for i, n in enumerate(module.graph.nodes)}
-        self.last = {n: max(n.users, default=n, key=index.__getitem__) for n in index}
+        self.ends = last_readers(module.graph)
         self.signal: dict[str, float] = defaultdict(float)
         self.noise: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.seen: dict[str, Seen] = {}
@@ -39,9 +39,6 @@ class Pairs:
         """Runs one batch; the float output."""
         rounded, exact, given = {}, {}, iter(args)
         alone: dict[fx.Node, Any] = {}
-        ends: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node, user in self.last.items():
-            ends[user].append(node)
         with quiet():
             for node in self.module.graph.nodes:
                 if node.op == "placeholder":
@@ -51,7 +48,7 @@ class Pairs:
                     return fx.node.map_arg(node.args[0], exact.__getitem__)
                 else:
                     self._step(node, exact, rounded, alone)
-                for done in ends[node]:
+                for done in self.ends[node]:
                     for values in (exact, rounded, alone):
                         values.pop(done, None)
         return None
@@ -66,31 +63,17 @@ class Pairs:
             if not called.of_weight:
                 self.seen.setdefault(str(node.target), Seen(called)).add(exact[source])
             return
-        exact[node] = self._call(node, exact)
-        rounded[node] = exact[node] if node.op == "get_attr" else self._call(node, rounded)
+        exact[node] = step(self.module, node, exact.__getitem__)
+        rounded[node] = exact[node] if node.op == "get_attr" else step(self.module, node, rounded.__getitem__)
         mixed = {**{n: exact[n] for n in node.all_input_nodes}, **{n: alone[n] for n in node.all_input_nodes if n in alone}}
         if node in self.layers:
             name, y = self.layers[node], exact[node].double()
             self.positions[name] = y.numel() // max(1, y.shape[0] * y.shape[-1 if y.dim() == 2 else 1])
             self.signal[name] += float(y.square().sum())
-            for i, other in enumerate((self._call(node, mixed), rounded[node])):
+            for i, other in enumerate((step(self.module, node, mixed.__getitem__), rounded[node])):
                 self.noise[name][i] += float((y - other.double()).square().sum())
         elif is_max_pool(self.module, node) and node.args[0] in alone:
-            alone[node] = self._call(node, mixed)
-
-    def _call(self, node: fx.Node, values: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "get_attr":
-            found: Any = self.module
-            for atom in str(node.target).split("."):
-                found = getattr(found, atom)
-            return found
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+            alone[node] = step(self.module, node, mixed.__getitem__)
 
     def sqnr(self, name: str) -> tuple[float, float]:
         """Alone and together, in dB."""

@@ -1,5 +1,6 @@
 """What takes a model and data: calibration and training. It knows no graph surgery, only the quantizers in the model."""
 
+from repfx.tune.biases import correct_biases
 from repfx.tune.calibrate import calibrate
 from repfx.tune.data import Images
 from repfx.tune.fit import fit
@@ -26,6 +27,7 @@ __all__ = [
     "SuperResolution",
     "Task",
     "calibrate",
+    "correct_biases",
     "fit",
     "match_statistics",
     "reconstruct",

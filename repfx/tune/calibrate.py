@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from repfx.errors import InputError, unknown
 from repfx.graph.running import quiet
 from repfx.quant import METHODS, FakeQuant, Observer
+from repfx.tune.biases import PICTURES, check_correctable, correct_biases, tensors_of
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", progress: bool = False) -> nn.Module:
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, method: str = "max", bias: bool = False, progress: bool = False
+) -> nn.Module:
     """Sets the scales of the model's activation quantizers in place and returns the model.
 
     `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a DataLoader of
     (image, label) gives, or a dict of keyword arguments. Values are seen as the unquantized model computes them, in
-    eval mode. Memory does not grow with the number of batches. `method`: max, percentile, mse, mae or entropy.
+    eval mode. Memory does not grow with the number of batches. `method`: max, percentile, mse, mae or entropy. `bias`:
+    whether biases then take off what rounding adds on average (`correct_biases`), on the first 128 inputs.
 
-    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives NaN, and a model
-    without quantizers. Whatever happens, no quantizer is left half set.
+    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives NaN, a model without
+    quantizers, and, with `bias`, one that was not traced whole. Whatever happens, no quantizer is left half set.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    if bias:
+        check_correctable(model)
     if not isinstance(batches, Iterable):
         raise InputError(f"batches is an iterable of inputs, not {batches!r}")
     quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
@@ -35,7 +41,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
     kept = [(m, m.training) for m in model.modules()]
     weights_on = [(m, m.calibrated) for m in quants.values() if m.of_weight]
     device = next(iter([*model.parameters(), *model.buffers()])).device
-    seen = 0
+    seen, first = 0, list[Any]()
     try:
         model.eval()
         for quant in acts.values():
@@ -46,6 +52,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
             for batch in track(batches, "calibrating", disable=not progress):
                 feed(model, batch, device)
                 seen += 1
+                if bias and sum(len(b) for b in first) < PICTURES:
+                    first += tensors_of([batch])
         if not seen:
             raise InputError("the calibration set is empty: give at least one batch")
         scales = {name: m.observer.scale(method) for name, m in acts.items() if m.observer.seen}
@@ -58,6 +66,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "max", 
             m.training = training
     for name, scale in scales.items():
         acts[name].set_scale(scale.to(acts[name].scale))
+    if bias:
+        correct_biases(model, first)
     return model
 
 
