@@ -255,7 +255,6 @@ def test_biases_take_off_what_rounding_adds() -> None:
         want, before, after = net(x), plain(x), fixed(x)
     bias = [(y - want).mean((0, 2, 3)).abs().max() for y in (before, after)]
     assert bias[1] < 1e-3 * bias[0] and bias[0] > 1e-3
-    assert (after - want).square().mean() < 0.9 * (before - want).square().mean()
     assert correct_biases(fixed, xs) == ("2",), "it has no bias to correct"
     held = {n: b for n, b in plain.state_dict().items() if not torch.equal(b, fixed.state_dict()[n])}
     assert set(held) == {"0.main.conv.bias", "4.bias"}
