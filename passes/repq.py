@@ -82,10 +82,10 @@ class _Rewrite:
         self.readers: dict[fx.Node, list[fx.Node]] = {}  # of a node or region, its values to quantize
         self.bits: dict[fx.Node, int] = {}  # of a quantized value: the most that one of its readers wants
         if rules.bits != 32:
-            inside = {n for m in merges for n in m.region.removed}
+            inside = {n: m.region.sink for m in merges for n in m.region.removed}
             others = [p for p in other_places(self.view, self.merges, work.target) if p[0] not in inside]
             layers = [(sink, m.region.source, sink) for sink, m in self.merges.items()]
-            for reader, value, layer in before_pools(self.view, [*layers, *others]):
+            for reader, value, layer in before_pools(self.view, [*layers, *others], inside):
                 self.readers.setdefault(reader, []).append(value)
                 wide = rules.ends if layer in self.ends else None
                 self.bits[value] = max(self.bits.get(value, 2), wide or rules.bits)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import repfx.passes  # noqa: F401  (registers the passes)
+from repfx.errors import InputError
 from repfx.graph.capture import capture
 from repfx.graph.running import run_eval
 from repfx.graph.store import load, save, write_whole
@@ -69,24 +70,31 @@ def report(
     MissingPart without jinja2 and plotly.
     """
     models = [model] if against is None else [model, against]
-    batches = None if data is None else list(_first(data))
+    if len(titles) < len(models) or not all(isinstance(t, str) for t in titles):
+        raise InputError(f"titles names {len(models)} models, not {titles!r}")
+    batches = None if data is None else _first(data)
     same: dict[str, Any] = {"passes": passes, "example": example, "target": target, "progress": progress}
-    found = tuple(measure(m, batches, title=t, **same) for m, t in zip(models, titles, strict=False))
+    found = tuple(
+        measure(m, batches, title=t, **same) for m, t in zip(models, titles, strict=False)
+    )  # titles may name more
     write(found, path)
     if json is not None:
         write_whole(json, lambda part: Path(part).write_text(as_json(found) + "\n"))
     return found
 
 
-def _first(data: Iterable[Any], pictures: int = 64) -> Iterable[Any]:
+def _first(data: Any, pictures: int = 64) -> Any:
     """As many batches as `report` looks at."""
-    count = 0
+    if not isinstance(data, Iterable):
+        return data
+    found: list[Any] = []
     for batch in data:
-        yield batch
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
-        count += len(first) if hasattr(first, "__len__") else 1
-        if count >= pictures:
-            return
+        found.append(batch)
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        pictures -= len(first) if hasattr(first, "__len__") else 1
+        if pictures <= 0:
+            break
+    return found
 
 
 def verify(before: Any, after: Any, x: Any) -> Difference:

@@ -11,7 +11,7 @@ from torch import nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.passes import BnFold, Fuse, Ptq
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, resolve
+from repfx.rewrite.contract import REGISTRY, Pass, Promise, Result, Stage, resolve
 from repfx.rewrite.work import Work
 
 
@@ -49,3 +49,26 @@ def test_a_pass_that_loses_a_name_is_told() -> None:
 
     with pytest.raises(repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*norm"):
         repfx.transform(nn.Sequential(RepVGG(3, 4, 3, padding=1)), [Loser()])
+
+
+def test_what_is_required_comes_along_and_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Late(Pass):
+        name: ClassVar[str] = "late"
+        stage: ClassVar[Stage] = Stage.QUANTIZE
+        requires: ClassVar[tuple[str, ...]] = ("ptq",)
+
+        def run(self, work: Work) -> Result:
+            return Result(self.name)
+
+    @dataclass(frozen=True)
+    class Later(Late):
+        name: ClassVar[str] = "later"
+        requires: ClassVar[tuple[str, ...]] = ("late", "nowhere")
+
+    assert [p.name for p in resolve([Late()])] == ["fuse", "ptq", "late"]
+    assert [p.name for p in resolve([Late(), "ptq(bits=6)"])] == ["fuse", "ptq", "late"]
+    assert next(p for p in resolve([Late(), "ptq(bits=6)"]) if p.name == "ptq").bits == 6
+    monkeypatch.setitem(REGISTRY, "late", Late)
+    with pytest.raises(repfx.InputError, match="unknown pass 'nowhere'"):
+        resolve([Later()])

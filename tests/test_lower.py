@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.lower.parity import compare
 from repfx.lower.runtimes import session
 from repfx.testing import randomise
 
@@ -152,6 +153,48 @@ def test_float16_is_all_that_is_not_an_integer(opset: int, tmp_path: Path) -> No
     assert float((one - other).abs().max()) < 0.05 * float(one.abs().max())
 
 
+class Spread(nn.Module):
+    """Repeats a value, and has few codes at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.head((y * y.mean((2, 3), keepdim=True).expand_as(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_float16_of_small_nets(seed: int, tmp_path: Path) -> None:
+    torch.manual_seed(seed)
+    model, x = Spread().eval(), torch.randn(2, 3, 8, 8)
+    for target in ("tensorrt", "onnxruntime"):
+        int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
+        assert repfx.lower(int8, tmp_path / "half.onnx", example=x, target=target, float16=True).parity.agrees
+
+
+class Gated(nn.Module):
+    """A depthwise convolution without a bias before a signed average: OpenVINO computes zeros for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(36, 36, 5, 2, 2, groups=36, bias=False), nn.Conv2d(36, 36, 1)
+        self.c = nn.Conv2d(36, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.c(torch.relu(y * torch.sigmoid(self.b(y.mean((2, 3), keepdim=True)))))
+
+
+def test_openvino_computes_what_the_file_says(tmp_path: Path) -> None:
+    model, x = Gated().eval(), torch.randn(2, 36, 24, 24)
+    int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target="openvino"), [x])
+    file = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino").onnx
+    found = compare(int8, onnx.load(file), (x,), "openvino")
+    assert found.agrees and found.different <= 5, found
+
+
 def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     x = pictures()
     model = quantized("tensorrt")
@@ -163,9 +206,16 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     model.get_submodule("gate.weight_quant").scale[0] = 2.1e-7
     with pytest.raises(repfx.InputError, match=r"a scale of gate.weight_quant, 2.1e-07, is .*% off in float16"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True)
-    with pytest.raises(repfx.InputError, match="opset is from 19 to 23 with float16, not 18"):
+    loud = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        loud[0].weight.fill_(3e4)
+    with pytest.raises(repfx.InputError, match=r"reaches .* float16 ends at 65504"):
+        repfx.lower(repfx.transform(loud, [], example=x), tmp_path / "a.onnx", example=x, float16=True)
+    with pytest.raises(repfx.InputError, match=r"torch.float64: lower the model in float32"):
+        repfx.lower(nn.Conv2d(3, 4, 1).double(), tmp_path / "a.onnx", example=x.double())
+    with pytest.raises(repfx.InputError, match="opset is a whole number from 19 to 23 with float16, not 18"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True, opset=18)
-    with pytest.raises(repfx.InputError, match="opset is from 18 to 23, not 9"):
+    with pytest.raises(repfx.InputError, match="opset is a whole number from 18 to 23, not 9"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, opset=9)
     assert not list(tmp_path.iterdir())
 

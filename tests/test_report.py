@@ -167,6 +167,37 @@ def test_each_region_has_its_program() -> None:
         compile(region.program, "program", "exec")
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(3, 8, 3, padding=1, padding_mode="reflect"), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.two(torch.relu(self.one(x)).transpose(1, 2))
+        return {"logits": y.mean(1), "tokens": 100 * y}
+
+
+def test_other_shapes() -> None:
+    x = torch.randn(6, 3, 10)
+    found = measure(Tokens().eval(), [(x, torch.zeros(6, dtype=torch.long))], passes=["ptq", "qprep"])
+    one, two = found.layers
+    assert (one.macs, two.macs) == (10 * 8 * 9, 10 * 4 * 8) and found.forms[0].macs == one.macs + two.macs
+    assert one.input is not None and two.input is not None and (one.input.channels, two.input.channels) == (3, 8)
+    assert one.alone is not None and two.together is not None and found.forms[2].params == found.forms[1].params
+    assert all(f.top1 is None for f in found.forms), "which of the outputs would it be of"
+    assert found.forms[2].sqnr is not None and found.forms[2].sqnr > 20
+
+
+def test_the_weights_are_those_that_are_deployed() -> None:
+    model, data = net(), batches(1)
+    fine, coarse, kept = (
+        measure(model, data, passes=[f"ptq({options})"]).layers
+        for options in ("", "weight_bits=4", "weight_bits=4, wide='2.main.conv'")
+    )
+    assert coarse[1].weight_sqnr + 15 < fine[1].weight_sqnr == kept[1].weight_sqnr
+    assert kept[0].weight_sqnr == coarse[0].weight_sqnr and coarse[0].weight_used <= 1
+
+
 def test_bad_input(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
     with pytest.raises(repfx.InputError, match="wants the float model"):
@@ -177,6 +208,14 @@ def test_bad_input(tmp_path: Path) -> None:
         repfx.report(net(), tmp_path / "no" / "a.html", data=[x])
     with pytest.raises(repfx.InputError, match="NaN"):
         repfx.report(net(), tmp_path / "a.html", data=[x * float("nan")])
+    for data, text in (([{"x": x}], "begins with one"), (5, "iterable"), ([(x, torch.zeros(1))], "2 inputs comes with 1")):
+        with pytest.raises(repfx.InputError, match=text):
+            repfx.report(net(), tmp_path / "a.html", data=data)
+    for passes in (["fuse"], ["repq"]):
+        with pytest.raises(repfx.InputError, match="one quantizes, such as ptq"):
+            repfx.report(net(), tmp_path / "a.html", data=[x], passes=passes)
+    with pytest.raises(repfx.InputError, match="titles names 2 models"):
+        repfx.report(net(), tmp_path / "a.html", against=net(), titles=["one"])
     assert not list(tmp_path.iterdir())
 
 

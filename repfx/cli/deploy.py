@@ -14,7 +14,7 @@ from rich.text import Text
 from repfx import api
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, numbers, out
-from repfx.errors import InputError
+from repfx.errors import CheckError, InputError
 from repfx.graph.store import write_whole
 from repfx.lower.engine import Profile, build
 from repfx.lower.parity import compare
@@ -61,7 +61,10 @@ def lower(
     for finding in api.lint(file) if target == "tensorrt" else []:
         out.print(str(finding), markup=False, highlight=False)
     if openvino and not float16:
-        out.print(f"OpenVINO against torch: {compare(net, load(file), (example,), 'openvino')}")
+        there = compare(net, load(file), (example,), "openvino")
+        out.print(f"OpenVINO against torch: {there}")
+        if not there.agrees:
+            raise CheckError(f"OpenVINO does not compute what {file} says")
     if openvino and output.suffix == ".xml":
         write_ir(file, output)
         out.print(f"wrote {output}")

@@ -6,12 +6,13 @@ Inputs and outputs stay float32 with a Cast each. QuantizeLinear divides in floa
 from __future__ import annotations
 
 import copy
+import math
 from operator import attrgetter
 
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from repfx.errors import InputError
@@ -58,8 +59,30 @@ def operators(model: nn.Module) -> nn.Module:
 
 
 def to_half(value: object) -> object:
-    """Rounds float32 tensors in place, so that views stay views."""
-    return tree_map_only(Tensor, lambda t: t.copy_(t.half()) if t.dtype == torch.float32 else t, value)
+    """Rounds float32 tensors in place, so that views stay views; what repeats one value was rounded before it was."""
+
+    def rounded(t: Tensor) -> Tensor:
+        return t if t.dtype != torch.float32 or 0 in t.stride() else t.copy_(t.half())
+
+    return tree_map_only(Tensor, rounded, value)
+
+
+def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
+    """Raises InputError naming the first operator whose result float16 cannot hold, on this input."""
+    largest = torch.finfo(torch.float16).max
+
+    class Interpreter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if isinstance(result, Tensor) and result.is_floating_point() and result.numel() and n.op.startswith("call"):
+                top = float(result.abs().max())
+                if math.isfinite(top) and top > largest:
+                    raise InputError(f"{n.name} reaches {top:.3g}, float16 ends at {largest:g}: lower the model in float32")
+            return result
+
+    if isinstance(model, fx.GraphModule):
+        with torch.no_grad():
+            Interpreter(model).run(*args)
 
 
 def copied_half(value: object) -> object:

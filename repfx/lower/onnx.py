@@ -15,7 +15,6 @@ import contextlib
 import copy
 import io
 import logging
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from repfx.graph.capture import graphs
 from repfx.graph.effects import is_dead
 from repfx.graph.running import run_eval
 from repfx.graph.store import write_whole
-from repfx.lower import half
+from repfx.lower import finish, half
 from repfx.lower.parity import Parity, compare
 from repfx.quant import FakeQuant, target_named
 
@@ -72,15 +71,20 @@ def lower(
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
         raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
     _check_formats(model, target)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise InputError(f"{name} is {tensor.dtype}: lower the model in float32, with float16=True for a float16 file")
     least = half.OPSET if float16 else 18
-    if not least <= opset <= 23:
-        raise InputError(f"opset is from {least} to 23{' with float16' if float16 else ''}, not {opset}")
+    if not isinstance(opset, int) or not least <= opset <= 23:
+        raise InputError(f"opset is a whole number from {least} to 23{' with float16' if float16 else ''}, not {opset!r}")
     try:
         run_eval(model, args)
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise InputError(f"the model does not accept the example {shapes}: {error}") from error
-    model = half.constants(model) if float16 else model
+    if float16:
+        model = half.constants(model)
+        half.check_range(model, args)
     proto = _export(model, args, target, opset, float16)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -192,10 +196,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     _name_codes(proto)
     if float16:
         half.cast_ends(proto)
+    elif target == "openvino":
+        finish.keep_biases(proto)
     if opset >= 21:
-        _narrow(
-            proto, {n for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight and m.grid.bits <= 4}
-        )
+        quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
+        finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
 
 
@@ -267,23 +272,3 @@ def _name_codes(proto: onnx.ModelProto) -> None:
         info.name = renamed.get(info.name, info.name)
     for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
         del entry.metadata_props[:]
-
-
-def _narrow(proto: onnx.ModelProto, names: set[str]) -> None:
-    """Makes the codes of these weights int4, two a byte, with a zero point of that type."""
-    held = {t.name: t for t in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in {f"{n}.codes" for n in names} & set(held):
-            codes, zero = held[node.input[0]], held[node.input[2]]
-            values = onnx.numpy_helper.to_array(codes)
-            for info in proto.graph.value_info:
-                if info.name == codes.name:
-                    info.type.tensor_type.elem_type = onnx.TensorProto.INT4
-            codes.CopyFrom(onnx.helper.make_tensor(codes.name, onnx.TensorProto.INT4, values.shape, values.ravel()))
-            shape, node.input[2] = tuple(zero.dims), f"{node.input[0]}.zero"
-            zeros = [0] * math.prod(shape)
-            proto.graph.initializer.append(onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros))
-    read = {i for node in proto.graph.node for i in node.input}
-    kept = [t for t in proto.graph.initializer if t.name in read]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)

@@ -20,9 +20,9 @@ from repfx.lower.runtimes import session
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, difference
 
-# Ties are rare: more than this share of differing codes at one quantizer, or this error of the output, is not rounding.
-# In float16 what two runtimes make of the last bit is up to a tenth of a step apart.
-LIMITS = {False: (1e-3, 1e-3), True: (1e-2, 4e-3)}
+# Ties are rare: more than this share of differing codes at one quantizer, more than so many in a small one, or this error
+# of the output, is not rounding. In float16 the last bit, which runtimes round differently, is up to a tenth of a step.
+LIMITS = {False: (1e-3, 2, 1e-3), True: (5e-2, 8, 4e-3)}
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Parity:
     @property
     def agrees(self) -> bool:
         """Whether nothing but ties differs."""
-        share, error = LIMITS[self.float16]
-        ties = all(q.largest <= 1 and q.different <= max(2, share * q.codes) for q in self.quantizers.values())
+        share, few, error = LIMITS[self.float16]
+        ties = all(q.largest <= 1 and q.different <= max(few, share * q.codes) for q in self.quantizers.values())
         return ties and self.forced.relative <= error
 
     def __str__(self) -> str:

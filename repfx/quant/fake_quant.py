@@ -56,11 +56,7 @@ class FakeQuant(nn.Module):
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
         if not self.calibrated:
             return x
-        if not (self.learned and self.training):
-            return self.grid.quantize(x, self.step)
-        with torch.no_grad():  # an optimizer's step may have taken it past 0, where no gradient leads back
-            self.scale.clamp_(min=SMALLEST)
-        return self.grid.quantize(x, self._lsq(x))
+        return self.grid.quantize(x, self._lsq(x) if self.learned and self.training else self.step)
 
     @property
     def step(self) -> Tensor:
@@ -70,7 +66,7 @@ class FakeQuant(nn.Module):
     def _lsq(self, x: Tensor) -> Tensor:
         """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
         factor = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
-        return self.scale.detach() + (self.scale - self.scale.detach()) * factor
+        return self.step.detach() + (self.scale - self.scale.detach()) * factor  # below the floor it moves on as well
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""

@@ -23,6 +23,7 @@ from repfx.quant.grid import Grid
 
 BINS = 4096
 CANDIDATES = 256
+TINY = 1e-30
 _UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
 
 
@@ -45,6 +46,7 @@ class Observer:
         if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
         top = max(high, -low if self.grid.signed else 0.0)
+        top = 0.0 if top < TINY else top  # no scale in float32 tells such values from 0
         self.seen += values.numel()
         self.amax = max(self.amax, top)
         if top == 0.0 or not self.histogram:
@@ -112,9 +114,9 @@ def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
     levels = of.grid.high + 1
     if levels >= BINS:
         return of.amax / of.grid.high
-    used = int((counts > 0).nonzero()[-1]) + 1
+    used = max(levels, int((counts > 0).nonzero()[-1]) + 1)
     best = (float("inf"), of.amax / of.grid.high)
-    for stop in range(levels, used + 1, max(1, (used - levels) // CANDIDATES)):
+    for stop in {*range(levels, used, max(1, (used - levels) // CANDIDATES)), used}:
         p = counts[:stop].clone()
         p[-1] += counts[stop:].sum()
         edges = torch.linspace(0, stop, levels + 1).round().long().tolist()

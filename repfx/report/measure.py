@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from repfx.errors import InputError
@@ -16,7 +19,7 @@ from repfx.graph.capture import graphs
 from repfx.graph.running import guess_example, run_eval
 from repfx.graph.view import GraphView
 from repfx.graph.words import short
-from repfx.quant import FakeQuant, Grid, search_scale
+from repfx.quant import FakeQuant
 from repfx.report.advice import advice
 from repfx.report.drawing import drawing
 from repfx.report.numbers import Branch, Form, Layer, Norm, Numbers
@@ -48,17 +51,20 @@ def measure(
     """
     if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the report wants the float model: it quantizes a copy itself")
-    batches = None if data is None else list(data)
-    if batches == []:
-        raise InputError("the data is empty: give at least one batch, or none at all")
+    batches = None if data is None else _checked(data)
     x = tensors_of(batches)[0][:2] if batches else example
     ordered = resolve(passes)
+    kinds = {p.stage for p in ordered}
+    if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
+        raise InputError("the passes of a report make the deployed net: one quantizes, such as ptq, none is for training")
     merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
     base, _ = rewrite(model, [], x, target)
     merged, report = rewrite(model, merging, x, target)
     deployed, _ = rewrite(merged, [p for p in ordered if p not in merging], x, target)
     if batches:
         calibrate(deployed, batches, progress=progress)
+    if Stage.ADJUST in kinds:
+        deployed, _ = rewrite(deployed, ["fuse"], x, target)  # what was put in to be learned folds into its layer
     notes = [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
     bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
 
@@ -66,8 +72,9 @@ def measure(
     parts = {"as written": base, "merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
     forms = _forms(parts, batches, args)
     regions = regions_of(model, report, x)
+    codes = _coded(deployed)
     layers = [
-        _layer(name, node, view, bits, branches_of(base, regions, name), norms_of(base, regions, name))
+        _layer(name, node, view, codes.get(name), branches_of(base, regions, name), norms_of(base, regions, name))
         for name, node, view in deployed_layers(merged)
     ]
     if batches and isinstance(deployed, fx.GraphModule):
@@ -86,50 +93,63 @@ def _as_input(x: Any, model: nn.Module) -> tuple[Any, ...] | None:
     return x if isinstance(x, tuple) else (x,)
 
 
+def _checked(data: Iterable[Any]) -> list[Any]:
+    try:
+        batches = list(data)
+    except TypeError:
+        raise InputError(f"the data is an iterable of batches, not {data!r}") from None
+    for batch in batches:
+        x, *rest = batch if isinstance(batch, (tuple, list)) and batch else [batch]
+        if not isinstance(x, Tensor) or x.dim() < 1:
+            raise InputError(f"a batch is a tensor (N, ...), or a tuple that begins with one, not {type(x)}")
+        if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 and len(rest[0]) != len(x):
+            raise InputError(f"a batch of {len(x)} inputs comes with {len(rest[0])} labels")
+    if not batches:
+        raise InputError("the data is empty: give at least one batch, or none at all")
+    return batches
+
+
 def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None) -> tuple[Form, ...]:
     found = []
     truth: list[Tensor] = []
     for i, (name, model) in enumerate(parts.items()):
-        coded = {id(w): m.grid.bits for m, w in _coded(model)}
+        coded = {id(w): m.grid.bits for m, w in _coded(model).values()}
         params = list({id(p): p for p in model.parameters() if not _is_scale(model, p)}.values())
         size = sum(p.numel() * coded.get(id(p), 32) // 8 for p in params)
         sqnr = top1 = None
         if batches:
             outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
-            first = [o if isinstance(o, Tensor) else torch.cat([t.flatten(1) for t in _tensors(o)], 1) for o in outputs]
-            truth = truth or first
-            sqnr = None if i == 0 else difference(torch.cat(truth), torch.cat(first)).sqnr
-            top1 = _top1(first, batches)
+            given = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+            truth = truth or given
+            sqnr = None if i == 0 or not given else difference(truth, given).sqnr
+            top1 = _top1(outputs, batches)
         convs, macs = _cost(model, args)
         found.append(Form(name, convs, sum(p.numel() for p in params), macs, size, sqnr, top1))
     return tuple(found)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _is_scale(model: nn.Module, p: Tensor) -> bool:
     return any(isinstance(m, FakeQuant) and m.scale is p for m in model.modules())
 
 
-def _coded(model: nn.Module) -> list[tuple[FakeQuant, Tensor]]:
-    """The quantizers of weights with what they round."""
-    found = []
-    for _, module in graphs(model):
+def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:
+    """The quantizers of weights with what they round, by the path of the layer."""
+    found: dict[str, tuple[FakeQuant, Tensor]] = {}
+    for path, module in graphs(model):
         view = GraphView(module)
         for node in view.nodes:
             quant = view.modules.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(quant, FakeQuant) and quant.of_weight:
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                found.append((quant, view.tensor(str(source.target) if source.op == "get_attr" else source)))
+                source = node.all_input_nodes[0]
+                name = (f"{path}." if path else "") + str(node.target).rpartition(".")[0]
+                found[name] = quant, view.tensor(str(source.target) if source.op == "get_attr" else source)
     return found
 
 
-def _top1(outputs: list[Tensor], batches: list[Any]) -> float | None:
+def _top1(outputs: list[Any], batches: list[Any]) -> float | None:
     labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)]
-    if len(labels) != len(outputs) or outputs[0].dim() != 2 or labels[0].dim() != 1:
+    logits = all(isinstance(o, Tensor) and o.dim() == 2 for o in outputs)
+    if len(labels) != len(outputs) or not logits or any(y.dim() != 1 or y.is_floating_point() for y in labels):
         return None
     right = sum(int((o.argmax(1) == y).sum()) for o, y in zip(outputs, labels, strict=True))
     return 100 * right / sum(len(y) for y in labels)
@@ -155,21 +175,26 @@ _CALLS = {torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.linear}
 
 
 def _layer(
-    name: str, node: fx.Node, view: GraphView, bits: int, branches: tuple[Branch, ...], norms: tuple[Norm, ...]
+    name: str,
+    node: fx.Node,
+    view: GraphView,
+    coded: tuple[FakeQuant, Tensor] | None,
+    branches: tuple[Branch, ...],
+    norms: tuple[Norm, ...],
 ) -> Layer:
     op: Any = view.ops[node]
     weight = view.tensor(f"{node.target}.weight" if node.op == "call_module" else _weight_of(view, node)).detach().float()
-    grid = Grid(bits, axis=0)
-    scale = search_scale(weight, grid, 2.0)
-    codes = grid.codes(weight, scale)
-    noise = float((weight - codes * grid.along(scale, weight)).double().square().sum())
-    sqnr = float("inf") if noise == 0 else 10 * torch.log10(weight.double().square().sum() / noise).item()
-    used = len(codes.unique()) / (grid.high - grid.low + 1)
-    top = weight.abs().flatten(1).amax(1)
-    rows = (reach(top)[0], len(top), reach(top)[1])
-    return Layer(
-        name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms
-    )  # fmt: skip
+    sqnr = used = None
+    if coded is not None:
+        quant, held = coded
+        held = held.detach()
+        codes = quant.codes(held)
+        noise = float((held - codes * quant.grid.along(quant.step, held)).double().square().sum())
+        sqnr = float("inf") if noise == 0 else 10 * math.log10(max(float(held.double().square().sum()), 1e-300) / noise)
+        used = len(codes.unique()) / (quant.grid.high - quant.grid.low + 1)
+    wide, median = reach(weight.abs().flatten(1).amax(1))
+    rows = (wide, len(weight), median)
+    return Layer(name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms)
 
 
 def _weight_of(view: GraphView, node: fx.Node) -> Any:
@@ -184,9 +209,9 @@ def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], p
         if node.op == "call_function" and node.target in _CALLS and _quantizer(deployed, node.args[1]):
             name = str(node.args[1].target).rpartition(".")[0]
             calls[node] = name
-            source = node.args[0]
-            while is_max_pool(deployed, source):
-                source = source.args[0]
+            source: Any = node.args[0]
+            while is_max_pool(deployed, source) or source.target is F.pad:  # codes pass through
+                source = source.all_input_nodes[0]
             if _quantizer(deployed, source):
                 inputs[name] = str(source.target)
     pairs = Pairs(deployed, calls)

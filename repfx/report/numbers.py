@@ -59,7 +59,8 @@ class Activation:
 @dataclass(frozen=True)
 class Layer:
     """A layer of the deployed net. `rows`: `wide` of `channels` output channels reach over half of the weight's range.
-    `weight_sqnr`: of its rounded weight. `alone`, `together`: SQNR of its output in dB, quantized by itself on float
+    `weight_sqnr`, `weight_used`: of its rounded weight, None where it
+    stays in float. `alone`, `together`: SQNR of its output in dB, quantized by itself on float
     inputs, and with all before it; None without data."""
 
     name: str
@@ -68,8 +69,8 @@ class Layer:
     params: int
     weight: Spread
     rows: tuple[int, int, float]
-    weight_sqnr: float
-    weight_used: float
+    weight_sqnr: float | None
+    weight_used: float | None
     branches: tuple[Branch, ...] = ()
     norms: tuple[Norm, ...] = ()
     input: Activation | None = None

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from repfx.graph.calls import last_readers, step
@@ -56,23 +57,25 @@ class Pairs:
     def _step(self, node: fx.Node, exact: Any, rounded: Any, alone: Any) -> None:
         called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(called, FakeQuant):
-            (source,) = node.args
+            source = node.all_input_nodes[0]
             exact[node] = exact[source]
             rounded[node] = called(rounded[source])
             alone[node] = rounded[node] if called.of_weight else called(exact[source])
             if not called.of_weight:
-                self.seen.setdefault(str(node.target), Seen(called)).add(exact[source])
+                axis = -1 if any(n.target is F.linear for n in node.users) else 1
+                self.seen.setdefault(str(node.target), Seen(called, axis)).add(exact[source])
             return
         exact[node] = step(self.module, node, exact.__getitem__)
         rounded[node] = exact[node] if node.op == "get_attr" else step(self.module, node, rounded.__getitem__)
         mixed = {**{n: exact[n] for n in node.all_input_nodes}, **{n: alone[n] for n in node.all_input_nodes if n in alone}}
         if node in self.layers:
             name, y = self.layers[node], exact[node].double()
-            self.positions[name] = y.numel() // max(1, y.shape[0] * y.shape[-1 if y.dim() == 2 else 1])
+            outputs = len(exact[node.args[1]])
+            self.positions.setdefault(name, y.numel() // max(1, len(y) * outputs))
             self.signal[name] += float(y.square().sum())
             for i, other in enumerate((step(self.module, node, mixed.__getitem__), rounded[node])):
                 self.noise[name][i] += float((y - other.double()).square().sum())
-        elif is_max_pool(self.module, node) and node.args[0] in alone:
+        elif (is_max_pool(self.module, node) or node.target is F.pad) and node.all_input_nodes[0] in alone:
             alone[node] = step(self.module, node, mixed.__getitem__)
 
     def sqnr(self, name: str) -> tuple[float, float]:
@@ -85,8 +88,8 @@ class Pairs:
 class Seen:
     """What a quantizer was given, over batches."""
 
-    def __init__(self, quant: FakeQuant) -> None:
-        self.quant = quant
+    def __init__(self, quant: FakeQuant, axis: int) -> None:
+        self.quant, self.axis = quant, axis
         self.count = self.clipped = 0
         self.total = self.square = 0.0
         self.low, self.high = math.inf, -math.inf
@@ -103,9 +106,8 @@ class Seen:
         self.codes[codes.to(torch.int64).add_(2**15).unique()] = True
         over = flat / self.quant.step
         self.clipped += int(((over > grid.high + 0.5) | (over < grid.low - 0.5)).sum())
-        axis = 1 if x.dim() != 3 else 2
         if x.dim() > 1:
-            top = x.abs().movedim(axis, 0).flatten(1).amax(1)
+            top = x.abs().movedim(self.axis, 0).flatten(1).amax(1)
             self.channels = top if self.channels is None or len(self.channels) != len(top) else self.channels.maximum(top)
         self.sample.append(flat[:: max(1, flat.numel() // 4096)])
 

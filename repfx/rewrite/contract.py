@@ -86,20 +86,19 @@ def register(cls: type[Pass]) -> type[Pass]:
     return cls
 
 
-def _register_installed() -> None:
-    """Registers the passes of other packages, their entry points in the group "repfx.passes" (`name = "module:Class"`)."""
-    for entry in entry_points(group="repfx.passes"):
-        if entry.name in REGISTRY:
-            continue
+def _registered(name: str) -> type[Pass]:
+    """The pass of this name, from here or from another package's entry point in the group "repfx.passes"."""
+    for entry in entry_points(group="repfx.passes", name=name) if name not in REGISTRY else ():
         try:
             cls = entry.load()
         except Exception as error:  # anybody's module, anybody's error
-            raise InputError(
-                f"the pass {entry.name!r} of another package, {entry.value}, does not load: {error}"
-            ) from error
-        if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == entry.name):
-            raise InputError(f"{entry.value} is no subclass of repfx.passes.Pass with the name {entry.name!r}")
+            raise InputError(f"the pass {name!r} of a package does not load, {entry.value}: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == name):
+            raise InputError(f"{entry.value} is no subclass of repfx.passes.Pass with the name {name!r}")
         register(cls)
+    if name not in REGISTRY:
+        raise unknown("pass", name, {*REGISTRY, *(e.name for e in entry_points(group="repfx.passes"))})
+    return REGISTRY[name]
 
 
 def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
@@ -117,9 +116,19 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
     for p in found:
         if not isinstance(p, Pass):
             raise InputError(f"a pass is a name, a spec or a configured pass, not {p!r}")
-    for p in list(found):
-        found += [REGISTRY[name]() for name in p.requires if all(q.name != name for q in found)]
-    return sorted(found, key=lambda p: p.stage)
+    given = {p.name: p for p in reversed(found)}
+    ordered: list[Pass] = []
+
+    def add(p: Pass) -> None:
+        for name in p.requires:
+            given.setdefault(name, _registered(name)())
+            add(given[name])
+        if all(p is not q for q in ordered):
+            ordered.append(p)
+
+    for p in found:
+        add(p)
+    return sorted(ordered, key=lambda p: p.stage)  # stable: what is required stays before what requires it
 
 
 def parse(spec: str) -> Pass:
@@ -140,11 +149,7 @@ def parse(spec: str) -> Pass:
     name = call.func if isinstance(call, ast.Call) else call
     if not isinstance(name, ast.Name):
         raise InputError(f"a pass is written name or name(option=value, ...), not {spec!r}")
-    if name.id not in REGISTRY:
-        _register_installed()
-    if name.id not in REGISTRY:
-        raise unknown("pass", name.id, REGISTRY)
-    cls = REGISTRY[name.id]
+    cls = _registered(name.id)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for unnamed in call.args if isinstance(call, ast.Call) else []:

@@ -7,7 +7,7 @@ Q(max(x))     ->   max(Q(x))            the same values, and the layer before th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,16 +44,22 @@ def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -
     return found
 
 
-def before_pools(view: GraphView, places: Iterable[Place]) -> list[Place]:
-    """The places with each quantizer after a max pool moved before it, where the pool has no other reader."""
+def before_pools(view: GraphView, places: Iterable[Place], inside: Mapping[fx.Node, fx.Node] | None = None) -> list[Place]:
+    """The places with each quantizer after a max pool moved before it, where the pool has no other reader. `inside`: of
+    nodes that go into one reader, that reader."""
+    owner = inside or {}
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
     for pool in reversed(view.nodes):
         mine = readers.get(pool, [])
-        if is_max_pool(view.module, pool) and mine and {reader for reader, _, _ in mine} == set(pool.users):
-            value = pool.args[0]
-            if isinstance(value, fx.Node) and not view.writes.changed(value) and not _is_quantized(view, value):
+        if (
+            is_max_pool(view.module, pool)
+            and mine
+            and {reader for reader, _, _ in mine} == {owner.get(u, u) for u in pool.users}
+        ):
+            (value,) = pool.all_input_nodes
+            if not view.writes.changed(value) and not _is_quantized(view, value):
                 del readers[pool]
                 readers.setdefault(value, []).extend((pool, value, layer) for _, _, layer in mine)
     return sorted((p for some in readers.values() for p in some), key=lambda place: view.index[place[0]])

@@ -1,0 +1,47 @@
+"""What is done to the finished ONNX graph for one runtime or one opset, a function each."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+
+
+def keep_biases(proto: onnx.ModelProto) -> None:
+    """Gives convolutions without a bias one that is too small to be seen.
+
+    OpenVINO (2026.2 and before) drops a bias of zeros and then computes zeros, or other wrong values, for some of these
+    convolutions once they run in integers, depthwise ones before a QuantizeLinear with a zero point among them.
+    """
+    held = {t.name: t for t in proto.graph.initializer}
+    for i, node in enumerate(proto.graph.node):
+        bias = held.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
+        if node.op_type != "Conv" or (len(node.input) > 2 and (bias is None or onnx.numpy_helper.to_array(bias).any())):
+            continue
+        weight = next((n for n in proto.graph.node if node.input[1] in n.output), None)
+        codes = held.get(node.input[1] if weight is None else weight.input[0])
+        if codes is not None:
+            name = f"repfx.bias.{i}"
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(codes.dims[0], 1e-30, np.float32), name))
+            node.input[2:] = [name]
+
+
+def narrow(proto: onnx.ModelProto, names: set[str]) -> None:
+    """Makes the codes of these weights int4, two a byte, with a zero point of that type."""
+    held = {t.name: t for t in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in {f"{n}.codes" for n in names} & set(held):
+            codes, zero = held[node.input[0]], held[node.input[2]]
+            values = onnx.numpy_helper.to_array(codes)
+            for info in proto.graph.value_info:
+                if info.name == codes.name:
+                    info.type.tensor_type.elem_type = onnx.TensorProto.INT4
+            codes.CopyFrom(onnx.helper.make_tensor(codes.name, onnx.TensorProto.INT4, values.shape, values.ravel()))
+            shape, node.input[2] = tuple(zero.dims), f"{node.input[0]}.zero"
+            zeros = [0] * math.prod(shape)
+            proto.graph.initializer.append(onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros))
+    read = {i for node in proto.graph.node for i in node.input}
+    kept = [t for t in proto.graph.initializer if t.name in read]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
