@@ -43,11 +43,21 @@ def bits_of(r: dict[str, Any]) -> str:
     return "float" if r["bits"] == 32 else f"W{r['bits']}A{r['bits']}{kind}"
 
 
+def drops(found: list[dict[str, Any]]) -> str:
+    """What each seed's net loses against its own float accuracy."""
+    whole = {(r["variant"], r["seed"]): r["top1"] for r in found if r["bits"] == 32}
+    lost = [r | {"drop": whole[r["variant"], r["seed"]] - r["top1"]} for r in found if r["bits"] != 32]
+    return table(lost, lambda r: r["variant"], bits_of, "drop")
+
+
 def main() -> None:
     variants = sorted(rows("variants"), key=lambda r: (not r.get("per_channel", True), -r["bits"]))
     order = ["S0", "Eq6", "S1", "S2", "S3", "S4"]
     variants.sort(key=lambda r: order.index(r["variant"]))
-    print("(a)\n" + table(variants, lambda r: r["variant"], bits_of, "top1"))
+    for size in ("mini", "large"):
+        some = [r for r in variants if r["size"] == size]
+        print(f"(a) {size}\n" + table(some, lambda r: r["variant"], bits_of, "top1") + "\n")
+        print("drops\n" + drops(some) + "\n")
     found = rows("strategies")
     print("\n(b)\n" + table(found, lambda r: f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip(), bits_of, "top1"))
     found = rows("sr")
@@ -63,6 +73,9 @@ def main() -> None:
     for bits in ((6, 6), (8, 4), (8, 8)):
         some = [r for r in found if r["method"] == "float" or (r["bits"], r["weight_bits"]) == bits]
         print(f"\n(e) W{bits[1]}A{bits[0]}\n" + table(some, lambda r: r["method"], lambda r: r["net"], "top1"))
+    print("\n(e) other tools, W8A8\n" + table(rows("peers"), lambda r: r["method"], lambda r: r["net"], "top1"))
+    bits = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
+    print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], bits, "top1"))
 
 
 if __name__ == "__main__":
