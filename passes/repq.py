@@ -118,7 +118,8 @@ class _Rewrite:
 
         def seen() -> fx.Node:
             if region.source not in self.moments or self.view.writes.changed(region.source):
-                needs = Moments(rules.bn not in ("batch", "frozen"), rules.bn in ("estimate", "estimate_paper"))
+                estimates, whole = rules.bn in ("estimate", "estimate_paper"), rules.bn == "running"
+                needs = Moments(rules.bn not in ("batch", "frozen"), estimates, whole)
                 self.moments[region.source] = work.insert(region.sink, source, f"{path}.moments", needs)
             return self.moments[region.source]
 

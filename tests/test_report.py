@@ -160,6 +160,12 @@ def test_two_models_side_by_side(tmp_path: Path) -> None:
     assert [b.title for b in both] == ["before", "after"] and "before, merged" in text and "after, merged" in text
 
 
+def test_each_pass_has_its_form() -> None:
+    found = measure(net(), batches(1), passes=["qarep", "ptq(bits=6)"])
+    assert [f.name for f in found.forms] == ["as written", "after qarep", "merged", "INT6"]
+    assert found.forms[1].convs == found.forms[0].convs and found.forms[1].sqnr > 90 > found.forms[3].sqnr
+
+
 def test_each_region_has_its_program() -> None:
     found = measure(net(), batches(1))
     for region in found.regions:

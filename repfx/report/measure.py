@@ -69,7 +69,10 @@ def measure(
     bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
 
     args = _as_input(x, base)
-    parts = {"as written": base, "merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
+    parts: dict[str, nn.Module] = {"as written": base}
+    for p in merging[:-1]:
+        parts[f"after {p.name}"] = rewrite([*parts.values()][-1], [p], x, target)[0]
+    parts |= {"merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
     forms = _forms(parts, batches, args)
     regions = regions_of(model, report, x)
     codes = _coded(deployed)
