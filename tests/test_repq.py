@@ -127,6 +127,21 @@ def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
         torch.testing.assert_close(guess[1], exact[1], rtol=2e-4, atol=1e-10)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_variance_is_that_of_what_the_kernel_gives(whole: bool) -> None:
+    x = pictures() + 0.7
+    weight = torch.randn(6, 2, 3, 2, dtype=torch.float64)
+    g = Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)
+    u = F.conv2d(x, weight, None, (1, 2), (2, 0), groups=2)
+    seen = Moments(True, True, whole).train()(x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == whole and torch.equal(seen[0], x)
+    kept = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").measure(seen, weight, None)[2]
+    torch.testing.assert_close(kept, u.var((0, 2, 3)), rtol=1e-10, atol=0)
+    part = (u[::8] - u.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+    var = KernelNorm(nn.BatchNorm2d(6).double(), g, "sampled").measure(seen, weight, None)[1]
+    torch.testing.assert_close(var, part, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("grid", [Grid(4, axis=0), Grid(3, signed=False), Grid(8, full=True)])
 def test_the_learned_step_has_the_gradient_of_lsq(grid: Grid) -> None:
     v = torch.randn(3, 50, dtype=torch.float64, requires_grad=True)

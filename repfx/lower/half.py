@@ -70,6 +70,7 @@ def to_half(value: object) -> object:
 def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
     """Raises InputError naming the first operator whose result float16 cannot hold, on this input."""
     largest = torch.finfo(torch.float16).max
+    beyond: list[str] = []
 
     class Interpreter(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
@@ -77,12 +78,14 @@ def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
             if isinstance(result, Tensor) and result.is_floating_point() and result.numel() and n.op.startswith("call"):
                 top = float(result.abs().max())
                 if math.isfinite(top) and top > largest:
-                    raise InputError(f"{n.name} reaches {top:.3g}, float16 ends at {largest:g}: lower the model in float32")
+                    beyond.append(f"{n.name} reaches {top:.3g}")
             return result
 
     if isinstance(model, fx.GraphModule):
         with torch.no_grad():
             Interpreter(model).run(*args)
+    if beyond:
+        raise InputError(f"{beyond[0]}, float16 ends at {largest:g}: lower the model in float32")
 
 
 def copied_half(value: object) -> object:
