@@ -242,10 +242,9 @@ def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
         view.on("pageerror", lambda e: said.append(str(e)))
         view.on("request", lambda r: asked.append(r.url))
         view.goto(f"file://{page}")
-        count = view.evaluate("document.querySelectorAll('.chart').length")
-        for i in range(count):
-            view.evaluate(f"document.querySelectorAll('.chart')[{i}].scrollIntoView()")
-            view.wait_for_function(f"document.querySelectorAll('.chart')[{i}].classList.contains('drawn')")
+        for key in view.evaluate("[...document.querySelectorAll('.chart')].map(c => c.id)"):
+            view.locator(f"#{key}").scroll_into_view_if_needed()
+            view.locator(f"#{key}.drawn").wait_for()
         assert not said and [u for u in asked if not u.startswith(("file:", "blob:", "data:"))] == []
         assert view.evaluate("document.documentElement.scrollWidth <= innerWidth")
         table = view.locator("#blocks-0")
