@@ -11,7 +11,7 @@ import onnx
 def keep_biases(proto: onnx.ModelProto) -> None:
     """Gives convolutions without a bias one that is too small to be seen.
 
-    OpenVINO (2026.2 and before) drops a bias of zeros and then computes zeros, or other wrong values, for some of these
+    OpenVINO (seen in 2026.4) drops a bias of zeros and then computes zeros, or other wrong values, for some of these
     convolutions once they run in integers, depthwise ones before a QuantizeLinear with a zero point among them.
     """
     held = {t.name: t for t in proto.graph.initializer}
