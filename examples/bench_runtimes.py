@@ -2,8 +2,8 @@
 
     python examples/bench_runtimes.py
 
-All from one merged float net with random weights; each round runs all in an order of its own; ratios are medians of the
-rounds' ratios.
+All from one merged float net with random weights and statistics; each round runs all in an order of its own; ratios are
+medians and quartiles of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 import repfx
 from repfx.lower.runtimes import installed, session
 from repfx.lower.timing import interleaved
+from repfx.testing import randomise
 
 
 class Once(CalibrationDataReader):
@@ -63,6 +64,12 @@ def by_nncf(plain: Path, goal: Path, x: Tensor) -> Path | None:
     return goal
 
 
+def _ratios(ours: list[float], others: list[float]) -> str:
+    """The median of the rounds' ratios, and their quartiles."""
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(ours, others, strict=True)), n=4)
+    return f"{middle:.3f} ({low:.2f}..{high:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["repvgg_a0", "mobileone_s0", "resnet18"])
@@ -85,7 +92,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     for name in args.models:
         torch.manual_seed(0)
-        model, x = timm.create_model(name).eval(), torch.randn(args.batch, 3, args.size, args.size)
+        # Random statistics, so that merged convolutions have the biases that those of a trained net have.
+        model, x = randomise(timm.create_model(name).eval()), torch.randn(args.batch, 3, args.size, args.size)
         merged = repfx.transform(model, ["fuse"], example=x)
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
@@ -101,11 +109,7 @@ def main() -> None:
                 runs = {k: partial(session(runtime, f, threads=args.threads), (x,)) for k, f in files.items()}
                 times = interleaved(runs, args.rounds)
                 t = {k: statistics.median(v) for k, v in times.items()}
-                against = {
-                    k: f"{statistics.median(a / b for a, b in zip(times['ours'], times[k], strict=True)):.3f}"
-                    for k in ("theirs", "nncf")
-                    if k in times
-                }
+                against = {k: _ratios(times["ours"], times[k]) for k in ("theirs", "nncf") if k in times}
                 size = ours.stat().st_size / plain.stat().st_size
                 row = (
                     f"{t['float']:.1f}",
@@ -116,7 +120,7 @@ def main() -> None:
                     f"{size:.3f}",
                 )
                 table.add_row(name, runtime, *row)
-    Console(width=120).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

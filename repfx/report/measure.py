@@ -23,13 +23,14 @@ from repfx.quant import FakeQuant
 from repfx.report.advice import advice
 from repfx.report.drawing import drawing
 from repfx.report.numbers import Branch, Form, Layer, Norm, Numbers
-from repfx.report.pairs import Pairs, reach, spread, tensors_of
-from repfx.report.regions import branches_of, deployed_layers, norms_of, regions_of
+from repfx.report.pairs import Pairs, reach, spread
+from repfx.report.regions import CALLS, branches_of, deployed_layers, norms_of, regions_of
 from repfx.rewrite.contract import Pass, Stage, resolve
 from repfx.rewrite.placement import is_max_pool
 from repfx.rewrite.runner import rewrite
 from repfx.rewrite.verify import difference
 from repfx.tune import calibrate
+from repfx.tune.biases import tensors_of
 
 
 def measure(
@@ -52,7 +53,7 @@ def measure(
     if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the report wants the float model: it quantizes a copy itself")
     batches = None if data is None else _checked(data)
-    x = tensors_of(batches)[0][:2] if batches else example
+    x = next(tensors_of(batches))[:2] if batches else example
     ordered = resolve(passes)
     kinds = {p.stage for p in ordered}
     if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
@@ -101,12 +102,10 @@ def _checked(data: Iterable[Any]) -> list[Any]:
         batches = list(data)
     except TypeError:
         raise InputError(f"the data is an iterable of batches, not {data!r}") from None
-    for batch in batches:
-        x, *rest = batch if isinstance(batch, (tuple, list)) and batch else [batch]
-        if not isinstance(x, Tensor) or x.dim() < 1:
-            raise InputError(f"a batch is a tensor (N, ...), or a tuple that begins with one, not {type(x)}")
-        if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 and len(rest[0]) != len(x):
-            raise InputError(f"a batch of {len(x)} inputs comes with {len(rest[0])} labels")
+    for x, batch in zip(tensors_of(batches), batches, strict=True):
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != len(x):
+            raise InputError(f"a batch of {len(x)} inputs comes with {len(labels)} labels")
     if not batches:
         raise InputError("the data is empty: give at least one batch, or none at all")
     return batches
@@ -171,10 +170,7 @@ def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
 
 
 def _weighted(node: fx.Node, view: GraphView) -> bool:
-    return (node.op == "call_function" and node.target in _CALLS) or bool(getattr(view.ops.get(node), "macs", 0))
-
-
-_CALLS = {torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.linear}
+    return (node.op == "call_function" and node.target in CALLS) or bool(getattr(view.ops.get(node), "macs", 0))
 
 
 def _layer(
@@ -209,7 +205,7 @@ def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], p
     calls: dict[fx.Node, str] = {}
     inputs: dict[str, str] = {}
     for node in deployed.graph.nodes:
-        if node.op == "call_function" and node.target in _CALLS and _quantizer(deployed, node.args[1]):
+        if node.op == "call_function" and node.target in CALLS and _quantizer(deployed, node.args[1]):
             name = str(node.args[1].target).rpartition(".")[0]
             calls[node] = name
             source: Any = node.args[0]
@@ -218,7 +214,7 @@ def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], p
             if _quantizer(deployed, source):
                 inputs[name] = str(source.target)
     pairs = Pairs(deployed, calls)
-    for x in track(tensors_of(batches), "measuring", disable=not progress):
+    for x in track(list(tensors_of(batches)), "measuring", disable=not progress):
         pairs.add((x,))
     found = []
     for layer in layers:

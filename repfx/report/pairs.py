@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -140,7 +139,3 @@ def quantiles(values: Tensor) -> tuple[float, ...]:
 def spread(values: Tensor) -> Spread:
     v = values.detach().float()
     return Spread(float(v.min()), float(v.max()), float(v.mean()), float(v.std(correction=0)), quantiles(v))
-
-
-def tensors_of(batches: Iterable[Any]) -> list[Tensor]:
-    return [b[0] if isinstance(b, (tuple, list)) else b for b in batches]

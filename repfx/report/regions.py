@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from repfx.algebra import Moments
+from repfx.algebra import CONVS, Moments
 from repfx.graph.capture import graphs
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
@@ -18,6 +19,8 @@ from repfx.report.numbers import Branch, Norm, Region
 from repfx.report.pairs import spread
 from repfx.rewrite.inspection import inspect
 from repfx.rewrite.runner import Report, rewrite
+
+CALLS = {*CONVS.values(), F.linear}  # what a quantized or merged layer is called as
 
 
 def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
@@ -44,16 +47,13 @@ def programs_of(model: Any, example: Any) -> list[tuple[set[str], str]]:
         prefix = f"{path}." if path else ""
         for node in module.graph.nodes:
             weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-            if isinstance(weight, fx.Node) and weight.op != "get_attr" and node.target in _CALLS:
+            if isinstance(weight, fx.Node) and weight.op != "get_attr" and node.target in CALLS:
                 ends = [weight, *(a for a in node.args[2:3] if isinstance(a, fx.Node))]
                 nodes = _ancestors(module, ends)
                 reads = {prefix + str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
                 reads |= {prefix + str(n.target) for n in nodes if n.op == "call_module"}
                 found.append((reads, _code(nodes, ends)))
     return found
-
-
-_CALLS = {torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.linear}
 
 
 def _ancestors(module: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:

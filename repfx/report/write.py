@@ -41,7 +41,6 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
             "title": m.title,
             "numbers": m,
             "merged": sum(bool(r.becomes) for r in m.regions),
-            "count": len(m.warnings),
         }
         for m in models
     ]

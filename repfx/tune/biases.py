@@ -74,7 +74,7 @@ def tensors_of(batches: Iterable[Any]) -> Iterator[Tensor]:
     for batch in batches:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
-            raise InputError(f"biases are corrected on batches of tensors, or tuples that begin with one, not {type(x)}")
+            raise InputError(f"a batch is a tensor (N, ...), or a tuple that begins with one, not {type(x)}")
         yield x
 
 
