@@ -2,7 +2,8 @@
 
 Values are kept as a histogram of |v| in BINS equal bins over [0, limit]. When a larger value comes, limit doubles and
 neighbouring bins add up, so nothing seen is lost and the final bin width is at most 2 * max / BINS. Zeros (and, for an
-unsigned grid, negative values) are the same for every scale: they are counted but have no bin.
+unsigned grid, negative values) are the same for every scale: they are counted but have no bin. Of a tensor larger than
+SAMPLE every k-th value stands for k, so that counting stays cheap beside the forward pass; the largest is always exact.
 
     max         s = max|v| / high
     percentile  s = the 99.99th percentile of |v| / high
@@ -12,6 +13,7 @@ unsigned grid, negative values) are the same for every scale: they are counted b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -23,6 +25,7 @@ from repfx.quant.grid import Grid
 
 BINS = 4096
 CANDIDATES = 256
+SAMPLE = 2**18
 TINY = 1e-30
 _UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
 
@@ -56,13 +59,20 @@ class Observer:
         while top > self.limit:
             self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
             self.limit *= 2
+        count, step = values.numel(), -(-values.numel() // SAMPLE)
+        # Coprime with every dimension, so that no layout hides a channel or a column.
+        while math.gcd(step, count) > 1:
+            step += 1
+        values = values[::step]
         if low < 0:
             values = values.abs() if self.grid.signed else values.clamp(min=0)
         # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros. int16 is half the time of int32.
         bins = torch.add(_UP, values, alpha=BINS / self.limit).to(torch.int16)
         found = torch.bincount(bins, minlength=BINS + 1).cpu()
         found[BINS] += found[BINS + 1 :].sum()  # what the division rounded past the limit
-        self.counts += found[1 : BINS + 1]
+        self.counts += found[1 : BINS + 1] * (count / len(values))
+        at = min(math.ceil(top / self.limit * BINS), BINS) - 1
+        self.counts[at] = max(float(self.counts[at]), 1.0)  # a lone peak that no k-th value is
 
     def scale(self, method: str) -> Tensor:
         """The scale by `method`, a scalar. Raises InputError for an unknown one or where nothing was seen."""
