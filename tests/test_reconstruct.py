@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.errors import InputError
-from repfx.graph.segments import segments
+from repfx.graph.segments import Segment, segments
 from repfx.passes import Ptq
 from repfx.quant import Affine, FakeQuant, Grid, Observer
 from repfx.testing import randomise
@@ -119,19 +119,21 @@ def test_the_affine_refuses_what_cannot_fold() -> None:
 def test_segments_make_up_the_model() -> None:
     model, x = quantized(), pictures(4)
     repfx.calibrate(model, [x])
-    found = segments(model)
+    found = segments(model, (x,))
     assert [s.name for s in found] == ["1", "3", "relu_1", "6", "output"]
-    y = x
-    for s in found:
-        y = s(y)
-    assert torch.equal(y, model(x))
-    assert [s.name for s in segments(model, ["3"])] == ["3", "output"]
+    assert torch.equal(through(found, x)[0], model(x))
+    assert [s.name for s in segments(model, (x,), ["3"])] == ["3", "output"]
     with pytest.raises(InputError, match="unknown end of a block '0'"):
-        segments(model, ["0"])
-    with pytest.raises(InputError, match="one input, not 2"):
-        segments(repfx.transform(_Two().eval(), ["ptq"], example=(x, x)))
+        segments(model, (x,), ["0"])
     with pytest.raises(InputError, match="a model traced whole"):
-        segments(net())
+        segments(net(), (x,))
+
+
+def through(found: list[Segment], *values: Tensor) -> tuple[Tensor, ...]:
+    """What the segments give, one after the other."""
+    for s in found:
+        values = s(*values)
+    return values
 
 
 class _Two(nn.Module):
@@ -260,7 +262,7 @@ def test_bad_pictures_and_options_are_named() -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         ([x, broken], {}, "picture 10 of the calibration set holds NaN"),
         ([], {}, "at least one batch"),
-        ([x[:, :2]], {}, r"does not take a picture of \(2, 12, 12\)"),
+        ([x[:, :2]], {}, r"does not take pictures of \(2, 12, 12\)"),
         ([x, x[:, :, :8]], {}, "all must have one size"),
         (["cat"], {}, "a calibration batch is a tensor"),
         ([x], {"loss": "l1"}, "unknown loss 'l1'; choose one of: mae, mse"),

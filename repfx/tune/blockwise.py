@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from repfx.errors import InputError, unknown
-from repfx.graph.running import quiet
 from repfx.graph.segments import Segment
 from repfx.graph.store import write_whole
 from repfx.quant import FakeQuant, Observer
 from repfx.tune.learn import learned
-from repfx.tune.store import Rows
+from repfx.tune.store import Rows, Values
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"mae": lambda d: d.abs().mean(), "mse": lambda d: d.square().mean()}
 ROUNDING = ("straight", "adaround")
@@ -55,26 +54,23 @@ class Options:
 class Run:
     """One reconstruction: the blocks, quantized and in float, and the activations between them."""
 
-    def __init__(
-        self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, cache: Any, path: Any, progress: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, path: Any) -> None:
         self.model, self.net, self.plain, self.o = model, net, plain, o
-        self.cache, self.path, self.progress = cache, None if path is None else Path(path), progress
-        self.loss = LOSSES[o.loss]
+        self.path = None if path is None else Path(path)
 
-    def all(self, batches: Iterable[Any], stages: Sequence[str] | None) -> list[Block]:
-        ours = self._inputs(batches)
-        theirs = ours
+    def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
+        """Learns every block. `inputs`: the pictures, a value for each input that the model reads."""
+        ours = theirs = inputs
         done: list[Block] = []
         ends = self._stages(ours, stages)
         start = self._restore(len(ours), done)
-        with Progress(disable=not self.progress, transient=True) as bars:
+        with Progress(disable=not progress, transient=True) as bars:
             bar = bars.add_task("learning", total=len(self.net) * self.o.iterations)
             for i, (block, plain) in enumerate(zip(self.net, self.plain, strict=True)):
                 first = next((e + 1 for e in reversed(ends) if e < i), 0)
                 last = next(e for e in ends if e >= i)
                 with torch.no_grad():
-                    targets = theirs.map(plain, self.o.batch)
+                    targets = theirs.after(plain, self.o.batch)
                 if i >= start:
                     rest = self.plain[i + 1 : last + 1]
                     share = self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
@@ -84,36 +80,8 @@ class Run:
                     self._save(len(ours), done)
                 if i < len(self.net) - 1:
                     with torch.no_grad():
-                        ours, theirs = ours.map(block, self.o.batch), targets
+                        ours, theirs = ours.after(block, self.o.batch), targets
         return done
-
-    def _inputs(self, batches: Iterable[Any]) -> Rows:
-        rows = Rows(self.cache).fill(self._checked(batches))
-        try:
-            with torch.no_grad(), quiet():
-                self.model(next(iter(rows.batches(1))))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise InputError(
-                f"the model does not take a picture of {tuple(next(iter(rows.batches(1))).shape[1:])}: {error}"
-            ) from error
-        return rows
-
-    def _checked(self, batches: Iterable[Any]) -> Iterator[Tensor]:
-        """The pictures of each batch."""
-        shape, count = None, 0
-        for given in batches:
-            x = given[0] if isinstance(given, (tuple, list)) and given else given
-            if not isinstance(x, Tensor) or x.dim() < 2:
-                raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
-            bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
-            if bad:
-                raise InputError(f"picture {count + bad[0]} of the calibration set holds NaN or infinity")
-            if shape not in (None, x.shape[1:]):
-                raise InputError(f"pictures of {tuple(shape or ())} and {tuple(x.shape[1:])}: all must have one size")
-            shape, count = x.shape[1:], count + len(x)
-            yield x
-        if not count:
-            raise InputError("the calibration set is empty: give at least one batch")
 
     def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
         """The blocks that stages end with."""
@@ -125,10 +93,10 @@ class Run:
             return sorted({*(names.index(n) for n in stages), len(names) - 1})
         sizes = []
         with torch.no_grad():
-            x: Any = next(iter(inputs.batches(1)))
+            x = next(inputs.batches(1))
             for block in self.plain:
-                x = block(x)
-                sizes.append(x.shape[2:] if isinstance(x, Tensor) else None)
+                x = block(*x)
+                sizes.append(x[0].shape[2:])
         return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
 
     def _learn(
@@ -154,17 +122,20 @@ class Run:
                 {"params": what.steps, "lr": o.lr_scale},
                 {"params": what.affines, "lr": o.lr_affine},
             ]
-            optimizer = torch.optim.Adam([g for g in groups if g["params"]])
+            groups = [g for g in groups if g["params"]]
+            if not groups:  # a block that was named, of nothing but pools and joins
+                return before, before
+            optimizer = torch.optim.Adam(groups)
             fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
             for n in range(o.iterations):
                 rows = torch.randperm(len(ours), generator=random)[: o.batch]
                 x, y = ours[rows], targets[rows]
                 if o.drop:
-                    keep = torch.rand(x.shape, generator=random, dtype=x.dtype) < o.drop
-                    x = torch.where(keep, theirs[rows], x)
+                    keep = (torch.rand(v.shape, generator=random) < o.drop for v in x)
+                    x = tuple(torch.where(*one) for one in zip(keep, theirs[rows], x, strict=True))
                 what.place()
-                given = block(x)
-                value = self.loss(given - y) + what.penalty(n / o.iterations)
+                given = block(*x)
+                value = self._off(block, given, y) + what.penalty(n / o.iterations)
                 if share:
                     value = value + share * self._rest(rest, given, y)
                 optimizer.zero_grad()
@@ -178,13 +149,18 @@ class Run:
             after = before
         return before, after
 
-    def _rest(self, rest: list[Segment], given: Tensor, y: Tensor) -> Tensor:
+    def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
+        """How far what a block made is off: the mean over all of it."""
+        off = [a - b for a, b in zip(block.made(given), block.made(y), strict=True) if a.is_floating_point()]
+        return LOSSES[self.o.loss](off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off]))
+
+    def _rest(self, rest: list[Segment], given: Values, y: Values) -> Tensor:
         terms = []
         for following in rest:
-            given = following(given)
+            given = following(*given)
             with torch.no_grad():
-                y = following(y)
-            terms.append(self.loss(given - y))
+                y = following(*y)
+            terms.append(self._off(following, given, y))
         return terms[-1] if self.o.reading == "last" else torch.stack(terms).mean()
 
     def _set_steps(self, block: Segment, inputs: Rows) -> None:
@@ -198,7 +174,7 @@ class Run:
             m.calibrated = False
         with torch.no_grad():
             for x in inputs.batches(self.o.batch):
-                block(x)
+                block(*x)
         for m in acts:
             m.set_scale(m.observer.scale(self.o.loss).to(m.scale))
             m.observer = None
@@ -209,7 +185,7 @@ class Run:
     def _error(self, block: Segment, inputs: Rows, targets: Rows) -> float:
         total = 0.0
         for x, y in zip(inputs.batches(self.o.batch), targets.batches(self.o.batch), strict=True):
-            total += float(self.loss(block(x) - y)) * len(x)
+            total += float(self._off(block, block(*x), y)) * len(x[0])
         return total / len(inputs)
 
     def _save(self, count: int, done: list[Block]) -> None:

@@ -14,15 +14,17 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from repfx.errors import InputError, unknown
-from repfx.graph.segments import segments
+from repfx.graph.segments import inputs_of, segments
 from repfx.quant import Affine, FakeQuant
 from repfx.tune.blockwise import LOSSES, READING, ROUNDING, Options, Run
+from repfx.tune.store import Rows
 
 
 def reconstruct(
@@ -49,31 +51,37 @@ def reconstruct(
     """Learns the quantized model to give what it gives in float, in place, and returns it.
 
     `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`, calibrated or not: the steps of activations are
-    set here, before their block, by `loss`. `batches`: tensors (n, ...), or tuples that begin with one; all are used.
+    set here, before their block, by `loss`. `batches`: tensors (n, ...), tuples that begin with one, or dicts of them by
+    the names of the model's inputs; all are used.
     `loss`: mae or mse. `stage`: lambda, 0 leaves the stage out. `reading`: "last" compares the stage's output, "all" the
     mean over every block that follows in it. `rounding`: straight or adaround, whose steps of weights stay.
     `drop`: share of activations left in float at random (QDrop; their paper: 0.5). `iterations` of Adam a block on
     `batch` pictures, rates falling on a cosine to 0: `lr` of weights and biases, `lr_scale` of ln(step), `lr_affine`.
 
     `blocks`: names of the values that blocks end with, `stages` those of them that stages end with; else blocks end where
-    one value that is quantized carries all, stages where the size changes. Memory: the activations between two blocks,
-    in files under `cache` where it is given. `checkpoint`: a file written after each block; a run goes on from it to the
-    result of a run that was never stopped. `model.meta["reconstruct"]` lists what each block gained.
+    one value that is quantized carries all (and where few do, if more than five layers would stay together), stages where
+    the size changes. Memory: the activations between two blocks, in files under `cache` where it is given. `checkpoint`: a
+    file written after each block; a run goes on from it to the result of a run that was never stopped.
+    `model.meta["reconstruct"]` lists what each block gained.
 
     Raises InputError for no picture, one with NaN, one that the model does not take, for names that are not there and
     numbers out of range, and for a checkpoint of another run.
     """
     options = Options(loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed)
     _check(options)
-    net = segments(model, blocks)
-    if not any(s.modules(FakeQuant) for s in net):
+    inputs = [str(n.target) for n in inputs_of(model)]
+    if not any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    plain = segments(_in_float(model), [s.name for s in net[:-1]])
+    rows = Rows(cache).fill(_checked(batches, inputs))
+    if not len(rows):
+        raise InputError("the calibration set is empty: give at least one batch")
     training = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        run = Run(model, net, plain, options, cache, checkpoint, progress)
-        done = run.all(batches, stages)
+        one = next(rows.batches(1))
+        net = segments(model, one, blocks)
+        plain = segments(_in_float(model), one, blocks)
+        done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
     finally:
         for m, mode in training:
             m.training = mode
@@ -97,6 +105,44 @@ def _check(o: Options) -> None:
             raise InputError(f"{name} is a number from 0, not {rate!r}")
     if not 0 <= o.drop < 1:
         raise InputError(f"drop is a share from 0 to 1, not {o.drop!r}")
+
+
+def _checked(batches: Iterable[Any], inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
+    """The pictures of each batch, a tensor for each input of the model."""
+    shape, count = None, 0
+    for given in batches:
+        values = _values(given, inputs)
+        rows = len(values[0])
+        for x in values:
+            bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
+            if bad:
+                raise InputError(f"picture {count + bad[0]} of the calibration set holds NaN or infinity")
+        found = [tuple(x.shape[1:]) for x in values]
+        if shape not in (None, found) or any(len(x) != rows for x in values):
+            raise InputError(f"pictures of {_listed(shape or [])} and {_listed(found)}: all must have one size")
+        shape, count = found, count + rows
+        if rows:
+            yield values
+
+
+def _values(given: Any, inputs: list[str]) -> tuple[Tensor, ...]:
+    if isinstance(given, Mapping):
+        missing = [name for name in inputs if name not in given]
+        if missing:
+            raise InputError(f"a batch has {', '.join(map(str, given))}, but no {missing[0]}, which the model reads")
+        values = tuple(given[name] for name in inputs)
+    elif len(inputs) > 1:
+        raise InputError(f"the model has several inputs: a batch is a dict of {', '.join(inputs)}, not {type(given)}")
+    else:
+        values = (given[0] if isinstance(given, (tuple, list)) and given else given,)
+    for x in values:
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
+    return values
+
+
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _in_float(model: nn.Module) -> nn.Module:

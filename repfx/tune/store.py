@@ -1,57 +1,94 @@
-"""Activations of many pictures as one tensor, in memory or in a file that the system pages in and out."""
+"""Activations of many pictures, in memory or in files that the system pages in and out."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from repfx.graph.segments import Segment
+
 _numbers = itertools.count()
+Values = tuple[Tensor, ...]
 
 
 class Rows:
-    """A tensor (N, ...) that is written a batch at a time; with `folder`, in a file there that is gone when it is."""
+    """Tensors (N, ...), one for each value at a place, written a batch at a time.
+
+    With `folder`, each is a file there that is gone when it is.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.data: Tensor | None = None
+        self.data: Values = ()
 
-    def fill(self, batches: Iterable[Tensor]) -> Rows:
+    def fill(self, batches: Iterable[Values]) -> Rows:
         """Writes the rows that come in batches; of a folder, one batch is in memory at a time."""
-        if self.folder is None:
-            self.data = torch.cat(list(batches))
-            return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"rows-{os.getpid()}-{next(_numbers)}"
-        shape: tuple[int, ...] = ()
-        dtype, count = torch.float32, 0
+        columns: list[_InMemory | _InFile] = []
         try:
-            with path.open("wb") as file:
-                for part in batches:
-                    file.write(part.contiguous().numpy().tobytes())
-                    shape, dtype, count = tuple(part.shape[1:]), part.dtype, count + len(part)
-            flat = torch.from_file(str(path), shared=True, size=count * prod(shape), dtype=dtype)
-        finally:  # what is mapped lives on without its name, so that no interruption leaves a file
-            path.unlink(missing_ok=True)
-        self.data = flat.reshape(count, *shape)
+            for values in batches:
+                columns = columns or [_InMemory() if self.folder is None else _InFile(self.folder) for _ in values]
+                for column, part in zip(columns, values, strict=True):
+                    column.add(part)
+            self.data = tuple(c.whole() for c in columns)
+        finally:
+            for c in columns:
+                c.close()
         return self
 
-    def map(self, f: Callable[[Tensor], Tensor], batch: int) -> Rows:
-        """f of the rows, `batch` at a time."""
-        return Rows(self.folder).fill(f(x) for x in self.batches(batch))
+    def after(self, block: Segment, batch: int) -> Rows:
+        """The rows after a block of these before it, run `batch` at a time; what it only passes on is not copied."""
+        found = Rows(self.folder).fill(block.made(block(*values)) for values in self.batches(batch))
+        found.data = (*found.data, *(self.data[i] for i in block.passed))
+        return found
 
-    def batches(self, batch: int) -> Iterable[Tensor]:
-        assert self.data is not None
-        return self.data.split(batch)
+    def batches(self, batch: int) -> Iterator[Values]:
+        return zip(*(column.split(batch) for column in self.data), strict=True)
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        assert self.data is not None
-        return self.data[index]
+    def __getitem__(self, index: Tensor) -> Values:
+        return tuple(column[index] for column in self.data)
 
     def __len__(self) -> int:
-        return 0 if self.data is None else len(self.data)
+        return len(self.data[0]) if self.data else 0
+
+
+class _InMemory:
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        self.parts.append(part)
+
+    def whole(self) -> Tensor:
+        return torch.cat(self.parts)
+
+    def close(self) -> None:
+        self.parts = []
+
+
+class _InFile:
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rows-{os.getpid()}-{next(_numbers)}"
+        self.file = self.path.open("wb")
+        self.shape: tuple[int, ...] = ()
+        self.dtype, self.count = torch.float32, 0
+
+    def add(self, part: Tensor) -> None:
+        self.file.write(part.contiguous().numpy().tobytes())
+        self.shape, self.dtype, self.count = tuple(part.shape[1:]), part.dtype, self.count + len(part)
+
+    def whole(self) -> Tensor:
+        self.file.flush()
+        size = self.count * prod(self.shape)
+        flat = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
+        return flat.reshape(self.count, *self.shape)
+
+    def close(self) -> None:
+        self.file.close()  # what is mapped lives on without its name, so that no interruption leaves a file
+        self.path.unlink(missing_ok=True)
