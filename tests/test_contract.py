@@ -72,3 +72,26 @@ def test_what_is_required_comes_along_and_first(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(REGISTRY, "late", Late)
     with pytest.raises(repfx.InputError, match="unknown pass 'nowhere'"):
         resolve([Later()])
+
+
+def test_a_pass_that_says_too_little_is_told() -> None:
+    class Bare(Pass):
+        name: ClassVar[str] = "bare"
+        stage: ClassVar[Stage] = Stage.MERGE
+
+        def run(self, work: Work) -> Result:
+            return None  # type: ignore[return-value]
+
+    class Nameless(Bare):
+        name = None  # type: ignore[assignment]
+
+    class Late(Bare):
+        stage = 9  # type: ignore[assignment]
+
+    with pytest.raises(repfx.InputError, match="the pass Bare is no dataclass"):
+        resolve([Bare()])
+    for kind in (Nameless, Late):
+        with pytest.raises(repfx.InputError, match=rf"{kind.__name__} has to say its name.*Stage\.MERGE"):
+            resolve([dataclass(frozen=True)(kind)()])
+    with pytest.raises(repfx.CheckError, match="pass 'bare' gave None and not a Result"):
+        repfx.transform(nn.Sequential(nn.Conv2d(3, 3, 1)), [dataclass(frozen=True)(Bare)()])

@@ -189,7 +189,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
             exported = torch.export.export(symbolic, wide, dynamic_shapes=tuple({0: batch} for _ in wide))
             program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
-        raise InputError(f"torch.onnx cannot export the model: {str(error).strip().splitlines()[0][:300]}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        kind = " in float16" if float16 else ""
+        why = [*dict.fromkeys(str(e).strip().splitlines()[0][:300] for e in (error, cause) if str(e).strip())]
+        raise InputError(f"torch.onnx cannot export the model{kind}: {'; '.join(why)}") from error
     finally:
         quiet.setLevel(level)
     assert program is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum, IntEnum
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -95,10 +95,19 @@ def _registered(name: str) -> type[Pass]:
             raise InputError(f"the pass {name!r} of a package does not load, {entry.value}: {error}") from error
         if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == name):
             raise InputError(f"{entry.value} is no subclass of repfx.passes.Pass with the name {name!r}")
+        _check(cls)
         register(cls)
     if name not in REGISTRY:
         raise unknown("pass", name, {*REGISTRY, *(e.name for e in entry_points(group="repfx.passes"))})
     return REGISTRY[name]
+
+
+def _check(cls: type[Pass]) -> None:
+    if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "stage", None), Stage):
+        known = ", ".join(f"Stage.{s.name}" for s in Stage)
+        raise InputError(f"the pass {cls.__name__} has to say its name, a string, and its stage, one of {known}")
+    if not is_dataclass(cls):
+        raise InputError(f"the pass {cls.__name__} is no dataclass: its fields are the options of the pass")
 
 
 def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
@@ -116,6 +125,7 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
     for p in found:
         if not isinstance(p, Pass):
             raise InputError(f"a pass is a name, a spec or a configured pass, not {p!r}")
+        _check(type(p))
     given = {p.name: p for p in reversed(found)}
     ordered: list[Pass] = []
 

@@ -89,7 +89,9 @@ def require_convolutions(captured: Captured) -> None:
 def _run(p: Pass, work: Work) -> Result:
     module = work.module
     keys = set(module.state_dict())
-    result = p.run(work)
+    result: object = p.run(work)
+    if not isinstance(result, Result):
+        raise CheckError(f"pass {p.name!r} gave {result!r} and not a Result of what it did")
     module.graph.lint()
     module.recompile()
     if Promise.NAMES in p.promises and not keys <= set(module.state_dict()):
