@@ -1,0 +1,143 @@
+"""What post-training quantization costs: python examples/bench_ptq.py
+
+Calibration against plain forward passes of the merged net over the same pictures, medians and quartiles of rounds in which
+each runs once; how long `reconstruct` takes with its defaults; and the peak of memory at 256 and at 4 096 pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import QARepVGG
+from repfx.lower.timing import interleaved
+
+METHODS = ("max", "percentile", "mse", "mae", "entropy")
+
+
+def mini() -> nn.Module:
+    """Eight QARepVGG blocks of 16, 32 and 64 channels: (N, 3, 32, 32) -> (N, 10), the net of the studies."""
+    plan = [(3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)]
+    blocks = [nn.Sequential(QARepVGG(i, o, 3, stride, 1), nn.ReLU()) for i, o, stride in plan]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+NETS: dict[str, Any] = {
+    "mini": (mini, (128, 3, 32, 32)),
+    "resnet18": (partial(timm.create_model, "resnet18"), (16, 3, 128, 128)),
+}
+
+
+def batches(shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
+    """Random pictures, made as they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        yield torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+
+
+def throughput(name: str, threads: int, rounds: int) -> list[str]:
+    """How fast calibration is, over plain forward passes, by method."""
+    torch.set_num_threads(threads)
+    make, shape = NETS[name]
+    net, data = make().eval().to(memory_format=torch.channels_last), list(batches(shape, 8))
+    merged, quantized = (repfx.transform(net, [p], example=data[0]) for p in ("fuse", "ptq"))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for x in data:
+                merged(x)
+
+    runs: dict[str, Any] = {"forward": forward}
+    runs |= {m: partial(repfx.calibrate, quantized, data, method=m) for m in METHODS}
+    times = interleaved(runs, rounds)
+    cells = []
+    for m in METHODS:
+        low, middle, high = statistics.quantiles((a / b for a, b in zip(times["forward"], times[m], strict=True)), n=4)
+        cells.append(f"{middle:.2f} ({low:.2f}..{high:.2f})")
+    return cells
+
+
+def memory(what: str, pictures: int, answer: Any) -> None:
+    """Puts the peak of this process's own memory in MiB, files of the cache left out, over what it was at the start."""
+
+    def own() -> int:
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (resident - shared) * 4096
+
+    torch.set_num_threads(1)
+    peak, done = [own()], threading.Event()
+    make, shape = NETS["mini"]
+    model = repfx.transform(make(), ["ptq", "qprep"] if what == "reconstruct" else ["ptq"])
+    start = own()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], own())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    data = batches((64, *shape[1:]), pictures // 64)
+    if what == "reconstruct":
+        with tempfile.TemporaryDirectory() as folder:
+            repfx.reconstruct(model, data, iterations=5, cache=folder)
+    else:
+        repfx.calibrate(model, data, method="mse")
+    done.set()
+    watcher.join()
+    answer.put((peak[0] - start) / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    console = Console(width=150)
+    table = Table(title="calibrate, speed over plain forward passes")
+    for column in ("net", "threads", *METHODS):
+        table.add_column(column, justify="right")
+    for name in NETS:
+        for threads in args.threads:
+            table.add_row(name, str(threads), *throughput(name, threads, args.rounds))
+    console.print(table)
+
+    make, shape = NETS["mini"]
+    model = repfx.transform(make(), ["ptq(bits=6, weights=mse)", "qprep"])
+    start = time.perf_counter()
+    repfx.reconstruct(model, batches(shape, 8), progress=True)
+    console.print(f"reconstruct, mini net, 1024 pictures, defaults, {torch.get_num_threads()} threads: ", end="")
+    console.print(f"{time.perf_counter() - start:.0f} s")
+
+    table = Table(title="peak of memory, MiB over the start")
+    for column in ("", "256 pictures", "4096 pictures"):
+        table.add_column(column, justify="right")
+    start_method = multiprocessing.get_context("spawn")
+    for what in ("calibrate", "reconstruct"):
+        cells = []
+        for pictures in (256, 4096):
+            answer = start_method.Queue()
+            child = start_method.Process(target=memory, args=(what, pictures, answer))
+            child.start()
+            cells.append(f"{answer.get():.0f}")
+            child.join()
+        table.add_row(what, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
