@@ -44,12 +44,12 @@ class LongSkip(nn.Module):
 
 
 class UNet(nn.Module):
-    """Three levels, a skip at each."""
+    """Four levels, a skip at each but the last."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((3, 4), (4, 6), (6, 8)))
-        self.up = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((14, 6), (10, 4)))
+        self.down = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((3, 4), (4, 6), (6, 8), (8, 8)))
+        self.up = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((16, 8), (14, 6), (10, 4)))
         self.out = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +67,9 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.deep = conv(3, 6, 2), conv(6, 8, 2)
-        self.neck, self.heads = conv(14, 6), nn.ModuleList([conv(6, 4), conv(8, 4)])
+        self.stem, self.deep = conv(3, 6, 2), nn.Sequential(conv(6, 8, 2), conv(8, 8))
+        self.neck = nn.Sequential(conv(14, 6), conv(6, 6))
+        self.heads = nn.ModuleList(nn.Sequential(conv(i, 4), conv(4, 4)) for i in (6, 8))
         self.ends = nn.ModuleList([nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)])
 
     def forward(self, x: Tensor) -> dict[str, Any]:
@@ -197,9 +198,9 @@ def test_learning_a_block_at_a_time(name: str, tmp_path: Any) -> None:
 
 def test_a_named_block_of_nothing_to_learn() -> None:
     model = quantized(Detector)
-    repfx.reconstruct(model, [pictures()], iterations=2, batch=8, blocks=["deep.1", "cat"])
+    repfx.reconstruct(model, [pictures()], iterations=2, batch=8, blocks=["deep.1.1", "cat"])
     done = model.meta["reconstruct"]
-    assert [b.name for b in done] == ["deep.1", "cat", "output"] and done[1].before == done[1].after
+    assert [b.name for b in done] == ["deep.1.1", "cat", "output"] and done[1].before == done[1].after
 
 
 def test_several_inputs_come_by_name() -> None:

@@ -59,7 +59,7 @@ def reconstruct(
     `batch` pictures, rates falling on a cosine to 0: `lr` of weights and biases, `lr_scale` of ln(step), `lr_affine`.
 
     `blocks`: names of the values that blocks end with, `stages` those of them that stages end with; else blocks end where
-    one value that is quantized carries all (and where few do, if more than five layers would stay together), stages where
+    one value that is quantized carries all (and where few do, if more than eight layers would stay together), stages where
     the size changes. Memory: the activations between two blocks, in files under `cache` where it is given. `checkpoint`: a
     file written after each block; a run goes on from it to the result of a run that was never stopped.
     `model.meta["reconstruct"]` lists what each block gained.
