@@ -65,6 +65,20 @@ def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
     assert "codes differ by one" in str(parity)
 
 
+@pytest.mark.parametrize("spec", ["fuse", "ptq"])
+def test_channels_last_gives_the_same_file(spec: str, tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    made, x = [], pictures()
+    for form in (torch.contiguous_format, torch.channels_last):
+        given = nn.Sequential(*layers).eval().to(memory_format=form)
+        model = repfx.transform(given, [spec], example=x.to(memory_format=form))
+        if spec == "ptq":
+            repfx.calibrate(model, [x.to(memory_format=form)])
+        path = repfx.lower(model, tmp_path / "model.onnx", example=x.to(memory_format=form)).onnx
+        made.append([n.op_type for n in onnx.load(path).graph.node])
+    assert made[0] == made[1] and "Gather" not in made[0]
+
+
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     repfx.lower(quantized("tensorrt"), path, example=pictures())
