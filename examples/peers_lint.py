@@ -45,7 +45,7 @@ def torchao(model: nn.Module, x: Tensor, path: Path) -> None:
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer)
     prepared(x)
     torch.onnx.export(convert_pt2e(prepared), (x,), str(path), dynamo=True, opset_version=20, external_data=False)
 
