@@ -12,7 +12,9 @@ import copy
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -40,14 +42,24 @@ def modelopt(model: nn.Module, x: Tensor, path: Path) -> None:
     legacy(mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, forward_loop=lambda m: m(x)), x, path)
 
 
-def torchao(model: nn.Module, x: Tensor, path: Path) -> None:
+def torchao(quantizer: Callable[[], Any], model: nn.Module, x: Tensor, path: Path) -> None:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer())
     prepared(x)
     torch.onnx.export(convert_pt2e(prepared), (x,), str(path), dynamo=True, opset_version=20, external_data=False)
+
+
+def x86() -> Any:
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+
+
+def xnnpack() -> Any:
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+
+    return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
 
 
 def brevitas(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -94,7 +106,8 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
     "repfx": ours,
     "onnxruntime": onnxruntime,
     "modelopt": modelopt,
-    "torchao pt2e": torchao,
+    "torchao pt2e, X86": partial(torchao, x86),
+    "torchao pt2e, XNNPACK": partial(torchao, xnnpack),
     "brevitas": brevitas,
     "aimet": aimet,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,6 +51,18 @@ def drops(found: list[dict[str, Any]]) -> str:
     return table(lost, lambda r: r["variant"], bits_of, "drop")
 
 
+def lead(found: list[dict[str, Any]], own: str) -> str:
+    """By how much `own` is above each other method on the same net of the same seed: mean, standard error, extremes."""
+    at = {(r["method"], r["net"], r["seed"]): r["top1"] for r in found}
+    lines = ["| | nets | mean ± standard error | least | most |", "|---|---|---|---|---|"]
+    for method in dict.fromkeys(r["method"] for r in found if r["method"] not in (own, "float")):
+        d = [at[own, *k[1:]] - v for k, v in at.items() if k[0] == method and (own, *k[1:]) in at]
+        error = statistics.stdev(d) / len(d) ** 0.5
+        mean = f"{statistics.mean(d):+.2f} ± {error:.2f}"
+        lines.append(f"| {method} | {len(d)} | {mean} | {min(d):+.2f} | {max(d):+.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     variants = sorted(rows("variants"), key=lambda r: (not r.get("per_channel", True), -r["bits"]))
     order = ["S0", "Eq6", "S1", "S2", "S3", "S4"]
@@ -69,11 +82,14 @@ def main() -> None:
     found = rows("sr_ptq")
     for name in ("set5", "set14"):
         print(f"\n(f) {name}\n" + table(found, lambda r: r["method"], bits_of, name, 2))
-    found = rows("ptq")
+    order = ["float", "max", "percentile", "entropy", "mse", "mae"]  # and then what is learned
+    found = sorted(rows("ptq"), key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
     for bits in ((6, 6), (8, 4), (8, 8)):
         some = [r for r in found if r["method"] == "float" or (r["bits"], r["weight_bits"]) == bits]
         print(f"\n(e) W{bits[1]}A{bits[0]}\n" + table(some, lambda r: r["method"], lambda r: r["net"], "top1"))
+        print("\nlead of repapq\n" + lead(some, "repapq"))
     print("\n(e) other tools, W8A8\n" + table(rows("peers"), lambda r: r["method"], lambda r: r["net"], "top1"))
+    print("\nlead of ours\n" + lead(rows("peers"), "repfx repapq"))
     bits = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
     print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], bits, "top1"))
 
