@@ -60,6 +60,7 @@ class QPRep(Pass):
             affine.args = (node, bias)
             with graph.inserting_before(call):
                 parts = [graph.call_function(operator.getitem, (affine, i)) for i in (0, 1)]
-            call.kwargs = {k: v for k, v in call.kwargs.items() if k not in ("weight", "bias")}
-            call.args = (call.args[0], *parts, *call.args[3:])
+            source = call.args[0] if call.args else call.kwargs["input"]
+            call.kwargs = {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
+            call.args = (source, *parts, *call.args[3:])
         return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))

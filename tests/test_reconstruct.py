@@ -248,8 +248,20 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
     assert calls == [0, 1, 2, 2, 3, 4]
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     assert again.meta["reconstruct"] == whole.meta["reconstruct"]
-    with pytest.raises(InputError, match="another model or run"):
-        repfx.reconstruct(quantized(), [x], **{**same, "batch": 8}, checkpoint=path)
+    other = quantized()
+    other.get_parameter("7.weight").data += 1e-3
+    for model, data, options in (
+        (quantized(), x, {"batch": 8}),
+        (quantized(), x, {"stages": ["3"]}),
+        (quantized(), 2 * x, {}),
+        (quantized(6), x, {}),
+        (other, x, {}),
+        (again, x, {}),  # learned already
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(InputError, match="a checkpoint of another run"):
+            repfx.reconstruct(model, [data], **{**same, **options}, checkpoint=path)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     path.write_bytes(b"broken")
     with pytest.raises(InputError, match="damaged"):
         repfx.reconstruct(quantized(), [x], **same, checkpoint=path)

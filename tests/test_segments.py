@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from repfx.errors import InputError
 from repfx.graph.segments import LARGEST, Segment, segments
 from repfx.quant import FakeQuant
 from repfx.testing import random_block, randomise
+from repfx.tune.store import Rows
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
@@ -215,6 +218,231 @@ def test_several_inputs_come_by_name() -> None:
         repfx.reconstruct(model, [{"image": image}])
     with pytest.raises(InputError, match="all must have one size"):
         repfx.reconstruct(model, [{"image": image, "depth": depth[:3]}])
+
+
+class Pixels(nn.Module):
+    """Overwrites its input, which it reads again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(conv(3, 3) for _ in range(9)))
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.div_(4)
+        return self.head(torch.cat([x, self.body(x)], 1))
+
+
+class Three(nn.Module):
+    """Values whose first dimension is 3 for any number of pictures, and in one place the rows of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways, self.end = nn.ModuleList(conv(3, 4) for _ in range(3)), nn.Conv2d(4, 5, 3)
+        self.body = nn.Sequential(*(conv(5, 5) for _ in range(9)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.end(torch.stack([way(x) for way in self.ways]).mean(0)))
+        grid = torch.arange(x.shape[2], dtype=x.dtype)
+        return self.body(x) + grid[:, None]
+
+
+class Outputs(nn.Module):
+    """Outputs with and without a row for each picture, in floats and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(conv(3, 4), conv(4, 4))
+        self.register_buffer("anchors", torch.randn(100, 4))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.conv(x)
+        return {"y": y, "norm": y.abs().mean(), "anchors": self.anchors, "best": y.argmax(1), "none": None, "size": 3}
+
+
+class Filters(nn.Module):
+    """A convolution whose weight is a buffer, and one that gets its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3)
+        self.register_buffer("blur", torch.full((4, 1, 3, 3), 1 / 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(torch.relu(self.first(x)), self.blur, padding=1, groups=4)
+        return F.conv2d(input=torch.relu(x), weight=self.last.weight, bias=self.last.bias)
+
+
+@pytest.mark.parametrize("kind", [Pixels, Three, Outputs, Filters])
+def test_models_that_ask_for_care(kind: type[nn.Module]) -> None:
+    x = pictures(48)
+    torch.manual_seed(0)
+    net = kind().eval()
+    kept, off = x.clone(), {}
+    for name in ("ranges", "adaround", "straight"):
+        model: Any = repfx.transform(net, ["ptq(bits=4, weights=mse)", "qprep"], example=pictures(2))
+        if name == "ranges":
+            repfx.calibrate(model, [x], method="max")
+        else:
+            repfx.reconstruct(model, [x], iterations=40, batch=16, rounding=name)
+            done = model.meta["reconstruct"]
+            assert sum(b.after for b in done) < sum(b.before for b in done)
+        assert torch.equal(x, kept)
+        with torch.no_grad():
+            wanted, given = (next(iter(leaves(m(x.clone())))) for m in (net, model))
+        off[name] = float((given - wanted).abs().mean())
+    assert off["straight"] < 0.95 * off["ranges"], off
+
+
+def test_the_cache_holds_what_the_model_computes() -> None:
+    """Through `Rows`, which carries values on without asking the blocks."""
+    x = pictures(7)
+    for kind in (Pixels, UNet, Detector, LongSkip):
+        model = repfx.calibrate(quantized(kind), [x])
+        rows = Rows(None, torch.device("cpu")).fill([(x,)])
+        with torch.no_grad():
+            for block in segments(model, (x,)):
+                rows = rows.after(block, 3)
+            for mine, whole in zip(rows.data, leaves(model(x.clone())), strict=True):
+                assert torch.allclose(mine, whole, atol=1e-6), kind
+
+
+def test_an_output_to_learn_from_is_asked_for() -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).argmax(1)
+
+    with pytest.raises(InputError, match="no output of the model is a tensor of floats"):
+        repfx.reconstruct(quantized(Classes), [pictures()], iterations=1)
+
+
+class Shared(nn.Module):
+    """Layers that two blocks call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x))))))
+        return self.c(torch.relu(self.b(x)))
+
+
+def in_float(model: nn.Module) -> nn.Module:
+    for m in model.modules():
+        if isinstance(m, FakeQuant):
+            m.calibrated = False
+    return model
+
+
+@pytest.mark.parametrize("rounding", ["straight", "adaround"])
+def test_what_blocks_share_is_learned_once(rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, options = pictures(), {"iterations": 15, "batch": 8, "lr": 1e-2, "rounding": rounding, "stage": 0.0}
+    whole = repfx.reconstruct(quantized(Shared, bits=3), [x], **options)  # type: ignore[arg-type]
+    found = segments(whole, (x,))
+    assert len({s.name for s in found}) == len(found) == 5
+    torch.manual_seed(0)
+    plain = segments(in_float(repfx.transform(Shared().eval(), ["ptq(bits=3)"], example=pictures(2))), (x,))
+    ours = theirs = (x,)
+    for mine, block, said in zip(found, plain, whole.meta["reconstruct"], strict=True):
+        with torch.no_grad():
+            ours, theirs = mine(*ours), block(*theirs)
+        off = float((ours[0] - theirs[0]).abs().mean())
+        assert off == pytest.approx(said.after, rel=1e-4)  # no later block has changed it
+    run: Any = sys.modules["repfx.tune.blockwise"].Run
+    learn, calls = run._learn, []
+
+    def stops(self: Any, index: int, *args: Any) -> Any:
+        calls.append(index)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return learn(self, index, *args)
+
+    monkeypatch.setattr(run, "_learn", stops)
+    with pytest.raises(KeyboardInterrupt):
+        repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")  # type: ignore[arg-type]
+    again = repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")  # type: ignore[arg-type]
+    assert calls == [0, 1, 2, 3, 3, 4]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_tied_weights_round_as_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.c.weight = self.b.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    model = quantized(Tied, bits=3)
+    repfx.reconstruct(model, [pictures()], iterations=60, batch=16, rounding="adaround", blocks=[])
+    assert model.meta["reconstruct"][0].after < 0.98 * model.meta["reconstruct"][0].before
+
+
+def test_nothing_is_left_half_set(tmp_path: Path) -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.log(torch.relu(self.a(x))))
+
+    model = quantized(Log)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        repfx.reconstruct(model, [pictures()], iterations=1)
+    found = [m for m in model.modules() if isinstance(m, FakeQuant)]
+    assert all(m.observer is None for m in found) and all(m.calibrated for m in found if m.of_weight)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_learning_turns_gradients_on(off: Any) -> None:
+    model = quantized(Detector)
+    with off():
+        repfx.reconstruct(model, [pictures()], iterations=2, batch=8)
+    assert model(pictures(2))["feature"].requires_grad
+
+
+def test_bfloat16_goes_through_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 4), conv(4, 4)).to(torch.bfloat16).eval()
+    x = pictures().to(torch.bfloat16).requires_grad_()
+    states = []
+    for cache in (None, tmp_path):
+        model = repfx.transform(net, ["ptq(bits=4)"], example=x[:2])
+        states.append(repfx.reconstruct(model, [x], iterations=2, batch=8, cache=cache).state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "text"),
+    [
+        ("x", {}, r"batches is an iterable of batches: give \[x\]"),
+        (None, {}, "batches is an iterable of batches"),
+        (["one"], {}, r"does not take pictures of \(16, 16\), 3 at a time"),
+        (["x"], {"cache": "file"}, "cannot be a folder for the cache"),
+        (["x"], {"checkpoint": "no/such/run.ck"}, "there is no folder .* for the checkpoint"),
+        (["x"], {"seed": 1.5}, "seed is a whole number from 0, not 1.5"),
+        (["x"], {"lr": "1"}, "lr is a number from 0, not '1'"),
+    ],
+    ids=str,
+)
+def test_mistakes(batches: Any, options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    given = {"x": pictures(), "one": pictures()[0]}
+    data = [given[b] for b in batches] if isinstance(batches, list) else given.get(batches)
+    paths = {k: tmp_path / v if k in ("cache", "checkpoint") else v for k, v in options.items()}
+    model = quantized(Detector)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=text):
+        repfx.reconstruct(model, data, iterations=1, **paths)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_what_a_block_changes_in_place_stays_as_it_was_in_the_cache() -> None:

@@ -31,8 +31,8 @@ LARGEST = 8  # layers: a residual block stays whole; parts this small learned be
 class Segment:
     """`name`: what a person calls the value it ends with. `module` takes the values before it.
 
-    Called, it gives the values after it: first what it made, then what only passes through, `passed` saying which of the
-    values before it those are.
+    Called, it gives the values after it, tensors of floats with a row for each picture: first what it made, then what only
+    passes through, `passed` saying which of the values before it those are.
     """
 
     name: str
@@ -41,8 +41,10 @@ class Segment:
     overwrites: bool = False  # the values before it, where it is the first
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        rows = len(values[0])
         values = tuple(v.clone() for v in values) if self.overwrites else values
-        return tuple(t for t in tree_leaves(self.module(*values)) if isinstance(t, Tensor))
+        given = (t for t in tree_leaves(self.module(*values)) if isinstance(t, Tensor))
+        return tuple(t for t in given if t.is_floating_point() and t.shape[:1] == (rows,))
 
     def made(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Those of the values after it that it made."""
@@ -55,15 +57,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The place after a node, and what is alive there: the node first, the others in the graph's order."""
+    """The place after a node, and what is alive there: the node first, the others in the graph's order.
+
+    Named as the module that the node calls, where it is the first to call it, else as the node.
+    """
 
     place: int
     values: tuple[fx.Node, ...]
-
-    @property
-    def name(self) -> str:
-        node = self.values[0]
-        return str(node.target) if node.op == "call_module" else node.name
+    name: str = ""
 
 
 def inputs_of(module: nn.Module) -> list[fx.Node]:
@@ -95,11 +96,12 @@ def segments(module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] 
         chosen = sorted((known[end] for end in set(ends)), key=lambda c: c.place)
     found, before = list[Segment](), _Cut(-1, tuple(inputs))
     for cut in chosen:
-        cut = _Cut(cut.place, tuple(sorted(cut.values, key=lambda n: n in before.values)))  # what is made first
+        cut = replace(cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values)))  # what is made first
         found.append(_between(module, nodes, before, cut))
         before = cut
     found.append(_between(module, nodes, before, None))
-    found[0] = replace(found[0], overwrites=any(n in writes.of for n in inputs))
+    if any(n in writes.of for n in inputs):  # what passes on is not what came
+        found[0] = replace(found[0], overwrites=True, passed=())
     return found
 
 
@@ -111,27 +113,32 @@ def _quantizer(module: nn.Module, node: fx.Node, of_weight: bool | None = None) 
 
 
 def _carried(module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor, ...]) -> set[fx.Node]:
-    """The nodes whose value is a tensor of floats, a row for each picture: what can go from one segment to the next."""
-    rows = 3  # a number that other dimensions seldom have
-    found: set[fx.Node] = set()
+    """The nodes whose value is a tensor of floats, a row for each picture: what can go from one segment to the next.
 
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (rows,):
-                found.add(n)
-            return value
+    Of two numbers of pictures, so that no other dimension is taken for theirs.
+    """
+    found = set(module.graph.nodes)
+    for rows in (3, 5):
+        seen = set(inputs)
 
-    env: dict[fx.Node, Any] = {n: None for n in module.graph.nodes if n.op == "placeholder"}
-    env.update(zip(inputs, (torch.cat([v[:1]] * rows) for v in values), strict=True))
-    try:
-        with torch.no_grad(), quiet():
-            Watch(module).run(initial_env=env, enable_io_processing=False)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(v.shape[1:])) for v in values)
-        why = str(error).partition("\n")[0]
-        raise InputError(f"the model does not take pictures of {shapes}, {rows} at a time: {why}") from error
-    return found | set(inputs)
+        class Watch(fx.Interpreter):
+            def run_node(self, n: fx.Node, rows: int = rows, seen: set[fx.Node] = seen) -> Any:
+                value = super().run_node(n)
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (rows,):
+                    seen.add(n)
+                return value
+
+        env: dict[fx.Node, Any] = {n: None for n in module.graph.nodes if n.op == "placeholder"}
+        env.update(zip(inputs, (torch.cat([v[:1]] * rows) for v in values), strict=True))
+        try:
+            with torch.no_grad(), quiet():
+                Watch(module).run(initial_env=env, enable_io_processing=False)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = ", ".join(str(tuple(v.shape[1:])) for v in values)
+            why = str(error).partition("\n")[0]
+            raise InputError(f"the model does not take pictures of {shapes}, {rows} at a time: {why}") from error
+        found &= seen
+    return found
 
 
 def _data(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -150,14 +157,16 @@ def _cuts(nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carri
     """
     data = _data(nodes)
     alive: dict[fx.Node, int] = {}
-    found = []
+    found, named = [], set[str]()
     for i, node in enumerate(nodes[:-1]):
+        name = str(node.target) if node.op == "call_module" and str(node.target) not in named else node.name
+        named.add(name)
         if node in data and node.users:
             alive[node] = max(order[u] for u in node.users)
         alive = {n: last for n, last in alive.items() if last > i}
         fixed = all(order[w] <= i for n in alive for w in writes.of.get(n, ()))
         if node in alive and node.op != "placeholder" and fixed and all(n in carried for n in alive):
-            found.append(_Cut(i, (node, *(n for n in alive if n is not node))))
+            found.append(_Cut(i, (node, *(n for n in alive if n is not node)), name))
     return found
 
 
@@ -201,8 +210,8 @@ def _between(module: fx.GraphModule, nodes: list[fx.Node], before: _Cut, after: 
     for node in nodes[before.place + 1 : None if after is None else after.place + 1]:
         if node in data and node.op not in ("placeholder", "output"):
             copy(node)
-    place: Callable[[fx.Node], fx.Node] = copy
     if after is None:
+        place: Callable[[fx.Node], fx.Node] = copy
         graph.output(fx.node.map_arg(nodes[-1].args[0], place))
         return Segment("output", fx.GraphModule(module, graph))
     graph.output(tuple(made[n] for n in after.values))

@@ -173,7 +173,7 @@ def _check_formats(model: nn.Module, target: str) -> None:
 def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, float16: bool) -> onnx.ModelProto:
     """The ONNX graph of a copy whose quantizers are symbolic."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
-    symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)
+    symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for path, module in graphs(symbolic):
         _make_symbolic(module, path, target_named(target).unsigned_after_relu)
     wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)

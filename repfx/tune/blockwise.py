@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,15 @@ class Run:
     def __init__(self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, path: Any) -> None:
         self.model, self.net, self.plain, self.o = model, net, plain, o
         self.path = None if path is None else Path(path)
+        self.same: list[Any] = []
 
     def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
         """Learns every block. `inputs`: the pictures, a value for each input that the model reads."""
         ours = theirs = inputs
         done: list[Block] = []
         ends = self._stages(ours, stages)
-        start = self._restore(len(ours), done)
+        self.same = self._same(inputs, ends)
+        start = self._restore(done)
         with Progress(disable=not progress, transient=True) as bars:
             bar = bars.add_task("learning", total=len(self.net) * self.o.iterations)
             for i, (block, plain) in enumerate(zip(self.net, self.plain, strict=True)):
@@ -77,7 +80,7 @@ class Run:
                     tick = lambda n, i=i: bars.update(bar, completed=i * self.o.iterations + n)  # noqa: E731
                     before, after = self._learn(i, block, rest, share, ours, theirs, targets, tick)
                     done.append(Block(block.name, ends.index(last), before, after))
-                    self._save(len(ours), done)
+                    self._save(done)
                 if i < len(self.net) - 1:
                     with torch.no_grad():
                         ours, theirs = ours.after(block, self.o.batch), targets
@@ -96,6 +99,8 @@ class Run:
             x = next(inputs.batches(1))
             for block in self.plain:
                 x = block(*x)
+                if not x:
+                    raise InputError("no output of the model is a tensor of floats with a row for each picture")
                 sizes.append(x[0].shape[2:])
         return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
 
@@ -110,12 +115,12 @@ class Run:
         targets: Rows,
         tick: Callable[[int], Any],
     ) -> tuple[float, float]:
-        o = self.o
-        self._set_steps(block, ours)
+        o, known = self.o, self._known(index)
+        self._set_steps(block, ours, known)
         before = self._error(block, ours, targets)
         state = copy.deepcopy(block.module.state_dict())
         random = torch.Generator().manual_seed((o.seed << 16) + index)
-        with learned(block, o.rounding == "adaround", o.drop, random) as what:
+        with learned(block, o.rounding == "adaround", o.drop, random, known) as what:
             groups = [
                 {"params": what.weights, "lr": o.lr if o.rounding == "straight" else 1e-2},
                 {"params": what.biases, "lr": o.lr},
@@ -131,7 +136,7 @@ class Run:
                 rows = torch.randperm(len(ours), generator=random)[: o.batch]
                 x, y = ours[rows], targets[rows]
                 if o.drop:
-                    keep = (torch.rand(v.shape, generator=random) < o.drop for v in x)
+                    keep = ((torch.rand(v.shape, generator=random) < o.drop).to(v.device) for v in x)
                     x = tuple(torch.where(*one) for one in zip(keep, theirs[rows], x, strict=True))
                 what.place()
                 given = block(*x)
@@ -139,7 +144,12 @@ class Run:
                 if share:
                     value = value + share * self._rest(rest, given, y)
                 optimizer.zero_grad()
-                value.backward()
+                try:
+                    value.backward()
+                except RuntimeError as error:
+                    if "inplace" not in str(error):
+                        raise
+                    raise InputError(f"block {block.name} changes a value in place that its gradient needs") from error
                 optimizer.step()
                 fall.step()
                 tick(n + 1)
@@ -163,23 +173,33 @@ class Run:
             terms.append(self._off(following, given, y))
         return terms[-1] if self.o.reading == "last" else torch.stack(terms).mean()
 
-    def _set_steps(self, block: Segment, inputs: Rows) -> None:
+    def _known(self, index: int) -> frozenset[int]:
+        """The ids of the tensors and quantizers of the blocks before: what a module called again brings is learned."""
+        before = [s.module for s in self.net[:index]]
+        tensors = (id(t) for m in before for t in (*m.parameters(), *m.buffers()))
+        return frozenset((*tensors, *(id(q) for m in before for q in m.modules() if isinstance(q, FakeQuant))))
+
+    def _set_steps(self, block: Segment, inputs: Rows, known: frozenset[int]) -> None:
         """Sets the steps of activations from what the quantized net before gives, the block itself in float."""
-        quants: list[Any] = list(block.modules(FakeQuant).values())
+        quants: list[Any] = [m for m in block.modules(FakeQuant).values() if id(m) not in known]
         acts = [m for m in quants if not m.of_weight]
         on = [(m, m.calibrated) for m in quants if m.of_weight]
-        for m in acts:
-            m.observer = Observer(m.grid)
-        for m, _ in on:
-            m.calibrated = False
-        with torch.no_grad():
-            for x in inputs.batches(self.o.batch):
-                block(*x)
-        for m in acts:
-            m.set_scale(m.observer.scale(self.o.loss).to(m.scale))
-            m.observer = None
-        for m, was in on:
-            m.calibrated = was
+        try:
+            for m in acts:
+                m.observer = Observer(m.grid)
+            for m, _ in on:
+                m.calibrated = False
+            with torch.no_grad():
+                for x in inputs.batches(self.o.batch):
+                    block(*x)
+            scales = [m.observer.scale(self.o.loss) for m in acts]
+        finally:
+            for m in acts:
+                m.observer = None
+            for m, was in on:
+                m.calibrated = was
+        for m, scale in zip(acts, scales, strict=True):
+            m.set_scale(scale.to(m.scale))
 
     @torch.no_grad()
     def _error(self, block: Segment, inputs: Rows, targets: Rows) -> float:
@@ -188,14 +208,14 @@ class Run:
             total += float(self._off(block, block(*x), y)) * len(x[0])
         return total / len(inputs)
 
-    def _save(self, count: int, done: list[Block]) -> None:
+    def _save(self, done: list[Block]) -> None:
         if self.path is not None:
             rows = [[b.name, b.stage, b.before, b.after] for b in done]
             flags = {n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)}
-            content = {"run": self._same(count), "done": rows, "model": dict(self.model.state_dict()), "flags": flags}
+            content = {"run": self.same, "done": rows, "model": dict(self.model.state_dict()), "flags": flags}
             write_whole(self.path, lambda part: torch.save({"format": "repfx.reconstruct 1", **content}, part))
 
-    def _restore(self, count: int, done: list[Block]) -> int:
+    def _restore(self, done: list[Block]) -> int:
         """Takes over what a checkpoint has; the number of blocks it did."""
         if self.path is None or not self.path.exists():
             return 0
@@ -204,8 +224,11 @@ class Run:
             same, rows, state, flags = found["run"], found["done"], found["model"], found["flags"]
         except Exception as error:  # what the unpickler raises on strange bytes has no common class
             raise InputError(f"{self.path} is not a checkpoint of repfx.reconstruct, or it is damaged") from error
-        if same != self._same(count):
-            raise InputError(f"{self.path} is a checkpoint of another model or run")
+        if same != self.same:
+            raise InputError(
+                f"{self.path} is a checkpoint of another run: give the pictures and options that it was made with, and the "
+                "model as it was before that run; or another path"
+            )
         self.model.load_state_dict(state)
         for name, m in self.model.named_modules():
             if isinstance(m, FakeQuant):
@@ -213,6 +236,22 @@ class Run:
         done += [Block(*row) for row in rows]
         return len(done)
 
-    def _same(self, count: int) -> list[Any]:
-        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
-        return [repr(self.o), count, [s.name for s in self.net], shapes]
+    def _same(self, inputs: Rows, ends: list[int]) -> list[Any]:
+        """What tells this run from others: its options, blocks and stages, and a digest of the model and the pictures."""
+        if self.path is None:
+            return []
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(_bytes(value))
+        for name, m in self.model.named_modules():
+            if isinstance(m, FakeQuant):
+                digest.update(f"{name} {m.grid} {m.calibrated}".encode())
+        for values in inputs.batches(self.o.batch):
+            for value in values:
+                digest.update(_bytes(value))
+        return [repr(self.o), [s.name for s in self.net], ends, digest.hexdigest()]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repfx.errors import InputError, unknown
 from repfx.graph.running import quiet
 from repfx.quant import METHODS, FakeQuant, Observer
-from repfx.tune.biases import PICTURES, check_correctable, correct_biases, tensors_of
+from repfx.tune.biases import PICTURES, check_correctable, correct_biases, first_of
 
 
 def calibrate(
@@ -52,8 +52,8 @@ def calibrate(
             for batch in track(batches, "calibrating", disable=not progress):
                 feed(model, batch, device)
                 seen += 1
-                if bias and sum(len(b) for b in first) < PICTURES:
-                    first += tensors_of([batch])
+                if bias:
+                    first += first_of([batch], PICTURES - sum(len(b) for b in first))
         if not seen:
             raise InputError("the calibration set is empty: give at least one batch")
         scales = {name: m.observer.scale(method) for name, m in acts.items() if m.observer.seen}
@@ -71,21 +71,23 @@ def calibrate(
     return model
 
 
-def feed(model: nn.Module, batch: Any, device: torch.device) -> None:
-    """Runs the model on a batch as `calibrate` takes them. Raises InputError for one it does not take."""
+def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """What the model gives of a batch as `calibrate` takes them, run on a copy: some models overwrite their input.
+
+    Raises InputError for one it does not take.
+    """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     try:
         if isinstance(batch, Mapping):
             with quiet():
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+                return model(**{k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()})
         elif isinstance(batch, Tensor):
             if batch.shape[:1] == (0,):
                 raise InputError("a calibration batch is empty")
             with quiet():
-                model(batch.to(device))
-        else:
-            raise InputError(f"a calibration batch is a tensor, a tuple or a dict, not a {type(batch)}")
+                return model(batch.to(device, copy=True))
+        raise InputError(f"a calibration batch is a tensor, a tuple or a dict, not a {type(batch)}")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
         raise InputError(f"the model does not take a calibration batch{shape}: {error}") from error

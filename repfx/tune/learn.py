@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Drop(nn.Module):
         self.quant, self.share, self.random = quant, share, random
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = torch.rand(x.shape, generator=self.random, dtype=x.dtype) < self.share
+        keep = (torch.rand(x.shape, generator=self.random) < self.share).to(x.device)
         return torch.where(keep, x, self.quant(x))
 
 
@@ -85,16 +86,23 @@ class Learned:
 
 
 @contextmanager
-def learned(block: Segment, adaround: bool, drop: float, random: torch.Generator) -> Iterator[Learned]:
-    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps as they were kept."""
+def learned(
+    block: Segment, adaround: bool, drop: float, random: torch.Generator, known: frozenset[int] = frozenset()
+) -> Iterator[Learned]:
+    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps as they were kept.
+
+    `known`: the ids of what blocks before it share with it, and have learned; it stays.
+    """
     what, module = Learned(), block.module
-    quants: dict[str, Any] = block.modules(FakeQuant)
+    quants: dict[str, Any] = {path: m for path, m in block.modules(FakeQuant).items() if id(m) not in known}
     read = {
         str(n.target): str(n.args[0].target)
         for n in module.graph.nodes
         if n.target in quants and quants[n.target].of_weight
     }
-    weights = {path: module.get_parameter(ref) for path, ref in read.items()}
+    found = {path: attrgetter(ref)(module) for path, ref in read.items()}
+    weights = {path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known}  # no buffers
+    soft: dict[int, AdaRound] = {}
     held: list[tuple[Any, str, Tensor]] = []
     grads = [(p, p.requires_grad) for p in module.parameters()]
     try:
@@ -102,10 +110,12 @@ def learned(block: Segment, adaround: bool, drop: float, random: torch.Generator
             p.requires_grad_(False)
         for path, quant in quants.items():
             if adaround and quant.of_weight:
-                soft = AdaRound(quant, weights[path])
-                module.set_submodule(path, soft)
-                what.rounds.append(soft)
-                what.weights.append(soft.v)
+                if path in weights:
+                    first = id(weights[path]) not in soft
+                    layer = soft.setdefault(id(weights[path]), AdaRound(quant, weights[path]))
+                    module.set_submodule(path, layer)
+                    what.rounds += [layer] if first else []
+                    what.weights += [layer.v] if first else []
                 continue
             kind = "_parameters" if "scale" in quant._parameters else "_buffers"
             start = getattr(quant, kind).pop("scale")
@@ -117,13 +127,13 @@ def learned(block: Segment, adaround: bool, drop: float, random: torch.Generator
                 module.set_submodule(path, Drop(quant, drop, random))
         if not adaround:
             what.weights += [w.requires_grad_() for w in {id(w): w for w in weights.values()}.values()]
-        known = {id(w) for w in weights.values()}
         for affine in block.modules(Affine).values():
-            what.affines += [p.requires_grad_() for p in affine.parameters()]
+            what.affines += [p.requires_grad_() for p in affine.parameters() if id(p) not in known]
+        taken = {*known, *map(id, found.values())}
         what.biases += [
             p.requires_grad_()
             for name, p in module.named_parameters()
-            if p.dim() == 1 and id(p) not in known and not p.requires_grad and p.is_floating_point()
+            if p.dim() == 1 and id(p) not in taken and not p.requires_grad and p.is_floating_point()
         ]
         yield what
     finally:
@@ -134,9 +144,9 @@ def learned(block: Segment, adaround: bool, drop: float, random: torch.Generator
                 getattr(quant, kind)["scale"] = start
                 start.data.copy_(value)
             for path, quant in quants.items():
-                now = module.get_submodule(path)
-                if isinstance(now, AdaRound):
-                    weights[path].copy_(now.settled(weights[path]))
                 module.set_submodule(path, quant)
+            for w in {id(w): w for w in weights.values()}.values():
+                if id(w) in soft:
+                    w.copy_(soft[id(w)].settled(w))
         for p, on in grads:
             p.requires_grad_(on)

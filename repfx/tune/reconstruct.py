@@ -15,6 +15,7 @@ import copy
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,22 +70,26 @@ def reconstruct(
     """
     options = Options(loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed)
     _check(options)
+    _check_paths(cache, checkpoint)
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise InputError("batches is an iterable of batches: give [x] for one tensor (n, ...)")
     inputs = [str(n.target) for n in inputs_of(model)]
     if not any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    rows = Rows(cache).fill(_checked(batches, inputs))
-    if not len(rows):
-        raise InputError("the calibration set is empty: give at least one batch")
     training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        one = next(rows.batches(1))
-        net = segments(model, one, blocks)
-        plain = segments(_in_float(model), one, blocks)
-        done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
-    finally:
-        for m, mode in training:
-            m.training = mode
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = Rows(cache, next(iter([*model.parameters(), *model.buffers()])).device).fill(_checked(batches, inputs))
+        if not len(rows):
+            raise InputError("the calibration set is empty: give at least one batch")
+        model.eval()
+        try:
+            one = next(rows.batches(1))
+            net = segments(model, one, blocks)
+            plain = segments(_in_float(model), one, blocks)
+            done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
+        finally:
+            for m, mode in training:
+                m.training = mode
     model.meta = {**getattr(model, "meta", {}), "reconstruct": tuple(done)}  # type: ignore[assignment]
     return model
 
@@ -97,14 +102,24 @@ def _check(o: Options) -> None:
     ):
         if value not in known:
             raise unknown(name, str(value), known)
-    for name, number in (("iterations", o.iterations), ("batch", o.batch)):
-        if not isinstance(number, int) or number < 1:
-            raise InputError(f"{name} is a whole number from 1, not {number!r}")
+    for name, number, least in (("iterations", o.iterations, 1), ("batch", o.batch, 1), ("seed", o.seed, 0)):
+        if not isinstance(number, int) or number < least:
+            raise InputError(f"{name} is a whole number from {least}, not {number!r}")
     for name, rate in (("stage", o.stage), ("lr", o.lr), ("lr_scale", o.lr_scale), ("lr_affine", o.lr_affine)):
-        if not (math.isfinite(rate) and rate >= 0):
+        if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
             raise InputError(f"{name} is a number from 0, not {rate!r}")
-    if not 0 <= o.drop < 1:
+    if not (isinstance(o.drop, (int, float)) and 0 <= o.drop < 1):
         raise InputError(f"drop is a share from 0 to 1, not {o.drop!r}")
+
+
+def _check_paths(cache: Any, checkpoint: Any) -> None:
+    if cache is not None:
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{cache} cannot be a folder for the cache: {error.strerror}") from error
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise InputError(f"there is no folder {Path(checkpoint).parent} for the checkpoint")
 
 
 def _checked(batches: Iterable[Any], inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
@@ -136,7 +151,7 @@ def _values(given: Any, inputs: list[str]) -> tuple[Tensor, ...]:
     else:
         values = (given[0] if isinstance(given, (tuple, list)) and given else given,)
     for x in values:
-        if not isinstance(x, Tensor) or x.dim() < 2:
+        if not isinstance(x, Tensor) or x.dim() < 1:
             raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
     return values
 

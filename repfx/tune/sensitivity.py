@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from repfx.errors import InputError
 from repfx.quant import FakeQuant
+from repfx.tune.calibrate import feed
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,32 @@ class Sensitivity:
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Sensitivity:
     """Measures every quantized layer of a calibrated model; 2 forwards a layer and batch. The model stays as it is.
 
-    `batches`: tensors (N, ...), or tuples that begin with one; they are kept, so give a few. Raises InputError for a model
-    without quantizers or with some that are not calibrated, and where there is no batch.
+    `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a model without quantizers or
+    with some that are not calibrated, where there is no batch, and for one that the model does not take or that gives NaN.
     """
     quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
     raw = [name for name, m in quants.items() if not m.calibrated]
     if not quants or raw:
         raise InputError(f"{raw[0]} is not calibrated" if raw else "the model has no quantizers: run the pass ptq first")
-    inputs = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches is an iterable of inputs, not {batches!r}")
+    inputs = list(batches)
     if not inputs:
         raise InputError("there is nothing to measure on: give at least one batch")
-    groups: dict[str, list[FakeQuant]] = {}
-    layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
-    for name in _in_order(model, list(quants), inputs[0]):
-        layer = name.rpartition(".")[0]
-        last = next(reversed(groups), layer)  # what is quantized between layers goes with the one before
-        groups.setdefault(layer if layer in layers else last, []).append(quants[name])
     training = [(m, m.training) for m in model.modules()]
     rows = []
     try:
         model.eval()
+        groups: dict[str, list[FakeQuant]] = {}
+        layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
+        for name in _in_order(model, list(quants), inputs[0]):
+            layer = name.rpartition(".")[0]
+            last = next(reversed(groups), layer)  # what is quantized between layers goes with the one before
+            groups.setdefault(layer if layer in layers else last, []).append(quants[name])
         _switch(quants.values(), False)
         truth = [_output(model, x) for x in inputs]
+        if not all(bool(torch.isfinite(t).all()) for t in truth):
+            raise InputError("the model gives NaN or infinity on a batch: check the batches and the model")
         before: list[FakeQuant] = []
         for layer, own in track(groups.items(), "measuring", disable=not progress):
             before += own
@@ -99,21 +104,22 @@ def _switch(quants: Iterable[FakeQuant], on: bool) -> None:
         quant.calibrated = on
 
 
-def _in_order(model: nn.Module, names: list[str], x: Tensor) -> list[str]:
+def _in_order(model: nn.Module, names: list[str], batch: Any) -> list[str]:
     """The quantizers in the order in which they run."""
     seen: dict[str, None] = {}
     modules = dict(model.named_modules())
     hooks = [modules[n].register_forward_hook(lambda *_, n=n: seen.setdefault(n)) for n in names]
     try:
-        model(x[:1])
+        _output(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return list(seen)
 
 
-def _output(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([t.flatten().double() for t in tree_leaves(model(x)) if isinstance(t, Tensor)])
+def _output(model: nn.Module, batch: Any) -> Tensor:
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    return torch.cat([t.flatten().double() for t in tree_leaves(feed(model, batch, device)) if isinstance(t, Tensor)])
 
 
 def _sqnr(truth: list[Tensor], found: list[Tensor]) -> float:

@@ -18,13 +18,13 @@ Values = tuple[Tensor, ...]
 
 
 class Rows:
-    """Tensors (N, ...), one for each value at a place, written a batch at a time.
+    """Tensors (N, ...), one for each value at a place, written a batch at a time and read on `device`.
 
-    With `folder`, each is a file there that is gone when it is.
+    They are kept in the machine's memory; with `folder`, each is a file there that is gone when it is.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | os.PathLike[str] | None, device: torch.device) -> None:
+        self.folder, self.device = None if folder is None else Path(folder), device
         self.data: Values = ()
 
     def fill(self, batches: Iterable[Values]) -> Rows:
@@ -34,7 +34,7 @@ class Rows:
             for values in batches:
                 columns = columns or [_InMemory() if self.folder is None else _InFile(self.folder) for _ in values]
                 for column, part in zip(columns, values, strict=True):
-                    column.add(part)
+                    column.add(part.detach().cpu())
             self.data = tuple(c.whole() for c in columns)
         finally:
             for c in columns:
@@ -43,15 +43,16 @@ class Rows:
 
     def after(self, block: Segment, batch: int) -> Rows:
         """The rows after a block of these before it, run `batch` at a time; what it only passes on is not copied."""
-        found = Rows(self.folder).fill(block.made(block(*values)) for values in self.batches(batch))
+        found = Rows(self.folder, self.device).fill(block.made(block(*values)) for values in self.batches(batch))
         found.data = (*found.data, *(self.data[i] for i in block.passed))
         return found
 
     def batches(self, batch: int) -> Iterator[Values]:
-        return zip(*(column.split(batch) for column in self.data), strict=True)
+        for parts in zip(*(column.split(batch) for column in self.data), strict=True):
+            yield tuple(part.to(self.device) for part in parts)
 
     def __getitem__(self, index: Tensor) -> Values:
-        return tuple(column[index] for column in self.data)
+        return tuple(column[index].to(self.device) for column in self.data)
 
     def __len__(self) -> int:
         return len(self.data[0]) if self.data else 0
@@ -73,14 +74,13 @@ class _InMemory:
 
 class _InFile:
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rows-{os.getpid()}-{next(_numbers)}"
         self.file = self.path.open("wb")
         self.shape: tuple[int, ...] = ()
         self.dtype, self.count = torch.float32, 0
 
     def add(self, part: Tensor) -> None:
-        self.file.write(part.contiguous().numpy().tobytes())
+        self.file.write(part.contiguous().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
         self.shape, self.dtype, self.count = tuple(part.shape[1:]), part.dtype, self.count + len(part)
 
     def whole(self) -> Tensor:
