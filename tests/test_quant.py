@@ -296,6 +296,77 @@ def test_biases_take_off_what_rounding_adds() -> None:
         repfx.calibrate(nn.Sequential(fixed), xs, bias=True)
 
 
+def test_biases_are_corrected_through_an_affine() -> None:
+    """The affine of qprep stands between a layer and its bias, or is the only one it has."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False)).eval()
+    x = torch.randn(16, 3, 12, 12)
+    plain, fixed = (repfx.transform(net, ["ptq(bits=3)", "qprep"], example=x) for _ in range(2))
+    repfx.calibrate(plain, [x])
+    repfx.calibrate(fixed, [x], bias=True)
+    with torch.no_grad():
+        want, before, after, folded = net(x), plain(x), fixed(x), repfx.transform(fixed, ["fuse"])(x)
+    off = [float((y - want).mean((0, 2, 3)).abs().max()) for y in (before, after, folded)]
+    assert off[1] < 1e-3 * off[0] and off[2] < 1e-3 * off[0] and off[0] > 1e-3
+    assert correct_biases(fixed, [x]) == ()
+
+
+def test_what_biases_cannot_be_corrected_with_is_told() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+            self.b.bias = self.a.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    x = torch.randn(8, 3, 12, 12)
+    model = repfx.transform(Tied().eval(), ["ptq"], example=x)
+    with pytest.raises(repfx.InputError, match="is not calibrated"):
+        correct_biases(model, [x])
+    repfx.calibrate(model, [x])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert correct_biases(model, [x]) == ("a", "b")  # one bias in two layers
+    for bad, text in (
+        ([x * float("nan")], "holds NaN"),
+        ([x[:0]], "at least one batch"),
+        ([x[:, :2]], r"does not take a batch of shape \(8, 2, 12, 12\)"),
+    ):
+        with pytest.raises(repfx.InputError, match=text):
+            correct_biases(model, bad)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_a_model_that_overwrites_its_input_leaves_the_pictures_alone(method: str) -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(torch.relu(self.conv(x.sub_(0.5)))))
+
+    net, x = Shifts().eval(), torch.rand(8, 3, 12, 12)
+    kept = x.clone()
+    model = repfx.transform(net, ["ptq"], example=x.clone())
+    repfx.calibrate(model, [x], method=method, bias=True)
+    assert torch.equal(x, kept)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    found = repfx.sensitivity(model.train(), [x, {"x": x}])
+    assert torch.equal(x, kept) and model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(r.alone > 25 for r in found.rows)
+    for bad, text in (
+        ([x * float("nan")], "NaN or infinity"),
+        ([x[:, :2]], "does not take"),
+        ([()], "a tuple or a dict"),
+        (None, "an iterable of inputs"),
+    ):
+        with pytest.raises(repfx.InputError, match=text):
+            repfx.sensitivity(model, bad)  # type: ignore[arg-type]
+
+
 class Pooled(nn.Module):
     """A max pool that two layers read, or `other` too."""
 
