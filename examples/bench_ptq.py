@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,10 +36,13 @@ def mini() -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
 
 
-NETS: dict[str, Any] = {
-    "mini": (mini, (128, 3, 32, 32)),
-    "resnet18": (partial(timm.create_model, "resnet18"), (16, 3, 128, 128)),
-}
+def resnet18() -> nn.Module:
+    import timm
+
+    return timm.create_model("resnet18").eval()
+
+
+NETS: dict[str, Any] = {"mini": (mini, (128, 3, 32, 32)), "resnet18": (resnet18, (8, 3, 128, 128))}
 
 
 def batches(shape: tuple[int, ...], count: int) -> Iterator[Tensor]:

@@ -71,7 +71,7 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
     x = torch.randn(2**21 // (channels * 64), channels, 8, 8, generator=generator) * sizes.reshape(1, -1, 1, 1)
     sampled, whole = Observer(Grid(6)), Observer(Grid(6))
     sampled.see(x.to(memory_format=torch.channels_last))
-    for part in x.split(2**18 // (channels * 64)):
+    for part in x.split(SAMPLE // (channels * 64)):
         assert part.numel() <= SAMPLE
         whole.see(part)
     assert float(sampled.scale("max")) == float(whole.scale("max")) == float(x.abs().max() / 31)

@@ -21,6 +21,12 @@ from repfx.blocks import ECB
 from repfx.passes import Ptq
 from repfx.tune import Pairs, SuperResolution
 
+LAYERS = ["body.1", "body.3", "body.5", "body.7", "body.9"]  # where a block may end, each beside the skip
+MORE = {  # at 6 bits: cut, and whole with as many steps in all
+    "repapq, a block a layer": (["qprep"], {"blocks": LAYERS}),
+    "repapq, 1200 steps": (["qprep"], {"iterations": 1200}),
+}
+
 
 @torch.no_grad()
 def psnr(model: nn.Module, test: DataLoader) -> float:
@@ -46,13 +52,14 @@ def main() -> None:
     batches = [low for low, _ in DataLoader(patches, 64)]
     results = Results(args.results)
     for bits in (8, 6):
-        for method in ("max", "mse", "mae", *LEARNED):
+        learned = LEARNED | (MORE if bits == 6 else {})
+        for method in ("max", "mse", "mae", *learned):
             if results.has(bits=bits, method=method):
                 continue
-            passes, options = LEARNED.get(method, ([], {}))
+            passes, options = learned.get(method, ([], {}))
             quantized = repfx.transform(net.eval(), [Ptq(bits, weights="mse"), *passes])
-            if method in LEARNED:
-                repfx.reconstruct(quantized, batches, iterations=args.iterations, batch=32, **options)
+            if method in learned:
+                repfx.reconstruct(quantized, batches, **{"iterations": args.iterations, "batch": 32, **options})
                 quantized = repfx.transform(quantized, ["fuse"])
             else:
                 repfx.calibrate(quantized, batches, method=method)

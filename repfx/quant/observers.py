@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.errors import InputError, unknown
@@ -25,6 +25,7 @@ from repfx.quant.grid import Grid
 
 BINS = 4096
 CANDIDATES = 256
+COARSE = 4  # one candidate in so many is tried first
 SAMPLE = 2**18
 TINY = 1e-30
 _UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
@@ -45,7 +46,7 @@ class Observer:
         x = x.detach()
         # In the order of memory, so that no layout is copied.
         values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
-        low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+        low, high = (float(v) for v in (values.amin(), values.amax())) if values.numel() else (0.0, 0.0)
         if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
         top = max(high, -low if self.grid.signed else 0.0)
@@ -111,10 +112,15 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         seen = counts > 0
         v, w = middles[seen], counts[seen]
-        shares = torch.arange(1, CANDIDATES + 1, dtype=v.dtype) / CANDIDATES
-        steps = (of.amax / of.grid.high * shares).unsqueeze(1)
-        off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_()
-        return float(steps[int(torch.argmin(off.pow_(power) @ w))])
+
+        def best(shares: Tensor) -> int:
+            steps = (of.amax / of.grid.high / CANDIDATES * shares.to(v.dtype)).unsqueeze(1)
+            off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_()
+            return int(shares[int(torch.argmin(off.pow_(power) @ w))])
+
+        near = best(torch.arange(COARSE, CANDIDATES + 1, COARSE))
+        shares = torch.arange(max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1) + 1)
+        return of.amax / of.grid.high / CANDIDATES * best(shares)
 
     return search
 
@@ -125,17 +131,14 @@ def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
     if levels >= BINS:
         return of.amax / of.grid.high
     used = max(levels, int((counts > 0).nonzero()[-1]) + 1)
+    sums, filled = (F.pad(c.cumsum(0), (1, 0)) for c in (counts, (counts > 0).double()))
     best = (float("inf"), of.amax / of.grid.high)
     for stop in {*range(levels, used, max(1, (used - levels) // CANDIDATES)), used}:
         p = counts[:stop].clone()
         p[-1] += counts[stop:].sum()
-        edges = torch.linspace(0, stop, levels + 1).round().long().tolist()
-        q = torch.zeros(stop, dtype=torch.float64)
-        for a, b in pairwise(edges):
-            part = counts[a:b]
-            filled = part > 0
-            if filled.any():
-                q[a:b][filled] = part.sum() / filled.sum()
+        edges = torch.linspace(0, stop, levels + 1).round().long()
+        level = sums[edges].diff() / filled[edges].diff().clamp(min=1)  # the mean of the bins that hold something
+        q = torch.where(counts[:stop] > 0, level.repeat_interleave(edges.diff()), 0.0)
         p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)
         both = p > 0
         divergence = float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
