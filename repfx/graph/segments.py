@@ -31,20 +31,21 @@ LARGEST = 8  # layers: a residual block stays whole; parts this small learned be
 class Segment:
     """`name`: what a person calls the value it ends with. `module` takes the values before it.
 
-    Called, it gives the values after it, tensors of floats with a row for each picture: first what it made, then what only
-    passes through, `passed` saying which of the values before it those are.
+    Called, it gives the values after it, tensors of floats with a row for each picture (`kept` of the leaves that the
+    module gives): first what it made, then what only passes through, `passed` saying which of the values before it those
+    are.
     """
 
     name: str
     module: fx.GraphModule
+    kept: tuple[int, ...]
     passed: tuple[int, ...] = ()
     overwrites: bool = False  # the values before it, where it is the first
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        rows = len(values[0])
         values = tuple(v.clone() for v in values) if self.overwrites else values
-        given = (t for t in tree_leaves(self.module(*values)) if isinstance(t, Tensor))
-        return tuple(t for t in given if t.is_floating_point() and t.shape[:1] == (rows,))
+        given = tree_leaves(self.module(*values))
+        return tuple(given[i] for i in self.kept)
 
     def made(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Those of the values after it that it made."""
@@ -78,14 +79,18 @@ def segments(module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] 
     """The segments of a model, in order. `values`: a batch (n, ...) for each input that it reads.
 
     `ends` names the values they end with, all but the last, whatever else is alive there. Raises InputError for a model
-    that is no GraphModule, a batch it does not take, and for an end that is no cut, naming those that are.
+    that is no GraphModule or gives nothing to learn from, a batch it does not take, and for an end that is no cut, naming
+    those that are.
     """
     inputs = inputs_of(module)
     assert isinstance(module, fx.GraphModule)
     nodes = list(module.graph.nodes)
     order = {n: i for i, n in enumerate(nodes)}
     writes = Writes(dict(module.named_modules()), nodes, order)
-    cuts = _cuts(nodes, order, writes, _carried(module, inputs, values))
+    carried, outputs = _carried(module, inputs, values)
+    if not outputs:
+        raise InputError("no output of the model is a tensor of floats with a row for each picture")
+    cuts = _cuts(nodes, order, writes, carried)
     if ends is None:
         chosen = _chosen(cuts, nodes, module)
     else:
@@ -99,7 +104,7 @@ def segments(module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] 
         cut = replace(cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values)))  # what is made first
         found.append(_between(module, nodes, before, cut))
         before = cut
-    found.append(_between(module, nodes, before, None))
+    found.append(replace(_between(module, nodes, before, None), kept=outputs))
     if any(n in writes.of for n in inputs):  # what passes on is not what came
         found[0] = replace(found[0], overwrites=True, passed=())
     return found
@@ -112,19 +117,21 @@ def _quantizer(module: nn.Module, node: fx.Node, of_weight: bool | None = None) 
     return isinstance(found, FakeQuant) and of_weight in (None, found.of_weight)
 
 
-def _carried(module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor, ...]) -> set[fx.Node]:
+def _carried(
+    module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor, ...]
+) -> tuple[set[fx.Node], tuple[int, ...]]:
     """The nodes whose value is a tensor of floats, a row for each picture: what can go from one segment to the next.
 
-    Of two numbers of pictures, so that no other dimension is taken for theirs.
+    And which of the model's outputs are, flat. Of two numbers of pictures, so that no other dimension is taken for theirs.
     """
-    found = set(module.graph.nodes)
+    found, outputs = set(module.graph.nodes), list[set[int]]()
     for rows in (3, 5):
         seen = set(inputs)
 
         class Watch(fx.Interpreter):
             def run_node(self, n: fx.Node, rows: int = rows, seen: set[fx.Node] = seen) -> Any:
                 value = super().run_node(n)
-                if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (rows,):
+                if _has_rows(value, rows):
                     seen.add(n)
                 return value
 
@@ -132,13 +139,18 @@ def _carried(module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor
         env.update(zip(inputs, (torch.cat([v[:1]] * rows) for v in values), strict=True))
         try:
             with torch.no_grad(), quiet():
-                Watch(module).run(initial_env=env, enable_io_processing=False)
+                given = tree_leaves(Watch(module).run(initial_env=env, enable_io_processing=False))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shapes = ", ".join(str(tuple(v.shape[1:])) for v in values)
             why = str(error).partition("\n")[0]
             raise InputError(f"the model does not take pictures of {shapes}, {rows} at a time: {why}") from error
         found &= seen
-    return found
+        outputs.append({i for i, value in enumerate(given) if _has_rows(value, rows)})
+    return found, tuple(sorted(set.intersection(*outputs)))
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (rows,)
 
 
 def _data(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -213,7 +225,7 @@ def _between(module: fx.GraphModule, nodes: list[fx.Node], before: _Cut, after: 
     if after is None:
         place: Callable[[fx.Node], fx.Node] = copy
         graph.output(fx.node.map_arg(nodes[-1].args[0], place))
-        return Segment("output", fx.GraphModule(module, graph))
+        return Segment("output", fx.GraphModule(module, graph), ())
     graph.output(tuple(made[n] for n in after.values))
     passed = tuple(before.values.index(n) for n in after.values if n in before.values)
-    return Segment(after.name, fx.GraphModule(module, graph), passed)
+    return Segment(after.name, fx.GraphModule(module, graph), tuple(range(len(after.values))), passed)

@@ -99,8 +99,6 @@ class Run:
             x = next(inputs.batches(1))
             for block in self.plain:
                 x = block(*x)
-                if not x:
-                    raise InputError("no output of the model is a tensor of floats with a row for each picture")
                 sizes.append(x[0].shape[2:])
         return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
 
@@ -161,7 +159,7 @@ class Run:
 
     def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
         """How far what a block made is off: the mean over all of it."""
-        off = [a - b for a, b in zip(block.made(given), block.made(y), strict=True) if a.is_floating_point()]
+        off = [a - b for a, b in zip(block.made(given), block.made(y), strict=True)]
         return LOSSES[self.o.loss](off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off]))
 
     def _rest(self, rest: list[Segment], given: Values, y: Values) -> Tensor:
