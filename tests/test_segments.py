@@ -287,6 +287,9 @@ def test_models_that_ask_for_care(kind: type[nn.Module]) -> None:
     x = pictures(49)  # the last batch has one
     torch.manual_seed(0)
     net = kind().eval()
+    for m in net.modules():  # else little of the picture is left after nine layers, and a rounding decides the rest
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
     kept, off = x.clone(), {}
     for name in ("ranges", "adaround", "straight"):
         model: Any = repfx.transform(net, ["ptq(bits=4, weights=mse)", "qprep"], example=pictures(2))
@@ -300,7 +303,7 @@ def test_models_that_ask_for_care(kind: type[nn.Module]) -> None:
         with torch.no_grad():
             wanted, given = (next(iter(leaves(m(x.clone())))) for m in (net, model))
         off[name] = float((given - wanted).abs().mean())
-    assert off["straight"] < 0.95 * off["ranges"], off
+    assert max(off["straight"], off["adaround"]) < 0.8 * off["ranges"], off
 
 
 @pytest.mark.parametrize("kind", [Pixels, UNet, Detector, LongSkip])
