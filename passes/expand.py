@@ -11,7 +11,7 @@ what the other branches leave of it, K = (W - rest) / scale. With "reset" it sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -65,6 +65,7 @@ class Expand(Pass):
 
     def run(self, work: Work) -> Result:
         view = work.view()
+        planned: list[tuple[Region, Lifted, str]] = []  # all are read from the graph before any is written into it
         inserted, declined = [], []
         for region in _convolutions(view):
             conv = region.nodes[0]
@@ -72,12 +73,14 @@ class Expand(Pass):
             if not self._wants(name, shape):
                 continue
             try:
-                block = self._block(view, region, shape)
+                planned.append((region, self._block(view, region, shape), name))
             except ValueError as why:  # what a block of repfx.blocks raises for a shape it has no form for
                 declined.append(Declined(name, f"no {self._title} block: {why}"))
-                continue
-            path = name if conv.op == "call_module" else free_path(work.module, f"{name}_expanded")
-            work.expand(region, block.module.graph, block.module, path)
+        moved: dict[fx.Node, fx.Node] = {}  # what a block gives, by the value that another may have been planned to read
+        for region, block, name in planned:
+            path = name if region.nodes[0].op == "call_module" else free_path(work.module, f"{name}_expanded")
+            here = replace(region, source=moved.get(region.source, region.source))
+            moved[region.sink] = work.expand(here, block.module.graph, _holder(block.module), path)
             inserted.append(path)
         if not inserted and not declined:
             declined.append(
@@ -118,6 +121,16 @@ class Expand(Pass):
         if not like.requires_grad:
             given.module.requires_grad_(False)
         return given
+
+
+def _holder(module: fx.GraphModule) -> nn.Module:
+    """What a block holds, without its graph: that becomes a part of the graph around it, the only one to rewrite."""
+    holder = nn.Module()
+    holder._modules, holder._parameters, holder._buffers = module._modules, module._parameters, module._buffers
+    holder._non_persistent_buffers_set = module._non_persistent_buffers_set
+    constants = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    holder.__dict__.update(constants, training=module.training)
+    return holder
 
 
 def _convolutions(view: GraphView) -> Iterator[Region]:

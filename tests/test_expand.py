@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import repfx
-from repfx.blocks import BLOCKS, MobileOne
+from repfx.blocks import BLOCKS, MobileOne, RepVGG
 from repfx.passes import Expand
 from repfx.rewrite.lift import lift
 from repfx.testing import assert_same, randomise
@@ -158,6 +158,41 @@ def test_declined_and_refused() -> None:
         repfx.transform(Shared(), ["expand(init=keep)"])
     with pytest.raises(repfx.InputError, match="is no convolution of the shape"):
         repfx.transform(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1)), [Expand(block=lambda **a: Wrong(**a))])
+
+
+class Adjacent(nn.Module):
+    """Convolutions that read each other with nothing between, by module and by function, one of them twice read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.weight, self.other = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.one(x))
+        return torch.conv2d(torch.conv2d(y, self.weight, padding=1), self.other, padding=1) + y
+
+
+ADJACENT = {
+    "two": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)),
+    "three, with norms": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, groups=2)
+    ),
+    "before a block": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), RepVGG(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 3)),
+    "functions": Adjacent,
+}
+
+
+@pytest.mark.parametrize("init", ["preserve", "reset"])
+@pytest.mark.parametrize("kind", ADJACENT)
+def test_convolutions_with_nothing_between(kind: str, init: str) -> None:
+    model, x = randomise(ADJACENT[kind]().double().eval()), X[:, :3]
+    wide = repfx.transform(model, [Expand(init=init)], example=x)
+    assert len(wide.meta["repfx"].results[0].inserted) == {"two": 2, "three, with norms": 3}.get(kind, 4)
+    assert not any(isinstance(m, fx.GraphModule) for m in wide.children())  # the graph around them is the only one
+    if init == "preserve":
+        assert_same(model, wide, x, 1e-12)
+    assert_same(wide, repfx.transform(wide, ["fuse"], example=x), x, 1e-12)
 
 
 class Wrong(nn.Conv2d):

@@ -93,17 +93,19 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
     return [order.index(i) for i in range(len(order))]
 
 
-def inline(graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], inner: fx.Graph, path: str) -> None:
+def inline(
+    graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], inner: fx.Graph, path: str
+) -> fx.Node:
     """Computes what `inner`, the graph of a module of one input that now stands at `path`, computes of the source, in
-    place of the removed nodes, the last of which is the sink."""
+    place of the removed nodes, the last of which is the sink. Returns the value that now stands for the sink's."""
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(sink):
         for node in inner.nodes:
             if node.op == "placeholder":
                 made[node] = source
             elif node.op == "output":
-                result: Any = node.args[0]
-                sink.replace_all_uses_with(made[result])
+                result = made[node.args[0]]  # type: ignore[index]
+                sink.replace_all_uses_with(result)
             else:
                 made[node] = graph.node_copy(node, made.__getitem__)
                 if node.op in ("call_module", "get_attr"):
@@ -112,6 +114,7 @@ def inline(graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx
                 made[node].meta["nn_module_stack"] = {k: (f"{path}.{p}".rstrip("."), c) for k, (p, c) in stack.items()}
     for node in sorted(removed, reverse=True):
         graph.erase_node(node)
+    return result
 
 
 def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:

@@ -64,12 +64,16 @@ class Work:
         """Makes each weight that a program computes a plain weight, and each affine a part of its layer."""
         return fold_programs(self.module) + fold_affines(self.module)
 
-    def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> None:
-        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's."""
+    def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> fx.Node:
+        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's.
+
+        Returns the value that now stands for the region's: other regions of the same view may start from it.
+        """
         before = references(self.module.graph)
         old = put_module(self.module, path, block)
-        inline(self.module.graph, region.source, region.sink, region.nodes, inner, path)
+        result = inline(self.module.graph, region.source, region.sink, region.nodes, inner, path)
         drop_unreferenced(self.module, before, [] if old is None else [old])
+        return result
 
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
         before = references(self.module.graph)
