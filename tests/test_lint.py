@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from repfx.lower.lint import RULES, Finding, lint
 from repfx.testing import randomise
 
 Array = Any
+lint_module = sys.modules["repfx.lower.lint"]  # `repfx.lower.lint` is the function
 
 
 class Draft:
@@ -57,6 +59,24 @@ class Draft:
         w = self.codes((out, inputs // group, kernel, kernel), axis)
         return self.op("Conv", x, w, self.const(np.ones(out)), pads=[kernel // 2] * 4, group=group)
 
+    def branch(self, x: str, body: Callable[[Draft, str], str]) -> str:
+        """An If on a constant, both of whose branches read `x` from around it."""
+        graphs = []
+        for name in ("yes", "no"):
+            inner = Draft(self.opset)
+            y = body(inner, x)
+            for n in inner.nodes:
+                n.output[:] = [f"{name}_{o}" for o in n.output]
+                n.input[:] = [i if i == x else f"{name}_{i}" for i in n.input]
+            for t in inner.tensors:
+                t.name = f"{name}_{t.name}"
+            graphs.append(
+                helper.make_graph(
+                    inner.nodes, name, [], [helper.make_empty_tensor_value_info(f"{name}_{y}")], inner.tensors
+                )
+            )
+        return self.op("If", self.const(True, np.bool_), then_branch=graphs[0], else_branch=graphs[1])
+
     def gemm(self, x: str) -> str:
         return self.op("Gemm", self.op("Flatten", x), self.const(np.ones((4, 512))), transB=1)
 
@@ -94,6 +114,12 @@ def breaks(name: str) -> Callable[[Callable[[], onnx.ModelProto]], Callable[[], 
 def float_model() -> onnx.ModelProto:
     d = Draft()
     return d.model(d.gemm("x"))
+
+
+@breaks("Q00")
+def quantized_inside_an_if() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.branch("x", lambda inner, x: inner.conv(inner.fq(x))))
 
 
 @breaks("Q01")
@@ -214,10 +240,23 @@ def float_activation() -> onnx.ModelProto:
     return d.model(d.conv(d.op("Relu", d.fq("x"))))
 
 
+@breaks("Q10")
+def float_weight_behind_an_if() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.gemm(d.fq(d.branch("x", lambda inner, x: inner.op("Relu", x)))))
+
+
 @breaks("Q11")
 def q_before_relu() -> onnx.ModelProto:
     d = Draft()
     return d.model(d.op("Relu", d.fq(d.conv(d.fq("x")))))
+
+
+@breaks("Q11")
+def q_between_batch_norm_and_relu() -> onnx.ModelProto:
+    d = Draft()
+    norm = d.op("BatchNormalization", d.conv(d.fq("x")), *(d.const(np.ones(8)) for _ in range(4)))
+    return d.model(d.op("Relu", d.fq(norm)))
 
 
 @breaks("Q12")
@@ -401,8 +440,51 @@ def test_bad_input_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match=r"lacks its weights, which are in weights\.bin"):
         lint(onnx.load(tmp_path / "m.onnx", load_external_data=False))
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(repfx.InputError, match=r"keeps c0 in .*weights\.bin, which does not exist"):
+    with pytest.raises(repfx.InputError, match=r"keeps c0 in weights\.bin, which is not beside it"):
         lint(tmp_path / "m.onnx")
+
+
+def test_q_dq_in_subgraphs_are_not_said_to_be_missing() -> None:
+    (found,) = lint(CASES["Q00 quantized_inside_an_if"]())
+    assert found.severity == "E" and "inside If; subgraphs are not read" in found.message
+
+
+def test_scales_of_a_scalar_are_a_finding() -> None:
+    d = Draft()
+    scale, zero = d.const(np.ones(8)), d.const(np.zeros(8), np.int8)
+    w = d.op("DequantizeLinear", d.const(1, np.int8), scale, zero, axis=0)
+    found = lint(d.model(d.op("Conv", d.fq("x"), w)))
+    assert ("Q04", "8 scales for axis 0 of a tensor of shape ()") in {(f.rule, f.message) for f in found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("Conv", "group", "four"), ("DequantizeLinear", "axis", 0.5), ("ReduceMean", "axes", 2), ("Transpose", "perm", [0.5])],
+)
+def test_an_attribute_of_another_type_names_its_node(kind: str, name: str, value: Any) -> None:
+    d = Draft()
+    w = d.op("Transpose", d.codes((8, 8)), perm=[1, 0])
+    d.op("MatMul", d.fq("x"), w)
+    y = d.op("ReduceMean", d.op("Relu", d.conv(d.fq("x"))), axes=[2, 3])
+    model = d.model(d.conv(d.fq(y)))
+    (node, *_) = (n for n in model.graph.node if n.op_type == kind)
+    kept = [a for a in node.attribute if a.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    with pytest.raises(repfx.InputError, match=rf"the model is malformed; Q\d\d .*{name} of {node.name} \({kind}\) is "):
+        lint(model)
+
+
+def test_a_rule_that_fails_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lint_module.Index, "one_scale", lambda *_: 1 // 0)
+    with pytest.raises(repfx.InputError, match=r"malformed; Q\d\d \(.*cannot be checked: integer division"):
+        lint(clean())
+
+
+def test_a_dimension_of_minus_one_is_dynamic() -> None:
+    d = Draft()
+    d.inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [-1, 8, 8, 8])]
+    assert [f.rule for f in lint(d.model(d.conv(d.fq("x"))))] == ["Q24"]
 
 
 def test_odd_graphs_do_not_crash() -> None:

@@ -11,8 +11,9 @@ from onnx import NodeProto, external_data_helper
 
 from repfx.errors import InputError
 from repfx.lower import rules_placement  # noqa: F401, it registers its rules
-from repfx.lower.onnx_index import Index
-from repfx.lower.rules import REGISTRY
+from repfx.lower.external import elsewhere, require
+from repfx.lower.onnx_index import Index, called
+from repfx.lower.rules import REGISTRY, Hit, Rule
 
 RULES: dict[str, tuple[str, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
 _ORDER = "EWI"
@@ -36,24 +37,33 @@ class Finding:
 def lint(path: str | os.PathLike[str] | onnx.ModelProto) -> list[Finding]:
     """The findings of every rule on the main graph, the worst first; RULES says what is checked.
 
-    Raises InputError where the file is missing, is no ONNX model, or lacks the files that hold its weights.
+    Raises InputError where the file is missing, is no ONNX model, is malformed, or lacks the files that hold its weights.
     """
     model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
     where = "the model" if isinstance(path, onnx.ModelProto) else str(path)
     if not model.graph.node and not model.graph.output:
         raise InputError(f"{where} is not an ONNX model: it holds no graph")
-    apart = {
-        _location(t) for t in external_data_helper._get_all_tensors(model) if external_data_helper.uses_external_data(t)
-    }
+    apart = {location for _, location in elsewhere(model)}
     if apart:
         raise InputError(f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load them, or give the path")
-    index = Index(_inlined(model))
+    try:
+        index = Index(_inlined(model))
+    except Exception as error:
+        raise InputError(f"{where} is malformed: {error}") from error
     found = {
         Finding(name, hit.severity or rule.severity, _name(hit.node), hit.message, hit.cure or rule.cure): None
         for name, rule in REGISTRY.items()
-        for hit in rule.find(index)
+        for hit in _hits(name, rule, index, where)
     }
     return sorted(found, key=lambda f: (_ORDER.index(f.severity), f.rule))
+
+
+def _hits(name: str, rule: Rule, index: Index, where: str) -> list[Hit]:
+    """What the rule finds. Files may hold anything: what a rule cannot make sense of is no fault of the rule."""
+    try:
+        return list(rule.find(index))
+    except Exception as error:
+        raise InputError(f"{where} is malformed; {name} ({rule.description}) cannot be checked: {error}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -63,24 +73,12 @@ def _read(path: Path) -> onnx.ModelProto:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise InputError(f"{path} is not an ONNX file: {error}") from error
-    for tensor in _elsewhere(model):
-        if not (path.parent / _location(tensor)).is_file():
-            raise InputError(f"{path} keeps {tensor.name} in {path.parent / _location(tensor)}, which does not exist")
+    require(model, path)
     try:
         external_data_helper.load_external_data_for_model(model, str(path.parent))
     except Exception as error:
         raise InputError(f"{path}: the external data cannot be read: {error}") from error
     return model
-
-
-def _elsewhere(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """The tensors of the main graph that are in other files."""
-    attributes = (a.t for n in model.graph.node for a in n.attribute if a.HasField("t"))
-    return [t for t in (*model.graph.initializer, *attributes) if external_data_helper.uses_external_data(t)]
-
-
-def _location(tensor: onnx.TensorProto) -> str:
-    return next((e.value for e in tensor.external_data if e.key == "location"), "")
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,6 +94,4 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _name(node: NodeProto | str) -> str:
-    if isinstance(node, str):
-        return node
-    return node.name or next((o for o in node.output if o), node.op_type)
+    return node if isinstance(node, str) else called(node)

@@ -44,11 +44,12 @@ class Index:
         self._values: dict[str, np.ndarray | None] = {}
         self._dqs: dict[str, NodeProto | None] = {}
         for node in self.graph.node:
-            for name in dict.fromkeys(node.input):
+            read = [*node.input, *captured(node)]
+            for name in dict.fromkeys(read):
                 self.users[name].append(node)
             for name in node.output:
                 self.made[name] = node
-            given = [i for i in node.input if i]
+            given = [i for i in read if i]
             if node.op_type == "Constant" or (given and self.fixed.issuperset(given)):
                 self.fixed.update(node.output)
             if node.op_type == "Constant" and node.output:
@@ -79,8 +80,7 @@ class Index:
                 tensor = info.type.tensor_type
                 self.types[info.name] = tensor.elem_type
                 if tensor.HasField("shape"):
-                    dims = tensor.shape.dim
-                    self.shapes[info.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+                    self.shapes[info.name] = known(tensor.shape)
         for name, t in self.tensors.items():
             self.types[name], self.shapes[name] = t.data_type, tuple(t.dims)
 
@@ -181,8 +181,44 @@ def out(node: NodeProto) -> str:
     return node.output[0] if node.output else ""
 
 
+def called(node: NodeProto) -> str:
+    """The node's name, or else what it makes or is."""
+    return node.name or out(node) or node.op_type
+
+
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """A whole number, or a list of them where `default` is a sequence. Raises ValueError naming the node for others."""
     for a in node.attribute:
         if a.name == name:
-            return onnx.helper.get_attribute_value(a)
+            value = onnx.helper.get_attribute_value(a)
+            whole = [value] if isinstance(default, int) else value
+            if not isinstance(whole, list) or not all(isinstance(v, int) for v in whole):
+                wanted = "a whole number" if isinstance(default, int) else "a list of whole numbers"
+                raise ValueError(f"{name} of {called(node)} ({node.op_type}) is {value!r}, not {wanted}")
+            return value
     return default
+
+
+def known(shape: onnx.TensorShapeProto) -> tuple[int | None, ...]:
+    """The dimensions; None is one that the file leaves open, be it by a name, by nothing or by -1."""
+    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in shape.dim)
+
+
+def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
+    """The branches of an If, the body of a Loop or Scan."""
+    for a in node.attribute:
+        if a.HasField("g"):
+            yield a.g
+        yield from a.graphs
+
+
+def captured(node: NodeProto) -> list[str]:
+    """The tensors around a node that its subgraphs read."""
+    found: set[str] = set()
+    for graph in subgraphs(node):
+        inside = (
+            {i.name for i in graph.input} | {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
+        )
+        read = {i for n in graph.node for i in (*n.input, *captured(n))} | {o.name for o in graph.output}
+        found |= read - inside - {""}
+    return sorted(found)

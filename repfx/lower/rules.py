@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from repfx.lower.onnx_index import DQ, Index, Layer, Q, arg, attribute
+from repfx.lower.onnx_index import DQ, Index, Layer, Q, arg, attribute, subgraphs
 
 
 class Hit(NamedTuple):
@@ -78,8 +78,20 @@ def _per_channel(index: Index, node: NodeProto) -> bool:
 def nothing_quantized(index: Index) -> Iterator[Hit]:
     """The graph holds at least one QuantizeLinear, or integer constants with DequantizeLinear."""
     constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
-    if not index.quantizes and not any(constant):
-        yield Hit(index.graph.name or "graph", "holds no Q/DQ: an engine of it is not INT8")
+    if index.quantizes or any(constant):
+        return
+    where = index.graph.name or "graph"
+    holders = dict.fromkeys(n.op_type for n in index.graph.node if _quantized_inside(n))
+    if holders:
+        message = f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so nothing was checked"
+        yield Hit(where, message, cure="export without control flow, or check each branch as a file of its own")
+    else:
+        yield Hit(where, "holds no Q/DQ: an engine of it is not INT8")
+
+
+def _quantized_inside(node: NodeProto) -> bool:
+    inner = [n for graph in subgraphs(node) for n in graph.node]
+    return any(n.op_type in (Q, DQ) or _quantized_inside(n) for n in inner)
 
 
 @rule("Q01", "E", "quantize symmetrically: TensorRT has no zero points")
@@ -140,9 +152,12 @@ def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[H
     if scale.ndim == 0 or index.opset < 13:  # without the axis attribute: Q07
         return
     shape, axis = index.shape(arg(node, 0)), attribute(node, "axis", 1)
-    length = shape[axis] if shape and -len(shape) <= axis < len(shape) else None
+    outside = shape is not None and not -len(shape) <= axis < len(shape)
+    length = shape[axis] if shape and not outside else None
     if scale.ndim > 1:
         yield Hit(node, f"scale has shape {scale.shape}")
+    elif outside and scale.size != 1:
+        yield Hit(node, f"{scale.size} scales for axis {axis} of a tensor of shape {shape}")
     elif scale.size == 1 and length != 1:
         yield Hit(node, "scale has shape (1,), which breaks some fusions", "W", "write it as a scalar")
     elif length is not None and scale.size != length:
@@ -178,7 +193,7 @@ def weight_axes(index: Index) -> Iterator[Hit]:
 def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
     """The quantization axis as the layer sees it, after transpositions; None where it cannot be followed."""
     shape = index.shape(arg(dq, 0))
-    if shape is None:
+    if not shape:
         return None
     axis = attribute(dq, "axis", 1) % len(shape)
     path: list[NodeProto] = []

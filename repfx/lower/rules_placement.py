@@ -18,6 +18,7 @@ _ACTIVATIONS = frozenset(
     }
 )
 _CONVS = frozenset({"Conv", "ConvTranspose"})
+_LINEAR = IDENTITY | {"BatchNormalization"}  # what folds into the layer before it
 
 
 def _quantized(index: Index, layer: Layer) -> bool:
@@ -30,11 +31,10 @@ def _to_q(index: Index, name: str) -> bool:
 
 def _conv_of(index: Index, name: str) -> NodeProto | None:
     """The quantized convolution that makes a tensor for one reader, itself or its BatchNormalization."""
-    linear = IDENTITY | {"BatchNormalization"}
-    node = index.maker(name, linear)
+    node = index.maker(name, _LINEAR)
     if node is None or node.op_type not in _CONVS or index.dq(arg(node, 0)) is None:
         return None
-    return node if len([*index.readers(out(node), linear)]) == 1 else None
+    return node if len([*index.readers(out(node), _LINEAR)]) == 1 else None
 
 
 @rule("Q10", "E", "put Q/DQ on both the activation and the weight, or on neither")
@@ -51,7 +51,7 @@ def both_or_neither(index: Index) -> Iterator[Hit]:
 def nothing_after_conv(index: Index) -> Iterator[Hit]:
     """No Q/DQ between a layer with a weight and its batch norm, activation or bias."""
     for q in index.quantizes:
-        made = index.maker(arg(q, 0))
+        made = index.maker(arg(q, 0), _LINEAR)
         if made is None or made.op_type not in WEIGHTED:
             continue
         for dq in index.readers(out(q)):
@@ -177,7 +177,7 @@ def _spatial_mean(index: Index, node: NodeProto) -> bool:
     """Whether it is a ReduceMean over every dimension but the first two."""
     if node.op_type != "ReduceMean":
         return False
-    given = index.value(arg(node, 1)) if arg(node, 1) else attribute(node, "axes", None)
+    given = index.value(arg(node, 1)) if arg(node, 1) else attribute(node, "axes", ())
     if given is None:
         return False
     axes, shape = {int(a) for a in np.ravel(given)}, index.shape(arg(node, 0))

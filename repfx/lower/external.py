@@ -1,0 +1,25 @@
+"""Weights that an ONNX file keeps in other files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import external_data_helper
+
+from repfx.errors import InputError
+
+
+def elsewhere(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    """The tensors that are in other files, with the file: of initializers, Constant nodes, subgraphs and functions."""
+    kept = (t for t in external_data_helper._get_all_tensors(model) if external_data_helper.uses_external_data(t))
+    return [(t.name, next((e.value for e in t.external_data if e.key == "location"), "")) for t in kept]
+
+
+def require(model: onnx.ModelProto, path: Path) -> None:
+    """Raises InputError where a file that the ONNX file at `path` keeps weights in is not there."""
+    for tensor, location in elsewhere(model):
+        if not (path.parent / location).is_file():
+            raise InputError(
+                f"{path} keeps {tensor or 'a constant'} in {location or 'a file without a name'}, which is not beside it"
+            )
