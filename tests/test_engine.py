@@ -32,10 +32,10 @@ _SPEC.loader.exec_module(fake_tensorrt)
 VERSIONS = ["10.13", "11.4"]
 
 
-def write(path: Path, *shape: int | str) -> Path:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+def write(path: Path, *shape: int | str, name: str = "x") -> Path:
+    x = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    graph = helper.make_graph([helper.make_node("Relu", [name], ["y"])], "g", [x], [y])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
     return path
 
@@ -182,6 +182,33 @@ def test_missing_external_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "n.data").unlink()
     with pytest.raises(InputError, match=r"n\.data, which is not beside it"):
         trtexec(tmp_path / "n.onnx", "e")
+    constant = helper.make_node("Constant", [], ["w"], value=model.graph.initializer.pop())
+    model.graph.node.insert(0, constant)
+    onnx.save(model, tmp_path / "c.onnx")
+    with pytest.raises(InputError, match=r"keeps w in n\.data, which is not beside it"):
+        trtexec(tmp_path / "c.onnx", "e")
+
+
+def test_no_file_of_a_build_is_written_over_another(fake: Any, file: Path, tmp_path: Path) -> None:
+    model = onnx.load(file)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "w"))
+    onnx.save(model, file, save_as_external_data=True, location="net.data", size_threshold=0)
+    (tmp_path / "link").symlink_to(file)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    goal = tmp_path / "net.engine"
+    pairs = (
+        *(
+            (path, None)
+            for path in (file, tmp_path / "link", tmp_path / "net.data", f"{tmp_path}/../{tmp_path.name}/net.onnx")
+        ),
+        *((goal, path) for path in (goal, f"{goal}.json", file, tmp_path / "net.data")),
+    )
+    for engine_path, cache in pairs:
+        with pytest.raises(InputError, match="is named twice"):
+            build(file, engine_path, timing_cache=cache)
+        with pytest.raises(InputError, match="is named twice"):
+            trtexec(file, engine_path, timing_cache=cache)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before and fake.calls == []
 
 
 def test_without_tensorrt_or_a_gpu_the_line_is_given(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +245,19 @@ def test_the_trtexec_line(tmp_path: Path) -> None:
         "--stronglyTyped",
         "--profilingVerbosity=detailed",
     ]
+
+
+def test_trtexec_is_told_which_colon_ends_a_name(tmp_path: Path) -> None:
+    line = trtexec(write(tmp_path / "n.onnx", "batch", 3, 8, 8, name="x:0"), "e", Profile(1, 2, 4))
+    assert "--minShapes='x:0':1x3x8x8" in shlex.split(line)
+
+
+def test_a_dimension_of_minus_one_is_dynamic(fake: Any, tmp_path: Path) -> None:
+    assert "--maxShapes=x:32x3x8x8" in trtexec(write(tmp_path / "n.onnx", -1, 3, 8, 8), "e")
+    build(tmp_path / "n.onnx", tmp_path / "n.engine")
+    assert fake.asked("set_shape") == [("x", (1, 3, 8, 8), (8, 3, 8, 8), (32, 3, 8, 8))]
+    with pytest.raises(InputError, match=r"dimension 2 .* is dynamic"):
+        trtexec(write(tmp_path / "n.onnx", "batch", 3, -1, 8), "e")
 
 
 class _Event:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from repfx.errors import CheckError, InputError
 from repfx.graph.store import write_whole
 from repfx.lower.bindings import Place, joined, log_of, present, watched
 from repfx.lower.engine_run import latency, run
+from repfx.lower.external import elsewhere, require
 from repfx.lower.inspector import count_layers
+from repfx.lower.onnx_index import known
 
 __all__ = ["Engine", "Profile", "build", "latency", "run", "trtexec"]
 SHOWN = 10
@@ -74,7 +77,7 @@ def build(
     Ctrl-C. No engine file is left then.
     """
     profile = profile or Profile()
-    goal, beside = Path(engine_path), Path(f"{os.fspath(engine_path)}.json")
+    goal, beside = Path(engine_path), _metadata(engine_path)
     line = trtexec(onnx_path, engine_path, profile, workspace_gib, timing_cache, hardware_compatible=hardware_compatible)
     for path in (goal, beside, timing_cache):
         _check_place(path)
@@ -86,7 +89,7 @@ def build(
     builder = trt.Builder(log)
     network, parser = _parse(trt, builder, log, onnx_path)
     config = _config(trt, builder, workspace_gib, hardware_compatible)
-    _add_profile(builder, config, _inputs(onnx_path), profile)
+    _add_profile(builder, config, _inputs(_read(onnx_path)), profile)
     # the cache must outlive the build
     cache = None if timing_cache is None else _load_cache(config, Path(timing_cache))
     with watched(trt, progress) as monitor:
@@ -135,12 +138,15 @@ def trtexec(
     profile = profile or Profile()
     if not (math.isfinite(workspace_gib) and workspace_gib * 1024 >= 1):
         raise InputError(f"the workspace is at least 1 MiB; workspace_gib is {workspace_gib}")
+    model = _read(onnx_path)
+    read = [onnx_path, *(Path(onnx_path).parent / location for _, location in elsewhere(model))]
+    _check_apart(read, engine_path, _metadata(engine_path), timing_cache)
     words = ["trtexec", f"--onnx={os.fspath(onnx_path)}", f"--saveEngine={os.fspath(engine_path)}"]
-    dynamic = {name: shape for name, shape in _inputs(onnx_path).items() if None in shape}
+    dynamic = {name: shape for name, shape in _inputs(model).items() if None in shape}
     if dynamic:
         for size in ("min", "opt", "max"):
             full = {n: "x".join(map(str, _filled(s, getattr(profile, size)))) for n, s in dynamic.items()}
-            words.append(f"--{size}Shapes=" + ",".join(f"{n}:{s}" for n, s in full.items()))
+            words.append(f"--{size}Shapes=" + ",".join(f"{_quoted(n)}:{s}" for n, s in full.items()))
     # trtexec 10 reads the last letter alone (B, K, M, G): "MiB" would be bytes
     words.append(f"--memPoolSize=workspace:{int(workspace_gib * 1024)}M")
     if timing_cache is not None:
@@ -151,36 +157,53 @@ def trtexec(
     return shlex.join([*words, "--stronglyTyped", "--profilingVerbosity=detailed"])
 
 
-def _inputs(onnx_path: Place) -> dict[str, tuple[int | None, ...]]:
+def _quoted(name: str) -> str:
+    """As trtexec reads names that may hold a colon: 'x:0' in quotes, which are part of the word."""
+    return name if re.fullmatch(r"[\w./-]+", name) else f"'{name}'"
+
+
+def _inputs(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """The inputs of the file by name; None is the batch dimension where it is dynamic."""
-    try:
-        graph = onnx.load(os.fspath(onnx_path), load_external_data=False).graph
-    except Exception as error:
-        raise InputError(f"{onnx_path} is no ONNX file: {str(error).strip() or type(error)}") from error
-    _check_external(graph, Path(onnx_path))
-    constants = {t.name for t in graph.initializer}
+    constants = {t.name for t in model.graph.initializer}
     out: dict[str, tuple[int | None, ...]] = {}
-    for info in graph.input:
+    for info in model.graph.input:
         if info.name in constants:
             continue
         if not info.type.tensor_type.HasField("shape"):
-            raise InputError(f"input {info.name} of {onnx_path} has no shape")
-        dims = info.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if axis > 0 and not dim.HasField("dim_value"):
+            raise InputError(f"input {info.name} of the file has no shape")
+        out[info.name] = known(info.type.tensor_type.shape)
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if axis > 0 and out[info.name][axis] is None:
                 raise InputError(
                     f"dimension {axis} ({dim.dim_param or 'unnamed'}) of input {info.name} is dynamic; only the batch, "
                     "dimension 0, may be: export the model at one size"
                 )
-        out[info.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
     return out
 
 
-def _check_external(graph: onnx.GraphProto, path: Path) -> None:
-    for tensor in graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (path.parent / entry.value).is_file():
-                raise InputError(f"the weights of {path} are in {entry.value}, which is not beside it")
+def _read(onnx_path: Place) -> onnx.ModelProto:
+    """The file without weights that it keeps elsewhere; they are there."""
+    try:
+        model = onnx.load(os.fspath(onnx_path), load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{onnx_path} is no ONNX file: {str(error).strip() or type(error)}") from error
+    require(model, Path(onnx_path))
+    return model
+
+
+def _check_apart(read: list[Place], *written: Place | None) -> None:
+    """No file of a build is written over another."""
+    taken = {os.path.realpath(file) for file in read}
+    for file in written:
+        if file is None:
+            continue
+        if (real := os.path.realpath(file)) in taken:
+            raise InputError(f"{file} is named twice: the ONNX file, engine, its .json and timing cache are files apart")
+        taken.add(real)
+
+
+def _metadata(engine_path: Place) -> Path:
+    return Path(f"{os.fspath(engine_path)}.json")
 
 
 def _filled(shape: tuple[int | None, ...], batch: int) -> tuple[int, ...]:
