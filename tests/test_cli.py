@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.cli.inputs import real_input
+from repfx.cli.options import named, whole
 
 FACTORY = """
 import torch
@@ -134,6 +137,42 @@ BAD = {
     "a factory of something else": (["inspect", "mynet:nothing"], 2, "not an nn.Module"),
     "not calibrated": (["lower", "int8raw.pt", "--onnx", "-o", "x.onnx", "--shape", "3,16,16"], 2, "not calibrated"),
     "lower to what": (["lower", "net.pt", "-o", "x.onnx"], 2, "--onnx"),
+    "an array of another shape": (
+        ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "3,32,64", "--data", "data.npy"],
+        2,
+        "--shape is 3,32,64, and an input in data.npy is 3,16,16",
+    ),
+    "pictures of one channel": (
+        ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "1,8,8", "--data", "."],
+        2,
+        "--shape is 3,HEIGHT,WIDTH, not 1,8,8",
+    ),
+    "a shape that is not numbers": (
+        ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "3,nan,32"],
+        2,
+        "--shape is whole numbers from 1, separated by commas, not '3,nan,32'",
+    ),
+    "a shape beyond memory": (
+        ["bench", "net.pt", "--shape", "3,1000000000,1000000000"],
+        2,
+        "memory does not hold inputs of --shape 3,1000000000,1000000000",
+    ),
+    "two batches": (
+        ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--batches", "1,8"],
+        2,
+        "--batches is 3 whole numbers from 1, separated by commas, not '1,8'",
+    ),
+    "a folder for a file": (["lower", "net.pt", "--onnx", "-o", "."], 2, "-o names a file to write; . is a folder"),
+    "means that are not numbers": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--mean", "0,nan,0"],
+        2,
+        "--mean is numbers separated by commas, not '0,nan,0'",
+    ),
+    "bench of a quantized model": (
+        ["bench", "int8raw.pt", "--shape", "3,16,16"],
+        2,
+        "bench wants the float model: it quantizes a copy",
+    ),
     "usage": (["inspect"], 2, "Missing argument"),
     "unknown command": (["inspekt"], 2, "No such command"),
 }
@@ -141,13 +180,97 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str, folder: Path) -> None:
-    if name == "not calibrated":
+    if "int8raw.pt" in BAD[name][0]:
         repfx.save(repfx.transform(repfx.load(folder / "net.pt"), ["ptq"]), folder / "int8raw.pt")
     args, code, text = BAD[name]
     done = run(folder, *args)
     assert done.returncode == code, done.stderr
     assert text in done.stderr and "Traceback" not in done.stderr
     assert not list(folder.glob("x.*")) and not list(folder.glob(".x.*"))
+
+
+@pytest.mark.parametrize("text", ["nan,3,3", "inf,3", "-3,32", "0", "3,32.7", "3,1e9", "", "1,,2", "3,x", f"{2**31}"])
+def test_a_shape_is_whole_numbers_from_one(text: str) -> None:
+    with pytest.raises(repfx.InputError, match="--shape is whole numbers from 1"):
+        whole("shape", text)
+    assert whole("shape", "3, 32") == (3, 32)
+
+
+@pytest.mark.parametrize("text", ["1,8", "1,8,32,64", "1,nan,8", "1,2.5,8"])
+def test_batches_are_three(text: str) -> None:
+    with pytest.raises(repfx.InputError, match="--batches is 3 whole numbers from 1"):
+        whole("batches", text, 3)
+
+
+def test_only_a_known_suffix_is_replaced(tmp_path: Path) -> None:
+    files = {
+        name: named(tmp_path / name, ".onnx").name
+        for name in ("net.onnx", "net.plan", "net.xml", "net.v2", "net", "n.1.trt")
+    }
+    assert list(files.values()) == ["net.onnx", "net.onnx", "net.onnx", "net.v2.onnx", "net.onnx", "n.1.onnx"]
+    engines = [named(tmp_path / name, ".engine", ".plan").name for name in ("net.onnx", "net.plan", "net.v2")]
+    assert engines == ["net.engine", "net.plan", "net.v2.engine"]
+    for folder in (tmp_path, Path(".")):
+        with pytest.raises(repfx.InputError, match="is a folder"):
+            named(folder, ".onnx")
+
+
+def test_names_with_dots_and_brackets(folder: Path) -> None:
+    """A version is not cut off, and brackets are no markup."""
+    (folder / "m[v2].d").mkdir()
+    (folder / "m[v2].d" / "net.onnx").write_bytes(b"another model")
+    done = run(folder, "lower", "net.pt", "--onnx", "--shape", "3,16,16", "-o", "m[v2].d/net.v2:smile:")
+    assert done.returncode == 0, done.stderr
+    assert "wrote m[v2].d/net.v2:smile:.onnx (" in done.stdout
+    assert (folder / "m[v2].d" / "net.onnx").read_bytes() == b"another model"
+    done = run(folder, "transform", "net.pt", "-o", "m[v2].d/net.pt")
+    assert done.returncode == 0 and "wrote m[v2].d/net.pt" in done.stdout
+
+
+def shape_of(file: Path) -> tuple[int, ...]:
+    """Of the file's input, without the batch."""
+    (info,) = onnx.load(file).graph.input
+    return tuple(d.dim_value for d in info.type.tensor_type.shape.dim[1:])
+
+
+def test_the_file_has_the_size_that_was_asked_for(folder: Path) -> None:
+    from PIL import Image
+
+    (folder / "wide").mkdir()
+    for i, size in enumerate([(20, 30), (40, 24), (16, 90)]):
+        Image.fromarray(np.full((*size, 3), 100 + i, dtype=np.uint8)).save(folder / "wide" / f"{i}.png")
+    done = run(folder, "lower", "net.pt", "--onnx", "--shape", "3,32,64", "--data", "wide", "-o", "wide.onnx")
+    assert done.returncode == 0 and shape_of(folder / "wide.onnx") == (3, 32, 64), done.stderr
+    assert real_input(folder / "wide", "3,64,32").shape == (3, 3, 64, 32)
+    assert real_input(folder / "data.npy", "3,16,16").shape == real_input(folder / "data.npy", None).shape == (8, 3, 16, 16)
+
+
+def test_openvino_is_the_target_and_is_compared(folder: Path) -> None:
+    """Of a float16 file too; what is quantized for OpenVINO needs no --target beside --openvino."""
+    x = torch.from_numpy(np.load(folder / "data.npy"))
+    net = repfx.transform(repfx.load(folder / "net.pt"), ["ptq"], target="openvino")
+    repfx.save(repfx.calibrate(net, [x]), folder / "ov.pt")
+    done = run(folder, "lower", "ov.pt", "--onnx", "--openvino", "--shape", "3,16,16", "-o", "ov.onnx")
+    assert done.returncode == 0 and "OpenVINO against torch: " in done.stdout, done.stderr
+    done = run(folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.xml")
+    assert done.returncode == 0 and (folder / "half.xml").exists(), done.stderr
+    assert "OpenVINO in float32 against torch: " in done.stdout
+
+
+def test_an_exported_program_is_lowered(folder: Path) -> None:
+    net = repfx.load(folder / "net.pt").eval()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 16, 16),)), folder / "net.pt2")
+    done = run(folder, "lower", "net.pt2", "--onnx", "--shape", "3,16,16", "-o", "exported.onnx")
+    assert done.returncode == 0 and shape_of(folder / "exported.onnx") == (3, 16, 16), done.stderr
+
+
+def test_a_malformed_file_is_named(folder: Path) -> None:
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="conv", group=1.5)
+    infos = [onnx.helper.make_empty_tensor_value_info(n) for n in "xy"]
+    w = onnx.numpy_helper.from_array(np.ones((8, 3, 1, 1), np.float32), "w")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", infos[:1], infos[1:], [w])), folder / "odd.onnx")
+    done = run(folder, "lint", "odd.onnx")
+    assert done.returncode == 2 and "odd.onnx is malformed" in done.stderr and "group of conv (Conv) is 1.5" in done.stderr
 
 
 def test_debug_shows_where(folder: Path) -> None:

@@ -89,7 +89,7 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     (found,) = api.report(model, pages, data=batches, titles=["digits"], target=TARGET)
     for warning in found.warnings[:3]:
         console.print(f"warning: {warning.layer} {warning.what} ({warning.cure})", markup=False)
-    console.print(f"files are in {folder}, what was done and what it costs in {pages}")
+    console.print(f"files are in {folder}, what was done and what it costs in {pages}", markup=False)
     return rows
 
 

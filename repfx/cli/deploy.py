@@ -8,20 +8,25 @@ from typing import Annotated
 import torch
 import typer
 from onnx import load
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from repfx import api
+from repfx.cli.inputs import USUAL, random_input, real_input
 from repfx.cli.models import load_model
-from repfx.cli.options import Model, Output, Trust, Weights, app, err, numbers, out
+from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
 from repfx.errors import CheckError, InputError
 from repfx.graph.store import write_whole
+from repfx.lower import half
 from repfx.lower.engine import Profile, build
 from repfx.lower.parity import compare
 from repfx.lower.runtimes import installed, write_ir
 from repfx.lower.timing import bench as measure
 from repfx.quant import FakeQuant
-from repfx.tune.data import Images
+
+SHAPE = "Shape of one input without the batch, such as 3,32,32"
 
 
 @app.command()
@@ -31,7 +36,7 @@ def lower(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
     trt: Annotated[bool, typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed.")] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")] = False,
-    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
+    shape: Annotated[str | None, typer.Option(help=f"{SHAPE}; {USUAL} or the array's by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")] = None,
     batches: Annotated[str, typer.Option(help="--trt: smallest, usual and largest batch.")] = "1,8,32",
     workspace: Annotated[float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")] = 4.0,
@@ -45,48 +50,54 @@ def lower(
     """Lower a model to ONNX, compare the file with the model in a runtime, and build what that runtime deploys."""
     if not (onnx or trt or openvino):
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
-    dims = tuple(int(v) for v in numbers("shape", shape))
-    if data is not None:
-        example = next(iter(Images(data, size=dims[-1]).batches(8)))
-    else:
-        example = torch.randn(2, *dims, generator=torch.Generator().manual_seed(0))
+    file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
+    example = random_input(USUAL if shape is None else shape, 2) if data is None else real_input(data, shape)
     net = load_model(model, weights, trust_pickle)
-    if trt and not any(isinstance(m, FakeQuant) for m in net.modules()):
+    if not isinstance(net, nn.Module):
+        net = api.transform(net, [], example=example)
+    if trt and not _quantized(net):
         raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
-    target = target or ("openvino" if openvino and not (onnx or trt) else "tensorrt")
-    file = output.with_suffix(".onnx")
+    # TensorRT cannot run what is written for OpenVINO, which runs what is written for TensorRT
+    target = target or ("openvino" if openvino and not trt else "tensorrt")
     artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16)
-    out.print(f"ONNX Runtime against torch: {artifact.parity}")
-    out.print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
+    say(f"ONNX Runtime against torch: {artifact.parity}")
+    say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     for finding in api.lint(file) if target == "tensorrt" else []:
-        out.print(str(finding), markup=False, highlight=False)
-    if openvino and not float16:
-        there = compare(net, load(file), (example,), "openvino")
-        out.print(f"OpenVINO against torch: {there}")
+        say(finding)
+    if openvino:
+        # OpenVINO computes a float16 file in float32: its constants are rounded, what its operators give is not
+        reference = half.constants(net) if float16 else net
+        there = compare(reference, load(file), (example,), "openvino", float16)
+        say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
         if not there.agrees:
             raise CheckError(f"OpenVINO does not compute what {file} says")
     if openvino and output.suffix == ".xml":
         write_ir(file, output)
-        out.print(f"wrote {output}")
+        say(f"wrote {output}")
     if trt:
-        low, usual, high = (int(v) for v in (*numbers("batches", batches), 0, 0, 0)[:3])
         built = build(
             file,
-            output.with_suffix(".engine"),
-            profile=Profile(low, usual, high),
+            named(output, ".engine", ".plan", ".trt"),
+            profile=profile,
             workspace_gib=workspace,
             timing_cache=timing_cache,
             progress=err.is_terminal,
         )
         layers = ", ".join(f"{n} {name}" for name, n in sorted(built.layers.items()))
-        out.print(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
+        say(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
+
+
+def _quantized(net: object) -> bool:
+    return isinstance(net, nn.Module) and any(isinstance(m, FakeQuant) for m in net.modules())
 
 
 @app.command()
 def lint(file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")]) -> None:
     """Check an ONNX file for what keeps TensorRT from running it in INT8. Exit code 1 where the build would fail."""
     found = api.lint(file)
-    table = Table("rule", "", "where", "what", "cure", title=f"{len(found)} findings in {file.name}", title_justify="left")
+    table = Table(
+        "rule", "", "where", "what", "cure", title=f"{len(found)} findings in {escape(file.name)}", title_justify="left"
+    )
     for f in found:
         table.add_row(f.rule, f.severity, *(Text(t) for t in (f.node, f.message, f.cure)))
     out.print(table if found else "nothing to complain of")
@@ -97,7 +108,7 @@ def lint(file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody
 @app.command()
 def bench(
     model: Model,
-    shape: Annotated[str, typer.Option(help="Shape of one input without the batch, such as 3,224,224.")] = "3,224,224",
+    shape: Annotated[str, typer.Option(help=f"{SHAPE}.")] = USUAL,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a run.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each form.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads a runtime may use; all by default.")] = None,
@@ -106,9 +117,10 @@ def bench(
     trust_pickle: Trust = False,
 ) -> None:
     """Time a float model as written, merged, and INT8 in every runtime installed, on random pictures."""
+    x = random_input(shape, batch)
     net = load_model(model, weights, trust_pickle)
-    dims = tuple(int(v) for v in numbers("shape", shape))
-    x = torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0))
+    if _quantized(net):
+        raise InputError("bench wants the float model: it quantizes a copy for each runtime itself")
     if threads:
         torch.set_num_threads(threads)
     merged = api.transform(net, ["fuse"], example=x)

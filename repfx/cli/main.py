@@ -10,13 +10,14 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from repfx import api
 from repfx.cli import deploy, pages
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
-from repfx.cli.options import Data, Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, split
+from repfx.cli.options import Data, Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, say, split
 from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
@@ -45,7 +46,7 @@ def transform(
     result = api.transform(load_model(model, weights, trust_pickle), split(passes), target=target)
     api.save(result, output)
     _print_report(result.meta["repfx"])
-    out.print(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -82,7 +83,7 @@ def quantize(
     if keep:
         result = api.calibrate(api.transform(loaded, [ptq], target=target), batches, method=ranges)
         worst = api.sensitivity(result, islice(batches, 4), progress=err.is_terminal).worst(keep)
-        out.print(f"kept wide: {', '.join(worst)}")
+        say(f"kept wide: {', '.join(worst)}")
         ptq = replace(ptq, wide=worst, wide_bits=8 if bits < 8 else 32)
     result = api.transform(loaded, [ptq, "qprep"] if learn else [ptq], target=target)
     report = result.meta["repfx"]
@@ -97,7 +98,7 @@ def quantize(
     api.save(result, output)
     _print_report(report)
     out.print(f"SQNR against the float model on the first batch: {off.sqnr:.1f} dB")
-    out.print(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -133,7 +134,7 @@ def train(
     pictures, valid = data_of(goal, data, size=size, skip_broken=skip_broken)
     for part in (pictures, getattr(valid, "dataset", valid)):
         for name in getattr(part, "broken", ()):
-            out.print(f"left out: {name} is not a readable picture", markup=False, highlight=False)
+            say(f"left out: {name} is not a readable picture")
     history = api.fit(
         net,
         goal,
@@ -150,7 +151,7 @@ def train(
     )
     api.save(net.eval(), output)
     out.print(history)
-    out.print(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -200,10 +201,10 @@ def _print_report(report: Report) -> None:
     for m in report.merged:
         change = f"{m.macs_before:,.0f} → {m.macs_after:,.0f}"
         params = f"{m.params_before:,} → {m.params_after:,}"
-        table.add_row(m.into, f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
+        table.add_row(escape(m.into), f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
     out.print(table) if report.merged else out.print("nothing to merge")
     for d in report.declined:
-        out.print(f"left alone: {d}", markup=False, highlight=False)
+        say(f"left alone: {d}")
 
 
 __all__ = ["app", "deploy", "main", "pages"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from repfx.errors import InputError
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
 )
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)
+LOWERED = (".onnx", ".engine", ".plan", ".trt", ".xml")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")]
 Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
@@ -38,6 +40,45 @@ def split(passes: str) -> list[str]:
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(v) for v in text.split(","))
+        found = tuple(float(v) for v in text.split(","))
     except ValueError:
-        raise InputError(f"--{name} is numbers separated by commas, not {text!r}") from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"--{name} is numbers separated by commas, not {text!r}")
+    return found
+
+
+def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
+    """As many whole numbers from 1 as `count` says, any number of them where it is None.
+
+    >>> whole("batches", "1,8,32", 3)
+    (1, 8, 32)
+    """
+    try:
+        found = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < v < 2**31 for v in found) or count not in (None, len(found)):
+        many = "" if count is None else f"{count} "
+        raise InputError(f"--{name} is {many}whole numbers from 1, separated by commas, not {text!r}")
+    return found
+
+
+def named(output: Path, *suffixes: str) -> Path:
+    """The output with one of the suffixes: as it is where it has one, the first in place of another file kind's, or after
+    the name. A dot in a name is not a suffix.
+
+    >>> [named(Path(name), ".onnx").name for name in ("net.ONNX", "net.engine", "net.v2")]
+    ['net.ONNX', 'net.onnx', 'net.v2.onnx']
+    """
+    if output.is_dir() or not output.name:
+        raise InputError(f"-o names a file to write; {output} is a folder")
+    if output.suffix.lower() in suffixes:
+        return output
+    name = output.stem if output.suffix.lower() in LOWERED else output.name
+    return output.with_name(name + suffixes[0])
+
+
+def say(text: object) -> None:
+    """Prints a line as it is: a path or a layer may hold [brackets], which rich would take for a style."""
+    out.print(str(text), markup=False, highlight=False)

@@ -1,0 +1,54 @@
+"""An input to try a model on: random numbers of --shape, or the first of --data at that size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repfx.cli.options import whole
+from repfx.errors import InputError
+from repfx.tune.data import Images
+
+USUAL = "3,224,224"
+
+
+def random_input(shape: str, batch: int) -> Tensor:
+    """(batch, *shape), the same at each call. Raises InputError where shape is no shape or memory does not hold it."""
+    dims = whole("shape", shape)
+    try:
+        return torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        raise _too_large(shape, error) from error
+
+
+def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
+    """(N, *shape) with N up to `most`. Pictures are resized and their centre is cropped to the shape; an array is taken as
+    it is and without a shape decides it.
+
+    Raises InputError where the data cannot be read or does not have this shape.
+    """
+    array = data.suffix == ".npy"
+    if shape is None and not array:
+        shape = USUAL
+    dims = None if shape is None else whole("shape", shape)
+    if array or dims is None:
+        found = next(iter(Images(data).batches(most)))
+    elif len(dims) != 3 or dims[0] != 3:
+        raise InputError(f"{data} is pictures, so --shape is 3,HEIGHT,WIDTH, not {shape}")
+    else:
+        side = max(dims[1:])
+        try:
+            found = next(iter(Images(data, size=side).batches(most)))
+        except (MemoryError, OverflowError) as error:
+            raise _too_large(shape, error) from error
+        top, left = ((side - d) // 2 for d in dims[1:])
+        found = found[:, :, top : top + dims[1], left : left + dims[2]].contiguous()
+    if dims is not None and tuple(found.shape[1:]) != dims:
+        raise InputError(f"--shape is {shape}, and an input in {data} is {','.join(map(str, found.shape[1:]))}")
+    return found
+
+
+def _too_large(shape: str | None, error: BaseException) -> InputError:
+    return InputError(f"memory does not hold inputs of --shape {shape} ({str(error).strip() or type(error).__name__})")
