@@ -24,7 +24,7 @@ from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
-from repfx.rewrite.placement import before_pools, other_places
+from repfx.rewrite.placement import find_places, spell_out
 from repfx.rewrite.work import Work
 
 _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
@@ -59,6 +59,7 @@ class Ptq(Pass):
             raise unknown("method for weights", self.weights, _POWERS)
 
     def run(self, work: Work) -> Result:
+        spell_out(work.module, work.target)
         view = work.view()
         found = [(n, op) for n, op in view.ops.items() if isinstance(op, Map) and op.kind in ("conv", "linear")]
         # Read the graph in full before the first change: the view is a snapshot.
@@ -72,24 +73,27 @@ class Ptq(Pass):
         kept = wide if self.wide_bits == 32 else set()
         found = [(n, op) for n, op in found if n not in kept]
         layers = {n: op.x for n, op in found}
-        places = [*((n, x, n) for n, x in layers.items()), *other_places(view, layers, work.target)]
-        places = before_pools(view, places)
+        convolutions = {n for n, op in found if op.kind == "conv"}
+        places, origin = find_places(view, layers, convolutions, work.target)
         for _, x, n in places:
+            x = origin[x]
             bits[x] = max(bits.get(x, 2), self.wide_bits if n in wide else self.bits)
         readers: dict[fx.Node, list[fx.Node]] = {}  # of a node, its values to quantize
         for reader, value, _ in places:
             readers.setdefault(reader, []).append(value)
         grids = {x: work.target.activation(b, non_negative(view, x)) for x, b in bits.items()}
+        quants: dict[fx.Node, FakeQuant] = {}
         inputs: dict[fx.Node, fx.Node] = {}
         weights: dict[Any, fx.Node] = {}
         moved: dict[fx.Node, fx.Node] = {}
         for node in view.nodes:
             for value in dict.fromkeys(readers.get(node, ())):
-                plain = moved.get(value, value)
-                if plain not in inputs or view.writes.changed(value):
+                plain, source, changed = moved.get(value, value), origin[value], view.writes.changed(value)
+                if plain not in inputs or changed:
                     named = names.get(node) or (str(node.target) if node.op == "call_module" else node.name)
-                    quant = FakeQuant(grids[value])
-                    inputs[plain] = work.insert(node, plain, f"{named}.input_quant", quant)
+                    if source not in quants or changed:
+                        quants[source] = FakeQuant(grids[source])
+                    inputs[plain] = work.insert(node, plain, f"{named}.input_quant", quants[source])
                 if node not in layers:
                     node.replace_input_with(plain, inputs[plain])
             if node in layers:

@@ -31,7 +31,7 @@ from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
-from repfx.rewrite.placement import before_pools, other_places
+from repfx.rewrite.placement import find_places, spell_out
 from repfx.rewrite.program import program
 from repfx.rewrite.work import Names, Work
 
@@ -66,6 +66,8 @@ class RepQ(Pass):
             raise InputError("bits=32 trains in float: weights and activations alike")
 
     def run(self, work: Work) -> Result:
+        if self.bits != 32:
+            spell_out(work.module, work.target)
         merges, declined = _regions(work.view())
         _Rewrite(self, work, merges).all()
         return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))
@@ -83,13 +85,15 @@ class _Rewrite:
         self.bits: dict[fx.Node, int] = {}  # of a quantized value: the most that one of its readers wants
         if rules.bits != 32:
             inside = {n: m.region.sink for m in merges for n in m.region.removed}
-            others = [p for p in other_places(self.view, self.merges, work.target) if p[0] not in inside]
-            layers = [(sink, m.region.source, sink) for sink, m in self.merges.items()]
-            for reader, value, layer in before_pools(self.view, [*layers, *others], inside):
+            convolutions = {sink for sink, m in self.merges.items() if m.geometry.source_axis != -1}
+            layers = {sink: m.region.source for sink, m in self.merges.items()}
+            places, self.origin = find_places(self.view, layers, convolutions, work.target, inside)
+            for reader, value, layer in places:
                 self.readers.setdefault(reader, []).append(value)
-                wide = rules.ends if layer in self.ends else None
+                wide, value = rules.ends if layer in self.ends else None, self.origin[value]
                 self.bits[value] = max(self.bits.get(value, 2), wide or rules.bits)
-        self.signs = {value: non_negative(self.view, value) for value in self.bits}
+        self.grids = {value: work.target.activation(b, non_negative(self.view, value)) for value, b in self.bits.items()}
+        self.quants: dict[fx.Node, FakeQuant] = {}  # by where the integers are made
         self.moved: dict[fx.Node, fx.Node] = {}
         self.quantized: dict[fx.Node, fx.Node] = {}
         self.moments: dict[fx.Node, fx.Node] = {}
@@ -105,10 +109,12 @@ class _Rewrite:
 
     def quant(self, before: fx.Node, value: fx.Node, path: str) -> fx.Node:
         """The quantized value, one for all that read it."""
-        if value not in self.quantized or self.view.writes.changed(value):
-            quant = FakeQuant(self.work.target.activation(self.bits[value], self.signs[value]), learned=True)
-            source = self.moved.get(value, value)
-            self.quantized[value] = self.work.insert(before, source, f"{path}.input_quant", quant)
+        source, changed = self.origin[value], self.view.writes.changed(value)
+        if value not in self.quantized or changed:
+            if source not in self.quants or changed:
+                self.quants[source] = FakeQuant(self.grids[source], learned=True)
+            plain = self.moved.get(value, value)
+            self.quantized[value] = self.work.insert(before, plain, f"{path}.input_quant", self.quants[source])
         return self.quantized[value]
 
     def layer(self, merge: Merge) -> None:

@@ -247,3 +247,28 @@ def test_bad_models_are_refused() -> None:
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], target="tpu")
     with pytest.raises(repfx.InputError, match=r"nn\.Module"):
         repfx.transform("model.pt", ["fuse"])
+
+
+class Pieces(nn.Module):
+    """Iterates over what chunk and split give, as YOLO's blocks do."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.chunks = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        parts = list(y.chunk(self.chunks, 1))
+        parts.extend(2 * v for v in torch.split(y, [1, 3], dim=1))
+        first, *rest = y.split((2, 2), 1)
+        return torch.cat([*parts, *rest, first], 1)
+
+
+@pytest.mark.parametrize(("chunks", "traced"), [(2, True), (4, True), (3, False)])
+def test_pieces_are_iterated_over(chunks: int, traced: bool) -> None:
+    """Of 4 channels, chunk(3) gives 2 pieces: what was traced does not run, and the module stays as written."""
+    model, x = Pieces(chunks).eval(), torch.randn(2, 3, 5, 5)
+    merged = repfx.transform(model, ["fuse"], example=x)
+    assert isinstance(merged, fx.GraphModule) == traced
+    assert repfx.verify(model, merged, x).relative < 1e-6
+    assert any(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) != traced

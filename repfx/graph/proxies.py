@@ -6,11 +6,21 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 
 class Value(fx.Proxy):
-    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are."""
+    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are, and knows how many pieces a chunk
+    or a split has."""
+
+    def __iter__(self) -> Any:
+        count = _pieces(self.node)
+        return super().__iter__() if count is None else iter([self[i] for i in range(count)])
+
+    def __len__(self) -> int:
+        count = _pieces(self.node)
+        return super().__len__() if count is None else count
 
     def _in_place(self, f: Callable[..., Any], other: Any) -> Any:
         return self.tracer.create_proxy("call_function", f, (self, other), {})
@@ -29,6 +39,20 @@ class Value(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many values a chunk, or a split by sizes, gives; None for what else there is."""
+    asked = node.args[1] if len(node.args) > 1 else None
+    if node.target in (torch.chunk, "chunk"):
+        asked = node.kwargs.get("chunks", asked)
+        return asked if isinstance(asked, int) else None
+    if node.target in (torch.split, "split", "split_with_sizes"):
+        asked = next(
+            (node.kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in node.kwargs), asked
+        )
+        return len(asked) if isinstance(asked, (list, tuple)) else None
+    return None
 
 
 class ConstantProxy(Value):

@@ -31,6 +31,8 @@ def onnxruntime_session(model: Model, optimize: bool = True, threads: int | None
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow others' turns
+    # Else it rewrites int8 activations as uint8, and from opset 21 on fails where a Q/DQ pair was copied across a pool.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     given = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
@@ -46,7 +48,7 @@ def onnxruntime_session(model: Model, optimize: bool = True, threads: int | None
 
 def openvino_session(model: Model, optimize: bool = True, threads: int | None = None) -> Session:
     """In OpenVINO on the CPU, in float32 where the file is; its plugin always optimizes. Raises MissingPart without it."""
-    openvino = _openvino()
+    openvino = openvino_module()
     core = openvino.Core()
     given = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -70,7 +72,7 @@ def write_ir(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     goal = Path(path)
     if goal.suffix != ".xml":
         raise InputError(f"OpenVINO IR is an .xml file with its .bin beside it, not {path}")
-    openvino = _openvino()
+    openvino = openvino_module()
     part = goal.with_name(f".{goal.stem}.part.xml")
     try:
         openvino.save_model(openvino.Core().read_model(str(model)), str(part), compress_to_fp16=False)
@@ -98,7 +100,7 @@ def installed() -> list[str]:
     return [name for name in RUNTIMES if importlib.util.find_spec(name) is not None]
 
 
-def _openvino() -> Any:
+def openvino_module() -> Any:
     try:
         import openvino
     except ImportError as error:

@@ -12,14 +12,13 @@ from repfx.quant.grid import Grid
 class Target:
     """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want.
 
-    `sums`: what of a residual sum wants integers: "" nothing, "skip" what is added to a layer's own output, "all" that
-    output too. `averages`: whether the input of an average pool does.
+    `stretches`: whether its operators take integers to integers only, so that what convolutions give is to be rounded at
+    once, and sums, products and the like between them.
     """
 
     name: str
     unsigned_after_relu: bool
-    sums: str
-    averages: bool
+    stretches: bool
 
     def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
         return Grid(bits, axis=0 if per_channel else None)
@@ -31,9 +30,9 @@ class Target:
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", unsigned_after_relu=False, sums="skip", averages=True),
-    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, sums="all", averages=True),
-    "openvino": Target("openvino", unsigned_after_relu=True, sums="skip", averages=True),
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False, stretches=False),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, stretches=True),
+    "openvino": Target("openvino", unsigned_after_relu=True, stretches=False),
 }
 
 

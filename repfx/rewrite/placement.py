@@ -1,12 +1,18 @@
 """Where a runtime wants integers besides the inputs of layers, so that no stretch between two layers runs in float.
 
-conv + skip   ->   conv + Q(skip)       the convolution and the sum become one kernel
-mean(x)       ->   mean(Q(x))           an average pool between quantized layers
-Q(max(x))     ->   max(Q(x))            the same values, and the layer before the pool writes integers
+conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
+mean(x)        ->   mean(Q(x))             an average pool between quantized layers
+Q(max(x))      ->   max(Q(x))              the same values, and the layer before the pool writes integers
+
+A target whose operators take integers to integers, none of them to floats, wants all of a stretch:
+
+f(relu(conv))  ->   f(Q(relu(conv)))       what a convolution gives, whoever reads it
+a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and tables of such values
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -18,36 +24,87 @@ from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Target
 
+aten = torch.ops.aten
 _AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
-_AVERAGES |= {torch.ops.aten.mean.dim, torch.ops.aten.adaptive_avg_pool2d.default}
+_AVERAGES |= {aten.mean.dim, aten.adaptive_avg_pool2d.default}
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
-
 _MAXIMA: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
-_MAXIMA |= {torch.ops.aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
+_MAXIMA |= {aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
+
+# Rounding to a grid that ends where they do does the same.
+_CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, "relu", torch.relu_, "relu_"}
+_CLIPS |= {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
+
+# One of 256 values in, one of 256 out.
+_TABLES: set[Any] = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default}
+_TABLES |= {nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default}
+_PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", aten.mul.Tensor}
+_SWISH: set[Any] = {nn.SiLU, F.silu, aten.silu.default, aten.silu_.default}
+
+_MOVES: set[Any] = {nn.Flatten, torch.flatten, "flatten", nn.PixelShuffle, F.pixel_shuffle, nn.PixelUnshuffle}
+_MOVES |= {F.pixel_unshuffle, nn.UpsamplingNearest2d}
+_RESIZES: set[Any] = {nn.Upsample, F.interpolate}
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
 
 
-def other_places(view: GraphView, layers: Collection[fx.Node], target: Target) -> list[Place]:
-    """What is to be quantized of each sum with a layer's own output, and before each average that a layer reads."""
+def spell_out(module: fx.GraphModule, target: Target) -> None:
+    """Writes silu(x) as x * sigmoid(x), where the target has integer kernels for these two and none for the one."""
+    modules = dict(module.named_modules())
+    for node in list(module.graph.nodes) if target.stretches else ():
+        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        if kind not in _SWISH or len(node.all_input_nodes) != 1:
+            continue
+        (x,) = node.all_input_nodes
+        if len(x.users) > 1 and (node.kwargs.get("inplace") or getattr(modules.get(str(node.target)), "inplace", False)):
+            continue  # the others read what it leaves
+        with module.graph.inserting_before(node):
+            gate = module.graph.call_function(torch.sigmoid, (x,))
+            product = module.graph.call_function(torch.mul, (x, gate))
+        gate.meta = product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        module.graph.erase_node(node)
+
+
+def find_places(
+    view: GraphView,
+    layers: Mapping[fx.Node, fx.Node],
+    convolutions: Collection[fx.Node],
+    target: Target,
+    inside: Mapping[fx.Node, fx.Node] | None = None,
+) -> tuple[list[Place], dict[fx.Node, fx.Node]]:
+    """Every place for a quantizer, in order, and of each value there the one whose quantizer it takes, mostly itself.
+
+    `layers`: of each layer to be quantized, what it reads; `convolutions` are some of them. `inside`: of nodes that go
+    into one layer, that layer.
+    """
+    owner = inside or {}
+    others = _skips_and_averages(view, layers) + (_stretches(view, convolutions) if target.stretches else [])
+    others = [(n, x, layer) for n, x, layer in others if not view.writes.changed(x) and not _is_quantized(view, x)]
+    found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
+    if not target.stretches:  # else what the pool gives is rounded too, to the same integers
+        found = _before_pools(view, found, owner)
+    found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
+    return found, _origins(view, found)
+
+
+def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Place]:
     found: list[Place] = []
     for node in view.nodes:
         op = view.ops[node]
         if isinstance(op, Sum):
-            layer, values = _addends(view, op, layers, target.sums)
+            layer, value = _skip(view, op, layers)
         else:
-            layer = _reader(node, layers) if target.averages else None
-            values = [] if layer is None else _averaged(view, node)
-        if layer is not None:
-            found += [(node, v, layer) for v in values if not view.writes.changed(v) and not _is_quantized(view, v)]
+            layer = _reader(node, layers)
+            value = None if layer is None else _averaged(view, node)
+        if layer is not None and value is not None:
+            found.append((node, value, layer))
     return found
 
 
-def before_pools(view: GraphView, places: Iterable[Place], inside: Mapping[fx.Node, fx.Node] | None = None) -> list[Place]:
-    """The places with each quantizer after a max pool moved before it, where the pool has no other reader. `inside`: of
-    nodes that go into one reader, that reader."""
-    owner = inside or {}
+def _before_pools(view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
+    """The places with each quantizer after a max pool moved before it, where the pool has no other reader."""
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
@@ -62,7 +119,21 @@ def before_pools(view: GraphView, places: Iterable[Place], inside: Mapping[fx.No
             if not view.writes.changed(value) and not _is_quantized(view, value):
                 del readers[pool]
                 readers.setdefault(value, []).extend((pool, value, layer) for _, _, layer in mine)
-    return sorted((p for some in readers.values() for p in some), key=lambda place: view.index[place[0]])
+    return [place for some in readers.values() for place in some]
+
+
+def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]:
+    """What moves integers takes the quantizer that made them, which then changes nothing."""
+    pairs = {(reader, value) for reader, value, _ in places}
+    whole: dict[fx.Node, fx.Node] = {}  # of a value that moves integers, where they were made
+    for node in view.nodes:
+        inputs = view.data_inputs(node)
+        if len(inputs) == 1 and _moves(view, node):
+            if (node, inputs[0]) in pairs:
+                whole[node] = whole.get(inputs[0], inputs[0])
+            elif inputs[0] in whole:
+                whole[node] = whole[inputs[0]]
+    return {value: whole.get(value, value) for _, value in pairs}
 
 
 def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
@@ -71,28 +142,90 @@ def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _MAXIMA
 
 
+def _kind(view: GraphView, node: fx.Node) -> Any:
+    """What a node calls: a function, a method's name or the type of a module."""
+    return type(view.modules[str(node.target)]) if node.op == "call_module" else node.target
+
+
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
     return value.op == "call_module" and isinstance(view.modules[str(value.target)], FakeQuant)
 
 
-def _addends(view: GraphView, op: Sum, layers: Collection[fx.Node], which: str) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The layer whose output is summed, and which of both values the target wants in integers."""
-    if not which or op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
-        return None, []
+def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place]:
+    """What convolutions give, and what goes on from there through operators that run in integers, in and out."""
+    found: list[Place] = []
+    layer: dict[fx.Node, fx.Node] = {}  # of a value in integers, the convolution it comes from
+    for node in view.nodes:
+        near = [n for n in view.data_inputs(node) if n in layer]
+        value = node
+        if node in convolutions:
+            source, value = node, _given(view, node)
+        elif near and _takes_integers(view, node):
+            source, value = layer[near[0]], _given(view, node)
+            found += [(node, other, source) for other in view.data_inputs(node)]
+        elif near and _moves(view, node):
+            source = layer[near[0]]
+        else:
+            continue
+        if all(reader.op != "output" for reader in value.users):
+            layer[value] = source
+            if getattr(view.ops[value], "pieces", None) is None:  # several tensors: each is read on its own
+                found += [(reader, value, source) for reader in value.users]
+    return found
+
+
+def _takes_integers(view: GraphView, node: fx.Node) -> bool:
+    op, kind = view.ops[node], _kind(view, node)
+    if isinstance(op, Sum):
+        several = len({*op.values}) == len(op.terms) > 1
+        return several and op.kind in ("add", "concat") and all(factor == 1 for _, factor in op.terms)
+    return kind in _TABLES or (kind in _PRODUCTS and len(view.data_inputs(node)) == 2)
+
+
+def _moves(view: GraphView, node: fx.Node) -> bool:
+    """Whether it gives values of its input in other places."""
+    op, kind = view.ops[node], _kind(view, node)
+    if kind in _RESIZES:
+        module = view.modules.get(str(node.target)) if node.op == "call_module" else None
+        mode = getattr(module, "mode", None) or node.kwargs.get("mode") or (*node.args, *["nearest"] * 4)[3]
+        return mode in ("nearest", "nearest-exact")
+    same = _is_same(view, node) or (isinstance(op, Sum) and len(op.terms) == 1 and op.terms[0][1] == 1)
+    return same or kind in _MOVES or is_max_pool(view.module, node)
+
+
+def _is_same(view: GraphView, node: fx.Node) -> bool:
+    """Whether it gives its input as it is, in eval mode."""
+    op = view.ops[node]
+    return isinstance(op, Map) and op.kind in ("identity", "dropout")
+
+
+def _skip(view: GraphView, op: Sum, layers: Collection[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
+    """The layer whose output is summed, and the other value."""
+    if op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
+        return None, None
     a, b = op.values
     mains = [n for n in (a, b) if n in layers and len(n.users) == 1]
     if not mains or a is b or any(factor != 1 for _, factor in op.terms):
-        return None, []
+        return None, None
     main = max(mains, key=view.index.__getitem__)
-    return main, [a, b] if which == "all" else [a if main is b else b]
+    return main, a if main is b else b
 
 
-def _averaged(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    op, target = view.ops[node], view.modules.get(str(node.target)) if node.op == "call_module" else node.target
-    average = isinstance(target, _LAYERS) or (isinstance(op, Map) and op.kind == "avgpool")
-    average = average or (node.op != "call_module" and target in _AVERAGES)
+def _given(view: GraphView, node: fx.Node) -> fx.Node:
+    """What a layer gives, after activations that its rounding does as well."""
+    while len(node.users) == 1:
+        (reader,) = node.users
+        if not (_kind(view, reader) in _CLIPS or _is_same(view, reader)):
+            break
+        node = reader
+    return node
+
+
+def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
+    op, kind = view.ops[node], _kind(view, node)
+    average = kind in _LAYERS or kind in _AVERAGES or (isinstance(op, Map) and op.kind == "avgpool")
     value = node.args[0] if node.args else None
-    return [value] if average and isinstance(value, fx.Node) and view.is_data(value) else []
+    return value if average and isinstance(value, fx.Node) and view.is_data(value) else None
 
 
 def _reader(node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:

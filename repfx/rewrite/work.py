@@ -37,6 +37,7 @@ class Work:
         self.module = module
         self.target = target
         self.inserted: list[str] = []  # paths of new layers
+        self._paths: dict[nn.Module, str] = {}
 
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""
@@ -53,10 +54,13 @@ class Work:
                 return Result(name, tuple(merged), plan.declined)
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
-        """Calls a new layer on a value, before a node; its path is `wanted` or the next free one, its mode the graph's."""
-        path = free_path(self.module, wanted)
-        put_module(self.module, path, layer.train(self.module.training))
-        self.inserted.append(path)
+        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, and the graph's
+        mode; one that was inserted before is called again."""
+        path = self._paths.get(layer)
+        if path is None:
+            path = self._paths[layer] = free_path(self.module, wanted)
+            put_module(self.module, path, layer.train(self.module.training))
+            self.inserted.append(path)
         with self.module.graph.inserting_before(before):
             return self.module.graph.call_module(path, (value,))
 

@@ -1,0 +1,243 @@
+"""Where quantizers stand: every layer of a stretch in integers in the runtime that a file is made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repfx
+from repfx.lower.kernels import Kernels, kernels
+from repfx.lower.parity import compare
+from repfx.quant import FakeQuant
+from repfx.testing import randomise
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), act()
+    )
+
+
+class Ended(nn.Module):
+    """A body of 8 channels, averaged and classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv(3, 8), nn.Linear(8, 5)
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Fire(Ended):
+    """Two convolutions of one value, concatenated and pooled, as in SqueezeNet and Inception."""
+
+    layers = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three, self.last = conv(8, 4, 1), conv(8, 6), conv(10, 8)
+        self.pooled = conv(8, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.cat([self.one(x), self.three(x)], 1), 2)
+        x = self.last(x)
+        return torch.cat([x, self.pooled(F.max_pool2d(x, 3, 1, 1))], 1)[:, 8:]
+
+
+class Split(Ended):
+    """Half goes on through residual blocks with swish, all is concatenated: C2f of YOLO."""
+
+    layers = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = conv(8, 8, 1, act=nn.SiLU), conv(16, 8, 1, act=nn.SiLU)
+        self.steps = nn.ModuleList(nn.Sequential(conv(4, 4, act=nn.SiLU), conv(4, 4, act=nn.SiLU)) for _ in range(2))
+
+    def body(self, x: Tensor) -> Tensor:
+        y = list(self.first(x).chunk(2, 1))
+        for step in self.steps:
+            y.append(y[-1] + step(y[-1]))
+        return self.last(torch.cat(y, 1))
+
+
+class Gate(Ended):
+    """Squeeze and excitation, leaky activations and dropout."""
+
+    layers = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(8, 8, act=nn.LeakyReLU), conv(8, 8, act=nn.ReLU6)
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.drop = nn.Dropout(0.1)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.drop(self.two(self.drop(self.one(x))))
+        return x + y * torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3), keepdim=True)))))
+
+
+class Dense(Ended):
+    """Growing concatenations before batch norms that merge with nothing."""
+
+    layers = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1, bias=False)) for n in (8, 12, 16)
+        )
+
+    def body(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(x, 2)
+        for step in self.steps:
+            x = torch.cat([x, step(x)], 1)
+        return torch.relu(x)[:, :8]
+
+
+class Neck(Ended):
+    """A U with a nearest resize, a skip, and a shuffle."""
+
+    layers = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep, self.up = conv(8, 16, stride=2), conv(16, 16), conv(24, 32)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.deep(self.down(x)), scale_factor=2.0)
+        return F.pixel_shuffle(self.up(torch.cat([x, y], 1)), 2)
+
+
+NETS = [Fire, Split, Gate, Dense, Neck]
+
+
+def made(kind: Any, target: str, passes: str = "ptq") -> tuple[nn.Module, Any, Tensor]:
+    torch.manual_seed(0)
+    net, x = randomise(kind().eval()), torch.randn(4, 3, 16, 16)
+    quantized: Any = repfx.transform(net, [passes], example=x, target=target)
+    return net, quantized, x
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", NETS)
+def test_the_runtime_runs_every_layer_in_integers(kind: Any, target: str, tmp_path: Path) -> None:
+    net, model, x = made(kind, target)
+    repfx.calibrate(model, [x])
+    assert repfx.verify(net, model, x).sqnr > 20
+    artifact = repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target)
+    assert artifact.parity.agrees and compare(model, _onnx(artifact.onnx), (x,), target).agrees
+    assert kernels(target, artifact.onnx) == Kernels(kind.layers, ())
+    # Off the example's batch, values and range.
+    other = 1.2 * torch.randn(3, 3, 16, 16)
+    assert repfx.verify(model, _in(target, artifact.onnx), other).sqnr > 30
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_the_lint_finds_nothing(kind: Any, tmp_path: Path) -> None:
+    _, model, x = made(kind, "tensorrt")
+    repfx.calibrate(model, [x])
+    found = repfx.lint(repfx.lower(model, tmp_path / "int8.onnx", example=x).onnx)
+    assert not [f for f in found if f.severity in "EW"], found
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("kind", NETS)
+def test_training_and_calibration_quantize_the_same_places(kind: Any, target: str, tmp_path: Path) -> None:
+    _, ready, x = made(kind, target)
+    _, trained, _ = made(kind, target, "repq(bn=frozen)")
+    assert _places(ready) == _places(trained)
+    trained.train()(x).square().mean().backward()
+    fused = repfx.transform(trained.eval(), ["fuse"], target=target, example=x)
+    assert repfx.lower(fused, tmp_path / "int8.onnx", example=x, target=target).parity.agrees
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_what_moves_integers_changes_none(target: str) -> None:
+    """A quantizer after a chunk or a resize rounds to the grid of the one before it."""
+    for kind in (Split, Neck):
+        _, model, x = made(kind, target)
+        repfx.calibrate(model, [x], method="mse")
+        calls = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
+        acts = [c for c in calls if isinstance(model.get_submodule(c), FakeQuant) and not model.get_submodule(c).of_weight]
+        assert (len(acts) > len(set(acts))) == (target == "onnxruntime")
+        again = {c for c in acts if acts.count(c) > 1}
+        changed: list[bool] = []
+        seen: set[str] = set()
+
+        def watch(name: str, changed: list[bool] = changed, seen: set[str] = seen) -> Any:
+            def hook(m: FakeQuant, inputs: tuple[Tensor], y: Tensor) -> None:
+                if name in seen:
+                    changed.append(not torch.allclose(inputs[0], y, rtol=0, atol=1e-6 * float(y.abs().max())))
+                seen.add(name)
+
+            return hook
+
+        for name in again:
+            model.get_submodule(name).register_forward_hook(watch(name))
+        model(x)
+        assert len(changed) == len(acts) - len(set(acts)) and not any(changed)
+
+
+def test_swish_is_written_out_where_its_parts_run_in_integers() -> None:
+    for inplace in (False, True):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(inplace), nn.Conv2d(4, 4, 3)).eval()
+        x = torch.randn(2, 3, 9, 9)
+        names = {}
+        for target in ("onnxruntime", "tensorrt"):
+            model = repfx.transform(net, ["ptq"], example=x, target=target)
+            names[target] = {getattr(n.target, "__name__", str(n.target)) for n in model.graph.nodes}
+            repfx.calibrate(model, [x])
+            assert repfx.verify(net, model, x).sqnr > 25
+        assert "sigmoid" in names["onnxruntime"] and "1" not in names["onnxruntime"]
+        assert "1" in names["tensorrt"] and "sigmoid" not in names["tensorrt"]
+
+
+class Twice(nn.Module):
+    """An activation in place whose input another layer reads after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = F.silu(y, inplace=True)
+        return self.b(z) + self.c(y)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_swish_in_place_is_still_seen(target: str) -> None:
+    net, x = Twice().eval(), torch.randn(2, 3, 9, 9)
+    model = repfx.transform(net, ["ptq"], example=x, target=target)
+    repfx.calibrate(model, [x])
+    assert repfx.verify(net, model, x).sqnr > 30
+
+
+def _places(model: nn.Module) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, FakeQuant)}
+
+
+def _onnx(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path)
+
+
+def _in(runtime: str, path: Path) -> nn.Module:
+    from repfx.lower.runtimes import session
+
+    class Run(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return session(runtime, path)((x,))[0]
+
+    return Run()
