@@ -46,7 +46,7 @@ class Observer:
         x = x.detach()
         # In the order of memory, so that no layout is copied.
         values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
-        low, high = (float(v) for v in (values.amin(), values.amax())) if values.numel() else (0.0, 0.0)
+        low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
         if not (high < float("inf") and low > -float("inf")):
             raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
         top = max(high, -low if self.grid.signed else 0.0)
@@ -126,24 +126,27 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
 
 
 def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
-    """KL divergence of the clipped histogram from its own quantization, as TensorRT's entropy calibrator."""
+    """KL divergence of the clipped histogram p from its own quantization q, as TensorRT's entropy calibrator.
+
+    q is one number a level, so that sum p log(p / q) is of sums over bins, which running sums give, and over levels: all
+    clips are tried at once.
+    """
     levels = of.grid.high + 1
     if levels >= BINS:
         return of.amax / of.grid.high
     used = max(levels, int((counts > 0).nonzero()[-1]) + 1)
-    sums, filled = (F.pad(c.cumsum(0), (1, 0)) for c in (counts, (counts > 0).double()))
-    best = (float("inf"), of.amax / of.grid.high)
-    for stop in {*range(levels, used, max(1, (used - levels) // CANDIDATES)), used}:
-        p = counts[:stop].clone()
-        p[-1] += counts[stop:].sum()
-        edges = torch.linspace(0, stop, levels + 1).round().long()
-        level = sums[edges].diff() / filled[edges].diff().clamp(min=1)  # the mean of the bins that hold something
-        q = torch.where(counts[:stop] > 0, level.repeat_interleave(edges.diff()), 0.0)
-        p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)
-        both = p > 0
-        divergence = float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
-        best = min(best, (divergence, float(middles[stop - 1] + middles[0]) / of.grid.high))
-    return min(best[1], of.amax / of.grid.high)
+    stops = torch.tensor(sorted({*range(levels, used, max(1, (used - levels) // CANDIDATES)), used}))
+    running = (counts, (counts > 0).double(), torch.xlogy(counts, counts))
+    sums, filled, logs = (F.pad(c.cumsum(0), (1, 0)) for c in running)
+    edges = (stops.unsqueeze(1) * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
+    mass, inside = sums[edges].diff(), sums[stops]
+    # The mean of a level's bins that hold something.
+    q = (mass / filled[edges].diff().clamp(min=1) / inside.clamp(min=1e-300).unsqueeze(1)).clamp(min=1e-12)
+    last, clipped = counts[stops - 1], sums[-1] - inside  # what is clipped adds to the last bin
+    own = logs[stops] - torch.xlogy(last, last) + torch.xlogy(last + clipped, last + clipped)
+    cross = torch.xlogy(mass, q).sum(1) + clipped * torch.where(last > 0, q[:, -1], 1e-12).log()
+    stop = int(stops[torch.argmin(own - cross)])
+    return min(float(middles[stop - 1] + middles[0]), of.amax) / of.grid.high
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Observer], float]] = {
