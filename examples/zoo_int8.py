@@ -1,9 +1,9 @@
-"""INT8 files of a dozen nets: lint, layers in integers, codes in ONNX Runtime and OpenVINO, size.
+"""INT8 files of a dozen nets: lint, codes and layers in integers in ONNX Runtime and OpenVINO, size.
 
     python examples/zoo_int8.py [models] [--float16]
 
 Random weights, 96 x 96. A code "differs" where torch and the runtime round one value to neighbours, each on equal codes
-before it.
+before it. Layers are counted in the graphs that the runtimes made of the files for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import repfx
+from repfx.lower.kernels import kernels
 from repfx.lower.onnx_index import Index
 from repfx.lower.parity import compare
 
@@ -52,7 +53,7 @@ def row(name: str, folder: Path, float16: bool) -> list[str]:
         settle(model, x)
     merged = repfx.transform(model, ["fuse"], example=x)
     size = repfx.lower(merged, folder / "float.onnx", example=x, float16=float16).onnx.stat().st_size
-    cells, bad, left = [], {"E": 0, "W": 0}, 0
+    cells, layers, bad, left = [], [], {"E": 0, "W": 0}, 0
     for target in ("tensorrt", "onnxruntime", "openvino"):
         int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
         for opset in (20, 21) if target == "tensorrt" else (20,):
@@ -65,8 +66,11 @@ def row(name: str, folder: Path, float16: bool) -> list[str]:
                 ratio = file.onnx.stat().st_size / size
         if target == "openvino":
             parity = compare(int8, onnx.load(file.onnx), (x,), "openvino", float16)
+        if target != "tensorrt":
+            run = kernels(target, file.onnx)
+            layers.append(f"{run.integers} of {run.integers + len(run.floats)}")
         cells.append(f"{parity.different:,} of {parity.codes:,}")
-    return [name, *cells, f"{bad['E']}, {bad['W']}", str(left), f"{ratio:.3f}"]
+    return [name, *cells, f"{bad['E']}, {bad['W']}", str(left), *layers, f"{ratio:.3f}"]
 
 
 def main() -> None:
@@ -74,11 +78,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--float16", action="store_true", help="files in half precision; OpenVINO runs them in float32")
     args = parser.parse_args()
-    table = Table("model", "tensorrt", "onnxruntime", "openvino", "lint E, W", "layers in float", "size")
+    table = Table("model", "tensorrt", "onnxruntime", "openvino", "lint E, W", "layers without Q/DQ")
+    for column in ("in integers, ONNX Runtime", "in integers, OpenVINO", "size"):
+        table.add_column(column)
     for name in track(args.models, "lowering"):
         with tempfile.TemporaryDirectory() as folder:
             table.add_row(*row(name, Path(folder), args.float16))
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,33 @@ def test_a_lone_peak_in_a_large_tensor_is_not_missed(method: str) -> None:
         observer.see(x)
         scale = float(observer.scale(method))
         assert (scale < 3 / 254) if method == "percentile" else scale == pytest.approx(3 / 255, rel=0.01)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_entropy_is_the_least_divergence(signed: bool) -> None:
+    """Against the divergence as it is defined, bin by bin, for every clip at the end of a bin."""
+    generator, grid = torch.Generator().manual_seed(0), Grid(4, signed)
+    observer = Observer(grid)
+    values = torch.randn(20000, generator=generator).abs() ** 2
+    values[:3] *= 4
+    observer.see(values)
+    counts, levels = observer.counts, grid.high + 1
+    assert counts is not None
+
+    def divergence(stop: int) -> float:
+        p, q = counts[:stop].clone(), torch.zeros(stop, dtype=torch.float64)
+        p[-1] += counts[stop:].sum()
+        edges = torch.linspace(0, stop, levels + 1).round().long().tolist()
+        for a, b in itertools.pairwise(edges):
+            held = counts[a:b] > 0
+            q[a:b][held] = counts[a:b].sum() / held.sum().clamp(min=1)
+        p, q = p / p.sum(), (q / q.sum()).clamp(min=1e-12)
+        return float(torch.xlogy(p, p / q).sum())
+
+    bins = 4096
+    found = round(float(observer.scale("entropy")) * grid.high / observer.limit * bins)
+    assert levels < found < 0.9 * bins
+    assert divergence(found) <= min(divergence(stop) for stop in range(levels, bins + 1, 7)) + 1e-3
 
 
 def test_percentile_clips_the_share_it_says() -> None:
