@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -58,7 +60,8 @@ def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
     beyond = 1.5 * pictures()  # past the calibrated range: both must clip at the same codes
     artifact = repfx.lower(model, tmp_path / "model.onnx", example=beyond, target=target)
     parity = artifact.parity
-    assert len(parity.quantizers) == 8 and parity.codes > 50_000
+    # one an input; for ONNX Runtime also what a convolution gives and what is added, multiplied or passed to SiLU
+    assert len(parity.quantizers) == (13 if target == "onnxruntime" else 8) and parity.codes > 50_000
     assert all(q.largest <= 1 for q in parity.quantizers.values())
     assert parity.different <= 5, str(parity)  # rounding ties
     assert parity.sqnr > 25
@@ -252,6 +255,76 @@ def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match="cannot write"):
         repfx.lower(quantized("tensorrt"), "/sys/model.onnx", example=pictures())  # read-only, for root too
     assert not list(tmp_path.iterdir())
+
+
+def test_a_net_in_training_form_is_merged_first(tmp_path: Path) -> None:
+    x = pictures()
+    for spec in ("repq(bits=8)", "repq(bits=8, bn=frozen)"):
+        model = repfx.transform(nn.Sequential(block(3, 8), block(8, 8)), [spec], example=x).train()
+        model(x)
+        with pytest.raises(repfx.InputError, match=r"0.0.main.conv.weight_quant.* run repfx.transform.*fuse.* first"):
+            repfx.lower(model.eval(), tmp_path / "model.onnx", example=x)
+        fused = repfx.transform(model, ["fuse"], example=x)
+        assert repfx.lower(fused, tmp_path / "model.onnx", example=x).parity.agrees
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    x, batch = pictures(), torch.export.Dim("batch")
+    model = net()
+    fixed, any_batch = (torch.export.export(model, (x,), dynamic_shapes=d) for d in (None, ({0: batch},)))
+    for program in (fixed, any_batch):
+        path = repfx.lower(program, tmp_path / "model.onnx", example=x).onnx
+        assert repfx.rewrite.verify.difference(model(x[:3]), session("onnxruntime", path)((x[:3],))).relative < 1e-4
+
+
+class Odd(nn.Module):
+    """A convolution and then something that has no place in an ONNX file."""
+
+    def __init__(self, then: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.conv, self.then = nn.Conv2d(3, 4, 3), then
+
+    def forward(self, x: Tensor) -> object:
+        return self.then(self.conv(x))
+
+
+REFUSED = {
+    r"outputs of an ONNX file must be tensors, and the model gives 5": lambda y: (y, 5),
+    r"outputs of an ONNX file must be tensors, and the model gives 8": lambda y: {"y": y, "n": y.shape[0]},
+    r"cannot export the model: .*No ONNX function found for .*linalg_svd": torch.linalg.svdvals,
+    r"cannot export the model: .*data-dependent": lambda y: y if y.sum() > 0 else -y,
+    r"cannot export the model: it computes with a fixed number of pictures": lambda y: y.view(8, -1),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_cannot_be_exported_says_why_in_one_line(said: str, tmp_path: Path) -> None:
+    with pytest.raises(repfx.InputError, match=said) as found:
+        repfx.lower(Odd(REFUSED[said]).eval(), tmp_path / "model.onnx", example=pictures())
+    message = str(found.value)
+    assert message.isprintable() and len(message) < 500 and not re.search("step|Next|more information|TORCH_LOGS", message)
+
+
+def test_nan_in_the_example_or_on_the_way(tmp_path: Path) -> None:
+    x = pictures()
+    x[0, 0, 0, 0] = torch.nan
+    for model in (quantized("tensorrt"), repfx.transform(net(), ["fuse"])):
+        with pytest.raises(repfx.InputError, match="the example holds NaN"):
+            repfx.lower(model, tmp_path / "model.onnx", example=x)
+    model = repfx.transform(Roots().eval(), ["ptq"], example=pictures())
+    repfx.calibrate(model, [pictures().abs()])
+    with pytest.raises(repfx.InputError, match=r"head.input_quant is given NaN, which no code stands for"):
+        repfx.lower(model, tmp_path / "model.onnx", example=-pictures().abs())
+    assert not list(tmp_path.iterdir())
+
+
+class Roots(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sqrt(x))
 
 
 class InPlace(nn.Module):

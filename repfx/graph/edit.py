@@ -104,7 +104,7 @@ def inline(
             if node.op == "placeholder":
                 made[node] = source
             elif node.op == "output":
-                result = made[node.args[0]]  # type: ignore[index]
+                result = made[node.args[0]]
                 sink.replace_all_uses_with(result)
             else:
                 made[node] = graph.node_copy(node, made.__getitem__)

@@ -7,6 +7,35 @@ import math
 import numpy as np
 import onnx
 
+CALL = "repfx.quantizer"  # the exporter's note on a QuantizeLinear: which quantizer's call it is
+
+
+def codes_name(path: str, call: int = 0) -> str:
+    """What the file calls the codes of a call of a quantizer, counted from 0.
+
+    >>> codes_name("conv1.input_quant"), codes_name("conv1.input_quant", 2)
+    ('conv1.input_quant.codes', 'conv1.input_quant.codes_2')
+    """
+    return f"{path}.codes" + (f"_{call}" if call else "")
+
+
+def name_codes(proto: onnx.ModelProto) -> None:
+    """Names the codes of each call of a quantizer after it and drops the exporter's notes, which hold stack traces with
+    paths of the machine."""
+    renamed = {node.output[0]: e.value for node in proto.graph.node for e in node.metadata_props if e.key == CALL}
+    taken = {o for n in proto.graph.node for o in n.output}
+    renamed = {old: new for old, new in renamed.items() if new not in taken}
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = renamed.get(name, name)
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for info in proto.graph.value_info:
+        info.name = renamed.get(info.name, info.name)
+    for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
+        del entry.metadata_props[:]
+
 
 def keep_biases(proto: onnx.ModelProto) -> None:
     """Gives convolutions without a bias one that is too small to be seen.

@@ -16,6 +16,7 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,17 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.errors import CheckError, InputError
-from repfx.graph.capture import graphs
+from repfx.graph.capture import capture, graphs
 from repfx.graph.effects import is_dead
-from repfx.graph.running import run_eval
+from repfx.graph.running import describe, run_eval
 from repfx.graph.store import write_whole
 from repfx.lower import finish, half
 from repfx.lower.parity import Parity, compare
 from repfx.quant import FakeQuant, target_named
-from repfx.rewrite.verify import difference
+from repfx.rewrite.verify import differences
 
 OPSET = 20
-KEY = "repfx.quantizer"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Artifact:
 
 
 def lower(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     path: str | os.PathLike[str],
     *,
     example: Any,
@@ -59,18 +59,22 @@ def lower(
 ) -> Artifact:
     """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
 
-    `example`: a tensor (N, ...) or a tuple of them; the first dimension of each is dynamic in the file. `target` must
-    be the one the model was quantized for. A model without quantizers gives a float file. `float16`: scales, biases and
-    layers that are not quantized are float16 in the file, its inputs and outputs stay float32; the comparison is then
-    with the torch model rounded to float16 after each operator. `opset`: from 18, from 19 with `float16`; from 21 on
-    weights of 4 bits and fewer are int4.
+    `example`: a tensor (N, ...) or a tuple of them, without NaN; the first dimension of each is dynamic in the file.
+    `target` must be the one the model was quantized for. A model without quantizers gives a float file. `float16`:
+    scales, biases and layers that are not quantized are float16 in the file, its inputs and outputs stay float32; the
+    comparison is then with the torch model rounded to float16 after each operator. `opset`: from 18, from 19 with
+    `float16`; from 21 on weights of 4 bits and fewer are int4.
 
-    Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit or the
-    path cannot be written; CheckError where the file is not valid or computes something else.
+    Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit, an output
+    is no tensor or the path cannot be written; CheckError where the file is not valid or computes something else.
     """
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
         raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
+    if any(a.isnan().any() for a in args):
+        raise InputError("the example holds NaN: what the file makes of it would say nothing")
+    if isinstance(model, torch.export.ExportedProgram):
+        model = capture(model, args).model
     _check_formats(model, target)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -79,10 +83,12 @@ def lower(
     if not isinstance(opset, int) or not least <= opset <= 23:
         raise InputError(f"opset is a whole number from {least} to 23{' with float16' if float16 else ''}, not {opset!r}")
     try:
-        run_eval(model, args)
+        result = run_eval(model, args)
     except Exception as error:
-        shapes = ", ".join(str(tuple(a.shape)) for a in args)
-        raise InputError(f"the model does not accept the example {shapes}: {error}") from error
+        raise InputError(f"the model does not accept the example {describe(args)}: {error}") from error
+    for leaf in torch.utils._pytree.tree_leaves(result):
+        if not (leaf is None or isinstance(leaf, Tensor)):
+            raise InputError(f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}")
     if float16:
         model = half.constants(model)
         half.check_range(model, args)
@@ -93,13 +99,13 @@ def lower(
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
     parity = _parity_in_half(model, proto, args) if float16 else compare(model, proto, args)
     if not parity.agrees:
-        raise CheckError(f"the exported graph does not compute what the model computes: {parity}")
+        raise CheckError(f"the exported graph does not compute what the model computes: {'; '.join(parity.wrong[:3])}")
     write_whole(path, lambda part: onnx.save(proto, part))
     return Artifact(Path(path), parity)
 
 
 class _Activation(nn.Module):
-    """QuantizeLinear and DequantizeLinear, with the path of the quantizer on the node.
+    """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one a call.
 
     `offset` writes a signed grid as unsigned codes around 128, the same numbers, for runtimes that are fast on those.
     """
@@ -109,19 +115,20 @@ class _Activation(nn.Module):
 
     def __init__(self, quant: FakeQuant, path: str, offset: bool) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.calls = path, 0
         self.dtype = torch.int8 if quant.grid.signed and not offset else torch.uint8
         zero = 128 if quant.grid.signed and offset else 0
         self.register_buffer("scale", quant.step.detach().clone())
         self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        name, self.calls = finish.codes_name(self.path, self.calls), self.calls + 1
         q = torch.onnx.ops.symbolic(
             "QuantizeLinear",
             (x, self.scale, self.zero),
             dtype=self.dtype,
             shape=x.shape,
-            metadata_props={KEY: self.path},
+            metadata_props={finish.CALL: name},
         )
         return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, self.zero), dtype=x.dtype, shape=x.shape)
 
@@ -174,8 +181,17 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     """The ONNX graph of a copy whose quantizers are symbolic."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    for path, module in graphs(symbolic):
-        _make_symbolic(module, path, target_named(target).unsigned_after_relu)
+    offset = target_named(target).unsigned_after_relu
+    rounding = [(n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight]
+    activations = {id(m): _Activation(m, n, offset) for n, m in rounding}
+    for _, module in graphs(symbolic):
+        _make_symbolic(module, activations, offset)
+
+    def count_anew(*_: Any) -> None:
+        for quantizer in activations.values():
+            quantizer.calls = 0
+
+    symbolic.register_forward_pre_hook(count_anew)  # the exporter may run the model more than once
     wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
     if float16:
         half.in_half(symbolic)
@@ -190,17 +206,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
             exported = torch.export.export(symbolic, wide, dynamic_shapes=tuple({0: batch} for _ in wide))
             program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
         kind = " in float16" if float16 else ""
-        why = [*dict.fromkeys(str(e).strip().splitlines()[0][:300] for e in (error, cause) if str(e).strip())]
-        raise InputError(f"torch.onnx cannot export the model{kind}: {'; '.join(why)}") from error
+        raise InputError(f"torch.onnx cannot export the model{kind}: {_why(error)}") from error
     finally:
         quiet.setLevel(level)
     assert program is not None
     proto = program.model_proto
-    _name_codes(proto)
+    finish.name_codes(proto)
     if float16:
         half.cast_ends(proto)
     elif target == "openvino":
@@ -211,7 +223,19 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     return proto
 
 
-def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
+def _why(error: BaseException) -> str:
+    """What torch says of an export that failed, first and last in the chain, in one line without colours and advice."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if "specialized it to be a constant" in str(cause):
+        return "it computes with a fixed number of pictures, which x.shape[0], or -1 in a view, would leave open"
+    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)]
+    said = [re.sub(r"\s*(This is step \d/\d|See the stack trace|For more information).*", "", line)[:300] for line in said]
+    return "; ".join(dict.fromkeys(filter(None, (line.strip(" .;") for line in said)))) or type(error).__name__
+
+
+def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], offset: bool) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         if offset and node.target is F.linear:
@@ -225,10 +249,10 @@ def _make_symbolic(module: fx.GraphModule, prefix: str, offset: bool) -> None:
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
         if quant.of_weight:
-            holder._modules[name] = _Weight(quant, _constant(module, node.args[0]))
+            holder._modules[name] = _Weight(quant, _constant(module, node.args[0], path))
             node.args = ()
         else:
-            holder._modules[name] = _Activation(quant, f"{prefix}.{path}".lstrip("."), offset)
+            holder._modules[name] = activations[id(quant)]
     for node in reversed(graph.nodes):  # fx's own elimination takes writes in place for dead
         if is_dead(node):
             graph.erase_node(node)
@@ -242,7 +266,8 @@ def _parity_in_half(model: nn.Module, proto: onnx.ModelProto, args: tuple[Any, .
     found = compare(reference, proto, args, float16=True)
     if found.quantizers:
         return found
-    return replace(found, noise=difference(run_eval(model, args), run_eval(reference, args)).relative)
+    rounded = differences(run_eval(model, args), run_eval(reference, args))
+    return replace(found, noise=tuple(off.relative for off in rounded))
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
@@ -255,37 +280,18 @@ def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
-def _constant(module: fx.GraphModule, node: Any) -> Tensor:
-    """The value of a constant expression of the graph."""
+def _constant(module: fx.GraphModule, node: Any, quantizer: str) -> Tensor:
+    """The value of a constant expression of the graph, the weight of a quantizer."""
     if node.op == "get_attr":
         value: Any = module
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
         return value
+    if node.op in ("placeholder", "call_module"):  # repq's: batch norms of a kernel, which may ask for the input
+        why = f"{quantizer} rounds a weight that is computed in each call, as in training"
+        raise InputError(f'{why}: run repfx.transform(model, ["fuse"]) first and lower what it gives')
     args, kwargs = fx.node.map_aggregate(
-        (node.args, node.kwargs), lambda v: _constant(module, v) if isinstance(v, fx.Node) else v
+        (node.args, node.kwargs), lambda v: _constant(module, v, quantizer) if isinstance(v, fx.Node) else v
     )
     f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
     return f(*args, **kwargs)
-
-
-def _name_codes(proto: onnx.ModelProto) -> None:
-    """Names each quantizer's codes after the quantizer (conv1.input_quant.codes) and drops the exporter's notes, which
-    hold stack traces with paths of the machine."""
-    renamed: dict[str, str] = {}
-    for node in proto.graph.node:
-        for entry in node.metadata_props:
-            if entry.key == KEY:
-                renamed[node.output[0]] = f"{entry.value}.codes"
-    taken = {o for n in proto.graph.node for o in n.output}
-    renamed = {old: new for old, new in renamed.items() if new not in taken and list(renamed.values()).count(new) == 1}
-    for node in proto.graph.node:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                names[i] = renamed.get(name, name)
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for info in proto.graph.value_info:
-        info.name = renamed.get(info.name, info.name)
-    for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
-        del entry.metadata_props[:]

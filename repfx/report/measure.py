@@ -121,7 +121,8 @@ def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[A
         sqnr = top1 = None
         if batches:
             outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
-            given = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+            leaves = [[t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()] for o in outputs]
+            given = [torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)]  # over the batches
             truth = truth or given
             sqnr = None if i == 0 or not given else difference(truth, given).sqnr
             top1 = _top1(outputs, batches)

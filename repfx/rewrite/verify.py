@@ -1,8 +1,12 @@
-"""How far two outputs are apart."""
+"""How far two outputs are apart, each tensor of them judged by its own size.
+
+Boxes in 0..640 would hide scores in 0..1 that are all wrong: what is said of several tensors is said of the worst.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,37 +18,74 @@ from repfx.errors import CheckError
 
 @dataclass(frozen=True)
 class Difference:
-    """`max_abs`: largest difference. `relative`: that over the largest value. `sqnr`: signal over noise in dB."""
+    """`max_abs`: largest difference. `relative`: that over the largest value. `sqnr`: signal over noise in dB.
+
+    Integers, such as indices, are right or wrong and have no size: of `integers` entries `different` differ, `relative`
+    is their share and `sqnr` that in dB.
+    """
 
     max_abs: float
     relative: float
     sqnr: float
+    integers: int = 0
+    different: int = 0
 
     def __str__(self) -> str:
-        return f"max abs {self.max_abs:.3g}, relative {self.relative:.3g}, SQNR {self.sqnr:.1f} dB"
+        counted = f", {self.different} of {self.integers} integers differ" if self.integers else ""
+        return f"max abs {self.max_abs:.3g}, relative {self.relative:.3g}, SQNR {self.sqnr:.1f} dB{counted}"
 
 
 def difference(want: Any, got: Any) -> Difference:
-    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure.
+    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure. Of several, the worst's.
 
+    Equal infinities, and NaN in both, are no difference; infinity or NaN in one is an infinite one.
     Raises CheckError where the structures or shapes differ.
 
     >>> print(difference(torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0])))
     max abs 1, relative 0.25, SQNR 12.3 dB
     """
+    return worst(differences(want, got))
+
+
+def differences(want: Any, got: Any) -> tuple[Difference, ...]:
+    """The difference of each tensor of two outputs. Raises CheckError where the structures or shapes differ."""
     a, b = _tensors(want), _tensors(got)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
         raise CheckError(f"outputs of different shapes: {[tuple(x.shape) for x in a]} and {[tuple(y.shape) for y in b]}")
-    x, y = (torch.cat([t.detach().double().reshape(-1).cpu() for t in ts]) if ts else torch.zeros(1) for ts in (a, b))
-    noise = (x - y).abs()
-    most, top = float(noise.max()), float(x.abs().max())
-    signal_power, noise_power = float(x.square().sum()), float(noise.square().sum())
-    if math.isnan(most):
-        return Difference(math.nan, math.nan, -math.inf)
+    return tuple(_difference(x.detach().cpu(), y.detach().cpu()) for x, y in zip(a, b, strict=True))
+
+
+def worst(found: Sequence[Difference]) -> Difference:
+    """One difference for several, each number the worst of them."""
+    return Difference(
+        max((d.max_abs for d in found), default=0.0),
+        max((d.relative for d in found), default=0.0),
+        min((d.sqnr for d in found), default=math.inf),
+        sum(d.integers for d in found),
+        sum(d.different for d in found),
+    )
+
+
+def _difference(want: Tensor, got: Tensor) -> Difference:
+    kinds = want.dtype, got.dtype
+    wide = torch.complex128 if any(k.is_complex for k in kinds) else torch.float64
+    x, y = want.to(wide), got.to(wide)
+    equal = (x == y) | (x.isnan() & y.isnan())
+    noise = (x - y).abs().masked_fill(equal, 0).nan_to_num(math.inf, math.inf)
+    most = float(noise.max()) if noise.numel() else 0.0
+    if not any(k.is_floating_point or k.is_complex for k in kinds):
+        entries, different = equal.numel(), int((~equal).sum())
+        return Difference(most, different / max(entries, 1), _decibel(entries, different), entries, different)
+    signal = x.masked_fill(~x.isfinite(), 0).abs()
+    top = float(signal.max()) if signal.numel() else 0.0
     relative = most / top if top else (math.inf if most else 0.0)
-    if noise_power == 0:
-        return Difference(most, relative, math.inf)
-    return Difference(most, relative, 10 * math.log10(signal_power / noise_power) if signal_power else -math.inf)
+    return Difference(most, relative, _decibel(float(signal.square().sum()), float(noise.square().sum())))
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 def _tensors(value: Any) -> list[Tensor]:

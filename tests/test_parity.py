@@ -1,0 +1,253 @@
+"""Parity: a wrong file is found whatever stands beside what is wrong, a right one is not refused for ties or infinities."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repfx
+from repfx.lower.parity import CodeDifference, Parity, compare
+from repfx.rewrite.verify import Difference, difference, differences
+
+NAN, INF = math.nan, math.inf
+
+
+def pictures(n: int = 4, size: int = 16) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def int8(model: nn.Module, x: Tensor) -> nn.Module:
+    return repfx.calibrate(repfx.transform(model.eval(), ["ptq"], example=x), [x])
+
+
+def test_outputs_are_judged_one_by_one() -> None:
+    boxes, scores = torch.tensor([640.0, 320.0]), torch.tensor([0.9, 0.1])
+    found = difference((boxes, scores), (boxes + 0.01, scores.flip(0)))
+    assert found.max_abs == pytest.approx(0.8)
+    assert found.relative == pytest.approx(0.8 / 0.9)
+    assert found.sqnr == pytest.approx(difference(scores, scores.flip(0)).sqnr)
+    assert difference((boxes, scores), (boxes, scores)) == Difference(0, 0, INF)
+    assert difference([], []) == difference(torch.zeros(0, 4), torch.zeros(0, 4)) == Difference(0, 0, INF)
+
+
+def test_integers_are_right_or_wrong() -> None:
+    want = torch.tensor([7, 1000, 3, 0])
+    (found,) = differences(want, want + torch.tensor([0, 0, 1, 0]))
+    assert (found.relative, found.integers, found.different) == (0.25, 4, 1)
+    assert str(found) == "max abs 1, relative 0.25, SQNR 6.0 dB, 1 of 4 integers differ"
+    assert difference(want > 2, want > 5).relative == 0.25
+    both = difference((torch.ones(3), want), (torch.ones(3), want))
+    assert both == Difference(0, 0, INF, 4, 0)
+    assert difference(want.float(), want) == Difference(0, 0, INF)
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "relative"),
+    [
+        ([1, -INF, 4], [1, -INF, 4], 0),
+        ([1, NAN, 4], [1, NAN, 3], 0.25),
+        ([1, INF, 4], [1, -INF, 4], INF),
+        ([1, INF, 4], [1, 9, 4], INF),
+        ([1, 2, 4], [1, NAN, 4], INF),
+        ([-INF, NAN], [-INF, NAN], 0),
+    ],
+)
+def test_equal_infinities_are_equal(want: list[float], got: list[float], relative: float) -> None:
+    found = difference(torch.tensor(want), torch.tensor(got))
+    assert found.relative == relative
+    assert found.sqnr == (INF if relative == 0 else pytest.approx(10 * math.log10(17)) if relative == 0.25 else -INF)
+
+
+def test_verify_names_the_wrong_output() -> None:
+    class Two(nn.Module):
+        def __init__(self, k: float) -> None:
+            super().__init__()
+            self.conv, self.k = nn.Conv2d(3, 4, 1), k
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return 1e4 * y, self.k * y
+
+    one, other = Two(1.0).eval(), Two(1.1).eval()
+    other.load_state_dict(one.state_dict())
+    assert repfx.verify(one, other, pictures()).relative == pytest.approx(0.1, rel=1e-3)
+
+
+class Detector(nn.Module):
+    """Boxes in pixels, scores in 0..1 and the best place; torch's exporter drops the pool's divisor without a word."""
+
+    def __init__(self, divisor: int | None) -> None:
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(2, 2, divisor_override=divisor)
+        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.relu(self.stem(x))
+        scores = torch.sigmoid(self.pool(self.scores(y)))
+        return 640 * torch.sigmoid(self.boxes(y)), scores, scores.flatten(1).argmax(1)
+
+
+@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("spec", ["fuse", "ptq"])
+def test_a_small_wrong_output_beside_a_large_one(spec: str, float16: bool, tmp_path: Path) -> None:
+    x = pictures()
+    for divisor in (None, 1):
+        model = Detector(divisor).eval()
+        model = repfx.transform(model, ["fuse"], example=x) if spec == "fuse" else int8(model, x)
+        if divisor is None:
+            parity = repfx.lower(model, tmp_path / "right.onnx", example=x, float16=float16).parity
+            assert parity.agrees and parity.output.integers == 4
+            assert "of 4 integers differ" in str(parity)
+            continue
+        with pytest.raises(repfx.CheckError, match=r"what the model computes: .*output 1: max abs"):
+            repfx.lower(model, tmp_path / "wrong.onnx", example=x, float16=float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["right.onnx"]
+
+
+class Segmenter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.two(F.relu(self.one(x)))
+        return y.argmax(1), y.relu().flatten(1).topk(3)[1], y > 0
+
+
+def test_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pictures()
+    model = int8(Segmenter(), x)
+    assert repfx.lower(model, tmp_path / "right.onnx", example=x).parity.agrees
+    lowering = importlib.import_module("repfx.lower.onnx")
+    real = lowering._export
+
+    def least(*args: object) -> onnx.ModelProto:
+        proto = real(*args)
+        (node,) = [n for n in proto.graph.node if n.op_type == "ArgMax"]
+        node.op_type = "ArgMin"
+        return proto
+
+    monkeypatch.setattr(lowering, "_export", least)
+    with pytest.raises(repfx.CheckError, match=r"output 0: .* of 1024 integers differ"):
+        repfx.lower(model, tmp_path / "wrong.onnx", example=x)
+
+
+def test_what_counts_as_ties() -> None:
+    same = Difference(0, 0, INF)
+
+    def agrees(*outputs: Difference, noise: tuple[float, ...] = (), **quantizers: CodeDifference) -> bool:
+        return Parity(same, outputs, quantizers, noise=noise).agrees
+
+    def indices(different: int, entries: int) -> Difference:
+        return Difference(1, different / entries, 0, entries, different)
+
+    assert agrees(indices(1, 2), indices(2, 10), indices(10, 1000))
+    assert not agrees(indices(1, 1)) and not agrees(indices(2, 2)) and not agrees(indices(11, 1000))
+    loud = Difference(1, 0.1, 20)
+    assert agrees(loud, same, noise=(0.05, 0.0)) and not agrees(same, loud, noise=(0.05, 0.0))
+    assert agrees(q=CodeDifference(100, 2, 1)) and not agrees(q=CodeDifference(100, 1, 2))
+    assert Parity(same, (same, loud), {"a": CodeDifference(9, 3, 1)}).wrong == (
+        "3 of 9 codes of a, by up to 1",
+        "output 1: max abs 1, relative 0.1, SQNR 20.0 dB",
+    )
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.two(F.relu(self.one(x))) + x)
+
+
+class Repeated(nn.Module):
+    """Calls one block several times, in a forward that cannot be traced; `twice`: also on one value."""
+
+    def __init__(self, times: int, twice: bool) -> None:
+        super().__init__()
+        self.block, self.stem, self.times, self.twice = Block(8), nn.Conv2d(3, 8, 3, padding=1), times, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        h = torch.zeros(x.shape[0], *y.shape[1:])
+        for _ in range(self.times):
+            h = self.block(h * 0.5 + y)
+            if self.twice:
+                h = h + self.block(y)
+        return h
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_every_call_of_a_quantizer_is_compared(twice: bool, tmp_path: Path) -> None:
+    x = pictures(4, 32)
+    model = int8(Repeated(4, twice), x)
+    assert type(model).__name__ == "Repeated"
+    parity = repfx.lower(model, tmp_path / "model.onnx", example=x).parity
+    calls = 8 if twice else 4  # the file computes the block of one value once
+    assert [n for n in parity.quantizers if n.startswith("block.one.input_quant")] == [
+        f"block.one.input_quant{f', call {i + 1}' if i else ''}" for i in range(calls)
+    ]
+    assert parity.codes == 2 * calls * 4 * 8 * 32 * 32
+    assert parity.forced.relative < 1e-6
+    proto = onnx.load(tmp_path / "model.onnx")
+    named = [n.output[0] for n in proto.graph.node if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]]
+    assert named[:2] == ["block.one.input_quant.codes", "block.one.input_quant.codes_1"]
+    assert len(named) == (5 if twice else 4)
+
+
+def test_one_wrong_call_of_many(tmp_path: Path) -> None:
+    x = pictures(4, 32)
+    model = int8(Repeated(4, False), x)
+    proto = onnx.load(repfx.lower(model, tmp_path / "model.onnx", example=x).onnx)
+    third = [n for n in proto.graph.node if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]][2]
+    scale = next(t for t in proto.graph.initializer if t.name == third.input[1])
+    other = onnx.numpy_helper.from_array(1.05 * onnx.numpy_helper.to_array(scale), "other")
+    proto.graph.initializer.append(other)
+    third.input[1] = "other"
+    found = compare(model, proto, (x,))
+    assert not found.agrees
+    assert [w.partition(" codes of ")[2] for w in found.wrong if "codes" in w] == [
+        f"block.one.input_quant, call 3, by up to {found.quantizers['block.one.input_quant, call 3'].largest}"
+    ]
+
+
+@pytest.mark.parametrize("opset", [20, 21, 23])
+def test_int8_behind_a_pool_loads_in_every_opset(opset: int, tmp_path: Path) -> None:
+    x = pictures()
+    model = int8(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)), x)
+    assert repfx.lower(model, tmp_path / "model.onnx", example=x, opset=opset).parity.agrees
+
+
+def test_what_a_runtime_says_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity = importlib.import_module("repfx.lower.parity")
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL :\n  no such kernel")
+
+    monkeypatch.setattr(parity, "session", lambda *_, **__: fails)
+    model = repfx.transform(nn.Conv2d(3, 4, 1).eval(), ["fuse"], example=pictures())
+    with pytest.raises(repfx.CheckError, match=r"^onnxruntime does not run the file: \S+ : 1 : FAIL : no such kernel$"):
+        repfx.lower(model, tmp_path / "model.onnx", example=pictures())
+
+
+def test_masked_outputs(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.conv, self.value = nn.Conv2d(3, 4, 3), value
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y.masked_fill(y < 0, self.value)
+
+    for value in (-INF, NAN):
+        model = repfx.transform(Masked(value).eval(), ["fuse"], example=pictures())
+        assert repfx.lower(model, tmp_path / "model.onnx", example=pictures()).parity.output.relative < 1e-5
