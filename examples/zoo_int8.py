@@ -68,7 +68,7 @@ def row(name: str, folder: Path, float16: bool) -> list[str]:
             parity = compare(int8, onnx.load(file.onnx), (x,), "openvino", float16)
         if target != "tensorrt":
             run = kernels(target, file.onnx)
-            layers.append(f"{run.integers} of {run.integers + len(run.floats)}")
+            layers.append(f"{run.integers} of {run.layers}")
         cells.append(f"{parity.different:,} of {parity.codes:,}")
     return [name, *cells, f"{bad['E']}, {bad['W']}", str(left), *layers, f"{ratio:.3f}"]
 

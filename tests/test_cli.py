@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 2 and "cpu.onnx" in done.stderr
     done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml")
     assert done.returncode == 0 and "OpenVINO against torch" in done.stdout, done.stderr
+    assert re.search(r"OpenVINO: (\d+) of \1 layers run in integers\n", done.stdout), done.stdout
     assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q01" in done.stdout  # uint8 is for CPUs
@@ -103,6 +105,8 @@ def test_the_whole_path(folder: Path) -> None:
     forms = {(r["form"], r["runtime"]) for r in rows}
     assert forms >= {("train form", "torch"), ("merged", "torch"), ("INT8", "onnxruntime"), ("INT8", "openvino")}
     assert all(0 < r["fastest"] <= r["median"] <= r["slowest"] for r in rows)
+    layers = {r["runtime"]: r["kernels"] for r in rows if r["form"] == "INT8"}
+    assert {(k["integers"] > 1, len(k["floats"])) for k in layers.values()} == {(True, 0)}, layers
     done = run(folder, "inspect", "net.pt")
     assert done.returncode == 0
     done = run(folder, "transform", "pickled.pt", "--trust-pickle", "-o", "trusted.pt")

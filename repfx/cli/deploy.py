@@ -21,6 +21,7 @@ from repfx.errors import CheckError, InputError
 from repfx.graph.store import write_whole
 from repfx.lower import half
 from repfx.lower.engine import Profile, build
+from repfx.lower.kernels import kernels
 from repfx.lower.parity import compare
 from repfx.lower.runtimes import installed, write_ir
 from repfx.lower.timing import bench as measure
@@ -62,6 +63,8 @@ def lower(
     artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16)
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
+    if target == "onnxruntime" and _quantized(net):
+        say(f"ONNX Runtime: {kernels(target, file)}")
     for finding in api.lint(file) if target == "tensorrt" else []:
         say(finding)
     if openvino:
@@ -71,6 +74,8 @@ def lower(
         say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
         if not there.agrees:
             raise CheckError(f"OpenVINO does not compute what {file} says")
+        if _quantized(net):
+            say(f"OpenVINO: {kernels('openvino', file)}")
     if openvino and output.suffix == ".xml":
         write_ir(file, output)
         say(f"wrote {output}")

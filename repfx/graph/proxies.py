@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,8 +15,8 @@ class Value(fx.Proxy):
     or a split has."""
 
     def __iter__(self) -> Any:
-        count = _pieces(self.node)
-        return super().__iter__() if count is None else iter([self[i] for i in range(count)])
+        count, me = _pieces(self.node), cast(Any, self)
+        return super().__iter__() if count is None else iter([me[i] for i in range(count)])
 
     def __len__(self) -> int:
         count = _pieces(self.node)

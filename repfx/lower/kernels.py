@@ -34,10 +34,14 @@ class Kernels:
     integers: int
     floats: tuple[str, ...]
 
+    @property
+    def layers(self) -> int:
+        return self.integers + len(self.floats)
+
     def __str__(self) -> str:
         few = ", ".join(self.floats[:3]) + (", ..." if len(self.floats) > 3 else "")
         left = f", {few} in float" if self.floats else ""
-        return f"{self.integers} of {self.integers + len(self.floats)} layers run in integers{left}"
+        return f"{self.integers} of {self.layers} layers run in integers{left}"
 
 
 def kernels(runtime: str, path: str | os.PathLike[str]) -> Kernels:
@@ -51,6 +55,7 @@ def _in_onnxruntime(path: Path) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.qdqisint8allowed", "1")  # as `runtimes` runs it
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph

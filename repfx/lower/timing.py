@@ -20,19 +20,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repfx.errors import InputError
+from repfx.lower.kernels import Kernels, kernels
 from repfx.lower.onnx import lower
 from repfx.lower.runtimes import session
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One form in one runtime: milliseconds a run, and how far they spread."""
+    """One form in one runtime: milliseconds a run, their spread, and, of INT8, what the runtime runs in integers."""
 
     form: str
     runtime: str
     median: float
     fastest: float
     slowest: float
+    kernels: Kernels | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,13 @@ class Bench:
         table = Table(title=f"milliseconds a batch of {self.batch}, runs in turn")
         for name in ("form", "runtime"):
             table.add_column(name)
-        for name in ("median", "fastest..slowest", "over float there"):
+        for name in ("median", "fastest..slowest", "over float there", "layers in integers"):
             table.add_column(name, justify="right")
         for r in self.rows:
             base = next((o.median for o in self.rows if o.runtime == r.runtime and o.form == "merged"), None)
             ratio = "" if base is None else f"{r.median / base:.2f}"
-            table.add_row(r.form, r.runtime, f"{r.median:.2f}", f"{r.fastest:.2f}..{r.slowest:.2f}", ratio)
+            layers = "" if r.kernels is None else f"{r.kernels.integers} of {r.kernels.layers}"
+            table.add_row(r.form, r.runtime, f"{r.median:.2f}", f"{r.fastest:.2f}..{r.slowest:.2f}", ratio, layers)
         yield table
 
 
@@ -94,12 +97,17 @@ def bench(
         ("train form", "torch"): lambda: train_form(x),
         ("merged", "torch"): lambda: merged(x),
     }
+    layers: dict[Any, Kernels] = {}
     with tempfile.TemporaryDirectory() as folder:
         plain = lower(merged, Path(folder) / "float.onnx", example=x).onnx
         for name, model in quantized.items():
             file = lower(model, Path(folder) / f"{name}.onnx", example=x, target=name).onnx
             for form, path in (("merged", plain), ("INT8", file)):
                 runs[form, name] = partial(session(name, path, threads=threads), (x,))
+            layers["INT8", name] = kernels(name, file)
         times = interleaved(runs, rounds, progress)
-    rows = [Timing(form, runtime, statistics.median(t), min(t), max(t)) for (form, runtime), t in times.items()]
+    rows = [
+        Timing(form, runtime, statistics.median(t), min(t), max(t), layers.get((form, runtime)))
+        for (form, runtime), t in times.items()
+    ]
     return Bench(tuple(rows), len(x))
