@@ -37,7 +37,7 @@ def mini() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
-    import timm
+    from zoo import timm
 
     return timm.create_model("resnet18").eval()
 

@@ -3,7 +3,7 @@
     python examples/bench_runtimes.py
 
 All from one merged float net with random weights; each round runs all in an order of its own; ratios are
-medians and quartiles of the rounds' ratios.
+medians and quartiles of the rounds' ratios. Layers in integers: as the runtime's own graph has them, in our file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -22,11 +21,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
+from zoo import timm
 
 import repfx
+from repfx.lower.kernels import kernels
 from repfx.lower.runtimes import installed, session
 from repfx.lower.timing import interleaved
 from repfx.testing import randomise
+
+MODELS = (
+    *("repvgg_a0", "mobileone_s0", "resnet18", "mobilenetv2_100", "efficientnet_b0", "repvit_m0_9", "convnext_atto"),
+    *("densenet121", "cspresnet50", "ese_vovnet19b_dw"),
+)
 
 
 class Once(CalibrationDataReader):
@@ -73,7 +79,7 @@ def _ratios(ours: list[float], others: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["repvgg_a0", "mobileone_s0", "resnet18"])
+    parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
@@ -88,6 +94,7 @@ def main() -> None:
         "float / INT8",
         "ours / ONNX Runtime's",
         "ours / NNCF's",
+        "layers in integers",
         "file, over float",
     ):
         table.add_column(column, justify="right")
@@ -114,6 +121,7 @@ def main() -> None:
                 times = interleaved(runs, args.rounds)
                 t = {k: statistics.median(v) for k, v in times.items()}
                 against = {k: _ratios(times["ours"], times[k]) for k in ("theirs", "nncf") if k in times}
+                run = kernels(runtime, ours)
                 size = ours.stat().st_size / plain.stat().st_size
                 row = (
                     f"{t['float']:.1f}",
@@ -121,10 +129,11 @@ def main() -> None:
                     f"{t['float'] / t['ours']:.2f}",
                     against["theirs"],
                     against.get("nncf", ""),
+                    f"{run.integers} of {run.layers}",
                     f"{size:.3f}",
                 )
                 table.add_row(name, runtime, *row)
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
+from zoo import timm
 
 import repfx
 from repfx.blocks import ACNet

@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 import onnx
-import timm
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from zoo import timm
 
 import repfx
 from repfx.lower.kernels import kernels
