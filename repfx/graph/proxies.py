@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,14 +12,10 @@ from torch import Tensor, fx
 
 class Value(fx.Proxy):
     """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are, and knows how many pieces a chunk
-    or a split has."""
-
-    def __iter__(self) -> Any:
-        count, me = _pieces(self.node), cast(Any, self)
-        return super().__iter__() if count is None else iter([me[i] for i in range(count)])
+    or a split has, which `Tracer.iter` goes through."""
 
     def __len__(self) -> int:
-        count = _pieces(self.node)
+        count = pieces(self.node)
         return super().__len__() if count is None else count
 
     def _in_place(self, f: Callable[..., Any], other: Any) -> Any:
@@ -41,7 +37,7 @@ class Value(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-def _pieces(node: fx.Node) -> int | None:
+def pieces(node: fx.Node) -> int | None:
     """How many values a chunk, or a split by sizes, gives; None for what else there is."""
     asked = node.args[1] if len(node.args) > 1 else None
     if node.target in (torch.chunk, "chunk"):

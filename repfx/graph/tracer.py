@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from repfx.errors import Declined
 from repfx.graph.effects import writes_by_name
 from repfx.graph.modes import Asked, Mode, ModeFlag, TrainOnly
-from repfx.graph.proxies import ConstantProxy, Value
+from repfx.graph.proxies import ConstantProxy, Value, pieces
 
 MODE = "_mode"
 BRANCHES = "its forward branches on self.training"
@@ -114,6 +114,11 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """The pieces of a chunk or a split, where no fixed number of names asks for them."""
+        count, piece = pieces(obj.node), cast(Any, obj)
+        return super().iter(obj) if count is None else iter([piece[i] for i in range(count)])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
