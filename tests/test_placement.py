@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,34 @@ def test_what_moves_integers_changes_none(target: str) -> None:
             model.get_submodule(name).register_forward_hook(watch(name))
         model(x)
         assert len(changed) == len(acts) - len(set(acts)) and not any(changed)
+
+
+@pytest.mark.parametrize("kind", [Fire, Split, Dense, Neck])
+def test_joins_stand_between_integers(kind: Any) -> None:
+    """What goes into a concatenation is rounded and what comes out, for operators from integers to integers."""
+    _, model, _ = made(kind, "onnxruntime")
+    joins = [n for n in model.graph.nodes if n.target in (torch.cat, torch.add, operator.add, torch.mul)]
+    assert joins
+
+    def rounds(node: Any) -> bool:
+        return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), FakeQuant)
+
+    for join in joins:
+        assert all(rounds(n) for n in join.all_input_nodes), join
+        after = [join] if len(join.users) > 1 else [join, *join.users]  # or a ReLU that rounding does as well
+        assert any(all(rounds(u) for u in n.users) for n in after), join
+
+
+@pytest.mark.parametrize(("mode", "shared"), [("nearest", True), ("bilinear", False)])
+def test_only_what_moves_values_takes_their_quantizer(mode: str, shared: bool) -> None:
+    class Resize(Neck):
+        def body(self, x: Tensor) -> Tensor:
+            return self.up(torch.cat([x, F.interpolate(self.deep(self.down(x)), None, 2.0, mode)], 1))[:, :8]
+
+    _, model, _ = made(Resize, "onnxruntime")
+    (resize,) = [n for n in model.graph.nodes if n.target is F.interpolate]
+    (after,) = resize.users
+    assert (after.target == resize.all_input_nodes[0].target) == shared
 
 
 def test_swish_is_written_out_where_its_parts_run_in_integers() -> None:
