@@ -217,6 +217,27 @@ def test_only_what_moves_values_takes_their_quantizer(mode: str, shared: bool) -
     assert (after.target == resize.all_input_nodes[0].target) == shared
 
 
+def test_outputs_of_the_model_stay_as_they_are(tmp_path: Path) -> None:
+    """A map that the model gives is not rounded, whoever else reads it, so the layer that makes it runs in float."""
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.two(torch.relu(self.one(x))))
+            return y, self.three(y)
+
+    net, x = Maps().eval(), torch.randn(2, 3, 12, 12)
+    model = repfx.transform(net, ["ptq"], example=x, target="onnxruntime")
+    repfx.calibrate(model, [x])
+    assert all(t.unique().numel() > 300 for t in model(x))  # 256 codes would be fewer
+    found = kernels("onnxruntime", repfx.lower(model, tmp_path / "m.onnx", example=x, target="onnxruntime").onnx)
+    assert (found.integers, len(found.floats)) == (1, 2)
+    assert str(found).startswith("1 of 3 layers run in integers, ") and str(found).endswith(" in float")
+
+
 def test_swish_is_written_out_where_its_parts_run_in_integers() -> None:
     for inplace in (False, True):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(inplace), nn.Conv2d(4, 4, 3)).eval()

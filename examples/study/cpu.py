@@ -1,0 +1,119 @@
+"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime: ours against its own quantizer.
+
+    python examples/study/cpu.py --data cifar10.zip
+
+Such a net runs in integers only where what its convolutions give, and what goes on from there, is rounded too: more places
+to lose accuracy than the inputs of layers. 1 024 training pictures without labels calibrate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Accuracy, Results, calibration, pictures, plain, trained
+from onnxruntime.quantization import CalibrationMethod
+from peers import in_runtime, onnxruntime
+from torch import Tensor, nn
+
+import repfx
+from repfx.lower.kernels import kernels
+
+OURS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "repfx max": (["ptq(weights=mse)"], {"method": "max"}),
+    "repfx mse": (["ptq(weights=mse)"], {"method": "mse"}),
+    "repfx mse, bias": (["ptq(weights=mse)"], {"method": "mse", "bias": True}),
+    "repfx repapq": (["ptq(weights=mse)", "qprep"], {}),
+}
+THEIRS = {"onnxruntime minmax": CalibrationMethod.MinMax, "onnxruntime entropy": CalibrationMethod.Entropy}
+
+
+class Act(nn.Module):
+    """A convolution, its batch norm and a swish: (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.conv, self.act = plain(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+class Joined(nn.Module):
+    """Half goes on through residual steps, all is concatenated and gated: (N, c, H, W) -> (N, c, H, W)."""
+
+    def __init__(self, width: int, steps: int = 2) -> None:
+        super().__init__()
+        half = width // 2
+        self.first, self.last = Act(width, width, 1), Act(width + steps * half, width, 1)
+        self.steps = nn.ModuleList(nn.Sequential(Act(half, half), Act(half, half)) for _ in range(steps))
+        self.down, self.up = nn.Conv2d(width, half, 1), nn.Conv2d(half, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.first(x).chunk(2, 1))
+        for step in self.steps:
+            parts.append(parts[-1] + step(parts[-1]))
+        y = self.last(torch.cat(parts, 1))
+        return y * torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3), keepdim=True)))))
+
+
+def joined() -> nn.Module:
+    body = [Act(3, 16), Joined(16), Act(16, 32, 3, 2), Joined(32), Act(32, 64, 3, 2), Joined(64)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*body, *head).to(memory_format=torch.channels_last)
+
+
+def ours(net: nn.Module, method: str, batches: list[Tensor], iterations: int, path: Path) -> None:
+    passes, options = OURS[method]
+    model: Any = repfx.transform(net, passes, target="onnxruntime")
+    if "qprep" in passes:
+        repfx.reconstruct(model, batches, iterations=iterations)
+        model = repfx.transform(model, ["fuse"], target="onnxruntime")
+    else:
+        repfx.calibrate(model, batches, **options)
+    repfx.lower(model, path, example=batches[0][:8], target="onnxruntime")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "cpu.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train, test = pictures(args.data)
+    accuracy, batches, results = Accuracy(test), calibration(args.data), Results(args.results)
+    for seed in args.seeds:
+        net = trained(
+            args.runs / "cpu", "joined", joined, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128
+        )
+        if not results.has(seed=seed, method="float"):
+            results.add(seed=seed, method="float", top1=accuracy(net))
+        merged = repfx.transform(net, ["fuse"])
+        for method in (*OURS, *THEIRS):
+            if results.has(seed=seed, method=method):
+                continue
+            with tempfile.TemporaryDirectory() as text:
+                folder = Path(text)
+                if method in OURS:
+                    path = folder / "ours.onnx"
+                    ours(net, method, batches, args.iterations, path)
+                    run = in_runtime(path)
+                else:
+                    path = folder / "theirs.onnx"
+                    run = onnxruntime(THEIRS[method], merged, batches, folder)
+                found = kernels("onnxruntime", path)
+                results.add(
+                    seed=seed, method=method, top1=accuracy(run), integers=found.integers, layers=found.layers
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
