@@ -229,7 +229,7 @@ def test_outputs_of_the_model_stay_as_they_are(tmp_path: Path) -> None:
             y = torch.relu(self.two(torch.relu(self.one(x))))
             return y, self.three(y)
 
-    net, x = Maps().eval(), torch.randn(2, 3, 12, 12)
+    net, x = Maps().eval(), torch.randn(4, 3, 24, 24)
     model = repfx.transform(net, ["ptq"], example=x, target="onnxruntime")
     repfx.calibrate(model, [x])
     assert all(t.unique().numel() > 300 for t in model(x))  # 256 codes would be fewer
