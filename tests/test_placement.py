@@ -87,6 +87,19 @@ class Gate(Ended):
         return x + y * torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3), keepdim=True)))))
 
 
+class Clip(Ended):
+    """Activations with ends on both sides of zero, and one that only exported programs call by this name."""
+
+    layers = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(8, 8, act=nn.Hardtanh), nn.Conv2d(8, 8, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.hardtanh(self.two(self.one(x)), 0.0, 6.0)
+
+
 class Dense(Ended):
     """Growing concatenations before batch norms that merge with nothing."""
 
@@ -119,7 +132,7 @@ class Neck(Ended):
         return F.pixel_shuffle(self.up(torch.cat([x, y], 1)), 2)
 
 
-NETS = [Fire, Split, Gate, Dense, Neck]
+NETS = [Fire, Split, Gate, Clip, Dense, Neck]
 
 
 def made(kind: Any, target: str, passes: str = "ptq") -> tuple[nn.Module, Any, Tensor]:

@@ -32,9 +32,9 @@ _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _MAXIMA: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
 _MAXIMA |= {aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
 
-# Rounding to a grid that ends where they do does the same.
-_CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, "relu", torch.relu_, "relu_"}
-_CLIPS |= {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
+# Rounding to an unsigned grid does the same. (A clip at -1 it does not: that one is read in integers.)
+_CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_"}
+_CLIPS |= {aten.relu.default, aten.relu_.default}
 
 # One of 256 values in, one of 256 out.
 _TABLES: set[Any] = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default}
