@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/repfx demo
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""What every test shares: one torch thread count, and timm on a CPU build of torch."""
+"""What every test shares: a seed, a process's share of the cores, and timm on a CPU build of torch."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import zoo
 
 zoo.declare_missing_operators()
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests run
 
 
 @pytest.fixture(autouse=True)

@@ -191,7 +191,7 @@ def test_what_moves_integers_changes_none(target: str) -> None:
         def watch(name: str, changed: list[bool] = changed, seen: set[str] = seen) -> Any:
             def hook(m: FakeQuant, inputs: tuple[Tensor], y: Tensor) -> None:
                 if name in seen:
-                    changed.append(not torch.allclose(inputs[0], y, rtol=0, atol=1e-6 * float(y.abs().max())))
+                    changed.append(not torch.allclose(inputs[0], y, rtol=0, atol=1e-6 * float(y.detach().abs().max())))
                 seen.add(name)
 
             return hook
