@@ -1,6 +1,6 @@
 """What the lint says of other tools' own ONNX files, of a RepVGG block as it is trained and merged.
 
-    pip install nvidia-modelopt requests torchao brevitas aimet-torch
+    pip install nvidia-modelopt requests torchao brevitas onnxoptimizer aimet-torch
     python examples/peers_lint.py
 
 A tool that is not installed, or whose export fails, is named and left out.
@@ -21,6 +21,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from zoo import declare_missing_operators
 
 import repfx
 from repfx.blocks import RepVGG
@@ -117,6 +118,7 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
 
 
 def main() -> None:
+    declare_missing_operators()  # AIMET imports torchvision
     x = torch.randn(2, 3, 16, 16)
     table = Table("tool", "net", "errors and warnings (how often)")
     for tool, export in TOOLS.items():
