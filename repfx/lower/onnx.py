@@ -107,7 +107,7 @@ def lower(
 class _Activation(nn.Module):
     """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one a call.
 
-    `offset` writes a signed grid as unsigned codes around 128, the same numbers, for runtimes that are fast on those.
+    `offset` writes a signed grid as unsigned codes around 128 (`Target`).
     """
 
     scale: Tensor
@@ -181,7 +181,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     """The ONNX graph of a copy whose quantizers are symbolic."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    offset = target_named(target).unsigned_after_relu
+    offset = target_named(target).offset
     rounding = [(n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight]
     activations = {id(m): _Activation(m, n, offset) for n, m in rounding}
     for _, module in graphs(symbolic):

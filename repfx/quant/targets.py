@@ -12,12 +12,16 @@ from repfx.quant.grid import Grid
 class Target:
     """`unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU runtimes want.
 
+    `offset`: whether signed grids are written as unsigned codes around 128, the same numbers, for kernels that are fast
+    on those. (In OpenVINO, whose kernels take both, the offset is a subtraction that concatenations do not pass on.)
+
     `stretches`: whether its operators take integers to integers only, so that what convolutions give is to be rounded at
     once, and sums, products and the like between them.
     """
 
     name: str
     unsigned_after_relu: bool
+    offset: bool
     stretches: bool
 
     def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
@@ -30,9 +34,9 @@ class Target:
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", unsigned_after_relu=False, stretches=False),
-    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, stretches=True),
-    "openvino": Target("openvino", unsigned_after_relu=True, stretches=False),
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False, offset=False, stretches=False),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, offset=True, stretches=True),
+    "openvino": Target("openvino", unsigned_after_relu=True, offset=False, stretches=False),
 }
 
 
