@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from repfx.errors import unknown
 from repfx.quant.grid import Grid
@@ -15,14 +16,15 @@ class Target:
     `offset`: whether signed grids are written as unsigned codes around 128, the same numbers, for kernels that are fast
     on those. (In OpenVINO, whose kernels take both, the offset is a subtraction that concatenations do not pass on.)
 
-    `stretches`: whether its operators take integers to integers only, so that what convolutions give is to be rounded at
-    once, and sums, products and the like between them.
+    `between`: what runs in integers between layers where what it reads is rounded: `sums` after a convolution and averages;
+    `joins`, concatenations too; `all`, as its operators take integers to integers only, so that what convolutions give
+    is to be rounded at once, and sums, products and the like between them.
     """
 
     name: str
     unsigned_after_relu: bool
     offset: bool
-    stretches: bool
+    between: Literal["sums", "joins", "all"]
 
     def weight(self, bits: int = 8, per_channel: bool = True) -> Grid:
         return Grid(bits, axis=0 if per_channel else None)
@@ -34,9 +36,9 @@ class Target:
 
 
 TARGETS = {
-    "tensorrt": Target("tensorrt", unsigned_after_relu=False, offset=False, stretches=False),
-    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, offset=True, stretches=True),
-    "openvino": Target("openvino", unsigned_after_relu=True, offset=False, stretches=False),
+    "tensorrt": Target("tensorrt", unsigned_after_relu=False, offset=False, between="sums"),
+    "onnxruntime": Target("onnxruntime", unsigned_after_relu=True, offset=True, between="all"),
+    "openvino": Target("openvino", unsigned_after_relu=True, offset=False, between="joins"),
 }
 
 

@@ -2,9 +2,13 @@
 
 conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
 mean(x)        ->   mean(Q(x))             an average pool between quantized layers
-Q(max(x))      ->   max(Q(x))              the same values, and the layer before the pool writes integers
+Q(max(x))      ->   max(Q(x))              the same values, and the layer before the pool writes integers; pieces too
 
-A target whose operators take integers to integers, none of them to floats, wants all of a stretch:
+Where the target says so,
+
+cat(a, b)      ->   cat(Q(a), Q(b))        whose every way on leads into a layer
+
+and a target whose operators take integers to integers, none of them to floats, wants all of a stretch:
 
 f(relu(conv))  ->   f(Q(relu(conv)))       what a convolution gives, whoever reads it
 a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and tables of such values
@@ -42,8 +46,9 @@ _TABLES |= {nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", aten.mul.Tensor}
 _SWISH: set[Any] = {nn.SiLU, F.silu, aten.silu.default, aten.silu_.default}
 
-_MOVES: set[Any] = {nn.Flatten, torch.flatten, "flatten", nn.PixelShuffle, F.pixel_shuffle, nn.PixelUnshuffle}
-_MOVES |= {F.pixel_unshuffle, nn.UpsamplingNearest2d}
+_FLATTENS: set[Any] = {nn.Flatten, torch.flatten, "flatten"}
+_MOVES: set[Any] = {nn.PixelShuffle, F.pixel_shuffle, nn.PixelUnshuffle, F.pixel_unshuffle, nn.UpsamplingNearest2d}
+_MOVES |= _FLATTENS
 _RESIZES: set[Any] = {nn.Upsample, F.interpolate}
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
@@ -52,7 +57,7 @@ Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer wh
 def spell_out(module: fx.GraphModule, target: Target) -> None:
     """Writes silu(x) as x * sigmoid(x), where the target has integer kernels for these two and none for the one."""
     modules = dict(module.named_modules())
-    for node in list(module.graph.nodes) if target.stretches else ():
+    for node in list(module.graph.nodes) if target.between == "all" else ():
         kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
         if kind not in _SWISH or len(node.all_input_nodes) != 1:
             continue
@@ -80,11 +85,15 @@ def find_places(
     into one layer, that layer.
     """
     owner = inside or {}
-    others = _skips_and_averages(view, layers) + (_stretches(view, convolutions) if target.stretches else [])
+    others = _skips_and_averages(view, layers)
+    if target.between == "all":
+        others += _stretches(view, convolutions)
+    elif target.between == "joins":
+        others += _joined(view, layers, owner)
     others = [(n, x, layer) for n, x, layer in others if not view.writes.changed(x) and not _is_quantized(view, x)]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
-    if not target.stretches:  # else what the pool gives is rounded too, to the same integers
-        found = _before_pools(view, found, owner)
+    if target.between != "all":  # else what is moved is rounded too, to the same integers
+        found = _before_moves(view, found, owner)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, _origins(view, found)
 
@@ -103,23 +112,47 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
     return found
 
 
-def _before_pools(view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
-    """The places with each quantizer after a max pool moved before it, where the pool has no other reader."""
+def _joined(view: GraphView, layers: Collection[fx.Node], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
+    """What goes into concatenations from which every way on leads into a layer."""
+    found: list[Place] = []
+    ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
+    for node in reversed(view.nodes):
+        readers = [owner.get(u, u) for u in node.users]
+        goals = [r if r in layers else ahead.get(r) for r in readers]
+        if not goals or goals[0] is None or None in goals:
+            continue
+        ahead[node] = goals[0]
+        op = view.ops[node]
+        if isinstance(op, Sum) and op.kind == "concat":
+            found += [(node, value, goals[0]) for value in view.data_inputs(node)]
+    return found
+
+
+def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
+    """The places with each quantizer after what moves values put before it, where it has no other readers."""
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
-    for pool in reversed(view.nodes):
-        mine = readers.get(pool, [])
-        if (
-            is_max_pool(view.module, pool)
-            and mine
-            and {reader for reader, _, _ in mine} == {owner.get(u, u) for u in pool.users}
-        ):
-            (value,) = pool.all_input_nodes
-            if not view.writes.changed(value) and not _is_quantized(view, value):
-                del readers[pool]
-                readers.setdefault(value, []).extend((pool, value, layer) for _, _, layer in mine)
+    for node in reversed(view.nodes):
+        inputs, ends = view.data_inputs(node), list(node.users) if _is_divided(view, node) else [node]
+        # Dropout scales in training; a reshape costs nothing.
+        if len(inputs) != 1 or not _moves(view, node) or _is_same(view, node) or _kind(view, node) in _FLATTENS:
+            continue
+        (value,) = inputs
+        mine = [place for end in ends for place in readers.get(end, ())]
+        quantized = {(reader, v) for reader, v, _ in mine}
+        alone = all((owner.get(u, u), end) in quantized for end in ends for u in end.users)
+        movable = not (_is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value))
+        if mine and alone and movable and not any(view.writes.changed(end) for end in ends):
+            for end in ends:
+                readers.pop(end, None)
+            readers.setdefault(value, []).extend((node, value, layer) for _, _, layer in mine)
     return [place for some in readers.values() for place in some]
+
+
+def _is_divided(view: GraphView, node: fx.Node) -> bool:
+    """Whether it gives several tensors."""
+    return getattr(view.ops[node], "pieces", None) is not None
 
 
 def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]:
@@ -169,7 +202,7 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
             continue
         if all(reader.op != "output" for reader in value.users):
             layer[value] = source
-            if getattr(view.ops[value], "pieces", None) is None:  # several tensors: each is read on its own
+            if not _is_divided(view, value):  # else each is read on its own
                 found += [(reader, value, source) for reader in value.users]
     return found
 
