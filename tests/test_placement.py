@@ -164,7 +164,7 @@ def test_the_lint_finds_nothing(kind: Any, tmp_path: Path) -> None:
     assert not [f for f in found if f.severity in "EW"], found
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("kind", NETS)
 def test_training_and_calibration_quantize_the_same_places(kind: Any, target: str, tmp_path: Path) -> None:
     _, ready, x = made(kind, target)
@@ -202,20 +202,114 @@ def test_what_moves_integers_changes_none(target: str) -> None:
         assert len(changed) == len(acts) - len(set(acts)) and not any(changed)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("kind", [Fire, Split, Dense, Neck])
-def test_joins_stand_between_integers(kind: Any) -> None:
-    """What goes into a concatenation is rounded and what comes out, for operators from integers to integers."""
-    _, model, _ = made(kind, "onnxruntime")
-    joins = [n for n in model.graph.nodes if n.target in (torch.cat, torch.add, operator.add, torch.mul)]
+def test_joins_stand_between_integers(kind: Any, target: str) -> None:
+    """What goes into a concatenation is rounded; for operators from integers to integers sums too, and what comes out."""
+    _, model, _ = made(kind, target)
+    strict = target == "onnxruntime"
+    kinds = (torch.cat, torch.add, operator.add, torch.mul) if strict else (torch.cat,)
+    joins = [n for n in model.graph.nodes if n.target in kinds]
     assert joins
 
-    def rounds(node: Any) -> bool:
-        return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), FakeQuant)
+    def rounded(node: Any) -> bool:
+        """At once, or as a piece or a pool of what is."""
+        moves = node.target in (operator.getitem, F.max_pool2d, F.interpolate) or node.target == "chunk"
+        return _rounds(model, node) or (moves and not strict and rounded(node.all_input_nodes[0]))
 
     for join in joins:
-        assert all(rounds(n) for n in join.all_input_nodes), join
+        assert all(rounded(n) for n in join.all_input_nodes), join
         after = [join] if len(join.users) > 1 else [join, *join.users]  # or a ReLU that rounding does as well
-        assert any(all(rounds(u) for u in n.users) for n in after), join
+        assert not strict or any(all(_rounds(model, u) for u in n.users) for n in after), join
+
+
+def _rounds(model: Any, node: Any) -> bool:
+    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), FakeQuant)
+
+
+class Ways(nn.Module):
+    """Concatenations: one that the model gives, one that a layer reads, and one that both do, through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b = torch.tanh(self.a(x)), torch.tanh(self.b(x))
+        read, given = torch.cat([a, b], 1), torch.cat([b, a], 1)
+        both = torch.cat([torch.abs(a), b], 1)
+        return self.c(torch.selu(read)), given, self.c(both), torch.cat([both, both], 1)
+
+
+@pytest.mark.parametrize("passes", ["ptq", "repq(bn=frozen)"])
+def test_concatenations_that_the_model_gives_stay_as_they_are(passes: str) -> None:
+    net, x = Ways().eval(), torch.randn(2, 3, 9, 9)
+    model: Any = repfx.transform(net, [passes], example=x, target="openvino")
+    joins = [n for n in model.graph.nodes if n.target is torch.cat]
+    assert [sum(_rounds(model, i) for i in n.all_input_nodes) for n in joins] == [2, 0, 0, 0]
+
+
+def test_a_product_reads_what_is_rounded_for_another() -> None:
+    """Squeeze and excitation: the average reads integers, so the product does, but not its gate."""
+    counts = {}
+    for target in ("openvino", "tensorrt"):
+        _, model, _ = made(Gate, target)
+        (product,) = [n for n in model.graph.nodes if n.target is operator.mul]
+        counts[target] = [_rounds(model, n) for n in product.args]
+    assert counts == {"openvino": [True, False], "tensorrt": [False, False]}
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_what_a_dropout_gives_in_training_is_what_is_rounded(target: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3))
+    model: Any = repfx.transform(net.eval(), ["repq(bn=frozen)"], example=torch.randn(2, 3, 9, 9), target=target)
+    (dropout,) = [n for n in model.graph.nodes if n.target == "2"]
+    assert all(_rounds(model, n) for n in dropout.users) and not _rounds(model, dropout.all_input_nodes[0])
+
+
+@pytest.mark.parametrize(("target", "zeros"), [("onnxruntime", {0, 128}), ("openvino", {0}), ("tensorrt", {0})])
+def test_codes_of_signed_values_are_what_the_kernels_take(target: str, zeros: set[int], tmp_path: Path) -> None:
+    import onnx
+
+    _, model, x = made(Dense, target)
+    repfx.calibrate(model, [x])
+    proto = _onnx(repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).onnx)
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    found = {int(constants[n.input[2]]) for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert found == zeros
+
+
+class Pieces(nn.Module):
+    """Halves of one value: both read by layers, or one of them by something else as well."""
+
+    def __init__(self, all_read: bool) -> None:
+        super().__init__()
+        self.stem, self.all_read = nn.Conv2d(3, 8, 1), all_read
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.tanh(self.stem(x)).chunk(2, 1)
+        y = self.a(a) - self.b(F.interpolate(F.max_pool2d(b, 2), scale_factor=2.0))
+        return y if self.all_read else y * torch.exp(a)
+
+
+@pytest.mark.parametrize("passes", ["ptq", "repq(bn=frozen)"])
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+@pytest.mark.parametrize("all_read", [True, False])
+def test_a_quantizer_goes_before_what_moves_values(all_read: bool, target: str, passes: str, tmp_path: Path) -> None:
+    net, x = Pieces(all_read).eval(), torch.randn(2, 3, 8, 8)
+    model: Any = repfx.transform(net, [passes], example=x, target=target)
+    if passes == "ptq":
+        repfx.calibrate(model, [x])
+    else:
+        model.train()(x).square().mean().backward()
+        model = repfx.transform(model.eval(), ["fuse"], example=x, target=target)
+    (chunk,) = [n for n in model.graph.nodes if n.target == "chunk"]
+    assert _rounds(model, chunk.all_input_nodes[0]) == all_read
+    acts = [n for n in model.graph.nodes if _rounds(model, n) and not model.get_submodule(str(n.target)).of_weight]
+    assert len(acts) == 2 if all_read else 3
+    assert repfx.verify(net, model, x).sqnr > 25
+    assert repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).parity.agrees
 
 
 @pytest.mark.parametrize(("mode", "shared"), [("nearest", True), ("bilinear", False)])

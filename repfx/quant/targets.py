@@ -17,8 +17,8 @@ class Target:
     on those. (In OpenVINO, whose kernels take both, the offset is a subtraction that concatenations do not pass on.)
 
     `between`: what runs in integers between layers where what it reads is rounded: `sums` after a convolution and averages;
-    `joins`, concatenations too; `all`, as its operators take integers to integers only, so that what convolutions give
-    is to be rounded at once, and sums, products and the like between them.
+    `joins`, concatenations and products too; `all`, as its operators take integers to integers only, so that what
+    convolutions give is to be rounded at once, and sums, products and the like between them.
     """
 
     name: str

@@ -7,6 +7,7 @@ Q(max(x))      ->   max(Q(x))              the same values, and the layer before
 Where the target says so,
 
 cat(a, b)      ->   cat(Q(a), Q(b))        whose every way on leads into a layer
+x * gate       ->   Q(x) * gate            where another reads x rounded: one integer value instead of two
 
 and a target whose operators take integers to integers, none of them to floats, wants all of a stretch:
 
@@ -89,7 +90,7 @@ def find_places(
     if target.between == "all":
         others += _stretches(view, convolutions)
     elif target.between == "joins":
-        others += _joined(view, layers, owner)
+        others += _joined(view, layers, owner, {*layers.values(), *(value for _, value, _ in others)})
     others = [(n, x, layer) for n, x, layer in others if not view.writes.changed(x) and not _is_quantized(view, x)]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # else what is moved is rounded too, to the same integers
@@ -112,8 +113,11 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
     return found
 
 
-def _joined(view: GraphView, layers: Collection[fx.Node], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
-    """What goes into concatenations from which every way on leads into a layer."""
+def _joined(
+    view: GraphView, layers: Collection[fx.Node], owner: Mapping[fx.Node, fx.Node], rounded: Collection[fx.Node]
+) -> list[Place]:
+    """What goes into concatenations from which every way on leads into a layer, and what of `rounded` goes into such
+    products."""
     found: list[Place] = []
     ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
     for node in reversed(view.nodes):
@@ -123,8 +127,9 @@ def _joined(view: GraphView, layers: Collection[fx.Node], owner: Mapping[fx.Node
             continue
         ahead[node] = goals[0]
         op = view.ops[node]
-        if isinstance(op, Sum) and op.kind == "concat":
-            found += [(node, value, goals[0]) for value in view.data_inputs(node)]
+        joins = isinstance(op, Sum) and op.kind == "concat"
+        if joins or _kind(view, node) in _PRODUCTS:
+            found += [(node, value, goals[0]) for value in view.data_inputs(node) if joins or value in rounded]
     return found
 
 
