@@ -90,7 +90,7 @@ def find_places(
     if target.between == "all":
         others += _stretches(view, convolutions)
     elif target.between == "joins":
-        others += _joined(view, layers, owner, {*layers.values(), *(value for _, value, _ in others)})
+        others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
     others = [(n, x, layer) for n, x, layer in others if not view.writes.changed(x) and not _is_quantized(view, x)]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # else what is moved is rounded too, to the same integers
@@ -113,16 +113,13 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
     return found
 
 
-def _joined(
-    view: GraphView, layers: Collection[fx.Node], owner: Mapping[fx.Node, fx.Node], rounded: Collection[fx.Node]
-) -> list[Place]:
+def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx.Node]) -> list[Place]:
     """What goes into concatenations from which every way on leads into a layer, and what of `rounded` goes into such
     products."""
     found: list[Place] = []
     ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
     for node in reversed(view.nodes):
-        readers = [owner.get(u, u) for u in node.users]
-        goals = [r if r in layers else ahead.get(r) for r in readers]
+        goals = [u if u in layers else ahead.get(u) for u in node.users]
         if not goals or goals[0] is None or None in goals:
             continue
         ahead[node] = goals[0]
