@@ -400,11 +400,12 @@ def _in(runtime: str, path: Path) -> nn.Module:
     return Run()
 
 
-def test_what_is_learned_with_quantizers_called_twice(tmp_path: Path) -> None:
-    """Ranges, bias correction, learning and sensitivity of a net whose chunks take the quantizer of what they divide."""
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_what_is_learned_about_chunks_and_joins(target: str, tmp_path: Path) -> None:
+    """Ranges, bias correction, learning and sensitivity, in ONNX Runtime with quantizers that are called twice."""
     pictures, found = torch.randn(128, 3, 16, 16), {}
     for name in ("ranges", "bias", "learned"):
-        net, model, x = made(Split, "onnxruntime", "ptq(weights=mse)")
+        net, model, x = made(Split, target, "ptq(weights=mse)")
         if name == "learned":
             repfx.reconstruct(model, [pictures], loss="mse", iterations=150, batch=32)
         else:
@@ -413,4 +414,4 @@ def test_what_is_learned_with_quantizers_called_twice(tmp_path: Path) -> None:
     assert found["ranges"] + 1 < min(found["bias"], found["learned"]), found
     rows = repfx.sensitivity(model, [pictures[:16]]).rows
     assert len(rows) == Split.layers and all(r.alone > 0 for r in rows)
-    assert repfx.lower(model, tmp_path / "int8.onnx", example=x, target="onnxruntime").parity.agrees
+    assert repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target).parity.agrees
