@@ -228,7 +228,8 @@ def _rounds(model: Any, node: Any) -> bool:
 
 
 class Ways(nn.Module):
-    """Concatenations: one that the model gives, one that a layer reads, and one that both do, through another."""
+    """Concatenations: one that the model gives, one that a layer reads, one that both do, through another, and one of what
+    no layer made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +239,8 @@ class Ways(nn.Module):
         a, b = torch.tanh(self.a(x)), torch.tanh(self.b(x))
         read, given = torch.cat([a, b], 1), torch.cat([b, a], 1)
         both = torch.cat([torch.abs(a), b], 1)
-        return self.c(torch.selu(read)), given, self.c(both), torch.cat([both, both], 1)
+        inputs = torch.cat([torch.tanh(x), x, x[:, :2]], 1)
+        return self.c(torch.selu(read)), given, self.c(both), torch.cat([both, both], 1), self.c(inputs)
 
 
 @pytest.mark.parametrize("passes", ["ptq", "repq(bn=frozen)"])
@@ -246,7 +248,7 @@ def test_concatenations_that_the_model_gives_stay_as_they_are(passes: str) -> No
     net, x = Ways().eval(), torch.randn(2, 3, 9, 9)
     model: Any = repfx.transform(net, [passes], example=x, target="openvino")
     joins = [n for n in model.graph.nodes if n.target is torch.cat]
-    assert [sum(_rounds(model, i) for i in n.all_input_nodes) for n in joins] == [2, 0, 0, 0]
+    assert [sum(_rounds(model, i) for i in n.all_input_nodes) for n in joins] == [2, 0, 0, 0, 0]
 
 
 def test_a_product_reads_what_is_rounded_for_another() -> None:
@@ -279,16 +281,28 @@ def test_codes_of_signed_values_are_what_the_kernels_take(target: str, zeros: se
     assert found == zeros
 
 
-class Pieces(nn.Module):
-    """Halves of one value: both read by layers, or one of them by something else as well."""
+@torch.fx.wrap
+def sum_of(pieces: tuple[Tensor, ...]) -> Tensor:
+    """An operator of several tensors that is no move."""
+    return sum(pieces[1:], pieces[0])
 
-    def __init__(self, all_read: bool) -> None:
+
+class Pieces(nn.Module):
+    """Halves of one value: both read by layers, one of them by something else as well, or one alone."""
+
+    def __init__(self, all_read: bool, how: str = "chunk") -> None:
         super().__init__()
-        self.stem, self.all_read = nn.Conv2d(3, 8, 1), all_read
+        self.stem, self.all_read, self.how = nn.Conv2d(3, 8, 1), all_read, how
         self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.tanh(self.stem(x)).chunk(2, 1)
+        y = torch.tanh(self.stem(x))
+        if self.how == "sum":
+            pieces = y.chunk(2, 1)
+            return self.a(sum_of(pieces)) - self.b(sum_of(pieces))
+        if self.how == "part":
+            return self.a(y[:, :4])
+        a, b = y.chunk(2, 1)
         y = self.a(a) - self.b(F.interpolate(F.max_pool2d(b, 2), scale_factor=2.0))
         return y if self.all_read else y * torch.exp(a)
 
@@ -310,6 +324,14 @@ def test_a_quantizer_goes_before_what_moves_values(all_read: bool, target: str, 
     assert len(acts) == 2 if all_read else 3
     assert repfx.verify(net, model, x).sqnr > 25
     assert repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).parity.agrees
+
+
+@pytest.mark.parametrize("how", ["sum", "part"])
+def test_a_quantizer_stays_after_what_does_not_move_all_values(how: str) -> None:
+    net, x = Pieces(True, how).eval(), torch.randn(2, 3, 8, 8)
+    model: Any = repfx.transform(net, ["ptq"], example=x, target="openvino")
+    (conv,) = [n for n in model.graph.nodes if n.target is F.conv2d and "a_" in str(n.args[1])]
+    assert _rounds(model, conv.args[0]) and not _rounds(model, conv.args[0].args[0])
 
 
 @pytest.mark.parametrize(("mode", "shared"), [("nearest", True), ("bilinear", False)])

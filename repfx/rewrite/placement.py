@@ -118,13 +118,17 @@ def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx
     products."""
     found: list[Place] = []
     ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
+    behind: set[fx.Node] = set()  # what comes of a layer: the model's inputs are in float anyhow
+    for node in view.nodes:
+        if node in layers or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
     for node in reversed(view.nodes):
         goals = [u if u in layers else ahead.get(u) for u in node.users]
         if not goals or goals[0] is None or None in goals:
             continue
         ahead[node] = goals[0]
         op = view.ops[node]
-        joins = isinstance(op, Sum) and op.kind == "concat"
+        joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
         if joins or _kind(view, node) in _PRODUCTS:
             found += [(node, value, goals[0]) for value in view.data_inputs(node) if joins or value in rounded]
     return found
@@ -136,11 +140,10 @@ def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, 
     for place in places:
         readers.setdefault(place[1], []).append(place)
     for node in reversed(view.nodes):
-        inputs, ends = view.data_inputs(node), list(node.users) if _is_divided(view, node) else [node]
-        # Dropout scales in training; a reshape costs nothing.
-        if len(inputs) != 1 or not _moves(view, node) or _is_same(view, node) or _kind(view, node) in _FLATTENS:
+        ends = _ends(view, node)
+        if not ends:
             continue
-        (value,) = inputs
+        (value,) = view.data_inputs(node)
         mine = [place for end in ends for place in readers.get(end, ())]
         quantized = {(reader, v) for reader, v, _ in mine}
         alone = all((owner.get(u, u), end) in quantized for end in ends for u in end.users)
@@ -150,6 +153,17 @@ def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, 
                 readers.pop(end, None)
             readers.setdefault(value, []).extend((node, value, layer) for _, _, layer in mine)
     return [place for some in readers.values() for place in some]
+
+
+def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
+    """Where all values of a node's one input go on from it: the node, or its pieces. None of a dropout, which scales in
+    training, of a reshape, which costs nothing, and of a part, whose range may be smaller than that of the whole."""
+    if len(view.data_inputs(node)) != 1 or not _moves(view, node):
+        return []
+    if isinstance(view.ops[node], Sum):
+        pieces = list(node.users) if _is_divided(view, node) else []
+        return pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
+    return [] if _is_same(view, node) or _kind(view, node) in _FLATTENS else [node]
 
 
 def _is_divided(view: GraphView, node: fx.Node) -> bool:
