@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -191,25 +192,31 @@ def test_float16_of_small_nets(seed: int, tmp_path: Path) -> None:
         assert repfx.lower(int8, tmp_path / "half.onnx", example=x, target=target, float16=True).parity.agrees
 
 
-class Gated(nn.Module):
-    """A depthwise convolution without a bias before a signed average: OpenVINO computes zeros for it."""
+def _without_biases(seed: int) -> nn.Module:
+    """Convolutions, depthwise ones among them, activations and averages in random order: (N, 3, 32, 32) -> (N, 4)."""
+    draw = random.Random(seed)
+    channels = draw.choice([8, 16, 20, 36])
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1)]
+    for _ in range(5):
+        kernel, stride, groups = draw.choice([1, 3, 5]), draw.choice([1, 1, 2]), draw.choice([1, channels])
+        layers.append(nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False))
+        layers.append(draw.choice([nn.Identity, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Hardswish])())
+        layers += [nn.AvgPool2d(3, 1, 1)] if draw.random() < 0.4 else []
+    for m in layers:
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)).eval()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(36, 36, 5, 2, 2, groups=36, bias=False), nn.Conv2d(36, 36, 1)
-        self.c = nn.Conv2d(36, 4, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        return self.c(torch.relu(y * torch.sigmoid(self.b(y.mean((2, 3), keepdim=True)))))
-
-
-def test_openvino_computes_what_the_file_says(tmp_path: Path) -> None:
-    model, x = Gated().eval(), torch.randn(2, 36, 24, 24)
+@pytest.mark.parametrize("seed", range(6))
+def test_openvino_computes_what_the_file_says(seed: int, tmp_path: Path) -> None:
+    """With unsigned codes around a zero point OpenVINO computes zeros for some convolutions without a bias."""
+    torch.manual_seed(seed)
+    model, x = _without_biases(seed), torch.randn(4, 3, 32, 32)
     int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target="openvino"), [x])
     file = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino").onnx
     found = compare(int8, onnx.load(file), (x,), "openvino")
-    assert found.agrees and found.different <= 5, found
+    assert all(q.largest <= 1 and q.different <= q.codes // 100 for q in found.quantizers.values()), found.wrong
 
 
 def test_what_float16_cannot_hold(tmp_path: Path) -> None:

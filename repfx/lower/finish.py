@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import onnx
 
 CALL = "repfx.quantizer"  # the exporter's note on a QuantizeLinear: which quantizer's call it is
@@ -35,25 +34,6 @@ def name_codes(proto: onnx.ModelProto) -> None:
         info.name = renamed.get(info.name, info.name)
     for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
         del entry.metadata_props[:]
-
-
-def keep_biases(proto: onnx.ModelProto) -> None:
-    """Gives convolutions without a bias one that is too small to be seen.
-
-    OpenVINO (seen in 2026.4) drops a bias of zeros and then computes zeros, or other wrong values, for some of these
-    convolutions once they run in integers, depthwise ones before a QuantizeLinear with a zero point among them.
-    """
-    held = {t.name: t for t in proto.graph.initializer}
-    for i, node in enumerate(proto.graph.node):
-        bias = held.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
-        if node.op_type != "Conv" or (len(node.input) > 2 and (bias is None or onnx.numpy_helper.to_array(bias).any())):
-            continue
-        weight = next((n for n in proto.graph.node if node.input[1] in n.output), None)
-        codes = held.get(node.input[1] if weight is None else weight.input[0])
-        if codes is not None:
-            name = f"repfx.bias.{i}"
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(codes.dims[0], 1e-30, np.float32), name))
-            node.input[2:] = [name]
 
 
 def narrow(proto: onnx.ModelProto, names: set[str]) -> None:

@@ -215,8 +215,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     finish.name_codes(proto)
     if float16:
         half.cast_ends(proto)
-    elif target == "openvino":
-        finish.keep_biases(proto)
     if opset >= 21:
         quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
