@@ -98,7 +98,7 @@ def test_the_whole_path(folder: Path) -> None:
     assert re.search(r"OpenVINO: (\d+) of \1 layers run in integers\n", done.stdout), done.stdout
     assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
     done = run(folder, "lint", "cpu.onnx")
-    assert done.returncode == 1 and "Q01" in done.stdout  # uint8 is for CPUs
+    assert done.returncode == 1 and "Q02" in done.stdout  # uint8 is for CPUs
     done = run(folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json")
     assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
     rows = json.loads((folder / "bench.json").read_text())["milliseconds"]
