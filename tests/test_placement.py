@@ -321,7 +321,7 @@ def test_a_quantizer_goes_before_what_moves_values(all_read: bool, target: str, 
     (chunk,) = [n for n in model.graph.nodes if n.target == "chunk"]
     assert _rounds(model, chunk.all_input_nodes[0]) == all_read
     acts = [n for n in model.graph.nodes if _rounds(model, n) and not model.get_submodule(str(n.target)).of_weight]
-    assert len(acts) == 2 if all_read else 3
+    assert len(acts) == (2 if all_read else 3)
     assert repfx.verify(net, model, x).sqnr > 25
     assert repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).parity.agrees
 

@@ -2,7 +2,7 @@
 
 conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
 mean(x)        ->   mean(Q(x))             an average pool between quantized layers
-Q(max(x))      ->   max(Q(x))              the same values, and the layer before the pool writes integers; pieces too
+Q(max(x))      ->   max(Q(x))              the same values, and the layer before writes integers; pieces too
 
 Where the target says so,
 
