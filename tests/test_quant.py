@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
-from repfx.quant.observers import SAMPLE
+from repfx.quant.histogram import SAMPLE
 from repfx.testing import assert_same, randomise
 from repfx.tune import correct_biases
+
+POWERS = {"mse": 2.0, "mae": 1.0}
 
 
 def error(v: Tensor, scale: Tensor, grid: Grid, power: float) -> float:
@@ -47,7 +49,7 @@ def test_ties_round_to_even() -> None:
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize(("method", "power"), [("mse", 2.0), ("mae", 1.0)])
+@pytest.mark.parametrize(("method", "power"), POWERS.items())
 def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, signed: bool, bits: int) -> None:
     """The histogram's choice has at most 1 % more error than the best of 2000 scales tried on the values themselves."""
     generator = torch.Generator().manual_seed(bits)
@@ -78,12 +80,38 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
     assert float(sampled.scale("max")) == float(whole.scale("max")) == float(x.abs().max() / 31)
     near = 0.15 if method == "entropy" else 0.03  # the divergence is flat about its least value
     assert float(sampled.scale(method)) == pytest.approx(float(whole.scale(method)), rel=near)
-    assert sampled.counts is not None and float(sampled.counts.sum()) == pytest.approx(x.numel(), rel=1e-3)
+    assert sampled.histogram is not None
+    assert float(sampled.histogram.counts().sum()) == pytest.approx(x.numel(), rel=1e-3)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("method", ["percentile", "mse", "mae"])
+def test_the_tail_of_a_large_tensor_is_counted(method: str, signed: bool) -> None:
+    """A sample would miss large values, or count one of them for many; here channels and pictures differ as well."""
+    torch.manual_seed(0)
+    shape, grid = (30, 24, 40, 41), Grid(8, signed)
+    sizes = torch.exp(torch.randn(1, 24, 1, 1))
+    batches = [torch.randn(shape) / torch.rand(shape).sqrt() * sizes * torch.exp(torch.randn(30, 1, 1, 1)) for _ in "abc"]
+    counted, exact = Observer(grid), Observer(grid)
+    for x in batches:
+        x = -x.abs() if signed and x is batches[0] else x
+        counted.see(x.to(memory_format=torch.channels_last))
+        for picture in x.split(1):
+            assert picture.numel() < 4 * SAMPLE < x.numel()
+            exact.see(picture)
+    assert counted.histogram is not None and exact.histogram is not None
+    assert float(counted.scale("max")) == float(exact.scale("max"))
+    assert float(counted.histogram.counts().sum()) == pytest.approx(float(exact.histogram.counts().sum()), rel=0.01)
+    if method == "percentile":
+        assert float(counted.scale(method)) == pytest.approx(float(exact.scale(method)), rel=0.01)
+    else:
+        all_of = [sum(error(x, o.scale(method), grid, POWERS[method]) for x in batches) for o in (counted, exact)]
+        assert all_of[0] <= 1.01 * all_of[1]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_lone_peak_in_a_large_tensor_is_not_missed(method: str) -> None:
-    for at in (1, 12345):
+    for at in (1, 12345, -1):
         x = torch.zeros(2**20)
         x[at] = 3.0
         observer = Observer(Grid(8, signed=False))
@@ -100,8 +128,8 @@ def test_entropy_is_the_least_divergence(signed: bool) -> None:
     values = torch.randn(20000, generator=generator).abs() ** 2
     values[:3] *= 4
     observer.see(values)
-    counts, levels = observer.counts, grid.high + 1
-    assert counts is not None
+    assert observer.histogram is not None
+    counts, levels = observer.histogram.counts(), grid.high + 1
 
     def divergence(stop: int) -> float:
         p, q = counts[:stop].clone(), torch.zeros(stop, dtype=torch.float64)
@@ -114,7 +142,7 @@ def test_entropy_is_the_least_divergence(signed: bool) -> None:
         return float(torch.xlogy(p, p / q).sum())
 
     bins = 4096
-    found = round(float(observer.scale("entropy")) * grid.high / observer.limit * bins)
+    found = round(float(observer.scale("entropy")) * grid.high / observer.histogram.limit * bins)
     assert levels < found < 0.9 * bins
     assert divergence(found) <= min(divergence(stop) for stop in range(levels, bins + 1, 7)) + 1e-3
 
@@ -229,6 +257,30 @@ def test_fake_quant_computes_what_it_says() -> None:
     codes = weights.codes(net[0].weight) * weights.scale.reshape(-1, 1, 1, 1)
     want = torch.relu(torch.nn.functional.conv2d(by_hand, codes, net[0].bias, 2))
     assert torch.allclose(quantized.eval()(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_ranges_see_both_signs_unless_structure_rules_one_out(method: str) -> None:
+    """After a ReLU no value is looked at for its sign; before one, the largest are negative."""
+
+    class Bent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(-(self.a(x).relu() ** 2)) + torch.relu(x))
+
+    net, x = Bent().eval(), torch.randn(64, 4, 20, 20)
+    quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), [x], method=method)
+    scales = {n: float(m.scale) for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    tops = {
+        "b.input_quant": (net.a(x).relu() ** 2).amax(),
+        "c.input_quant": (net.b(-(net.a(x).relu() ** 2)) + x.relu()).abs().amax(),
+    }
+    assert scales.keys() >= tops.keys()
+    for name, top in tops.items():
+        assert float(top) / 127 * (0.4 if method == "mse" else 0.9999) < scales[name] < float(top) / 127 * 1.0001, name
 
 
 def test_ranges_are_those_of_the_float_model() -> None:

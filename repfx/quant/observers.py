@@ -1,89 +1,69 @@
-"""Ranges from data: one pass, memory flat in the number of batches.
+"""Ranges from data, from a histogram of |v|; for an unsigned grid negative values count as 0.
 
-Values are kept as a histogram of |v| in BINS equal bins over [0, limit]. When a larger value comes, limit doubles and
-neighbouring bins add up, so nothing seen is lost and the final bin width is at most 2 * max / BINS. Zeros (and, for an
-unsigned grid, negative values) are the same for every scale: they are counted but have no bin. Of a tensor larger than
-SAMPLE every k-th value stands for k, so that counting stays cheap beside the forward pass; the largest is always exact.
-
-    max         s = max|v| / high
-    percentile  s = the 99.99th percentile of |v| / high
-    mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
-    entropy     s = argmin over clip of  KL(histogram || quantized histogram)
+max         s = max|v| / high
+percentile  s = the 99.99th percentile of |v| / high
+mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
+entropy     s = argmin over clip of  KL(histogram || quantized histogram)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.errors import InputError, unknown
+from repfx.errors import unknown
 from repfx.quant.grid import Grid
+from repfx.quant.histogram import BINS, Histogram, raised
 
-BINS = 4096
 CANDIDATES = 256
 COARSE = 4  # one candidate in so many is tried first
-SAMPLE = 2**18
-TINY = 1e-30
-_UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
 
 
 class Observer:
-    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no `histogram`."""
+    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no `histogram`.
 
-    def __init__(self, grid: Grid, histogram: bool = True) -> None:
-        self.grid, self.histogram = grid, histogram
+    `non_negative` says that no value is below zero, which saves looking.
+    """
+
+    def __init__(self, grid: Grid, histogram: bool = True, non_negative: bool = False) -> None:
+        self.grid = grid
+        self.two_sided = grid.signed and not non_negative
+        self.histogram = Histogram(self.two_sided) if histogram else None
         self.amax = 0.0
-        self.limit = 0.0
         self.seen = 0
-        self.counts: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity."""
-        x = x.detach()
         # In the order of memory, so that no layout is copied.
-        values = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
-        low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
-        if not (high < float("inf") and low > -float("inf")):
-            raise InputError("a value to be quantized is NaN or infinite; check the calibration batches and the model")
-        top = max(high, -low if self.grid.signed else 0.0)
-        top = 0.0 if top < TINY else top  # no scale in float32 tells such values from 0
-        self.seen += values.numel()
-        self.amax = max(self.amax, top)
-        if top == 0.0 or not self.histogram:
+        values = x.detach().permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
+        if not values.numel():
             return
-        if self.counts is None:
-            self.limit, self.counts = top, torch.zeros(BINS, dtype=torch.float64)
-        while top > self.limit:
-            self.counts = torch.cat([self.counts.reshape(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
-            self.limit *= 2
-        count, step = values.numel(), -(-values.numel() // SAMPLE)
-        # Coprime with every dimension, so that no layout hides a channel or a column.
-        while math.gcd(step, count) > 1:
-            step += 1
-        values = values[::step]
-        if low < 0:
-            values = values.abs() if self.grid.signed else values.clamp(min=0)
-        # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros. int16 is half the time of int32.
-        bins = torch.add(_UP, values, alpha=BINS / self.limit).to(torch.int16)
-        found = torch.bincount(bins, minlength=BINS + 1).cpu()
-        found[BINS] += found[BINS + 1 :].sum()  # what the division rounded past the limit
-        self.counts += found[1 : BINS + 1] * (count / len(values))
-        at = min(math.ceil(top / self.limit * BINS), BINS) - 1
-        self.counts[at] = max(float(self.counts[at]), 1.0)  # a lone peak that no k-th value is
+        self.seen += values.numel()
+        if self.histogram is not None:
+            self.histogram.add(values)
+        elif self.two_sided:
+            low, high = torch.aminmax(values)
+            self.amax = raised(self.amax, -low, high)
+        else:
+            self.amax = raised(self.amax, values.amax())
 
     def scale(self, method: str) -> Tensor:
-        """The scale by `method`, a scalar. Raises InputError for an unknown one or where nothing was seen."""
+        """The scale by `method`, a scalar, 0 for nothing but zeros; without a histogram that of `max`.
+
+        Raises InputError for an unknown method and where NaN or infinity was seen.
+        """
         if method not in METHODS:
             raise unknown("method", method, METHODS)
-        if self.counts is None:
-            return torch.tensor(self.amax / self.grid.high)  # nothing but zeros, or no histogram
-        edges = torch.arange(BINS, dtype=torch.float64)
-        middles = (edges + 0.5) * (self.limit / BINS)
-        return torch.tensor(METHODS[method](middles, self.counts, self))
+        if self.histogram is None:
+            return torch.tensor(self.amax / self.grid.high)
+        counts, self.amax = self.histogram.counts(), self.histogram.top
+        if not self.amax:
+            return torch.tensor(0.0)
+        middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.histogram.limit / BINS)
+        return torch.tensor(METHODS[method](middles, counts, self))
 
 
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
@@ -111,7 +91,7 @@ def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999
 def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         seen = counts > 0
-        v, w = middles[seen], counts[seen]
+        v, w = middles[seen].float(), counts[seen].float()
 
         def best(shares: Tensor) -> int:
             steps = (of.amax / of.grid.high / CANDIDATES * shares.to(v.dtype)).unsqueeze(1)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repfx.errors import InputError, unknown
 from repfx.graph.running import quiet
+from repfx.graph.signs import non_negative
+from repfx.graph.view import GraphView
 from repfx.quant import METHODS, FakeQuant, Observer
 from repfx.tune.biases import PICTURES, check_correctable, correct_biases, first_of
 
@@ -44,8 +46,9 @@ def calibrate(
     seen, first = 0, list[Any]()
     try:
         model.eval()
+        positive = _of_non_negative(model)
         for quant in acts.values():
-            quant.observer = Observer(quant.grid, histogram=method != "max")
+            quant.observer = Observer(quant.grid, method != "max", non_negative=quant in positive)
         for quant, _ in weights_on:
             quant.calibrated = False
         with torch.no_grad():
@@ -69,6 +72,18 @@ def calibrate(
     if bias:
         correct_biases(model, first)
     return model
+
+
+def _of_non_negative(model: nn.Module) -> set[nn.Module]:
+    """The quantizers that only read values which cannot be below zero."""
+    reads: dict[nn.Module, bool] = {}
+    for graph in (m for m in model.modules() if isinstance(m, fx.GraphModule)):
+        view = GraphView(graph)
+        for node in view.nodes:
+            module = view.modules[str(node.target)] if node.op == "call_module" else None
+            if isinstance(module, FakeQuant):
+                reads[module] = reads.get(module, True) and non_negative(view, node.all_input_nodes[0])
+    return {module for module, positive in reads.items() if positive}
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
