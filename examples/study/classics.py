@@ -8,11 +8,8 @@ corrected    repfx.calibrate(bias=True)
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from common import Accuracy, Results, calibration, pictures, trained
+from common import Accuracy, Results, calibration, command, pictures, trained
 from ptq import BITS, NETS
 from torch import fx, nn
 
@@ -46,13 +43,8 @@ def equalized(merged: fx.GraphModule) -> fx.GraphModule:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "classics.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = command(__doc__, "classics", seeds=[0])
     parser.add_argument("--nets", nargs="+", default=["S0", "S4"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from repfx.blocks.frame import ConvNorm, Frame
 from repfx.tune import Pictures
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def command(doc: str | None, name: str, seeds: list[int] | None = None) -> argparse.ArgumentParser:
+    """The options that every study has; `--seeds` where it is run with several."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / f"{name}.jsonl")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    return parser
 
 
 def plain(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Module:

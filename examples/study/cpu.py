@@ -1,22 +1,24 @@
-"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime: ours against its own quantizer.
+"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime and OpenVINO, beside their own tools.
 
+    pip install nncf openvino
     python examples/study/cpu.py --data cifar10.zip
 
 Such a net runs in integers only where what its convolutions give, and what goes on from there, is rounded too: more places
-to lose accuracy than the inputs of layers. 1 024 training pictures without labels calibrate.
+to lose accuracy than the inputs of layers. 1 024 training pictures without labels calibrate. A tool that is not installed
+is named and left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Accuracy, Results, calibration, pictures, plain, trained
+from common import Accuracy, Results, calibration, command, pictures, plain, trained
 from onnxruntime.quantization import CalibrationMethod
-from peers import in_runtime, onnxruntime
+from peers import in_runtime, nncf, onnxruntime
 from torch import Tensor, nn
 
 import repfx
@@ -28,7 +30,13 @@ OURS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "repfx mse, bias": (["ptq(weights=mse)"], {"method": "mse", "bias": True}),
     "repfx repapq": (["ptq(weights=mse)", "qprep"], {}),
 }
-THEIRS = {"onnxruntime minmax": CalibrationMethod.MinMax, "onnxruntime entropy": CalibrationMethod.Entropy}
+THEIRS: dict[str, dict[str, Any]] = {
+    "onnxruntime": {
+        "onnxruntime minmax": partial(onnxruntime, CalibrationMethod.MinMax),
+        "onnxruntime entropy": partial(onnxruntime, CalibrationMethod.Entropy),
+    },
+    "openvino": {"nncf": nncf},
+}
 
 
 class Act(nn.Module):
@@ -66,26 +74,21 @@ def joined() -> nn.Module:
     return nn.Sequential(*body, *head).to(memory_format=torch.channels_last)
 
 
-def ours(net: nn.Module, method: str, batches: list[Tensor], iterations: int, path: Path) -> None:
+def ours(net: nn.Module, method: str, runtime: str, batches: list[Tensor], iterations: int, folder: Path) -> Path:
     passes, options = OURS[method]
-    model: Any = repfx.transform(net, passes, target="onnxruntime")
+    model: Any = repfx.transform(net, passes, target=runtime)
     if "qprep" in passes:
         repfx.reconstruct(model, batches, iterations=iterations)
-        model = repfx.transform(model, ["fuse"], target="onnxruntime")
+        model = repfx.transform(model, ["fuse"], target=runtime)
     else:
         repfx.calibrate(model, batches, **options)
-    repfx.lower(model, path, example=batches[0][:8], target="onnxruntime")
+    return repfx.lower(model, folder / "ours.onnx", example=batches[0][:8], target=runtime).onnx
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "cpu.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser = command(__doc__, "cpu", seeds=[0, 1])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
@@ -97,22 +100,23 @@ def main() -> None:
         if not results.has(seed=seed, method="float"):
             results.add(seed=seed, method="float", top1=accuracy(net))
         merged = repfx.transform(net, ["fuse"])
-        for method in (*OURS, *THEIRS):
-            if results.has(seed=seed, method=method):
+        for runtime, method in [(r, m) for r, theirs in THEIRS.items() for m in (*OURS, *theirs)]:
+            same = {"seed": seed, "runtime": runtime, "method": method}
+            if results.has(**same):
                 continue
-            with tempfile.TemporaryDirectory() as text:
-                folder = Path(text)
+            with tempfile.TemporaryDirectory() as folder:
                 if method in OURS:
-                    path = folder / "ours.onnx"
-                    ours(net, method, batches, args.iterations, path)
-                    run = in_runtime(path)
+                    path = ours(net, method, runtime, batches, args.iterations, Path(folder))
+                    found = kernels(runtime, path)
+                    same |= {"integers": found.integers, "layers": found.layers}
+                    run = in_runtime(path, runtime)
                 else:
-                    path = folder / "theirs.onnx"
-                    run = onnxruntime(THEIRS[method], merged, batches, folder)
-                found = kernels("onnxruntime", path)
-                results.add(
-                    seed=seed, method=method, top1=accuracy(run), integers=found.integers, layers=found.layers
-                )  # fmt: skip
+                    try:
+                        run = THEIRS[runtime][method](merged, batches, Path(folder))
+                    except ImportError as error:
+                        print(f"{method} is left out: {error}")
+                        continue
+                results.add(**same, top1=accuracy(run))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that is not installed is named and left out.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import onnx
 import torch
-from common import Accuracy, Results, calibration, pictures, trained
+from common import Accuracy, Results, calibration, command, pictures, trained
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from ptq import NETS
 from torch import Tensor, nn
@@ -128,15 +127,10 @@ PEERS: dict[str, Callable[[nn.Module, list[Tensor], Path], nn.Module]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "peers.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = command(__doc__, "peers", seeds=[0, 1, 2])
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)

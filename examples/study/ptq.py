@@ -8,15 +8,13 @@ Weights have one step a channel, of least squared error. 1 024 training pictures
 
 from __future__ import annotations
 
-import argparse
 import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Accuracy, Results, calibration, mini, pictures, plain, trained
+from common import Accuracy, Results, calibration, command, mini, pictures, plain, trained
 from torch import Tensor, nn
 
 import repfx
@@ -61,16 +59,11 @@ NETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "ptq.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = command(__doc__, "ptq", seeds=[0, 1, 2])
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)

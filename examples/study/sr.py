@@ -5,11 +5,8 @@ python examples/study/sr.py --data sr.zip        train/t91/*.png, test/set5|set1
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from common import Results, trained
+from common import Results, command, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -39,16 +36,11 @@ class ECBSR(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "sr.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = command(__doc__, "sr", seeds=[0])
     parser.add_argument("--epochs", type=int, default=160, help="of float training, 16 patches a picture each")
     parser.add_argument("--qat-epochs", type=int, default=25)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--patch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train = Pairs(args.data, "train", patch=args.patch, repeat=16, cache=True)

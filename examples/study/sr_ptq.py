@@ -6,11 +6,8 @@ python examples/study/sr_ptq.py --data sr.zip
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from common import Results
+from common import Results, command
 from ptq import LEARNED
 from sr import ECBSR
 from torch import nn
@@ -37,12 +34,8 @@ def psnr(model: nn.Module, test: DataLoader) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "sr_ptq.jsonl")
+    parser = command(__doc__, "sr_ptq")
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     net = ECBSR(ECB)

@@ -9,11 +9,8 @@ RepQ      quantize the merged weight of the branches:      transform(net, ["repq
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from common import Accuracy, Results, calibration, mini, pictures, plain, trained
+from common import Accuracy, Results, calibration, command, mini, pictures, plain, trained
 
 import repfx
 from repfx.blocks import ACNet, RepVGG
@@ -25,15 +22,10 @@ MODES = ("running", "batch", "estimate", "sampled")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "strategies.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = command(__doc__, "strategies", seeds=[0])
     parser.add_argument("--epochs", type=int, default=8, help="of float training")
     parser.add_argument("--qat-epochs", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)

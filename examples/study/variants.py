@@ -6,12 +6,10 @@ python examples/study/variants.py --data cifar10.zip --size large --epochs 10 --
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Accuracy, Results, calibration, mini, pictures, trained
+from common import Accuracy, Results, calibration, command, mini, pictures, trained
 
 import repfx
 from repfx.blocks import QARepVGG
@@ -22,15 +20,10 @@ SIZES: dict[str, dict[str, Any]] = {"mini": {}, "large": {"widths": (32, 64, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "variants.jsonl")
+    parser = command(__doc__, "variants", seeds=[0, 1, 2])
     parser.add_argument("--size", choices=list(SIZES), default="mini", help="133 000 or 600 000 parameters")
     parser.add_argument("--variants", nargs="+", default=["S0", "S4", "S2", "S1", "Eq6", "S3"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
