@@ -127,6 +127,16 @@ def test_a_large_channel_is_spread_over_the_blocks() -> None:
         assert float(above) == pytest.approx(float((x.abs() > size).sum()), rel=0.15), size  # the body is a sample
 
 
+def test_a_large_place_in_every_picture_is_spread_over_the_blocks() -> None:
+    for pictures, channels, size in ((128, 64, 8), (32, 16, 32), (100, 24, 16)):
+        x = torch.randn(pictures, channels, size, size, generator=torch.Generator().manual_seed(0))
+        x[:, :, 2:4, 2:4] *= 20
+        observer = Observer(Grid(8))
+        observer.see(x.to(memory_format=torch.channels_last))
+        exact = float(x.abs().flatten().kthvalue(x.numel() - x.numel() // 10000).values)
+        assert float(observer.scale("percentile")) * 127 == pytest.approx(exact, rel=0.01), pictures
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_lone_peak_in_a_large_tensor_is_not_missed(method: str) -> None:
     for at in (1, 12345, -1):

@@ -25,7 +25,7 @@ from torch import Tensor
 from repfx.errors import InputError
 
 BINS = 4096
-BLOCK = 64
+BLOCK = 67  # a prime: were it a divisor of the number of pictures, a block would lie at one place of all of them
 TAIL = 1 / 8
 SAMPLE = 2**14  # values of the body of one tensor
 RUN = 16  # of neighbours in the sample: one read of memory brings them all
