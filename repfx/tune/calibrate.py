@@ -74,16 +74,17 @@ def calibrate(
     return model
 
 
-def _of_non_negative(model: nn.Module) -> set[nn.Module]:
+def _of_non_negative(model: nn.Module) -> set[FakeQuant]:
     """The quantizers that only read values which cannot be below zero."""
-    reads: dict[nn.Module, bool] = {}
+    reads: dict[FakeQuant, bool] = {}
     for graph in (m for m in model.modules() if isinstance(m, fx.GraphModule)):
-        view = GraphView(graph)
-        for node in view.nodes:
-            module = view.modules[str(node.target)] if node.op == "call_module" else None
-            if isinstance(module, FakeQuant):
-                reads[module] = reads.get(module, True) and non_negative(view, node.all_input_nodes[0])
-    return {module for module, positive in reads.items() if positive}
+        calls = [(n, graph.get_submodule(str(n.target))) for n in graph.graph.nodes if n.op == "call_module"]
+        quants = [(node, module) for node, module in calls if isinstance(module, FakeQuant)]
+        if quants:
+            view = GraphView(graph)
+            for node, quant in quants:
+                reads[quant] = reads.get(quant, True) and non_negative(view, node.all_input_nodes[0])
+    return {quant for quant, positive in reads.items() if positive}
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
