@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
-from repfx.quant.histogram import SAMPLE
+from repfx.quant.histogram import LARGE
 from repfx.testing import assert_same, randomise
 from repfx.tune import correct_biases
 
@@ -63,6 +64,9 @@ def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, si
     best = min(error(v, top * i / 2000, grid, power) for i in range(20, 2001, 4))
     assert error(v, observer.scale(method), grid, power) <= 1.01 * best
     assert torch.isclose(observer.scale("max"), top)
+    small = Observer(grid)
+    small.see(v * 1e-25)
+    assert float(small.scale(method)) * 1e25 == pytest.approx(float(observer.scale(method)), rel=0.03)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -74,8 +78,8 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
     x = torch.randn(2**21 // (channels * 64), channels, 8, 8, generator=generator) * sizes.reshape(1, -1, 1, 1)
     sampled, whole = Observer(Grid(6)), Observer(Grid(6))
     sampled.see(x.to(memory_format=torch.channels_last))
-    for part in x.split(SAMPLE // (channels * 64)):
-        assert part.numel() <= SAMPLE
+    for part in x.split((LARGE - 1) // (channels * 64)):
+        assert part.numel() < LARGE
         whole.see(part)
     assert float(sampled.scale("max")) == float(whole.scale("max")) == float(x.abs().max() / 31)
     scales = sampled.scale(method), whole.scale(method)
@@ -102,7 +106,7 @@ def test_the_tail_of_a_large_tensor_is_counted(method: str, signed: bool) -> Non
         x = -x.abs() if signed and x is batches[0] else x
         counted.see(x.to(memory_format=torch.channels_last))
         for picture in x.split(1):
-            assert picture.numel() < 4 * SAMPLE < x.numel()
+            assert picture.numel() < LARGE < x.numel()
             exact.see(picture)
     assert counted.histogram is not None and exact.histogram is not None
     assert float(counted.scale("max")) == float(exact.scale("max"))
@@ -128,13 +132,28 @@ def test_a_large_channel_is_spread_over_the_blocks() -> None:
 
 
 def test_a_large_place_in_every_picture_is_spread_over_the_blocks() -> None:
-    for pictures, channels, size in ((128, 64, 8), (32, 16, 32), (100, 24, 16)):
+    for pictures, channels, size in ((128, 64, 8), (32, 16, 32), (100, 24, 16), (134, 32, 16)):
         x = torch.randn(pictures, channels, size, size, generator=torch.Generator().manual_seed(0))
         x[:, :, 2:4, 2:4] *= 20
         observer = Observer(Grid(8))
         observer.see(x.to(memory_format=torch.channels_last))
         exact = float(x.abs().flatten().kthvalue(x.numel() - x.numel() // 10000).values)
         assert float(observer.scale("percentile")) * 127 == pytest.approx(exact, rel=0.01), pictures
+
+
+def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> None:
+    """Rows of different size, where a regular step would read some rows only; a small tensor beside a large one."""
+    torch.manual_seed(0)
+    large = torch.randn(32, 64, 56, 56) * torch.linspace(0.3, 2, 56).reshape(-1, 1)
+    for batches in ([large], [large[:8], large[:8, :, :14, :14] * 8, large[8:16]]):
+        for method in ("mse", "mae"):
+            sampled, whole = Observer(Grid(4)), Observer(Grid(4))
+            for x in batches:
+                sampled.see(x)
+                for part in x.flatten().split(LARGE - 1):
+                    whole.see(part)
+            errors = [sum(error(x, o.scale(method), Grid(4), POWERS[method]) for x in batches) for o in (sampled, whole)]
+            assert errors[0] <= 1.01 * errors[1]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -593,3 +612,44 @@ def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
         repfx.calibrate(quantized, pictures(2))
         assert repfx.verify(net, quantized, pictures()[0]).sqnr > 25
         assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"], target=target).meta["repfx"].results)
+
+
+NEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sub_": lambda y: (y.sub_(2), y)[1],
+    "sub_ of a view": lambda y: (y.view(-1).sub_(2), y)[1],
+    "setitem": lambda y: _with_first(y, -5.0),
+    "cat with a constant": lambda y: torch.cat([y, torch.full((2, 2, 10, 10), -3.0)], 1)[:, 2:],
+    "bicubic": lambda y: F.interpolate(y, scale_factor=2, mode="bicubic"),
+}
+POSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "add_ of another": lambda y: y.add_(torch.sigmoid(y)),
+    "cat of another": lambda y: torch.cat([y, torch.relu(y)], 1)[:, :4],
+    "bilinear": lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"),
+}
+
+
+def _with_first(y: Tensor, value: float) -> Tensor:
+    y[:, 0] = value
+    return y
+
+
+@pytest.mark.parametrize("name", [*NEGATIVE, *POSITIVE])
+def test_signs_are_known_by_structure(name: str) -> None:
+    class Bent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b((NEGATIVE | POSITIVE)[name](torch.relu(self.a(x))))
+            return out
+
+    torch.manual_seed(0)
+    net, x = Bent().eval(), torch.randn(2, 3, 10, 10)
+    for target in ("openvino", "tensorrt"):
+        quantized = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target=target), [x])
+        if target == "openvino":
+            quants = {n: m for n, m in quantized.named_modules() if isinstance(m, FakeQuant)}
+            assert quants["b.input_quant"].grid.signed == (name in NEGATIVE)
+        with torch.no_grad():
+            assert (quantized(x) - net(x)).norm() < 0.03 * net(x).norm()

@@ -4,13 +4,14 @@
 nothing seen is lost and the final bin width is at most 2 * max / BINS. Zeros have no bin: they are zero at every scale.
 
 Counting each value of a large tensor would cost more than the layer that made it, so its values are counted in two parts.
-The body is a sample, a few neighbours at every k-th place. The tail, which sets the range and which a sample misses, is
-counted by the maxima of blocks of BLOCK values that lie far apart, at the cost of one maximum of the tensor. Where a share
-h of the blocks has its maximum above t,
+The body is a sample, RUNS short runs of neighbours, one at a random place of each stretch. The tail, which sets the range
+and which a sample misses, is counted by the maxima of blocks of values that lie far apart, at the cost of one maximum of
+the tensor. Where a share h of blocks of n values has its maximum above t,
 
-    P(|v| > t) = 1 - (1 - h) ^ (1 / BLOCK)
+    P(|v| > t) = 1 - (1 - h) ^ (1 / n)
 
-if they mix well. It is used where h <= TAIL, so that few blocks hold two such values and it is nearly a count.
+if they mix well. It is used where h <= TAIL, so that few blocks hold two such values and it is nearly a count. Tensors of
+one size are counted together, of several sizes each for itself.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from torch import Tensor
 from repfx.errors import InputError
 
 BINS = 4096
-BLOCK = 67  # a prime: were it a divisor of the number of pictures, a block would lie at one place of all of them
+# How many values a block has, the first that does not divide their number: the values of a block of 64, of 128 pictures,
+# would all lie at one place of theirs.
+BLOCKS = (67, 71)
 TAIL = 1 / 8
-SAMPLE = 2**14  # values of the body of one tensor
-RUN = 16  # of neighbours in the sample: one read of memory brings them all
+RUNS, RUN = 1024, 16  # the sample of a tensor; one read of memory brings a run
+LARGE = 2**16  # fewer values are all counted
 PENDING = 2**18  # values that wait to be counted together: many small counts cost more than one
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
 _UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
@@ -40,30 +43,35 @@ class Histogram:
     def __init__(self, two_sided: bool = True) -> None:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
-        self.blocked = 0  # values in blocks
-        # Of values counted one by one, of maxima of blocks and of samples: the bins, and how many with the zeros.
-        self._bins = torch.zeros(3, BINS, dtype=torch.int64)
-        self._numbers = [0, 0, 0]
-        # What waits to be counted lies in three places of fixed size: a heap with many small holes slows a forward pass.
+        self._counts = torch.zeros(BINS, dtype=torch.float64)
+        # Of large tensors of this size: how many values they had, the bins of maxima and samples, how many with the zeros.
+        self._size = self._seen = 0
+        self._bins = torch.zeros(2, BINS, dtype=torch.float64)
+        self._numbers = [0, 0]
+        # What waits to be counted, as those two and one by one, lies in places of fixed size: a heap with many small holes
+        # slows a forward pass.
         self._waiting = [torch.empty(0)] * 3
         self._used = [0, 0, 0]
 
     def add(self, values: Tensor) -> None:
-        """Adds values (N,) of any size. Raises InputError where there is NaN or infinity."""
+        """Adds values (N,) of any size. Raises InputError where there is NaN or infinity, -inf only if two-sided."""
         count = values.numel()
-        if count < 4 * SAMPLE:
-            self._room(0, count, values).copy_(values)
+        if count < LARGE:
+            self._room(2, count, values).copy_(values)
             return
-        width, step = _apart(count)
-        tops = self._room(1, count - (BLOCK - 1) * width, values)
-        tops[width:] = values[BLOCK * width :]
-        blocks, tops = values[: BLOCK * width].view(BLOCK, width), tops[:width]
+        if count != self._size:
+            self._settle()
+            self._size = count
+        block, width, starts = _places(count)
+        tops = self._room(0, count - (block - 1) * width, values)
+        tops[width:] = values[block * width :]
+        blocks, tops = values[: block * width].view(block, width), tops[:width]
         torch.amax(blocks, 0, out=tops)
         if self.two_sided:
             torch.maximum(tops, blocks.amin(0).neg_(), out=tops)
-        sample = values.unfold(0, RUN, step)
-        self._room(2, sample.numel(), values).view_as(sample).copy_(sample)
-        self.blocked += count
+        runs = values.unfold(0, RUN, 1)
+        torch.index_select(runs, 0, starts.to(values.device), out=self._room(1, RUNS * RUN, values).view(RUNS, RUN))
+        self._seen += count
 
     def _room(self, row: int, count: int, like: Tensor) -> Tensor:
         """Where so many values can wait."""
@@ -85,44 +93,52 @@ class Histogram:
                 values.abs_() if self.two_sided else values.clamp_(min=0)
                 self.top = raised(self.top, values.amax())
         while self.top > self.limit:
-            halved = self._bins[:, ::2] + self._bins[:, 1::2]
-            self._bins = torch.cat([halved, torch.zeros_like(halved)], 1)
+            self._counts, self._bins = _halved(self._counts), _halved(self._bins)
             self.limit = 2 * self.limit or self.top
-        for row, values in enumerate(rows):
-            self._numbers[row] += values.numel()
+        for values, bins in zip(rows, (*self._bins, self._counts), strict=True):
             if self.limit and values.numel():
                 # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros. int16 is half the time of int32.
-                bins = torch.add(_UP, values, alpha=BINS / self.limit, out=values).to(torch.int16)
-                found = torch.bincount(bins, minlength=BINS + 1).cpu()
-                self._bins[row] += found[1 : BINS + 1]
-                self._bins[row, -1] += int(found[BINS + 1 :].sum())  # what the division rounded past the limit
+                at = torch.add(_UP, values, alpha=BINS / self.limit, out=values).to(torch.int16)
+                found = torch.bincount(at, minlength=BINS + 1).cpu()
+                bins += found[1 : BINS + 1]
+                bins[-1] += int(found[BINS + 1 :].sum())  # what the division rounded past the limit
+        self._numbers = [n + row.numel() for n, row in zip(self._numbers, rows, strict=False)]
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""
+        self._settle()
+        return self._counts
+
+    def _settle(self) -> None:
+        """Turns what was counted of large tensors of one size into counts of their values."""
         self.count()
-        ones, tops, sample = self._bins.double()
-        if not self.blocked:
-            return ones
-        _, blocks, sampled = self._numbers
-        hit = tops.flip(0).cumsum(0).flip(0) / blocks  # the share of blocks with a value in a bin or above it
-        start = int((hit > TAIL).sum())  # the tail's first bin
-        tail = F.pad(BLOCK * blocks * (1 - (1 - hit[start:]) ** (1 / BLOCK)), (0, 1))
-        body = (self.blocked - tail[0]) / max(sampled - float(sample[start:].sum()), 1.0)
-        return ones + torch.cat([sample[:start] * body, tail[:-1] - tail[1:]])
+        if self._seen:
+            (tops, sample), (blocks, sampled), block = self._bins, self._numbers, _places(self._size)[0]
+            hit = tops.flip(0).cumsum(0).flip(0) / blocks  # the share of blocks with a value in a bin or above it
+            start = int((hit > TAIL).sum())  # the tail's first bin
+            tail = F.pad(block * blocks * (1 - (1 - hit[start:]) ** (1 / block)), (0, 1))
+            body = (self._seen - tail[0]) / max(sampled - float(sample[start:].sum()), 1.0)
+            self._counts += torch.cat([sample[:start] * body, tail[:-1] - tail[1:]])
+            self._bins = torch.zeros_like(self._bins)
+            self._numbers, self._seen = [0, 0], 0
 
 
-@functools.cache
-def _apart(count: int) -> tuple[int, int]:
-    """How far apart the values of a block lie, and the runs of a sample, of so many values.
+def _halved(bins: Tensor) -> Tensor:
+    pairs = bins[..., ::2] + bins[..., 1::2]
+    return torch.cat([pairs, torch.zeros_like(pairs)], -1)
 
-    Coprime with their number and so with every dimension: each block, and the sample, has all channels and columns.
-    """
-    width, step = count // BLOCK, count * RUN // SAMPLE
+
+@functools.lru_cache(64)
+def _places(count: int) -> tuple[int, int, Tensor]:
+    """Of so many values: how many a block has, how far apart they lie, and where runs begin, (RUNS,)."""
+    block = next((b for b in BLOCKS if count % b), BLOCKS[0])
+    width = count // block
+    # Coprime with every dimension, so that a block has values of all channels and columns.
     while math.gcd(width, count) > 1:
         width -= 1
-    while math.gcd(step, count) > 1:
-        step += 1
-    return width, step
+    stretch = count // RUNS
+    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(count))
+    return block, width, torch.arange(RUNS) * stretch + random
 
 
 def raised(top: float, *to: Tensor) -> float:

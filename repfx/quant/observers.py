@@ -36,7 +36,7 @@ class Observer:
         self.seen = 0
 
     def see(self, x: Tensor) -> None:
-        """Adds a batch. Raises InputError where it holds NaN or infinity."""
+        """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
         # In the order of memory, so that no layout is copied.
         values = x.detach().permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
         if not values.numel():
@@ -91,10 +91,10 @@ def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999
 def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         seen = counts > 0
-        v, w = middles[seen].float(), counts[seen].float()
+        v, w = (middles[seen] / of.amax).float(), counts[seen].float()
 
         def best(shares: Tensor) -> int:
-            steps = (of.amax / of.grid.high / CANDIDATES * shares.to(v.dtype)).unsqueeze(1)
+            steps = (shares / (of.grid.high * CANDIDATES)).to(v.dtype).unsqueeze(1)
             off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_()
             return int(shares[int(torch.argmin(off.pow_(power) @ w))])
 
