@@ -256,8 +256,8 @@ def test_openvino_is_the_target_and_is_compared(folder: Path) -> None:
     repfx.save(repfx.calibrate(net, [x]), folder / "ov.pt")
     done = run(folder, "lower", "ov.pt", "--onnx", "--openvino", "--shape", "3,16,16", "-o", "ov.onnx")
     assert done.returncode == 0 and "OpenVINO against torch: " in done.stdout, done.stderr
-    done = run(folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.xml")
-    assert done.returncode == 0 and (folder / "half.xml").exists(), done.stderr
+    done = run(folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.XML")
+    assert done.returncode == 0 and (folder / "half.XML").exists(), done.stderr
     assert "OpenVINO in float32 against torch: " in done.stdout
 
 

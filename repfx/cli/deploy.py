@@ -76,7 +76,7 @@ def lower(
             raise CheckError(f"OpenVINO does not compute what {file} says")
         if _quantized(net):
             say(f"OpenVINO: {kernels('openvino', file)}")
-    if openvino and output.suffix == ".xml":
+    if openvino and output.suffix.lower() == ".xml":
         write_ir(file, output)
         say(f"wrote {output}")
     if trt:

@@ -70,7 +70,7 @@ def write_ir(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     Raises InputError for another suffix or a path that cannot be written, MissingPart without OpenVINO.
     """
     goal = Path(path)
-    if goal.suffix != ".xml":
+    if goal.suffix.lower() != ".xml":
         raise InputError(f"OpenVINO IR is an .xml file with its .bin beside it, not {path}")
     openvino = openvino_module()
     part = goal.with_name(f".{goal.stem}.part.xml")
