@@ -37,20 +37,17 @@ def non_negative(view: GraphView, node: fx.Node) -> bool:
         target: Any = at.target if module is None else type(module)
         op = view.ops[at]
         # Whoever reads the value may find what a later operator wrote there.
-        for value in view.writes.of.get(at, ()):
-            if view.index[value] > view.index[at] and value not in seen:
-                seen.add(value)
-                todo.append(value)
-        if target in _NON_NEGATIVE:
-            continue
-        values = view.data_inputs(at)
-        keeps = target in _KEEPS_SIGN and set(at.all_input_nodes) <= set(values)
-        keeps &= "bicubic" not in (*at.args, *at.kwargs.values(), getattr(module, "mode", None))
-        passes = keeps or (isinstance(op, Map) and op.kind in ("identity", "dropout", "avgpool"))
-        sums = isinstance(op, Sum) and all(factor >= 0 for _, factor in op.terms)
-        if not (passes or sums):
-            return False
-        for value in values:
+        needed = [w for w in view.writes.of.get(at, ()) if view.index[w] > view.index[at]]
+        if target not in _NON_NEGATIVE:
+            values = view.data_inputs(at)
+            keeps = target in _KEEPS_SIGN and set(at.all_input_nodes) <= set(values)
+            keeps &= "bicubic" not in (*at.args, *at.kwargs.values(), getattr(module, "mode", None))
+            passes = keeps or (isinstance(op, Map) and op.kind in ("identity", "dropout", "avgpool"))
+            sums = isinstance(op, Sum) and all(factor >= 0 for _, factor in op.terms)
+            if not (passes or sums):
+                return False
+            needed += values
+        for value in needed:
             if value not in seen:
                 seen.add(value)
                 todo.append(value)

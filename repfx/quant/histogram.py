@@ -77,14 +77,14 @@ class Histogram:
         """Where so many values can wait."""
         start = self._used[row]
         if start + count > self._waiting[row].numel():
-            self.count()
+            self._count()
             if count > self._waiting[row].numel():
                 self._waiting[row] = like.new_empty(max(count, PENDING))
             start = 0
         self._used[row] = start + count
         return self._waiting[row][start : start + count]
 
-    def count(self) -> None:
+    def _count(self) -> None:
         """Counts what waits to be counted. Raises InputError where there is NaN or infinity."""
         rows = [waiting[:used] for waiting, used in zip(self._waiting, self._used, strict=True)]
         self._used = [0, 0, 0]
@@ -111,7 +111,7 @@ class Histogram:
 
     def _settle(self) -> None:
         """Turns what was counted of large tensors of one size into counts of their values."""
-        self.count()
+        self._count()
         if self._seen:
             (tops, sample), (blocks, sampled), block = self._bins, self._numbers, _places(self._size)[0]
             hit = tops.flip(0).cumsum(0).flip(0) / blocks  # the share of blocks with a value in a bin or above it

@@ -1,9 +1,11 @@
-"""Ranges from data, from a histogram of |v|; for an unsigned grid negative values count as 0.
+"""Ranges from data:
 
-max         s = max|v| / high
-percentile  s = the 99.99th percentile of |v| / high
-mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
-entropy     s = argmin over clip of  KL(histogram || quantized histogram)
+    max         s = max|v| / high
+    percentile  s = the 99.99th percentile of |v| / high
+    mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
+    entropy     s = argmin over clip of  KL(histogram || quantized histogram)
+
+all but the first from a histogram of |v|. For an unsigned grid negative values count as 0.
 """
 
 from __future__ import annotations
