@@ -50,7 +50,7 @@ class FakeQuant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer.see(x.detach())
+            self.observer.see(x)
             return x
         if self.learned and self.training and not self.calibrated:
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))

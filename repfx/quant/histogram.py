@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,13 @@ from torch import Tensor
 from repfx.errors import InputError
 
 BINS = 4096
-# How many values a block has, the first that does not divide their number: the values of a block of 64, of 128 pictures,
-# would all lie at one place of theirs.
-BLOCKS = (67, 71)
-TAIL = 1 / 8
-RUNS, RUN = 1024, 16  # the sample of a tensor; one read of memory brings a run
+# A block has the first of these that does not divide the number of values, times NEAR: the values of a block of 64, of 128
+# pictures, would all lie at one place of theirs.
+FAR, NEAR = (31, 29), 4
+TAIL = 1 / 4
+RUNS, RUN = 512, 16  # the sample of a tensor; one read of memory brings a run
 LARGE = 2**16  # fewer values are all counted
-PENDING = 2**18  # values that wait to be counted together: many small counts cost more than one
+PENDING = 2**17  # values that wait to be counted together: many small counts cost more than one
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
 _UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
 
@@ -44,83 +45,71 @@ class Histogram:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
         self._counts = torch.zeros(BINS, dtype=torch.float64)
-        # Of large tensors of this size: how many values they had, the bins of maxima and samples, how many with the zeros.
-        self._size = self._seen = 0
+        # Of tensors of the size at hand: where they are read, what waits to be counted, a row each, how many were counted,
+        # and the bins of their maxima and samples.
+        self._places = _places(0, torch.device("cpu"))
+        self._rows = torch.empty(0, 0)
+        self._used = self._tensors = 0
         self._bins = torch.zeros(2, BINS, dtype=torch.float64)
-        self._numbers = [0, 0]
-        # What waits to be counted, as those two and one by one, lies in places of fixed size: a heap with many small holes
-        # slows a forward pass.
-        self._waiting = [torch.empty(0)] * 3
-        self._used = [0, 0, 0]
 
     def add(self, values: Tensor) -> None:
         """Adds values (N,) of any size. Raises InputError where there is NaN or infinity, -inf only if two-sided."""
-        count = values.numel()
-        if count < LARGE:
-            self._room(2, count, values).copy_(values)
-            return
-        if count != self._size:
+        at = self._places
+        if values.numel() != at.size:
             self._settle()
-            self._size = count
-        block, width, starts = _places(count)
-        tops = self._room(0, count - (block - 1) * width, values)
-        tops[width:] = values[block * width :]
-        blocks, tops = values[: block * width].view(block, width), tops[:width]
-        torch.amax(blocks, 0, out=tops)
-        if self.two_sided:
-            torch.maximum(tops, blocks.amin(0).neg_(), out=tops)
-        runs = values.unfold(0, RUN, 1)
-        torch.index_select(runs, 0, starts.to(values.device), out=self._room(1, RUNS * RUN, values).view(RUNS, RUN))
-        self._seen += count
-
-    def _room(self, row: int, count: int, like: Tensor) -> Tensor:
-        """Where so many values can wait."""
-        start = self._used[row]
-        if start + count > self._waiting[row].numel():
+            at = self._places = _places(values.numel(), values.device)
+            width = at.tops + RUN * len(at.runs)
+            self._rows = values.new_empty(max(1, PENDING // width), width, dtype=torch.float32)
+        elif self._used == len(self._rows):
             self._count()
-            if count > self._waiting[row].numel():
-                self._waiting[row] = like.new_empty(max(count, PENDING))
-            start = 0
-        self._used[row] = start + count
-        return self._waiting[row][start : start + count]
-
-    def _count(self) -> None:
-        """Counts what waits to be counted. Raises InputError where there is NaN or infinity."""
-        rows = [waiting[:used] for waiting, used in zip(self._waiting, self._used, strict=True)]
-        self._used = [0, 0, 0]
-        for values in rows:
-            if values.numel():
-                values.abs_() if self.two_sided else values.clamp_(min=0)
-                self.top = raised(self.top, values.amax())
-        while self.top > self.limit:
-            self._counts, self._bins = _halved(self._counts), _halved(self._bins)
-            self.limit = 2 * self.limit or self.top
-        for values, bins in zip(rows, (*self._bins, self._counts), strict=True):
-            if self.limit and values.numel():
-                # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros. int16 is half the time of int32.
-                at = torch.add(_UP, values, alpha=BINS / self.limit, out=values).to(torch.int16)
-                found = torch.bincount(at, minlength=BINS + 1).cpu()
-                bins += found[1 : BINS + 1]
-                bins[-1] += int(found[BINS + 1 :].sum())  # what the division rounded past the limit
-        self._numbers = [n + row.numel() for n, row in zip(self._numbers, rows, strict=False)]
+        row, tops = self._rows[self._used], values
+        self._used += 1
+        for width, step in at.folds:
+            blocks, signed = tops.unfold(0, width, step), self.two_sided and tops is values
+            tops = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if signed else blocks.amax(0)
+        row[: at.tops] = tops
+        if len(at.runs):
+            row[at.tops :].view(-1, RUN).copy_(values.unfold(0, RUN, 1).index_select(0, at.runs))
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""
         self._settle()
         return self._counts
 
+    def _count(self) -> None:
+        """Counts what waits to be counted. Raises InputError where there is NaN or infinity."""
+        rows, width = self._rows[: self._used], self._places.tops
+        self._tensors += self._used
+        self._used = 0
+        if not rows.numel():
+            return
+        rows.abs_() if self.two_sided else rows.clamp_(min=0)
+        self.top = raised(self.top, rows.amax())
+        while self.top > self.limit:
+            self._counts, self._bins = _halved(self._counts), _halved(self._bins)
+            self.limit = 2 * self.limit or self.top
+        if self.limit:
+            # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros, the last also what rounds past the limit. int16
+            # takes half the time of int32.
+            at = torch.add(_UP, rows, alpha=BINS / self.limit, out=rows).to(torch.int16).clamp_(max=BINS)
+            for bins, part in zip(self._bins, (at[:, :width], at[:, width:]), strict=True):
+                bins += torch.bincount(part.reshape(-1), minlength=BINS + 1)[1:].cpu()
+
     def _settle(self) -> None:
-        """Turns what was counted of large tensors of one size into counts of their values."""
+        """Turns what was counted of tensors of one size into counts of their values."""
         self._count()
-        if self._seen:
-            (tops, sample), (blocks, sampled), block = self._bins, self._numbers, _places(self._size)[0]
-            hit = tops.flip(0).cumsum(0).flip(0) / blocks  # the share of blocks with a value in a bin or above it
+        (tops, sample), at = self._bins, self._places
+        if at.block == 1:
+            self._counts += tops
+        elif self._tensors:
+            hit = tops.flip(0).cumsum(0).flip(0) / (self._tensors * at.tops)  # the share of blocks that reach a bin
             start = int((hit > TAIL).sum())  # the tail's first bin
-            tail = F.pad(block * blocks * (1 - (1 - hit[start:]) ** (1 / block)), (0, 1))
-            body = (self._seen - tail[0]) / max(sampled - float(sample[start:].sum()), 1.0)
-            self._counts += torch.cat([sample[:start] * body, tail[:-1] - tail[1:]])
-            self._bins = torch.zeros_like(self._bins)
-            self._numbers, self._seen = [0, 0], 0
+            seen = self._tensors * at.size
+            tail = F.pad(seen * (1 - (1 - hit[start:]) ** (1 / at.block)), (0, 1))
+            sampled = self._tensors * RUN * len(at.runs) - float(sample[start:].sum())
+            self._counts += torch.cat([sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]])
+        self._bins = torch.zeros_like(self._bins)
+        self._tensors = 0
 
 
 def _halved(bins: Tensor) -> Tensor:
@@ -128,17 +117,36 @@ def _halved(bins: Tensor) -> Tensor:
     return torch.cat([pairs, torch.zeros_like(pairs)], -1)
 
 
+class _Places(NamedTuple):
+    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and by runs that begin at `runs`.
+
+    Blocks come of folding, by (width, step): value n < width becomes the maximum of n, n + step, ... If that does not come
+    out even, a few values are in two blocks. Few long strides at a time are read as fast as memory in its order, many not.
+    """
+
+    size: int
+    block: int
+    folds: tuple[tuple[int, int], ...]
+    tops: int
+    runs: Tensor
+
+
 @functools.lru_cache(64)
-def _places(count: int) -> tuple[int, int, Tensor]:
-    """Of so many values: how many a block has, how far apart they lie, and where runs begin, (RUNS,)."""
-    block = next((b for b in BLOCKS if count % b), BLOCKS[0])
-    width = count // block
-    # Coprime with every dimension, so that a block has values of all channels and columns.
-    while math.gcd(width, count) > 1:
-        width -= 1
-    stretch = count // RUNS
-    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(count))
-    return block, width, torch.arange(RUNS) * stretch + random
+def _places(size: int, device: torch.device) -> _Places:
+    if size < LARGE:
+        return _Places(size, 1, (), size, torch.empty(0, dtype=torch.long))
+    far = next((n for n in FAR if size % n), FAR[0])
+    folds, width = list[tuple[int, int]](), size
+    for parts in (far, NEAR):
+        step = width // parts
+        # Coprime with every dimension, so that a block has values of all channels and columns.
+        while math.gcd(step, size) > 1:
+            step -= 1
+        width -= step * (parts - 1)
+        folds.append((width, step))
+    stretch = size // RUNS
+    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(size))
+    return _Places(size, far * NEAR, tuple(folds), width, (torch.arange(RUNS) * stretch + random).to(device))
 
 
 def raised(top: float, *to: Tensor) -> float:

@@ -22,6 +22,7 @@ from repfx.quant.histogram import BINS, Histogram, raised
 
 CANDIDATES = 256
 COARSE = 4  # one candidate in so many is tried first
+FINE = 4  # bins
 
 
 class Observer:
@@ -40,7 +41,7 @@ class Observer:
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
         # In the order of memory, so that no layout is copied.
-        values = x.detach().permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d])).reshape(-1).float()
+        values = x.detach().permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)).reshape(-1)
         if not values.numel():
             return
         self.seen += values.numel()
@@ -94,11 +95,15 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         seen = counts > 0
         v, w = (middles[seen] / of.amax).float(), counts[seen].float()
+        fine = FINE * float(2 * middles[0]) / of.amax
 
         def best(shares: Tensor) -> int:
             steps = (shares / (of.grid.high * CANDIDATES)).to(v.dtype).unsqueeze(1)
-            off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_()
-            return int(shares[int(torch.argmin(off.pow_(power) @ w))])
+            off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_().pow_(power)
+            # Where a step has few bins, their middles tell nothing of how values lie between its ends: then as if evenly.
+            even = (steps < fine) & (v < of.grid.high * steps)
+            off = torch.where(even, (steps / 2) ** power / (power + 1), off)
+            return int(shares[int(torch.argmin(off @ w))])
 
         near = best(torch.arange(COARSE, CANDIDATES + 1, COARSE))
         shares = torch.arange(max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1) + 1)
