@@ -59,17 +59,19 @@ class Histogram:
             self._settle()
             at = self._places = _places(values.numel(), values.device)
             width = at.tops + RUN * len(at.runs)
-            self._rows = values.new_empty(max(1, PENDING // width), width, dtype=torch.float32)
+            self._rows = values.new_empty(max(1, PENDING // width), width)
         elif self._used == len(self._rows):
             self._count()
-        row, tops = self._rows[self._used], values
+        row = self._rows[self._used]
         self._used += 1
-        for width, step in at.folds:
-            blocks, signed = tops.unfold(0, width, step), self.two_sided and tops is values
-            tops = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if signed else blocks.amax(0)
-        row[: at.tops] = tops
-        if len(at.runs):
-            row[at.tops :].view(-1, RUN).copy_(values.unfold(0, RUN, 1).index_select(0, at.runs))
+        if at.block == 1:
+            row.copy_(values)
+            return
+        (width, far), (_, near) = at.folds
+        blocks = values.unfold(0, width, far)
+        tops = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if self.two_sided else blocks.amax(0)
+        torch.amax(tops.unfold(0, at.tops, near), 0, out=row[: at.tops])
+        torch.index_select(values.unfold(0, RUN, 1), 0, at.runs, out=row[at.tops :].view(-1, RUN))
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""
@@ -78,7 +80,7 @@ class Histogram:
 
     def _count(self) -> None:
         """Counts what waits to be counted. Raises InputError where there is NaN or infinity."""
-        rows, width = self._rows[: self._used], self._places.tops
+        rows, width = self._rows[: self._used].float(), self._places.tops
         self._tensors += self._used
         self._used = 0
         if not rows.numel():
