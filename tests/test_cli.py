@@ -132,6 +132,16 @@ BAD = {
         2,
         "unknown method 'best'; choose one of: entropy, mae, max, mse, percentile",
     ),
+    "unknown device": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--device", "gpu"],
+        2,
+        "--device gpu cannot",
+    ),
+    "no such device": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--device", "cuda:99"],
+        2,
+        "--device cuda:99 cannot be used",
+    ),
     "wrong input shape": (["quantize", "net.pt", "--data", "wrong.npy", "-o", "x.pt"], 2, "(5, 8, 8)"),
     "empty calibration set": (["quantize", "net.pt", "--data", "empty.npy", "-o", "x.pt"], 2, "calibration set is empty"),
     "no pictures": (["quantize", "net.pt", "--data", ".", "-o", "x.pt"], 2, "calibration set is empty"),

@@ -17,7 +17,23 @@ from repfx import api
 from repfx.cli import deploy, pages
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
-from repfx.cli.options import Data, Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, say, split
+from repfx.cli.options import (
+    Data,
+    Device,
+    Model,
+    Output,
+    Size,
+    Target,
+    Trust,
+    Weights,
+    app,
+    err,
+    numbers,
+    out,
+    place,
+    say,
+    split,
+)
 from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
@@ -67,6 +83,7 @@ def quantize(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     mean: Annotated[str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")] = "0.485,0.456,0.406",
     std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
+    device: Device = None,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
@@ -74,6 +91,7 @@ def quantize(
     """Merge, quantize and calibrate a model on pictures, and save it."""
     images = Images(data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std))
     batches = images.batches(batch, workers)
+    where = place(device)
     loaded = load_model(model, weights, trust_pickle)
     if method not in (*METHODS, "repapq"):
         raise unknown("method", method, (*METHODS, "repapq"))
@@ -81,19 +99,19 @@ def quantize(
     ranges = "mae" if learn else method
     ptq = Ptq(bits, weights="mse" if learn else "max")
     if keep:
-        result = api.calibrate(api.transform(loaded, [ptq], target=target), batches, method=ranges)
+        result = api.calibrate(api.transform(loaded, [ptq], target=target).to(where), batches, method=ranges)
         worst = api.sensitivity(result, islice(batches, 4), progress=err.is_terminal).worst(keep)
         say(f"kept wide: {', '.join(worst)}")
         ptq = replace(ptq, wide=worst, wide_bits=8 if bits < 8 else 32)
     result = api.transform(loaded, [ptq, "qprep"] if learn else [ptq], target=target)
-    report = result.meta["repfx"]
+    report, result = result.meta["repfx"], result.to(where)
     if learn:
         shown = err.is_terminal
         api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, cache=cache, progress=shown)
         result = api.transform(result, ["fuse"], target=target)
     else:
         api.calibrate(result, batches, method=method, bias=bias, progress=err.is_terminal)
-    first = next(iter(batches))
+    first, result = next(iter(batches)), result.cpu()
     off = api.verify(loaded, result, first)
     api.save(result, output)
     _print_report(report)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -23,6 +24,7 @@ Trust = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL: run
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
 Target = Annotated[str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")]
 Data = Annotated[Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")]
+Device = Annotated[str | None, typer.Option(help="Where it runs, such as cpu or cuda:0; a GPU where there is one.")]
 Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
 
 
@@ -61,6 +63,16 @@ def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
     if not found or not all(0 < v < 2**31 for v in found) or count not in (None, len(found)):
         many = "" if count is None else f"{count} "
         raise InputError(f"--{name} is {many}whole numbers from 1, separated by commas, not {text!r}")
+    return found
+
+
+def place(name: str | None) -> torch.device:
+    """The device of this name, or the one there is. Raises InputError for one that cannot be used."""
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return found
 
 
