@@ -108,12 +108,12 @@ class Expand(Pass):
         if shape["padding"] is None:
             raise ValueError("its sides are padded by different amounts, or not with zeros")
         make = BLOCKS[self.block] if isinstance(self.block, str) else self.block
-        with torch.device(like.device):
+        with torch.device("cpu"):
             block = make(**shape).double()
         given = lifted(block)
         if self.init == "preserve":
             _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)), self._title)
-        given.module.to(like.dtype).train(view.module.training)
+        given.module.to(like).train(view.module.training)
         norm = region.nodes[-1]
         if norm is not conv and norm.op == "call_module":
             for m in given.module.modules():

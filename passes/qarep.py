@@ -62,18 +62,19 @@ class QARep(Pass):
     def _rewrite(self, work: Work, view: GraphView, block: BranchSum, moved: dict[fx.Node, fx.Node]) -> str:
         keep = VARIANTS[self.variant]
         modules = {n: view.modules[str(n.target)] for n in block.nodes if n.op == "call_module"}
-        parts = {k: _Part.of(modules, b) for k, b in (("3", block.main), ("1", block.point), ("0", block.identity))}
         conv3: Any = modules[block.main.conv]  # type: ignore[index]
         like, out = conv3.weight, conv3.out_channels
-        mean = sum((p.mean for p in parts.values()), torch.zeros(out)).to(like)
-        var = sum((p.var for p in parts.values()), torch.zeros(out)).to(like)
-        left = torch.zeros(out).to(like)  # shifts that have lost their batch norm
+        branches = {"3": block.main, "1": block.point, "0": block.identity}
+        parts = {k: _Part.of(modules, b, like) for k, b in branches.items()}
+        mean = sum((p.mean for p in parts.values()), like.new_zeros(out)).to(like)
+        var = sum((p.var for p in parts.values()), like.new_zeros(out)).to(like)
+        left = like.new_zeros(out)  # shifts that have lost their batch norm
         point = parts["1"].weight
         if block.identity is not None and not keep.skip:
             scale = parts["0"].scale
             if point is None:
-                point = torch.zeros(out, like.shape[1], *(1,) * (like.dim() - 2)).to(like)
-            into = parts["1"].scale if keep.point and block.point is not None else torch.ones(out).to(like)
+                point = like.new_zeros(out, like.shape[1], *(1,) * (like.dim() - 2))
+            into = parts["1"].scale if keep.point and block.point is not None else like.new_ones(out)
             if not (keep.point and block.point is not None):
                 point = point * _rows(parts["1"].scale, point)
                 left = left + parts["1"].shift
@@ -163,18 +164,19 @@ class _Part:
     var: Tensor
 
     @staticmethod
-    def of(modules: dict[fx.Node, nn.Module], branch: Any) -> _Part:
+    def of(modules: dict[fx.Node, nn.Module], branch: Any, like: Tensor) -> _Part:
+        zero, one = like.new_zeros(()), like.new_ones(())
         if branch is None:
-            return _Part(None, *(torch.zeros(()) for _ in range(4)))
+            return _Part(None, zero, zero, zero, zero)
         conv: Any = None if branch.conv is None else modules[branch.conv]
         weight = None if conv is None else conv.weight.detach()
         if branch.norm is None:
-            bias = torch.zeros(()) if conv is None or conv.bias is None else conv.bias.detach()
-            return _Part(weight, torch.ones(()), bias, bias, torch.ones(()))
+            bias = zero if conv is None or conv.bias is None else conv.bias.detach()
+            return _Part(weight, one, bias, bias, one)
         norm: Any = modules[branch.norm]
         scale, shift = (t.detach() for t in affine_of(norm))
-        gamma = torch.ones(()) if norm.weight is None else norm.weight.detach()
-        beta = torch.zeros(()) if norm.bias is None else norm.bias.detach()
+        gamma = one if norm.weight is None else norm.weight.detach()
+        beta = zero if norm.bias is None else norm.bias.detach()
         if conv is not None and conv.bias is not None:
             shift = shift + scale * conv.bias.detach()
         return _Part(weight, scale, shift, beta, gamma.square())

@@ -18,7 +18,7 @@ def random_input(shape: str, batch: int) -> Tensor:
     """(batch, *shape), the same at each call. Raises InputError where shape is no shape or memory does not hold it."""
     dims = whole("shape", shape)
     try:
-        return torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0))
+        return torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0), device="cpu")
     except RuntimeError as error:
         raise _too_large(shape, error) from error
 

@@ -83,8 +83,8 @@ class _Border:
     def _agrees(self, view: GraphView, size: tuple[int, ...]) -> bool | None:
         """Whether it agrees on one size; None where it does not run on it."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(size, generator=generator, dtype=torch.float64)
-        value = torch.randn(view.tensor(self.value).shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        value = torch.randn(view.tensor(self.value).shape, generator=generator, dtype=torch.float64, device="cpu")
         values: dict[fx.Node, Any] = {self.value: value}
 
         def known(v: Any) -> Any:

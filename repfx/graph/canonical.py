@@ -77,7 +77,7 @@ def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
 def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
     """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where they refuse those."""
     n, channels, *space = source.meta["shape"]
-    x = torch.arange((n + more) * channels * prod(s + more for s in space), dtype=torch.float32)
+    x = torch.arange((n + more) * channels * prod(s + more for s in space), dtype=torch.float32, device="cpu")
     x = x.reshape(n + more, channels, *(s + more for s in space))
     try:
         y = _value(moves[0], source, x, {})

@@ -172,13 +172,13 @@ def _agree_elsewhere(module: nn.Module, traced: nn.Module, inputs: tuple[Any, ..
     with torch.no_grad():
         for p in module.parameters():
             if p.is_floating_point():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.7)
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.7)
 
     def other(v: Any) -> Any:
         if not isinstance(v, Tensor) or not v.is_floating_point():
             return v
         sizes = [*v.shape[:2], *(n + 3 * seed for n in v.shape[2:])]
-        return (torch.randn(sizes, generator=generator) * 30**seed).to(v)
+        return (torch.randn(sizes, generator=generator, device="cpu") * 30**seed).to(v)
 
     given = tuple(map(other, inputs))
     try:

@@ -22,7 +22,7 @@ _TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTran
 def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
     """A convolution or linear layer that computes `kernel`, without the padding that it cannot express.
 
-    In the dtype of `like`, and trainable if that is.
+    In the dtype and on the device of `like`, and trainable if that is.
     """
     g, weight = kernel.geometry, kernel.packed
     if g.source_axis == -1:
@@ -57,7 +57,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
         )
     for name, tensor in (("weight", weight), ("bias", kernel.bias)):
         if tensor is not None:
-            value = tensor.detach().to(like.dtype, copy=True).contiguous()
+            value = tensor.detach().to(like, copy=True).contiguous()
             layer._parameters[name] = nn.Parameter(value, like.requires_grad)
     return layer
 

@@ -51,7 +51,7 @@ def neg(c: Constants, input: Any) -> Op:
 
 def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Map:
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        return Kernel.diagonal(g, torch.ones(g.outputs, dtype=torch.float64), None)
+        return Kernel.diagonal(g, torch.ones(g.outputs, dtype=torch.float64, device="cpu"), None)
 
     return Map(input, "identity", pointwise, kernel)
 
@@ -99,7 +99,7 @@ def _affine(
         return pointwise(g, bias=bias)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        v = torch.tensor(operand, dtype=torch.float64) if number else fetch(operand)
+        v = torch.tensor(operand, dtype=torch.float64, device="cpu") if number else fetch(operand)
         v = v if v.dtype.is_floating_point else v.to(torch.float64)
         return Kernel.diagonal(g, *f(v.reshape(-1).expand(g.outputs)))
 

@@ -55,7 +55,7 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
             if shape in tried or len(tried) > 8:  # the first layer in the tree need not be the first that is called
                 continue
             tried.add(shape)
-            x = torch.randn(shape, generator=generator).to(weight)
+            x = torch.randn(shape, generator=generator, device="cpu").to(weight)
             try:
                 return (x,), run_eval(model, (x,))
             except Exception:  # the guess was wrong: the next one, or none

@@ -119,7 +119,7 @@ class _Activation(nn.Module):
         self.dtype = torch.int8 if quant.grid.signed and not offset else torch.uint8
         zero = 128 if quant.grid.signed and offset else 0
         self.register_buffer("scale", quant.step.detach().clone())
-        self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype))
+        self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype, device=quant.step.device))
 
     def forward(self, x: Tensor) -> Tensor:
         name, self.calls = finish.codes_name(self.path, self.calls), self.calls + 1
@@ -145,7 +145,7 @@ class _Weight(nn.Module):
         self.axis = quant.grid.axis
         self.register_buffer("codes", quant.codes(weight.detach()).to(torch.int8))
         self.register_buffer("scale", quant.step.detach().clone())
-        self.register_buffer("zero", torch.zeros(quant.step.shape, dtype=torch.int8))
+        self.register_buffer("zero", torch.zeros_like(quant.step, dtype=torch.int8))
 
     def forward(self) -> Tensor:
         attrs: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}

@@ -31,7 +31,7 @@ class FakeQuant(nn.Module):
     def __init__(self, grid: Grid, scale: Tensor | None = None, of_weight: bool = False, learned: bool = False) -> None:
         super().__init__()
         self.grid = grid
-        empty = torch.zeros(()) if scale is None else torch.zeros_like(scale)
+        empty = torch.zeros((), device="cpu") if scale is None else torch.zeros_like(scale)
         if learned:
             self.scale = nn.Parameter(empty)
         else:

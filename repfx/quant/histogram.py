@@ -35,7 +35,7 @@ RUNS, RUN = 512, 16  # the sample of a tensor; one read of memory brings a run
 LARGE = 2**16  # fewer values are all counted
 PENDING = 2**17  # values that wait to be counted together: many small counts cost more than one
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
-_UP = torch.tensor(1 - 2**-24)  # rounds up what is cut off after it, all but zero
+_UP = torch.tensor(1 - 2**-24, device="cpu")  # rounds up what is cut off after it, all but zero
 
 
 class Histogram:
@@ -44,13 +44,13 @@ class Histogram:
     def __init__(self, two_sided: bool = True) -> None:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
-        self._counts = torch.zeros(BINS, dtype=torch.float64)
+        self._counts = torch.zeros(BINS, dtype=torch.float64, device="cpu")
         # Of tensors of the size at hand: where they are read, what waits to be counted, a row each, how many were counted,
         # and the bins of their maxima and samples.
         self._places = _places(0, torch.device("cpu"))
-        self._rows = torch.empty(0, 0)
+        self._rows = torch.empty(0, 0, device="cpu")
         self._used = self._tensors = 0
-        self._bins = torch.zeros(2, BINS, dtype=torch.float64)
+        self._bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> None:
         """Adds values (N,) of any size. Raises InputError where there is NaN or infinity, -inf only if two-sided."""
@@ -136,7 +136,7 @@ class _Places(NamedTuple):
 @functools.lru_cache(64)
 def _places(size: int, device: torch.device) -> _Places:
     if size < LARGE:
-        return _Places(size, 1, (), size, torch.empty(0, dtype=torch.long))
+        return _Places(size, 1, (), size, torch.empty(0, dtype=torch.long, device="cpu"))
     far = next((n for n in FAR if size % n), FAR[0])
     folds, width = list[tuple[int, int]](), size
     for parts in (far, NEAR):
@@ -147,8 +147,9 @@ def _places(size: int, device: torch.device) -> _Places:
         width -= step * (parts - 1)
         folds.append((width, step))
     stretch = size // RUNS
-    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(size))
-    return _Places(size, far * NEAR, tuple(folds), width, (torch.arange(RUNS) * stretch + random).to(device))
+    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(size), device="cpu")
+    runs = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
+    return _Places(size, far * NEAR, tuple(folds), width, runs.to(device))
 
 
 def raised(top: float, *to: Tensor) -> float:

@@ -61,12 +61,11 @@ class Observer:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         if self.histogram is None:
-            return torch.tensor(self.amax / self.grid.high)
+            return torch.tensor(self.amax / self.grid.high, device="cpu")
         counts, self.amax = self.histogram.counts(), self.histogram.top
-        if not self.amax:
-            return torch.tensor(0.0)
-        middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.histogram.limit / BINS)
-        return torch.tensor(METHODS[method](middles, counts, self))
+        with torch.device("cpu"):
+            middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.histogram.limit / BINS)
+            return torch.tensor(METHODS[method](middles, counts, self) if self.amax else 0.0)
 
 
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:

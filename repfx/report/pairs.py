@@ -92,7 +92,7 @@ class Seen:
         self.count = self.clipped = 0
         self.total = self.square = 0.0
         self.low, self.high = math.inf, -math.inf
-        self.codes = torch.zeros(2**16, dtype=torch.bool)
+        self.codes = torch.zeros(2**16, dtype=torch.bool, device="cpu")
         self.channels: Tensor | None = None
         self.sample: list[Tensor] = []
 

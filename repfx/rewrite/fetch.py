@@ -1,4 +1,7 @@
-"""Where the weights of a region are read from: what the model holds, in float64, or draws in place of it."""
+"""Where the weights of a region are read from: what the model holds, in float64, or draws in place of it.
+
+The algebra and its proof run on the CPU wherever the model is: some devices have no float64, others only a slow one.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,10 @@ def drawn(view: GraphView, seed: int) -> Fetch:
             return cache[ref]
         now = view.tensor(ref)
         if id(now) not in cache:  # tied tensors are drawn once
-            draw = torch.rand(now.shape, generator=generator, dtype=torch.float64) + 0.5
+            draw = torch.rand(now.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
             if seed and isinstance(now, nn.Parameter):
-                draw = draw * (torch.randint(2, now.shape, generator=generator) * 2 - 1)
-            cache[id(now)] = draw.to(now.device) if now.is_floating_point() else now
+                draw = draw * (torch.randint(2, now.shape, generator=generator, device="cpu") * 2 - 1)
+            cache[id(now)] = draw if now.is_floating_point() else now.cpu()
         return cache[id(now)]
 
     return fetch
@@ -58,7 +61,7 @@ def _held(view: GraphView, path: str) -> Tensor:
     owner_path, _, name = path.rpartition(".")
     owner = view.modules[owner_path]
     if nn.utils.parametrize.is_parametrized(owner, name):  # computed where it is read: in float64 too
-        return getattr(copy.deepcopy(owner).double().eval(), name).detach()
+        return getattr(copy.deepcopy(owner).cpu().double().eval(), name).detach()
     return _wide(view.tensor(path))
 
 
@@ -73,4 +76,4 @@ def _expression(view: GraphView, node: fx.Node, fetch: Fetch) -> Tensor:
 
 def _wide(value: Tensor) -> Tensor:
     """In float64, but for indices and masks."""
-    return value.detach().to(torch.float64) if value.is_floating_point() else value.detach()
+    return value.detach().cpu().to(torch.float64) if value.is_floating_point() else value.detach().cpu()

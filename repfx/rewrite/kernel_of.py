@@ -66,7 +66,7 @@ def kernel_of(
     rule says. Raises Inexact where the region is not one convolution.
     """
     start = start or source_geometry(view, region.source, region.nodes)
-    identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64))
+    identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64, device="cpu"))
     meaning = meaning or (lambda op, before: op.kernel(fetch, op.geometry(before.geometry)))
     found: dict[fx.Node, Any] = {region.source: identity}
     readers = {n: sum(n in view.ops[m].values for m in region.nodes) for n in region.nodes}  # type: ignore[union-attr]
@@ -193,7 +193,11 @@ def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
     for seed in range(3):
         fetch = drawn(view, seed)
         bias = kernel_of(view, padded, fetch, start).bias
-        fill = torch.tensor(op.fill, dtype=torch.float64) if isinstance(op.fill, float) else fetch(op.fill).reshape(-1)
+        fill = (
+            torch.tensor(op.fill, dtype=torch.float64, device="cpu")
+            if isinstance(op.fill, float)
+            else fetch(op.fill).reshape(-1)
+        )
         if bias is None:
             bias = torch.zeros_like(fill)
         if fill.numel() not in (1, bias.numel()) or not torch.allclose(bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12):

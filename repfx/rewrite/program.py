@@ -28,9 +28,9 @@ from repfx.rewrite.work import weight_of
 class Recorder(GraphAppendingTracer):
     """Records operations on constants as nodes, and does them, so that shapes and numbers are known."""
 
-    def __init__(self, module: fx.GraphModule, view: GraphView, dtype: torch.dtype) -> None:
+    def __init__(self, module: fx.GraphModule, view: GraphView, like: Tensor) -> None:
         super().__init__(module.graph)
-        self.module, self.view, self.dtype = module, view, dtype
+        self.module, self.view, self.like = module, view, like
         self.stored: dict[int, tuple[Tensor, str]] = {}
 
     def constant(self, ref: Ref) -> ConstantProxy:
@@ -50,7 +50,9 @@ class Recorder(GraphAppendingTracer):
     def _now(self, v: Any) -> Any:
         if isinstance(v, ConstantProxy):
             return v.value
-        return v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        if isinstance(v, Tensor):
+            return v.to(self.like) if v.is_floating_point() else v.to(self.like.device)
+        return v
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):  # a constant of the algebra's own, such as the identity's ones
@@ -71,7 +73,7 @@ def program(
     """
     region = merge.region
     like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
-    recorder = Recorder(module, view, like.dtype)
+    recorder = Recorder(module, view, like)
     fetch: Any = recorder.constant  # proxies stand for tensors
 
     def meaning(op: Map, before: Kernel) -> Kernel:
@@ -102,7 +104,7 @@ def program(
         weight = recorder.create_arg(packed)
         bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)
     now = packed.value if isinstance(packed, ConstantProxy) else packed
-    return weight, bias, now.to(like.dtype)
+    return weight, bias, now.to(like)
 
 
 def _taps_are_learned(module: fx.GraphModule, weight: fx.Node, seen: fx.Node) -> bool:

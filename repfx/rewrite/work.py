@@ -38,6 +38,7 @@ class Work:
         self.target = target
         self.inserted: list[str] = []  # paths of new layers
         self._paths: dict[nn.Module, str] = {}
+        self._device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
 
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""
@@ -54,12 +55,12 @@ class Work:
                 return Result(name, tuple(merged), plan.declined)
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
-        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, and the graph's
-        mode; one that was inserted before is called again."""
+        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, the graph's mode and
+        device; one that was inserted before is called again."""
         path = self._paths.get(layer)
         if path is None:
             path = self._paths[layer] = free_path(self.module, wanted)
-            put_module(self.module, path, layer.train(self.module.training))
+            put_module(self.module, path, layer.to(self._device).train(self.module.training))
             self.inserted.append(path)
         with self.module.graph.inserting_before(before):
             return self.module.graph.call_module(path, (value,))

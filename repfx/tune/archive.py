@@ -101,7 +101,7 @@ def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def by_channel(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).reshape(-1, 1, 1)
+    return torch.tensor(values, device="cpu").reshape(-1, 1, 1)
 
 
 def _pillow() -> Any:

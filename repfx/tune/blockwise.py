@@ -131,10 +131,10 @@ class Run:
             optimizer = torch.optim.Adam(groups)
             fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
             for n in range(o.iterations):
-                rows = torch.randperm(len(ours), generator=random)[: o.batch]
+                rows = torch.randperm(len(ours), generator=random, device="cpu")[: o.batch]
                 x, y = ours[rows], targets[rows]
                 if o.drop:
-                    keep = ((torch.rand(v.shape, generator=random) < o.drop).to(v.device) for v in x)
+                    keep = ((torch.rand(v.shape, generator=random, device="cpu") < o.drop).to(v.device) for v in x)
                     x = tuple(torch.where(*one) for one in zip(keep, theirs[rows], x, strict=True))
                 what.place()
                 given = block(*x)

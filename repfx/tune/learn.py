@@ -58,7 +58,7 @@ class Drop(nn.Module):
         self.quant, self.share, self.random = quant, share, random
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = (torch.rand(x.shape, generator=self.random) < self.share).to(x.device)
+        keep = (torch.rand(x.shape, generator=self.random, device="cpu") < self.share).to(x.device)
         return torch.where(keep, x, self.quant(x))
 
 

@@ -111,7 +111,7 @@ class Run:
             raise InputError(f"{len(self.source.dataset)} samples make no batch for {self.world} processes")
         self.lr = self.rules.lr_at(self.epoch * len(steps) + len(steps) - 1, len(steps))
         batches = [rows for step in steps[self.step :] for rows, _ in step]
-        reader = iter(self.source.loader(batches, self.seed, self.epoch))
+        reader = self.source.reader(batches, self.seed, self.epoch)
         self.model.train()
         while self.step < len(steps):
             start = time.perf_counter()
@@ -169,7 +169,7 @@ class Run:
         self.model.eval()
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.on(self.model)
         with torch.no_grad(), self.accelerator.autocast(), averaged:
-            for batch in valid.loader(batches, self.seed, 0):
+            for batch in valid.reader(batches, self.seed, 0):
                 metric.update(self.model, self.to_device(batch))
         return {name: float(value) for name, value in metric.compute().items()}
 

@@ -8,7 +8,7 @@ loss over all its samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,17 +75,19 @@ class Source:
                 found.append([(m.tolist(), len(m) * world / total) for m in mine])
         return found
 
-    def loader(self, batches: Sequence[list[int]], seed: int, epoch: int) -> DataLoader[Any]:
+    def reader(self, batches: Sequence[list[int]], seed: int, epoch: int) -> Iterator[Any]:
         """Reads these batches in this order. It draws from a generator of its own, never from the global ones."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(seed, epoch)
-        return DataLoader(
+        loader = DataLoader(
             self.dataset,
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(seed + epoch),
         )
+        with torch.device("cpu"):  # where its generator is, whatever the default device
+            return iter(loader)
 
 
 def source_of(data: Any, batch: int, workers: int = 0) -> Source:

@@ -23,7 +23,7 @@ def digits(seed: int = 0) -> tuple[Labelled, Labelled]:
     data = load_digits()
     x = (data.images / 8.0 - 1.0).astype(np.float32)[:, None]
     a, b, of_a, of_b = train_test_split(x, data.target, test_size=0.25, random_state=seed, stratify=data.target)
-    return (torch.from_numpy(a), torch.tensor(of_a)), (torch.from_numpy(b), torch.tensor(of_b))
+    return (torch.from_numpy(a), torch.tensor(of_a, device="cpu")), (torch.from_numpy(b), torch.tensor(of_b, device="cpu"))
 
 
 PACKAGED: dict[str, Callable[[], tuple[Labelled, Labelled]]] = {"digits": digits}
