@@ -55,8 +55,8 @@ class Work:
                 return Result(name, tuple(merged), plan.declined)
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
-        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, the graph's mode and
-        device; one that was inserted before is called again."""
+        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, and the graph's
+        mode and device; one that was inserted before is called again."""
         path = self._paths.get(layer)
         if path is None:
             path = self._paths[layer] = free_path(self.module, wanted)
