@@ -19,6 +19,7 @@ from repfx.passes import Ptq
 from repfx.quant import METHODS, FakeQuant, Grid, Observer
 from repfx.quant.histogram import LARGE
 from repfx.testing import randomise
+from repfx.tune import match_statistics, store
 from repfx.tune.blockwise import Block, Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -122,6 +123,16 @@ def test_an_interrupted_reconstruct_goes_on(how: dict[str, Any], tmp_path: Path,
     assert on_gpu(folded) and repfx.verify(whole, folded, pictures().cuda()).relative < 1e-5
 
 
+@pytest.mark.parametrize("room", [0, 10**5, 10**9])
+def test_activations_stay_on_the_gpu_while_they_fit(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_room", lambda device: room)
+    batches = pictures().cuda().split(8)
+    rows = store.Rows(None, torch.device("cuda")).fill((x,) for x in batches)
+    assert rows.data[0].is_cuda == (room == 10**9)
+    assert all(torch.equal(a, b) for (a,), b in zip(rows.batches(8), batches, strict=True))
+    assert torch.equal(rows[torch.tensor([3, 60])][0], pictures()[[3, 60]].cuda())
+
+
 @pytest.mark.parametrize("mode", ["running", "batch", "estimate", "sampled"])
 def test_fit_trains_the_merged_weight(mode: str) -> None:
     model = repfx.transform(net(), [f"repq(bits=4, bn={mode})"])
@@ -141,6 +152,16 @@ def test_lower_and_save(tmp_path: Path) -> None:
         repfx.lower(one, tmp_path / f"{name}.onnx", example=pictures(2).to(next(one.parameters()).device))
         found.append((tmp_path / f"{name}.onnx").read_bytes())
     assert found[0] == found[1]
+
+
+def test_what_describes_a_model(tmp_path: Path) -> None:
+    model = net().cuda()
+    assert str(repfx.inspect(model)) == str(repfx.inspect(net()))
+    repfx.report(model, tmp_path / "net.html", data=[pictures()])
+    merged = repfx.transform(model, ["repq(bn=estimate)"])
+    before = copy.deepcopy(merged)
+    match_statistics(merged, [pictures()])
+    assert repfx.verify(before, merged, pictures(8).cuda()).relative < 1e-4
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ Values = tuple[Tensor, ...]
 class Rows:
     """Tensors (N, ...), one for each value at a place, written a batch at a time and read on `device`.
 
-    They are kept in the machine's memory; with `folder`, each is a file there that is gone when it is.
+    They stay on a GPU while they fit there, and are else kept in the machine's memory; with `folder`, each is a file there
+    that is gone when it is.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, device: torch.device) -> None:
@@ -32,14 +33,17 @@ class Rows:
         columns: list[_InMemory | _InFile] = []
         try:
             for values in batches:
-                columns = columns or [_InMemory() if self.folder is None else _InFile(self.folder) for _ in values]
+                columns = columns or [self._column(len(values)) for _ in values]
                 for column, part in zip(columns, values, strict=True):
-                    column.add(part.detach().cpu())
+                    column.add(part.detach())
             self.data = tuple(c.whole() for c in columns)
         finally:
             for c in columns:
                 c.close()
         return self
+
+    def _column(self, of: int) -> _InMemory | _InFile:
+        return _InMemory(self.device, _room(self.device) // of) if self.folder is None else _InFile(self.folder)
 
     def after(self, block: Segment, batch: int) -> Rows:
         """The rows after a block of these before it, run `batch` at a time; what it only passes on is not copied."""
@@ -58,12 +62,27 @@ class Rows:
         return len(self.data[0]) if self.data else 0
 
 
+def _room(device: torch.device) -> int:
+    """Bytes of a GPU that activations may take: a quarter of what is free, which leaves as much for those after a block."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + kept) // 4
+
+
 class _InMemory:
-    def __init__(self) -> None:
+    """On `device` while there is `room` for it, in bytes."""
+
+    def __init__(self, device: torch.device, room: int) -> None:
         self.parts: list[Tensor] = []
+        self.device, self.room = device, room
 
     def add(self, part: Tensor) -> None:
-        self.parts.append(part)
+        self.room -= part.nbytes
+        if self.room < 0 and self.device.type != "cpu":
+            self.device = torch.device("cpu")
+            self.parts = [p.cpu() for p in self.parts]
+        self.parts.append(part.to(self.device))
 
     def whole(self) -> Tensor:
         return torch.cat(self.parts)
@@ -80,7 +99,7 @@ class _InFile:
         self.dtype, self.count = torch.float32, 0
 
     def add(self, part: Tensor) -> None:
-        self.file.write(part.contiguous().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+        self.file.write(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
         self.shape, self.dtype, self.count = tuple(part.shape[1:]), part.dtype, self.count + len(part)
 
     def whole(self) -> Tensor:
