@@ -61,9 +61,9 @@ def reconstruct(
 
     `blocks`: names of the values that blocks end with, `stages` those of them that stages end with; else blocks end where
     one value that is quantized carries all (and where few do, if more than eight layers would stay together), stages where
-    the size changes. Memory: the activations between two blocks, on the
-    GPU while a quarter of what is free there holds them, else in the machine's, or in files under `cache` if given. `checkpoint`: a
-    file written after each block; a run goes on from it to the result of a run that was never stopped.
+    the size changes. Memory: the activations between two blocks; in files under `cache` where it is given, else on a GPU
+    while they fit (a quarter of what is free there), else in the machine's. `checkpoint`: a file written after each block;
+    a run goes on from it to the result of a run that was never stopped.
     `model.meta["reconstruct"]` lists what each block gained.
 
     Raises InputError for no picture, one with NaN, one that the model does not take, for names that are not there and
