@@ -49,6 +49,7 @@ class Histogram:
         # and the bins of their maxima and samples.
         self._places = _places(0, torch.device("cpu"))
         self._rows = torch.empty(0, 0, device="cpu")
+        self._slots: list[tuple[Tensor, Tensor]] = []  # of each row, its maxima and its sample
         self._used = self._tensors = 0
         self._bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
 
@@ -59,19 +60,20 @@ class Histogram:
             self._settle()
             at = self._places = _places(values.numel(), values.device)
             width = at.tops + RUN * len(at.runs)
-            self._rows = values.new_empty(max(1, PENDING // width), width)
+            self._rows = values.new_empty(max(4, PENDING // width), width)  # to count makes a GPU wait
+            self._slots = [(row[: at.tops], row[at.tops :].view(-1, RUN)) for row in self._rows]
         elif self._used == len(self._rows):
             self._count()
-        row = self._rows[self._used]
+        tops, sample = self._slots[self._used]
         self._used += 1
         if at.block == 1:
-            row.copy_(values)
+            tops.copy_(values)
             return
         (width, far), (_, near) = at.folds
         blocks = values.unfold(0, width, far)
-        tops = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if self.two_sided else blocks.amax(0)
-        torch.amax(tops.unfold(0, at.tops, near), 0, out=row[: at.tops])
-        torch.index_select(values.unfold(0, RUN, 1), 0, at.runs, out=row[at.tops :].view(-1, RUN))
+        top = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if self.two_sided else blocks.amax(0)
+        torch.amax(top.unfold(0, at.tops, near), 0, out=tops)
+        torch.index_select(values.unfold(0, RUN, 1), 0, at.runs, out=sample)
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""

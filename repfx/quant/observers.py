@@ -21,7 +21,7 @@ from repfx.quant.grid import Grid
 from repfx.quant.histogram import BINS, Histogram, raised
 
 CANDIDATES = 256
-COARSE = 4  # one candidate in so many is tried first
+COARSE = 8  # one candidate in so many is tried first
 FINE = 4  # bins
 
 
@@ -40,8 +40,9 @@ class Observer:
 
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
-        # In the order of memory, so that no layout is copied.
-        values = x.detach().permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)).reshape(-1)
+        whole = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        x = x.detach()
+        values = x.as_strided((x.numel(),), (1,)) if whole else x.reshape(-1)  # in the order of memory
         if not values.numel():
             return
         self.seen += values.numel()
