@@ -99,10 +99,11 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
 
         def best(shares: Tensor) -> int:
             steps = (shares / (of.grid.high * CANDIDATES)).to(v.dtype).unsqueeze(1)
-            off = torch.clamp(torch.round(v / steps), 0, of.grid.high).mul_(steps).sub_(v).abs_().pow_(power)
+            off = torch.div(v, steps).round_().clamp_(max=of.grid.high).mul_(steps).sub_(v).abs_().pow_(power)
             # Where a step has few bins, their middles tell nothing of how values lie between its ends: then as if evenly.
-            even = (steps < fine) & (v < of.grid.high * steps)
-            off = torch.where(even, (steps / 2) ** power / (power + 1), off)
+            narrow = steps[: int((steps < fine).sum())]
+            even = (narrow / 2) ** power / (power + 1)
+            off[: len(narrow)] = torch.where(v < of.grid.high * narrow, even, off[: len(narrow)])
             return int(shares[int(torch.argmin(off @ w))])
 
         near = best(torch.arange(COARSE, CANDIDATES + 1, COARSE))
