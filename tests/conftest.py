@@ -1,4 +1,4 @@
-"""What every test shares: a seed, a process's share of the cores, and timm on a CPU build of torch."""
+"""What every test shares: a seed, a process's share of the cores, timm on a CPU build of torch, and training on the CPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import zoo
 
 zoo.declare_missing_operators()
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # where there is a GPU as well: test_cuda is for it
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     threads = max(1, torch.get_num_threads() // workers)

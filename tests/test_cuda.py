@@ -133,6 +133,17 @@ def test_activations_stay_on_the_gpu_while_they_fit(room: int, monkeypatch: pyte
     assert torch.equal(rows[torch.tensor([3, 60])][0], pictures()[[3, 60]].cuda())
 
 
+@pytest.fixture
+def training_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # accelerate looks once a process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("training_on_gpu")
 @pytest.mark.parametrize("mode", ["running", "batch", "estimate", "sampled"])
 def test_fit_trains_the_merged_weight(mode: str) -> None:
     model = repfx.transform(net(), [f"repq(bits=4, bn={mode})"])

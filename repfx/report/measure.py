@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from repfx.errors import InputError
@@ -46,14 +47,16 @@ def measure(
     """The numbers of one float model.
 
     `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are calibrated on them. Without
-    it there are no activations and no errors. `passes`: what makes the deployed net, the last of them quantizing.
+    it there are no activations and no errors. All is measured on the CPU. `passes`: what makes the deployed net, the last of them quantizing.
 
     Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers already.
     """
     if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the report wants the float model: it quantizes a copy itself")
+    if isinstance(model, nn.Module) and any(t.device.type not in ("cpu", "meta") for t in model.parameters()):
+        model = copy.deepcopy(model).cpu()
     batches = None if data is None else _checked(data)
-    x = next(tensors_of(batches))[:2] if batches else example
+    x = next(tensors_of(batches))[:2] if batches else _on_cpu(example)
     ordered = resolve(passes)
     kinds = {p.stage for p in ordered}
     if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
@@ -97,9 +100,13 @@ def _as_input(x: Any, model: nn.Module) -> tuple[Any, ...] | None:
     return x if isinstance(x, tuple) else (x,)
 
 
+def _on_cpu(values: Any) -> Any:
+    return tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, values)
+
+
 def _checked(data: Iterable[Any]) -> list[Any]:
     try:
-        batches = list(data)
+        batches = [_on_cpu(batch) for batch in data]
     except TypeError:
         raise InputError(f"the data is an iterable of batches, not {data!r}") from None
     for x, batch in zip(tensors_of(batches), batches, strict=True):
