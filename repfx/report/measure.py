@@ -44,10 +44,10 @@ def measure(
     target: str = "tensorrt",
     progress: bool = False,
 ) -> Numbers:
-    """The numbers of one float model.
+    """The numbers of one float model, measured on the CPU.
 
     `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are calibrated on them. Without
-    it there are no activations and no errors. All is measured on the CPU. `passes`: what makes the deployed net, the last of them quantizing.
+    it there are no activations and no errors. `passes`: what makes the deployed net, the last of them quantizing.
 
     Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers already.
     """
