@@ -156,6 +156,16 @@ def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> 
             assert errors[0] <= 1.01 * errors[1]
 
 
+@pytest.mark.parametrize("size", [300, 3 * LARGE])
+def test_precision_may_change_between_batches(size: int) -> None:
+    observer, x = Observer(Grid(8)), torch.randn(size, generator=torch.Generator().manual_seed(0))
+    kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float64)
+    for kind in kinds:
+        observer.see(x.to(kind))
+    assert observer.histogram is not None and observer.seen == len(kinds) * size
+    assert float(observer.histogram.counts().sum()) == pytest.approx(len(kinds) * size, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_lone_peak_in_a_large_tensor_is_not_missed(method: str) -> None:
     for at in (1, 12345, -1):

@@ -56,11 +56,11 @@ class Histogram:
     def add(self, values: Tensor) -> None:
         """Adds values (N,) of any size. Raises InputError where there is NaN or infinity, -inf only if two-sided."""
         at = self._places
-        if values.numel() != at.size:
+        if (values.numel(), values.dtype) != (at.size, self._rows.dtype):
             self._settle()
             at = self._places = _places(values.numel(), values.device)
             width = at.tops + RUN * len(at.runs)
-            self._rows = values.new_empty(max(4, PENDING // width), width)  # to count makes a GPU wait
+            self._rows = values.new_empty(min(64, max(4, PENDING // max(width, 1))), width)  # to count makes a GPU wait
             self._slots = [(row[: at.tops], row[at.tops :].view(-1, RUN)) for row in self._rows]
         elif self._used == len(self._rows):
             self._count()
