@@ -66,8 +66,9 @@ class QARep(Pass):
         like, out = conv3.weight, conv3.out_channels
         branches = {"3": block.main, "1": block.point, "0": block.identity}
         parts = {k: _Part.of(modules, b, like) for k, b in branches.items()}
-        mean = sum((p.mean for p in parts.values()), like.new_zeros(out)).to(like)
-        var = sum((p.var for p in parts.values()), like.new_zeros(out)).to(like)
+        zero = like.new_zeros(out, dtype=torch.float32)  # sums of half numbers in more
+        mean = sum((p.mean for p in parts.values()), zero).to(like)
+        var = sum((p.var for p in parts.values()), zero).to(like)
         left = like.new_zeros(out)  # shifts that have lost their batch norm
         point = parts["1"].weight
         if block.identity is not None and not keep.skip:

@@ -85,9 +85,9 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
     scales = sampled.scale(method), whole.scale(method)
     if method in POWERS:
         errors = [error(x, scale, Grid(6), POWERS[method]) for scale in scales]
-        assert errors[0] <= 1.005 * errors[1]
+        assert errors[0] <= 1.02 * errors[1]
     else:
-        near = 0.15 if method == "entropy" else 0.01  # the divergence is flat about its least value
+        near = 0.2 if method == "entropy" else 0.01  # the divergence is flat about its least value
         assert float(scales[0]) == pytest.approx(float(scales[1]), rel=near)
     assert sampled.histogram is not None
     assert float(sampled.histogram.counts().sum()) == pytest.approx(x.numel(), rel=1e-3)
@@ -115,7 +115,56 @@ def test_the_tail_of_a_large_tensor_is_counted(method: str, signed: bool) -> Non
         assert float(counted.scale(method)) == pytest.approx(float(exact.scale(method)), rel=0.01)
     else:
         all_of = [sum(error(x, o.scale(method), grid, POWERS[method]) for x in batches) for o in (counted, exact)]
-        assert all_of[0] <= 1.01 * all_of[1]
+        assert all_of[0] <= 1.02 * all_of[1]
+
+
+@pytest.mark.parametrize("pictures", [4, 8])
+def test_large_values_at_one_place_of_every_picture_are_counted(pictures: int) -> None:
+    """As in a token of a transformer. Blocks that find it in several pictures would count it once."""
+    torch.manual_seed(0)
+    observer, large = Observer(Grid(8)), 0
+    for _ in range(4):
+        x = torch.randn(pictures, 197, 384)
+        x[:, 0] = 100 + 100 * torch.rand(pictures, 384)
+        observer.see(x)
+        large += int((x > 90).sum())
+    assert observer.histogram is not None
+    counts = observer.histogram.counts()
+    assert float(counts[int(90 / observer.histogram.limit * len(counts)) :].sum()) == pytest.approx(large, rel=0.35)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", ["mse", "mae"])
+def test_pictures_may_differ_in_size(method: str, bits: int) -> None:
+    """Blocks alone would count one of those of the one large picture for many."""
+    torch.manual_seed(0)
+    batches = [torch.randn(1, 64, 36, 36) * (10 if i == 3 else 1) for i in range(8)]
+    sampled, whole = Observer(Grid(bits)), Observer(Grid(bits))
+    for x in batches:
+        sampled.see(x)
+        for part in x.flatten().split(LARGE - 1):
+            whole.see(part)
+    errors = [sum(error(x, o.scale(method), Grid(bits), POWERS[method]) for x in batches) for o in (sampled, whole)]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_the_best_range_may_be_a_small_share_of_the_largest_value() -> None:
+    """Between coarse steps of the search, where all but one value would round to 0."""
+    v = torch.cat(
+        [torch.randint(-3, 4, (50000,), generator=torch.Generator().manual_seed(0)).float(), torch.tensor([2000.0])]
+    )
+    observer, grid = Observer(Grid(4)), Grid(4)
+    observer.see(v)
+    best = min(error(v, torch.tensor(2000 / 7 * i / 256), grid, 1.0) for i in range(1, 257))
+    assert error(v, observer.scale("mae"), grid, 1.0) <= 1.05 * best
+
+
+@pytest.mark.parametrize("histogram", [True, False])
+def test_whole_numbers_are_values_too(histogram: bool) -> None:
+    for x in (torch.tensor([3, 200], dtype=torch.uint8), torch.full((3 * LARGE,), 200, dtype=torch.uint8)):
+        observer = Observer(Grid(8), histogram)
+        observer.see(x)
+        assert float(observer.scale("max")) * 127 == pytest.approx(200)
 
 
 def test_a_large_channel_is_spread_over_the_blocks() -> None:

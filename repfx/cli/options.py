@@ -69,10 +69,10 @@ def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
 def place(name: str | None) -> torch.device:
     """The device of this name, or the one there is. Raises InputError for one that cannot be used."""
     try:
-        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=found)
+        found = torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        float(torch.zeros((), device=found))
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from error
     return found
 
 

@@ -10,8 +10,9 @@ the tensor. Where a share h of blocks of n values has its maximum above t,
 
     P(|v| > t) = 1 - (1 - h) ^ (1 / n)
 
-if they mix well. It is used where h <= TAIL, so that few blocks hold two such values and it is nearly a count. Tensors of
-one size are counted together, of several sizes each for itself.
+if they mix well. It is used where h <= TAIL, so that few blocks hold two such values and it is nearly a count, and where
+the sample has at most ENOUGH of them: that one does not mind large values that lie together, in a few places or pictures.
+Tensors of one size are counted together, of several sizes each for itself.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from torch import Tensor
 from repfx.errors import InputError
 
 BINS = 4096
-# A block has the first of these that does not divide the number of values, times NEAR: the values of a block of 64, of 128
-# pictures, would all lie at one place of theirs.
-FAR, NEAR = (31, 29), 4
-TAIL = 1 / 4
+# The size of a block is the product of two, each the first that does not divide the number of values: the values of a block
+# of 64, of 128 pictures, would all lie at one place of theirs.
+FAR, NEAR = (31, 29), (5, 7, 3, 11)
+TAIL, ENOUGH = 1 / 4, 256
 RUNS, RUN = 512, 16  # the sample of a tensor; one read of memory brings a run
+DRAWS = 16  # samples lie at other places from tensor to tensor
 LARGE = 2**16  # fewer values are all counted
 PENDING = 2**17  # values that wait to be counted together: many small counts cost more than one
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
@@ -59,7 +61,7 @@ class Histogram:
         if (values.numel(), values.dtype) != (at.size, self._rows.dtype):
             self._settle()
             at = self._places = _places(values.numel(), values.device)
-            width = at.tops + RUN * len(at.runs)
+            width = at.tops + RUN * at.runs.shape[1]
             self._rows = values.new_empty(min(64, max(4, PENDING // max(width, 1))), width)  # to count makes a GPU wait
             self._slots = [(row[: at.tops], row[at.tops :].view(-1, RUN)) for row in self._rows]
         elif self._used == len(self._rows):
@@ -73,7 +75,8 @@ class Histogram:
         blocks = values.unfold(0, width, far)
         top = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if self.two_sided else blocks.amax(0)
         torch.amax(top.unfold(0, at.tops, near), 0, out=tops)
-        torch.index_select(values.unfold(0, RUN, 1), 0, at.runs, out=sample)
+        runs = at.runs[(self._tensors + self._used) % DRAWS]
+        torch.index_select(values.unfold(0, RUN, 1), 0, runs, out=sample)
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""
@@ -107,10 +110,11 @@ class Histogram:
             self._counts += tops
         elif self._tensors:
             hit = tops.flip(0).cumsum(0).flip(0) / (self._tensors * at.tops)  # the share of blocks that reach a bin
-            start = int((hit > TAIL).sum())  # the tail's first bin
+            above = sample.flip(0).cumsum(0).flip(0)
+            start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the tail's first bin
             seen = self._tensors * at.size
             tail = F.pad(seen * (1 - (1 - hit[start:]) ** (1 / at.block)), (0, 1))
-            sampled = self._tensors * RUN * len(at.runs) - float(sample[start:].sum())
+            sampled = self._tensors * RUN * at.runs.shape[1] - float(sample[start:].sum())
             self._counts += torch.cat([sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]])
         self._bins = torch.zeros_like(self._bins)
         self._tensors = 0
@@ -122,7 +126,7 @@ def _halved(bins: Tensor) -> Tensor:
 
 
 class _Places(NamedTuple):
-    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and by runs that begin at `runs`.
+    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and by runs from a row of `runs`.
 
     Blocks come of folding, by (width, step): value n < width becomes the maximum of n, n + step, ... If that does not come
     out even, a few values are in two blocks. Few long strides at a time are read as fast as memory in its order, many not.
@@ -138,10 +142,10 @@ class _Places(NamedTuple):
 @functools.lru_cache(64)
 def _places(size: int, device: torch.device) -> _Places:
     if size < LARGE:
-        return _Places(size, 1, (), size, torch.empty(0, dtype=torch.long, device="cpu"))
-    far = next((n for n in FAR if size % n), FAR[0])
+        return _Places(size, 1, (), size, torch.empty(0, 0, dtype=torch.long, device="cpu"))
+    far, near = (next((n for n in several if size % n), several[0]) for several in (FAR, NEAR))
     folds, width = list[tuple[int, int]](), size
-    for parts in (far, NEAR):
+    for parts in (far, near):
         step = width // parts
         # Coprime with every dimension, so that a block has values of all channels and columns.
         while math.gcd(step, size) > 1:
@@ -149,9 +153,9 @@ def _places(size: int, device: torch.device) -> _Places:
         width -= step * (parts - 1)
         folds.append((width, step))
     stretch = size // RUNS
-    random = torch.randint(stretch - RUN + 1, (RUNS,), generator=torch.Generator().manual_seed(size), device="cpu")
+    random = torch.randint(stretch - RUN + 1, (DRAWS, RUNS), generator=torch.Generator().manual_seed(size), device="cpu")
     runs = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
-    return _Places(size, far * NEAR, tuple(folds), width, runs.to(device))
+    return _Places(size, far * near, tuple(folds), width, runs.to(device))
 
 
 def raised(top: float, *to: Tensor) -> float:

@@ -41,7 +41,7 @@ class Observer:
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
         whole = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        x = x.detach()
+        x = x.detach() if x.is_floating_point() else x.detach().float()
         values = x.as_strided((x.numel(),), (1,)) if whole else x.reshape(-1)  # in the order of memory
         if not values.numel():
             return
@@ -103,10 +103,11 @@ def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
             # Where a step has few bins, their middles tell nothing of how values lie between its ends: then as if evenly.
             narrow = steps[: int((steps < fine).sum())]
             even = (narrow / 2) ** power / (power + 1)
-            off[: len(narrow)] = torch.where(v < of.grid.high * narrow, even, off[: len(narrow)])
+            inside = (v > narrow / 2) & (v < of.grid.high * narrow)
+            off[: len(narrow)] = torch.where(inside, even, off[: len(narrow)])
             return int(shares[int(torch.argmin(off @ w))])
 
-        near = best(torch.arange(COARSE, CANDIDATES + 1, COARSE))
+        near = best(torch.tensor([1, 2, 4, *range(COARSE, CANDIDATES + 1, COARSE)]))
         shares = torch.arange(max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1) + 1)
         return of.amax / of.grid.high / CANDIDATES * best(shares)
 

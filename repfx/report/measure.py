@@ -53,7 +53,9 @@ def measure(
     """
     if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the report wants the float model: it quantizes a copy itself")
-    if isinstance(model, nn.Module) and any(t.device.type not in ("cpu", "meta") for t in model.parameters()):
+    if isinstance(model, nn.Module) and any(
+        t.device.type not in ("cpu", "meta") for t in (*model.parameters(), *model.buffers())
+    ):
         model = copy.deepcopy(model).cpu()
     batches = None if data is None else _checked(data)
     x = next(tensors_of(batches))[:2] if batches else _on_cpu(example)
