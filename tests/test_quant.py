@@ -48,7 +48,7 @@ def test_ties_round_to_even() -> None:
     assert Grid(8).codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0)).tolist() == [0, 2, 2, 0]
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("bits", [16, 10, 8, 6, 4])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("method", "power"), POWERS.items())
 def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, signed: bool, bits: int) -> None:
@@ -251,7 +251,14 @@ def test_entropy_is_the_least_divergence(signed: bool) -> None:
     bins = 4096
     found = round(float(observer.scale("entropy")) * grid.high / observer.histogram.limit * bins)
     assert levels < found < 0.9 * bins
-    assert divergence(found) <= min(divergence(stop) for stop in range(levels, bins + 1, 7)) + 1e-3
+    assert divergence(found) <= min(divergence(stop) for stop in range(levels, bins + 1, 7)) + 2e-3
+
+
+def test_entropy_of_few_values_clips_none() -> None:
+    """Clips at whole numbers lose no entropy, the narrowest neither."""
+    observer = Observer(Grid(8))
+    observer.see(torch.randint(-5, 6, (400,), generator=torch.Generator().manual_seed(0)))
+    assert float(observer.scale("entropy")) == float(observer.scale("max"))
 
 
 def test_percentile_clips_the_share_it_says() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,12 @@ TAIL, ENOUGH = 1 / 4, 256
 RUNS, RUN = 512, 16  # the sample of a tensor; one read of memory brings a run
 DRAWS = 16  # samples lie at other places from tensor to tensor
 LARGE = 2**16  # fewer values are all counted
-PENDING = 2**17  # values that wait to be counted together: many small counts cost more than one
+PENDING = 2**18  # values that wait to be counted together: many small counts cost more than one
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
 _UP = torch.tensor(1 - 2**-24, device="cpu")  # rounds up what is cut off after it, all but zero
+
+
+_View = tuple[tuple[int, int], tuple[int, int]]  # sizes and strides
 
 
 class Histogram:
@@ -50,33 +54,40 @@ class Histogram:
         # Of tensors of the size at hand: where they are read, what waits to be counted, a row each, how many were counted,
         # and the bins of their maxima and samples.
         self._places = _places(0, torch.device("cpu"))
-        self._rows = torch.empty(0, 0, device="cpu")
+        self._rows = self._once = self._twice = torch.empty(0, 0, device="cpu")
         self._slots: list[tuple[Tensor, Tensor]] = []  # of each row, its maxima and its sample
         self._used = self._tensors = 0
         self._bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> None:
-        """Adds values (N,) of any size. Raises InputError where there is NaN or infinity, -inf only if two-sided."""
-        at = self._places
-        if (values.numel(), values.dtype) != (at.size, self._rows.dtype):
+        """Adds values of any shape and dense in memory, in whatever order.
+
+        Raises InputError where there is NaN or infinity, -inf only if two-sided.
+        """
+        if (values.numel(), values.dtype) != (self._places.size, self._rows.dtype):
             self._settle()
             at = self._places = _places(values.numel(), values.device)
-            width = at.tops + RUN * at.runs.shape[1]
+            width = at.tops + RUN * len(at.starts[0])
             self._rows = values.new_empty(min(64, max(4, PENDING // max(width, 1))), width)  # to count makes a GPU wait
-            self._slots = [(row[: at.tops], row[at.tops :].view(-1, RUN)) for row in self._rows]
+            tops, samples = self._rows.split((at.tops, width - at.tops), 1)
+            self._slots = list(zip(tops.unbind(), samples.unflatten(1, (-1, RUN)).unbind(), strict=True))
+            # Kept, as what is allocated between two layers takes the place of what the next one gives.
+            self._once = values.new_empty(at.far[0][1])
+            self._twice = self._once.as_strided(*at.near)
         elif self._used == len(self._rows):
             self._count()
+        at = self._places
         tops, sample = self._slots[self._used]
         self._used += 1
         if at.block == 1:
-            tops.copy_(values)
+            tops.copy_(values.as_strided((at.size,), (1,)))
             return
-        (width, far), (_, near) = at.folds
-        blocks = values.unfold(0, width, far)
-        top = torch.maximum(blocks.amax(0), blocks.amin(0).neg_()) if self.two_sided else blocks.amax(0)
-        torch.amax(top.unfold(0, at.tops, near), 0, out=tops)
-        runs = at.runs[(self._tensors + self._used) % DRAWS]
-        torch.index_select(values.unfold(0, RUN, 1), 0, runs, out=sample)
+        blocks = values.as_strided(*at.far)
+        torch.amax(blocks, 0, out=self._once)
+        if self.two_sided:
+            torch.maximum(self._once, blocks.amin(0).neg_(), out=self._once)
+        torch.amax(self._twice, 0, out=tops)
+        torch.index_select(values.as_strided(*at.runs), 0, at.starts[(self._tensors + self._used) % DRAWS], out=sample)
 
     def counts(self) -> Tensor:
         """How many values seen lie in each bin, (BINS,) in float64."""
@@ -94,13 +105,13 @@ class Histogram:
         self.top = raised(self.top, rows.amax())
         while self.top > self.limit:
             self._counts, self._bins = _halved(self._counts), _halved(self._bins)
-            self.limit = 2 * self.limit or self.top
+            self.limit = 2 * self.limit or 1.25 * self.top  # so that batches a little larger fit
         if self.limit:
             # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros, the last also what rounds past the limit. int16
             # takes half the time of int32.
             at = torch.add(_UP, rows, alpha=BINS / self.limit, out=rows).to(torch.int16).clamp_(max=BINS)
-            for bins, part in zip(self._bins, (at[:, :width], at[:, width:]), strict=True):
-                bins += torch.bincount(part.reshape(-1), minlength=BINS + 1)[1:].cpu()
+            at[:, width:] += BINS + 1
+            self._bins += torch.bincount(at.view(-1), minlength=2 * BINS + 2).view(2, -1)[:, 1:].cpu()
 
     def _settle(self) -> None:
         """Turns what was counted of tensors of one size into counts of their values."""
@@ -113,8 +124,8 @@ class Histogram:
             above = sample.flip(0).cumsum(0).flip(0)
             start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the tail's first bin
             seen = self._tensors * at.size
-            tail = F.pad(seen * (1 - (1 - hit[start:]) ** (1 / at.block)), (0, 1))
-            sampled = self._tensors * RUN * at.runs.shape[1] - float(sample[start:].sum())
+            tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / at.block), (0, 1))
+            sampled = self._tensors * RUN * len(at.starts[0]) - float(sample[start:].sum())
             self._counts += torch.cat([sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]])
         self._bins = torch.zeros_like(self._bins)
         self._tensors = 0
@@ -126,36 +137,40 @@ def _halved(bins: Tensor) -> Tensor:
 
 
 class _Places(NamedTuple):
-    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and by runs from a row of `runs`.
+    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and in runs of a row of `starts`.
 
-    Blocks come of folding, by (width, step): value n < width becomes the maximum of n, n + step, ... If that does not come
-    out even, a few values are in two blocks. Few long strides at a time are read as fast as memory in its order, many not.
+    Blocks come of folding twice, `far` and then `near`, each the sizes and strides of a view whose columns become their
+    maxima. If that does not come out even, a few values are in two blocks. Few long strides at a time are read as fast as
+    memory in its order, many not. `runs` is the view of all runs there are.
     """
 
     size: int
-    block: int
-    folds: tuple[tuple[int, int], ...]
-    tops: int
-    runs: Tensor
+    block: int = 1
+    tops: int = 0
+    far: _View = ((0, 0), (0, 0))
+    near: _View = ((0, 0), (0, 0))
+    runs: _View = ((0, 0), (0, 0))
+    starts: Sequence[Tensor] = (torch.empty(0, device="cpu"),)
 
 
 @functools.lru_cache(64)
 def _places(size: int, device: torch.device) -> _Places:
     if size < LARGE:
-        return _Places(size, 1, (), size, torch.empty(0, 0, dtype=torch.long, device="cpu"))
+        return _Places(size, tops=size)
     far, near = (next((n for n in several if size % n), several[0]) for several in (FAR, NEAR))
-    folds, width = list[tuple[int, int]](), size
+    folds, width = list[_View](), size
     for parts in (far, near):
         step = width // parts
         # Coprime with every dimension, so that a block has values of all channels and columns.
         while math.gcd(step, size) > 1:
             step -= 1
         width -= step * (parts - 1)
-        folds.append((width, step))
+        folds.append(((parts, width), (step, 1)))
     stretch = size // RUNS
     random = torch.randint(stretch - RUN + 1, (DRAWS, RUNS), generator=torch.Generator().manual_seed(size), device="cpu")
-    runs = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
-    return _Places(size, far * near, tuple(folds), width, runs.to(device))
+    starts = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
+    all_runs = (size - RUN + 1, RUN), (1, 1)
+    return _Places(size, far * near, width, folds[0], folds[1], all_runs, starts.to(device).unbind())
 
 
 def raised(top: float, *to: Tensor) -> float:

@@ -10,6 +10,7 @@ all but the first from a histogram of |v|. For an unsigned grid negative values 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,6 @@ from repfx.quant.histogram import BINS, Histogram, raised
 
 CANDIDATES = 256
 COARSE = 8  # one candidate in so many is tried first
-FINE = 4  # bins
 
 
 class Observer:
@@ -40,15 +40,18 @@ class Observer:
 
     def see(self, x: Tensor) -> None:
         """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
-        whole = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         x = x.detach() if x.is_floating_point() else x.detach().float()
-        values = x.as_strided((x.numel(),), (1,)) if whole else x.reshape(-1)  # in the order of memory
-        if not values.numel():
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        size = x.numel()
+        if not size:
             return
-        self.seen += values.numel()
+        self.seen += size
         if self.histogram is not None:
-            self.histogram.add(values)
-        elif self.two_sided:
+            self.histogram.add(x)
+            return
+        values = x.as_strided((size,), (1,))  # in the order of memory
+        if self.two_sided:
             low, high = torch.aminmax(values)
             self.amax = raised(self.amax, -low, high)
         else:
@@ -91,27 +94,45 @@ def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999
     return min(float(middles[at] + middles[0]), of.amax) / of.grid.high
 
 
-def _error(power: float) -> Callable[[Tensor, Tensor, Observer], float]:
+def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
+    """By the excess over t, R(t) = sum_v max(|v| - t, 0), as an error bends only at levels and halfway between them:
+
+        sum_v (Q(v) - v)^2 = sum_v v^2 - 2 s sum_l R((l - 1/2) s)
+        sum_v |Q(v) - v|   = sum_v |v| - 2 sum_l (R((l - 1/2) s) - R(l s)),    l = 1 ... high
+
+    with values spread evenly in their bins.
+    """
+
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
-        seen = counts > 0
-        v, w = (middles[seen] / of.amax).float(), counts[seen].float()
-        fine = FINE * float(2 * middles[0]) / of.amax
+        # In units of bins R(t) = R(end) + u above + u^2 own / 2, where u is what is left of the bin that t is in.
+        above = _above(counts)
+        parts = _above(above[:-1] + counts / 2), above, F.pad(counts / 2, (0, 1))
+        levels = torch.arange(1, 2 * of.grid.high + 1) / 2 if power == 1 else torch.arange(of.grid.high) + 0.5
+
+        def gain(steps: Tensor) -> Tensor:
+            at = torch.outer(steps, levels.double()).clamp_(max=BINS)
+            bins = at.long()
+            at_end, beyond, half = (part.take(bins) for part in parts)
+            left = at.sub_(bins).neg_().add_(1)
+            r = half.mul_(left).add_(beyond).mul_(left).add_(at_end)
+            return (r[:, ::2] - r[:, 1::2]).sum(1) if power == 1 else steps * r.sum(1)
+
+        unit = of.amax / of.grid.high / CANDIDATES
 
         def best(shares: Tensor) -> int:
-            steps = (shares / (of.grid.high * CANDIDATES)).to(v.dtype).unsqueeze(1)
-            off = torch.div(v, steps).round_().clamp_(max=of.grid.high).mul_(steps).sub_(v).abs_().pow_(power)
-            # Where a step has few bins, their middles tell nothing of how values lie between its ends: then as if evenly.
-            narrow = steps[: int((steps < fine).sum())]
-            even = (narrow / 2) ** power / (power + 1)
-            inside = (v > narrow / 2) & (v < of.grid.high * narrow)
-            off[: len(narrow)] = torch.where(inside, even, off[: len(narrow)])
-            return int(shares[int(torch.argmin(off @ w))])
+            steps = (shares * (unit / (2 * float(middles[0])))).split(max(1, 2**18 // len(levels)))
+            return int(shares[torch.cat([gain(some) for some in steps]).argmax()])
 
-        near = best(torch.tensor([1, 2, 4, *range(COARSE, CANDIDATES + 1, COARSE)]))
-        shares = torch.arange(max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1) + 1)
-        return of.amax / of.grid.high / CANDIDATES * best(shares)
+        near = best(torch.tensor([1, 2, 4, *range(COARSE, CANDIDATES + 1, COARSE)], dtype=torch.float64))
+        first, last = max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1)
+        return unit * best(torch.arange(first, last + 1, dtype=torch.float64))
 
     return search
+
+
+def _above(counts: Tensor) -> Tensor:
+    """What lies above each bin, and above the end, (BINS + 1,)."""
+    return F.pad(counts.flip(0).cumsum(0).flip(0)[1:], (0, 2))
 
 
 def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
@@ -128,20 +149,24 @@ def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
     running = (counts, (counts > 0).double(), torch.xlogy(counts, counts))
     sums, filled, logs = (F.pad(c.cumsum(0), (1, 0)) for c in running)
     edges = (stops.unsqueeze(1) * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
-    mass, inside = sums[edges].diff(), sums[stops]
-    # The mean of a level's bins that hold something.
-    q = (mass / filled[edges].diff().clamp(min=1) / inside.clamp(min=1e-300).unsqueeze(1)).clamp(min=1e-12)
-    last, clipped = counts[stops - 1], sums[-1] - inside  # what is clipped adds to the last bin
-    own = logs[stops] - torch.xlogy(last, last) + torch.xlogy(last + clipped, last + clipped)
-    cross = torch.xlogy(mass, q).sum(1) + clipped * torch.where(last > 0, q[:, -1], 1e-12).log()
-    stop = int(stops[torch.argmin(own - cross)])
+    mass, held = (total.take(edges).diff() for total in (sums, filled))
+    mean = mass / held.clamp_(min=1)  # of a level's bins that hold something: inside times q
+    last, inside = counts[stops - 1], sums[stops]
+    clipped, log_inside = sums[-1] - inside, inside.clamp(min=1e-300).log()
+    whole = last + clipped  # what is clipped adds to the last bin
+    own = logs[stops] - torch.xlogy(last, last) + torch.xlogy(whole, whole)
+    cross = mass.mul_(mean.clamp_(min=1e-300).log_()).sum(1) - inside * log_inside
+    cross += clipped * torch.where(last > 0, mean[:, -1] - log_inside, math.log(1e-12))
+    divergence = own - cross
+    # Of equals, as few values have, the widest.
+    stop = int(stops[(divergence <= divergence.min() + 1e-9 * sums[-1]).nonzero()[-1]])
     return min(float(middles[stop - 1] + middles[0]), of.amax) / of.grid.high
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Observer], float]] = {
     "max": lambda middles, counts, of: of.amax / of.grid.high,
     "percentile": _percentile,
-    "mse": _error(2.0),
-    "mae": _error(1.0),
+    "mse": _error(2),
+    "mae": _error(1),
     "entropy": _entropy,
 }
