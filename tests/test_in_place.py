@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.utils._pytree import tree_leaves
 
 import repfx
-from repfx.testing import assert_same, randomise
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant, Grid
+from repfx.testing import assert_same, random_block, randomise
+from repfx.tune.calibrate import _activations
 
 
 class Parts(nn.Module):
@@ -167,3 +175,128 @@ def test_integer_pictures() -> None:
     result = repfx.transform(model, ["fuse"], example=picture)
     assert_same(model, result, (picture,), 1e-6)
     assert len(result.meta["repfx"].merged) == 1
+
+
+def in_place(model: nn.Module) -> list[str]:
+    """The names of the activations that `calibrate` runs in place, seen while it does."""
+    found: list[str] = []
+
+    def batches():
+        found.extend(name for name, m in model.named_modules() if getattr(m, "inplace", False))
+        yield x().float()
+
+    before = {m: m.inplace for m in model.modules() if hasattr(m, "inplace")}
+    repfx.calibrate(model, batches())
+    assert before == {m: m.inplace for m in model.modules() if hasattr(m, "inplace")}
+    return found
+
+
+def act_of(run: Callable[..., Tensor], **others: nn.Module) -> nn.Module:
+    """A quantized net whose `act` is not in place."""
+    net = One(run).eval()
+    net.act = nn.ReLU()
+    for name, module in others.items():
+        setattr(net, name, module)
+    return repfx.transform(randomise(net), ["ptq"])
+
+
+def test_calibration_runs_activations_in_place() -> None:
+    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))))) == ["act"]
+    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x) + x)))) == ["act"]
+    twice = act_of(lambda m, x: m.act(m.point(m.act(m.conv(x)))))
+    assert in_place(twice) == ["act"]
+
+
+class Keeps(nn.Module):
+    """Code that nobody has read; it calls an activation of the net on what it keeps."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.act(x) if bool(x.sum() > -1e9) else x
+
+
+def test_calibration_leaves_what_others_read() -> None:
+    def twice(m, x):
+        y = m.conv(x)
+        return m.point(m.act(y)) + y
+
+    assert in_place(act_of(twice)) == []
+    assert in_place(act_of(lambda m, x: m.point(m.act(x)))) == []  # the input is the caller's
+    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv.bias.reshape(1, -1, 1, 1))) + m.conv(x))) == []
+
+    def through_a_view(m, x):
+        y = m.conv(x)
+        return m.point(m.act(y.view(y.shape))) + y
+
+    assert in_place(act_of(through_a_view)) == []
+    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.act(x))) == []  # of one call it may not
+    assert in_place(act_of(lambda m, x: m.act(x) + m.point(m.act(m.conv(x))))) == []
+
+    def through_a_quantizer(m, x):
+        y = m.conv(x)
+        return m.point(m.act(m.quant(y))) + y
+
+    assert in_place(act_of(through_a_quantizer, quant=FakeQuant(Grid(8)))) == []
+
+    act = nn.ReLU()
+    shared = act_of(lambda m, x: m.keeps(m.point(m.act(m.conv(x)))), act=act, keeps=Keeps(act))
+    assert in_place(shared) == []
+
+    hooked = act_of(lambda m, x: m.point(m.act(m.norm(m.conv(x)) + x)))
+    seen: list[Tensor] = []
+    hooked.get_submodule("act").register_forward_pre_hook(lambda m, given: seen.append(given[0]))
+    assert in_place(hooked) == [] and float(seen[0].min()) < 0
+    hooked = act_of(lambda m, x: m.point(m.act(m.pool(m.conv(x)))), pool=nn.MaxPool2d(2))
+    hooked.get_submodule("pool").register_forward_hook(lambda m, given, gives: seen.append(gives))
+    assert in_place(hooked) == [] and float(seen[-1].min()) < 0
+
+
+def test_calibration_that_fails_puts_activations_back() -> None:
+    model = act_of(lambda m, x: m.point(m.act(m.conv(x))))
+    with pytest.raises(repfx.InputError):
+        repfx.calibrate(model, [x().float(), torch.zeros(1, 3, 5, 5)])
+    assert not any(getattr(m, "inplace", False) for m in model.modules())
+
+
+def sprinkled(model: fx.GraphModule, given: tuple[Tensor, ...], seed: int) -> fx.GraphModule:
+    """Gives one reader in three of every value an activation of it instead."""
+    draw = random.Random(seed)
+    ShapeProp(model).propagate(*(t.clone() for t in given))
+    for node in list(model.graph.nodes):
+        value = node.meta.get("tensor_meta")
+        if isinstance(value, TensorMetadata) and value.dtype.is_floating_point:
+            for reader in [u for u in node.users if u.op != "output" and draw.random() < 1 / 3]:
+                name = f"act_{node.name}_{reader.name}"
+                model.add_submodule(name, nn.LeakyReLU(0.5))
+                with model.graph.inserting_before(reader):
+                    reader.replace_input_with(node, model.graph.call_module(name, (node,)))
+    model.recompile()
+    return model
+
+
+@torch.no_grad()
+def test_random_graphs_give_the_same_with_activations_in_place() -> None:
+    some = every = 0
+    for seed in range(200):
+        print(f"seed {seed}")  # shown when a graph fails: random_block(seed) makes it again
+        block, inputs = random_block(seed, nonlinear=True)
+        try:
+            model = repfx.transform(block, [], example=inputs).eval()
+        except repfx.InputError as error:
+            assert "no convolution" in str(error)
+            continue
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        model = sprinkled(model, given, seed)
+        want = [t.clone() for t in tree_leaves(model(*(t.clone() for t in given)))]
+        activations = _activations(model, {"": GraphView(model)})
+        some += len(activations)
+        every += sum(getattr(m, "inplace", True) is False for m in model.modules())
+        for activation in activations:
+            activation.inplace = True
+        got = tree_leaves(model(*(t.clone() for t in given)))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert 100 < some < every / 2

@@ -40,10 +40,9 @@ _FRESH = {
         "var",
         "pixel_shuffle",
         "pad_with",
-        "einsum",
     ),
 }
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, nn.modules.dropout._DropoutNd)
 
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
@@ -85,6 +84,13 @@ class Writes:
     def changed(self, value: fx.Node) -> bool:
         """Whether some reader of the value may find it changed."""
         return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
+
+    def may_write(self, node: fx.Node) -> bool:
+        """Whether nobody would notice if the node overwrote its first argument: new memory that only the node reads."""
+        value = node.args[0] if node.args else None
+        if not isinstance(value, fx.Node) or value.op not in ("call_module", "call_function", "call_method"):
+            return False
+        return list(value.users) == [node] and not self._may_alias(value)
 
     def disturb(self, source: fx.Node, nodes: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> bool:
         """Whether computing `nodes` at once, where the last of them stands, would read or leave other values.
@@ -136,7 +142,8 @@ class Writes:
         """Whether the result may be, or be a part of, one of the inputs."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            return _is_foreign(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            known = type(module).__module__.startswith("torch.nn.")  # what is not may give back what it is given
+            return not known or isinstance(module, _VIEW_MODULES) or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):

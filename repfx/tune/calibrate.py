@@ -44,9 +44,12 @@ def calibrate(
     weights_on = [(m, m.calibrated) for m in quants.values() if m.of_weight]
     device = next(iter([*model.parameters(), *model.buffers()])).device
     seen, first = 0, list[Any]()
+    views = {name: GraphView(m) for name, m in model.named_modules() if isinstance(m, fx.GraphModule)}
+    positive, in_place = _of_non_negative(views.values()), _activations(model, views)
     try:
         model.eval()
-        positive = _of_non_negative(model)
+        for activation in in_place:
+            activation.inplace = True
         for quant in acts.values():
             quant.observer = Observer(quant.grid, method != "max", non_negative=quant in positive)
         for quant, _ in weights_on:
@@ -65,6 +68,8 @@ def calibrate(
             quant.observer = None
         for quant, on in weights_on:
             quant.calibrated = on
+        for activation in in_place:
+            activation.inplace = False
         for m, training in kept:
             m.training = training
     for name, scale in scales.items():
@@ -74,17 +79,36 @@ def calibrate(
     return model
 
 
-def _of_non_negative(model: nn.Module) -> set[FakeQuant]:
+def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
     """The quantizers that only read values which cannot be below zero."""
     reads: dict[FakeQuant, bool] = {}
-    for graph in (m for m in model.modules() if isinstance(m, fx.GraphModule)):
-        calls = [(n, graph.get_submodule(str(n.target))) for n in graph.graph.nodes if n.op == "call_module"]
-        quants = [(node, module) for node, module in calls if isinstance(module, FakeQuant)]
-        if quants:
-            view = GraphView(graph)
-            for node, quant in quants:
+    for view in views:
+        for node in view.nodes:
+            quant = view.modules[str(node.target)] if node.op == "call_module" else None
+            if isinstance(quant, FakeQuant):
                 reads[quant] = reads.get(quant, True) and non_negative(view, node.all_input_nodes[0])
     return {quant for quant, positive in reads.items() if positive}
+
+
+def _activations(model: nn.Module, views: Mapping[str, GraphView]) -> list[Any]:
+    """The activations that may run in place, which saves time and memory: nothing else reads what they are given."""
+    calls: dict[str, bool] = {}
+    for path, view in views.items():
+        for node in view.nodes:
+            if node.op == "call_module":
+                name = f"{path}.{node.target}".lstrip(".")
+                calls[name] = calls.get(name, True) and view.writes.may_write(node) and not _is_hooked(view, node)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "inplace", True) is False and type(module).__module__.startswith("torch.nn."):
+            names.setdefault(module, []).append(name)
+    return [module for module, of in names.items() if all(calls.get(name) for name in of)]
+
+
+def _is_hooked(view: GraphView, node: fx.Node) -> bool:
+    """Whether somebody is shown what the node is given."""
+    called = [view.modules[str(n.target)] for n in (node, *node.all_input_nodes) if n.op == "call_module"]
+    return any(m._forward_hooks or m._forward_pre_hooks for m in called)
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
