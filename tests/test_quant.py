@@ -206,6 +206,21 @@ def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> 
             assert errors[0] <= 1.01 * errors[1]
 
 
+@pytest.mark.parametrize("histogram", [True, False])
+@pytest.mark.parametrize("size", [4, 64])
+def test_parts_of_a_tensor_are_values_too(size: int, histogram: bool) -> None:
+    """What lies between them in memory, and past their end, is not."""
+    whole = torch.full((8, 64, size, 2 * size), 9.0)
+    for part in (whole[:, ::2], whole[..., ::2], whole[:, 4:20, :, 1:].to(memory_format=torch.channels_last)[:, 1:]):
+        part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(size)))
+        observer = Observer(Grid(8), histogram)
+        observer.see(part)
+        assert float(observer.scale("max")) * 127 == pytest.approx(float(part.max()))
+        assert observer.histogram is None or float(observer.histogram.counts().sum()) == pytest.approx(
+            part.numel(), rel=1e-3
+        )
+
+
 @pytest.mark.parametrize("size", [300, 3 * LARGE])
 def test_precision_may_change_between_batches(size: int) -> None:
     observer, x = Observer(Grid(8)), torch.randn(size, generator=torch.Generator().manual_seed(0))
