@@ -94,6 +94,12 @@ def changed_between_branches(m, x, z=0):
     return a + m.point(y) + z
 
 
+def written_to_an_output(m, x, z=0):
+    p = m.point(x)
+    t = torch.add(m.conv(x), 1, out=p)
+    return m.norm(t).relu() + m.point(p) + z
+
+
 def weight_read_elsewhere(m, x, z=0):
     return m.norm(m.conv(x)).relu() + F.conv2d(x, m.conv.weight, padding=1) + m.conv.bias.sum() + z
 
@@ -106,10 +112,12 @@ RUNS = [
     through_a_slice,
     augmented_alias,
     changed_between_branches,
+    written_to_an_output,
     weight_read_elsewhere,
 ]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("run", RUNS, ids=lambda f: f.__name__)
 def test_equal_with_and_without_an_example(run) -> None:
     one = randomise(One(run).double().eval())
@@ -207,6 +215,12 @@ def test_calibration_runs_activations_in_place() -> None:
     assert in_place(twice) == ["act"]
 
 
+@fx.wrap
+def interpolate(x: Tensor) -> Tensor:
+    """Not what PyTorch calls so: gives back what it is given."""
+    return x
+
+
 class Keeps(nn.Module):
     """Code that nobody has read; it calls an activation of the net on what it keeps."""
 
@@ -246,6 +260,18 @@ def test_calibration_leaves_what_others_read() -> None:
     shared = act_of(lambda m, x: m.keeps(m.point(m.act(m.conv(x)))), act=act, keeps=Keeps(act))
     assert in_place(shared) == []
 
+    def through_its_namesake(m, x):
+        y = m.conv(x)
+        return m.point(m.act(interpolate(y))) + y
+
+    assert in_place(act_of(through_its_namesake)) == []
+
+    def through_parallel_code(m, x):
+        y = m.conv(x)
+        return m.point(m.act(m.parallel(y))) + y
+
+    assert in_place(act_of(through_parallel_code, parallel=nn.DataParallel(nn.Dropout()))) == []
+
     hooked = act_of(lambda m, x: m.point(m.act(m.norm(m.conv(x)) + x)))
     seen: list[Tensor] = []
     hooked.get_submodule("act").register_forward_pre_hook(lambda m, given: seen.append(given[0]))
@@ -253,6 +279,38 @@ def test_calibration_leaves_what_others_read() -> None:
     hooked = act_of(lambda m, x: m.point(m.act(m.pool(m.conv(x)))), pool=nn.MaxPool2d(2))
     hooked.get_submodule("pool").register_forward_hook(lambda m, given, gives: seen.append(gives))
     assert in_place(hooked) == [] and float(seen[-1].min()) < 0
+
+
+def test_calibration_leaves_what_untraced_code_calls() -> None:
+    class Reaches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = One(lambda m, x: m.point(m.act(m.conv(x))))
+            self.body.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return self.body.act(y) - y if float(y.mean()) > -1e9 else y
+
+    assert in_place(repfx.transform(Reaches().eval(), ["ptq"])) == []
+
+    class Hides(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.acts = [act]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.acts[0](x) if bool(x.sum() > -1e9) else x
+
+    act = nn.ReLU()
+    kept = Hides(act)
+    assert in_place(act_of(lambda m, x: m.keeps(m.point(m.act(m.conv(x)))), act=act, keeps=kept)) == []
+
+    handle = nn.modules.module.register_module_forward_hook(lambda m, given, gives: None)
+    try:
+        assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))))) == []
+    finally:
+        handle.remove()
 
 
 def test_calibration_that_fails_puts_activations_back() -> None:
@@ -292,7 +350,7 @@ def test_random_graphs_give_the_same_with_activations_in_place() -> None:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         model = sprinkled(model, given, seed)
         want = [t.clone() for t in tree_leaves(model(*(t.clone() for t in given)))]
-        activations = _activations(model, {"": GraphView(model)})
+        activations = _activations(GraphView(model))
         some += len(activations)
         every += sum(getattr(m, "inplace", True) is False for m in model.modules())
         for activation in activations:

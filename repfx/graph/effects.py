@@ -46,13 +46,14 @@ _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, nn.mo
 
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator of this name overwrites its first argument."""
+    """Whether an operator of this name overwrites its first argument, or `out`."""
     name = str(getattr(target, "__name__", target))
-    return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True or name in _WRITERS
+    says = kwargs.get("inplace") is True or kwargs.get("out") is not None
+    return (name.endswith("_") and not name.endswith("__")) or says or name in _WRITERS
 
 
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
-    """Whether the node overwrites its first argument. `module` is what a call_module node calls."""
+    """Whether the node overwrites its first argument, or `out`. `module` is what a call_module node calls."""
     if module is not None:
         return bool(getattr(module, "inplace", False)) or _is_foreign(module)
     if isinstance(node.target, torch._ops.OpOverload):
@@ -89,6 +90,8 @@ class Writes:
         """Whether nobody would notice if the node overwrote its first argument: new memory that only the node reads."""
         value = node.args[0] if node.args else None
         if not isinstance(value, fx.Node) or value.op not in ("call_module", "call_function", "call_method"):
+            return False
+        if isinstance(value.target, torch._ops.OpOverload):  # some give back their input without saying so
             return False
         return list(value.users) == [node] and not self._may_alias(value)
 
@@ -142,13 +145,20 @@ class Writes:
         """Whether the result may be, or be a part of, one of the inputs."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            known = type(module).__module__.startswith("torch.nn.")  # what is not may give back what it is given
-            return not known or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            return not is_known(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):
             return False
-        return str(getattr(node.target, "__name__", node.target)) not in _FRESH or writes(node)
+        package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+        named = package in ("torch", "_operator", "repfx", "builtins")  # and not somebody's own function of this name
+        return not named or str(getattr(node.target, "__name__", node.target)) not in _FRESH or writes(node)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's layers and does what they do. What is not may give back what it is given."""
+    name = type(module).__module__
+    return name.startswith("torch.nn.") and not name.startswith("torch.nn.parallel.") and "forward" not in vars(module)
 
 
 def _is_foreign(module: nn.Module) -> bool:
@@ -157,10 +167,12 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
-    """The values that a writer may overwrite: its first argument, or all that foreign code is given."""
+    """The values that a writer may overwrite: `out`, else its first argument, or all that foreign code is given."""
     if module is not None and _is_foreign(module):
         return node.all_input_nodes
     first = node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "self") if k in node.kwargs), None)
+    if node.kwargs.get("out") is not None:
+        first = node.kwargs["out"]
     found: list[fx.Node] = []
     fx.node.map_arg((first,), found.append)
     return found

@@ -10,10 +10,11 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from repfx.errors import InputError, unknown
+from repfx.graph.effects import is_known
 from repfx.graph.running import quiet
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.quant import METHODS, FakeQuant, Observer
+from repfx.quant import METHODS, Affine, FakeQuant, Observer
 from repfx.tune.biases import PICTURES, check_correctable, correct_biases, first_of
 
 
@@ -24,8 +25,9 @@ def calibrate(
 
     `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a DataLoader of
     (image, label) gives, or a dict of keyword arguments. Values are seen as the unquantized model computes them, in
-    eval mode. Memory does not grow with the number of batches. `method`: max, percentile, mse, mae or entropy. `bias`:
-    whether biases then take off what rounding adds on average (`correct_biases`), on the first 128 inputs.
+    eval mode; activations run in place where nothing else reads what they are given. Memory does not grow with the number
+    of batches. `method`: max, percentile, mse, mae or entropy. `bias`: whether biases then take off what rounding adds on
+    average (`correct_biases`), on the first 128 inputs.
 
     Raises InputError for an unknown method, no batch, a batch the model does not take or that gives NaN, a model without
     quantizers, and, with `bias`, one that was not traced whole. Whatever happens, no quantizer is left half set.
@@ -44,8 +46,8 @@ def calibrate(
     weights_on = [(m, m.calibrated) for m in quants.values() if m.of_weight]
     device = next(iter([*model.parameters(), *model.buffers()])).device
     seen, first = 0, list[Any]()
-    views = {name: GraphView(m) for name, m in model.named_modules() if isinstance(m, fx.GraphModule)}
-    positive, in_place = _of_non_negative(views.values()), _activations(model, views)
+    views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
+    positive, in_place = _of_non_negative(views), _activations(views[0]) if isinstance(model, fx.GraphModule) else []
     try:
         model.eval()
         for activation in in_place:
@@ -90,25 +92,31 @@ def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
     return {quant for quant, positive in reads.items() if positive}
 
 
-def _activations(model: nn.Module, views: Mapping[str, GraphView]) -> list[Any]:
-    """The activations that may run in place, which saves time and memory: nothing else reads what they are given."""
+def _activations(view: GraphView) -> list[Any]:
+    """The activations that may run in place, which saves time and memory: nothing else reads what they are given.
+
+    None in a model with code that was not traced, which may call them as well.
+    """
+    modules = view.modules
     calls: dict[str, bool] = {}
-    for path, view in views.items():
-        for node in view.nodes:
-            if node.op == "call_module":
-                name = f"{path}.{node.target}".lstrip(".")
-                calls[name] = calls.get(name, True) and view.writes.may_write(node) and not _is_hooked(view, node)
+    for node in view.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            hooked = any(_is_hooked(modules[str(n.target)]) for n in (node, *node.all_input_nodes) if n.op == "call_module")
+            calls[name] = calls.get(name, True) and view.writes.may_write(node) and not hooked
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if getattr(module, "inplace", True) is False and type(module).__module__.startswith("torch.nn."):
+    for name, module in modules.items():
+        if name and not (is_known(module) or isinstance(module, (FakeQuant, Affine))):
+            return []
+        if getattr(module, "inplace", True) is False:
             names.setdefault(module, []).append(name)
     return [module for module, of in names.items() if all(calls.get(name) for name in of)]
 
 
-def _is_hooked(view: GraphView, node: fx.Node) -> bool:
-    """Whether somebody is shown what the node is given."""
-    called = [view.modules[str(n.target)] for n in (node, *node.all_input_nodes) if n.op == "call_module"]
-    return any(m._forward_hooks or m._forward_pre_hooks for m in called)
+def _is_hooked(module: nn.Module) -> bool:
+    every = nn.modules.module
+    hooks = module._forward_hooks, module._forward_pre_hooks, every._global_forward_hooks, every._global_forward_pre_hooks
+    return any(hooks)
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
