@@ -159,6 +159,18 @@ def test_the_best_range_may_be_a_small_share_of_the_largest_value() -> None:
     assert error(v, observer.scale("mae"), grid, 1.0) <= 1.05 * best
 
 
+@pytest.mark.parametrize("bits", [4, 8, 10])
+@pytest.mark.parametrize("outlier", [1e3, 1e4, 1e5, 1e7])
+def test_most_values_may_lie_in_the_first_bin(outlier: float, bits: int) -> None:
+    """Where they fill little of it, no clip does them good: to give up the outlier would be for nothing."""
+    v = torch.cat([torch.randn(40000, generator=torch.Generator().manual_seed(0)), torch.tensor([outlier])])
+    for method, power in POWERS.items():
+        observer, grid = Observer(Grid(bits)), Grid(bits)
+        observer.see(v)
+        best = min(error(v, torch.tensor(outlier / grid.high * i / 256), grid, power) for i in range(1, 257, 5))
+        assert error(v, observer.scale(method), grid, power) <= 1.02 * best
+
+
 @pytest.mark.parametrize("histogram", [True, False])
 def test_whole_numbers_are_values_too(histogram: bool) -> None:
     for x in (torch.tensor([3, 200], dtype=torch.uint8), torch.full((3 * LARGE,), 200, dtype=torch.uint8)):

@@ -100,10 +100,14 @@ def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
         sum_v (Q(v) - v)^2 = sum_v v^2 - 2 s sum_l R((l - 1/2) s)
         sum_v |Q(v) - v|   = sum_v |v| - 2 sum_l (R((l - 1/2) s) - R(l s)),    l = 1 ... high
 
-    with values spread evenly in their bins.
+    with values spread evenly in their bins, but in the first, which may hold most of them, of which they fill little: there
+    they fall off as they do from it to the second, n_2 = n_1 e^-f, so that their mean is 1 / f bins and not 1 / 2.
     """
 
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
+        first, second = counts[:2].tolist()
+        fall = math.log(max(first, 1.0) / second) if second else math.inf
+        counts = torch.cat([counts[:1] * (2 / max(fall, 2.0)), counts[1:]])  # the rest of them is next to zero
         # In units of bins R(t) = R(end) + u above + u^2 own / 2, where u is what is left of the bin that t is in.
         above = _above(counts)
         parts = _above(above[:-1] + counts / 2), above, F.pad(counts / 2, (0, 1))
