@@ -100,6 +100,12 @@ def written_to_an_output(m, x, z=0):
     return m.norm(t).relu() + m.point(p) + z
 
 
+def through_an_einsum(m, x, z=0):
+    y = m.conv(x)
+    torch.einsum("nchw->ncwh", y).add_(1)
+    return m.norm(y) + m.point(x) + z
+
+
 def weight_read_elsewhere(m, x, z=0):
     return m.norm(m.conv(x)).relu() + F.conv2d(x, m.conv.weight, padding=1) + m.conv.bias.sum() + z
 
@@ -113,6 +119,7 @@ RUNS = [
     augmented_alias,
     changed_between_branches,
     written_to_an_output,
+    through_an_einsum,
     weight_read_elsewhere,
 ]
 
@@ -228,7 +235,6 @@ class Keeps(nn.Module):
         super().__init__()
         self.act = act
 
-    @torch.jit.ignore
     def forward(self, x: Tensor) -> Tensor:
         return x + self.act(x) if bool(x.sum() > -1e9) else x
 
@@ -271,6 +277,20 @@ def test_calibration_leaves_what_others_read() -> None:
         return m.point(m.act(m.parallel(y))) + y
 
     assert in_place(act_of(through_parallel_code, parallel=nn.DataParallel(nn.Dropout()))) == []
+
+    def through_an_operator(m, x):
+        y = m.conv(x)
+        return m.point(m.act(torch.ops.aten.type_as.default(y, y))) + y
+
+    assert in_place(act_of(through_an_operator)) == []
+
+    act, patched = nn.ReLU(), nn.Upsample(scale_factor=1)
+    patched.forward = lambda x: x
+    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.patched(x), patched=patched)) == []
+
+    layer = nn.TransformerEncoderLayer(4, 1, 8, activation=act)
+    shared = act_of(lambda m, x: m.layer(m.point(m.act(m.conv(x))).flatten(2).permute(2, 0, 1)), act=act, layer=layer)
+    assert in_place(shared) == []
 
     hooked = act_of(lambda m, x: m.point(m.act(m.norm(m.conv(x)) + x)))
     seen: list[Tensor] = []

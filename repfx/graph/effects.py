@@ -42,7 +42,7 @@ _FRESH = {
         "pad_with",
     ),
 }
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, nn.modules.dropout._DropoutNd)
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
@@ -55,7 +55,7 @@ def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
     """Whether the node overwrites its first argument, or `out`. `module` is what a call_module node calls."""
     if module is not None:
-        return bool(getattr(module, "inplace", False)) or _is_foreign(module)
+        return bool(getattr(module, "inplace", False)) or is_foreign(module)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     return node.op in ("call_function", "call_method") and writes_by_name(node.target, node.kwargs)
@@ -145,7 +145,8 @@ class Writes:
         """Whether the result may be, or be a part of, one of the inputs."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            return not is_known(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            # Ours may give back what they are given.
+            return not _is_layer(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):
@@ -155,20 +156,20 @@ class Writes:
         return not named or str(getattr(node.target, "__name__", node.target)) not in _FRESH or writes(node)
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's layers and does what they do. What is not may give back what it is given."""
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's layers and does what they do."""
     name = type(module).__module__
     return name.startswith("torch.nn.") and not name.startswith("torch.nn.parallel.") and "forward" not in vars(module)
 
 
-def _is_foreign(module: nn.Module) -> bool:
-    """Whether a module is code that nobody here has read."""
-    return not type(module).__module__.startswith(("torch.nn.", "repfx."))
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is code that nobody here has read, or runs such code."""
+    return not (_is_layer(module) or type(module).__module__.startswith("repfx."))
 
 
 def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
     """The values that a writer may overwrite: `out`, else its first argument, or all that foreign code is given."""
-    if module is not None and _is_foreign(module):
+    if module is not None and is_foreign(module):
         return node.all_input_nodes
     first = node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "self") if k in node.kwargs), None)
     if node.kwargs.get("out") is not None:

@@ -10,11 +10,11 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from repfx.errors import InputError, unknown
-from repfx.graph.effects import is_known
+from repfx.graph.effects import is_foreign
 from repfx.graph.running import quiet
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.quant import METHODS, Affine, FakeQuant, Observer
+from repfx.quant import METHODS, FakeQuant, Observer
 from repfx.tune.biases import PICTURES, check_correctable, correct_biases, first_of
 
 
@@ -106,7 +106,7 @@ def _activations(view: GraphView) -> list[Any]:
             calls[name] = calls.get(name, True) and view.writes.may_write(node) and not hooked
     names: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
-        if name and not (is_known(module) or isinstance(module, (FakeQuant, Affine))):
+        if name and is_foreign(module):
             return []
         if getattr(module, "inplace", True) is False:
             names.setdefault(module, []).append(name)
