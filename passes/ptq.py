@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from repfx.algebra import CONVS
-from repfx.errors import unknown
+from repfx.errors import Declined, unknown
 from repfx.graph.ops import Map
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.formats import VNNI, why_float
 from repfx.rewrite.placement import find_places, spell_out
 from repfx.rewrite.work import Work
 
@@ -72,7 +73,10 @@ class Ptq(Pass):
         bits: dict[fx.Node, int] = {}
         kept = wide if self.wide_bits == 32 else set()
         found = [(n, op) for n, op in found if n not in kept]
+        unfit = {n: why for n, op in found if (why := why_float(op.own, not non_negative(view, op.x), work.target))}
+        found = [(n, op) for n, op in found if n not in unfit]
         layers = {n: op.x for n, op in found}
+        depthwise = {n: op.own is not None and op.own.depthwise for n, op in found}
         convolutions = {n for n, op in found if op.kind == "conv"}
         places, origin = find_places(view, layers, convolutions, work.target)
         for _, x, n in places:
@@ -100,8 +104,10 @@ class Ptq(Pass):
                 plain = moved.get(layers[node], layers[node])
                 x = inputs[plain] if node in readers else plain  # else it reads a pool of quantized values
                 b = self.wide_bits if node in wide else self.weight_bits or self.bits
-                moved[node] = self._quantize(work, view, node, plain, x, names[node], b, weights)
-        return Result(self.name, inserted=tuple(work.inserted))
+                grid = work.target.weight(b, self.per_channel, depthwise[node])
+                moved[node] = self._quantize(work, view, node, plain, x, names[node], grid, weights)
+        declined = tuple(Declined(names[n], why, VNNI) for n, why in unfit.items())
+        return Result(self.name, declined=declined, inserted=tuple(work.inserted))
 
     def _quantize(
         self,
@@ -111,7 +117,7 @@ class Ptq(Pass):
         plain: fx.Node,
         x: fx.Node,
         name: str,
-        bits: int,
+        grid: Grid,
         weights: dict[Any, fx.Node],
     ) -> fx.Node:
         """Makes the layer's call read the quantized input x in place of the plain one, and a quantized weight."""
@@ -131,7 +137,6 @@ class Ptq(Pass):
         key = weight.target if weight.op == "get_attr" else weight
         if key not in weights:
             value = view.tensor(str(weight.target) if weight.op == "get_attr" else weight)
-            grid = work.target.weight(bits, self.per_channel)
             power = _POWERS[self.weights]
             scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
             quant = FakeQuant(grid, scale.detach(), of_weight=True)

@@ -29,6 +29,7 @@ from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.formats import VNNI, why_float
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
 from repfx.rewrite.placement import find_places, spell_out
@@ -69,8 +70,9 @@ class RepQ(Pass):
         if self.bits != 32:
             spell_out(work.module, work.target)
         merges, declined = _regions(work.view())
-        _Rewrite(self, work, merges).all()
-        return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))
+        rewrite = _Rewrite(self, work, merges)
+        rewrite.all()
+        return Result(self.name, declined=(*declined, *rewrite.unfit), inserted=tuple(work.inserted))
 
 
 class _Rewrite:
@@ -83,10 +85,13 @@ class _Rewrite:
         self.ends = {merges[i].region.sink for i in (0, -1) if merges and rules.ends is not None}
         self.readers: dict[fx.Node, list[fx.Node]] = {}  # of a node or region, its values to quantize
         self.bits: dict[fx.Node, int] = {}  # of a quantized value: the most that one of its readers wants
+        self.unfit: list[Declined] = []
+        self.quantizes: set[fx.Node] = set()  # the layers, by their last node
         if rules.bits != 32:
+            self.quantizes = {sink for sink, m in self.merges.items() if not self._in_float(m)}
             inside = {n: m.region.sink for m in merges for n in m.region.removed}
-            convolutions = {sink for sink, m in self.merges.items() if m.geometry.source_axis != -1}
-            layers = {sink: m.region.source for sink, m in self.merges.items()}
+            convolutions = {sink for sink in self.quantizes if self.merges[sink].geometry.source_axis != -1}
+            layers = {sink: m.region.source for sink, m in self.merges.items() if sink in self.quantizes}
             places, self.origin = find_places(self.view, layers, convolutions, work.target, inside)
             for reader, value, layer in places:
                 self.readers.setdefault(reader, []).append(value)
@@ -97,6 +102,14 @@ class _Rewrite:
         self.moved: dict[fx.Node, fx.Node] = {}
         self.quantized: dict[fx.Node, fx.Node] = {}
         self.moments: dict[fx.Node, fx.Node] = {}
+
+    def _in_float(self, merge: Merge) -> bool:
+        """Whether the target cannot run this layer in integers, which the report then says."""
+        signed = not non_negative(self.view, merge.region.source)
+        why = why_float(merge.geometry, signed, self.work.target)
+        if why:
+            self.unfit.append(Declined(_place(self.names, merge), why, VNNI))
+        return bool(why)
 
     def all(self) -> None:
         for node in self.view.nodes:  # in order: the first reader of a value makes what the others share
@@ -131,11 +144,12 @@ class _Rewrite:
 
         weight, bias, now = program(work.module, self.view, merge, seen, rules.bn)
         x = source
-        if rules.bits != 32:
+        if region.sink in self.quantizes:
             if region.source in self.readers.get(region.sink, ()):  # or it reads a pool of quantized values
                 x = self.quant(region.sink, region.source, path)
             wide = rules.ends if region.sink in self.ends else None
-            grid = work.target.weight(wide or rules.weight_bits or rules.bits, rules.per_channel)
+            bits = wide or rules.weight_bits or rules.bits
+            grid = work.target.weight(bits, rules.per_channel, merge.geometry.depthwise)
             scale = search_scale(now, grid, 2.0)
             weight = work.insert(region.sink, weight, f"{path}.weight_quant", FakeQuant(grid, scale, True, True))
         with graph.inserting_before(region.sink):

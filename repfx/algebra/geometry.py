@@ -65,6 +65,11 @@ class Geometry:
         return Geometry(channels, channels, channels, (Axis(),) * axes, channel_axis=channel_axis)
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each output of a 1-D or 2-D convolution reads one channel, its own."""
+        return 1 < self.groups == self.inputs == self.outputs and len(self.axes) in (1, 2)
+
+    @property
     def geometry(self) -> Geometry:
         """Itself, so that what holds for a Kernel can be said of its Geometry in the same words."""
         return self

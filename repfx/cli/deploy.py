@@ -70,7 +70,7 @@ def lower(
     if openvino:
         # OpenVINO computes a float16 file in float32: its constants are rounded, what its operators give is not
         reference = half.constants(net) if float16 else net
-        there = compare(reference, load(file), (example,), "openvino", float16)
+        there = compare(reference, load(file), (example,), "openvino", reference if float16 else None)
         say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
         if not there.agrees:
             raise CheckError(f"OpenVINO does not compute what {file} says")

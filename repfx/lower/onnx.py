@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from repfx.graph.capture import capture, graphs
 from repfx.graph.effects import is_dead
 from repfx.graph.running import describe, run_eval
 from repfx.graph.store import write_whole
+from repfx.graph.view import GraphView
 from repfx.lower import finish, half
 from repfx.lower.parity import Parity, compare
-from repfx.quant import FakeQuant, target_named
-from repfx.rewrite.verify import differences
+from repfx.quant import FakeQuant, Target, target_named
+from repfx.rewrite.formats import has_offset
 
 OPSET = 20
 
@@ -97,7 +98,7 @@ def lower(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
-    parity = _parity_in_half(model, proto, args) if float16 else compare(model, proto, args)
+    parity = compare(model, proto, args, rounded=half.operators(model) if float16 else None)
     if not parity.agrees:
         raise CheckError(f"the exported graph does not compute what the model computes: {'; '.join(parity.wrong[:3])}")
     write_whole(path, lambda part: onnx.save(proto, part))
@@ -107,30 +108,26 @@ def lower(
 class _Activation(nn.Module):
     """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one a call.
 
-    `offset` writes a signed grid as unsigned codes around 128 (`Target`).
+    With `offset` a signed grid is written as unsigned codes around 128 (`Target`).
     """
 
     scale: Tensor
-    zero: Tensor
 
-    def __init__(self, quant: FakeQuant, path: str, offset: bool) -> None:
+    def __init__(self, quant: FakeQuant, path: str) -> None:
         super().__init__()
-        self.path, self.calls = path, 0
-        self.dtype = torch.int8 if quant.grid.signed and not offset else torch.uint8
-        zero = 128 if quant.grid.signed and offset else 0
+        self.path, self.calls, self.signed = path, 0, quant.grid.signed
         self.register_buffer("scale", quant.step.detach().clone())
-        self.register_buffer("zero", torch.tensor(zero, dtype=self.dtype, device=quant.step.device))
+        for offset in (False, True):
+            dtype = torch.int8 if self.signed and not offset else torch.uint8
+            zero = torch.tensor(128 if self.signed and offset else 0, dtype=dtype, device=quant.step.device)
+            self.register_buffer(f"zero_{offset}", zero)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offset: bool) -> Tensor:
         name, self.calls = finish.codes_name(self.path, self.calls), self.calls + 1
-        q = torch.onnx.ops.symbolic(
-            "QuantizeLinear",
-            (x, self.scale, self.zero),
-            dtype=self.dtype,
-            shape=x.shape,
-            metadata_props={finish.CALL: name},
-        )
-        return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, self.zero), dtype=x.dtype, shape=x.shape)
+        zero = self.get_buffer(f"zero_{offset}")
+        inputs, note = (x, self.scale, zero), {finish.CALL: name}
+        q = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=zero.dtype, shape=x.shape, metadata_props=note)
+        return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, zero), dtype=x.dtype, shape=x.shape)
 
 
 class _Weight(nn.Module):
@@ -181,11 +178,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     """The ONNX graph of a copy whose quantizers are symbolic."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    offset = target_named(target).offset
+    formats = target_named(target)
     rounding = [(n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight]
-    activations = {id(m): _Activation(m, n, offset) for n, m in rounding}
+    activations = {id(m): _Activation(m, n) for n, m in rounding}
     for _, module in graphs(symbolic):
-        _make_symbolic(module, activations, offset)
+        _make_symbolic(module, activations, formats)
 
     def count_anew(*_: Any) -> None:
         for quantizer in activations.values():
@@ -233,17 +230,17 @@ def _why(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(filter(None, (line.strip(" .;") for line in said)))) or type(error).__name__
 
 
-def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], offset: bool) -> None:
-    graph = module.graph
+def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], target: Target) -> None:
+    graph, view = module.graph, GraphView(module)
+    quants = {n: q for n in graph.nodes if isinstance(q := view.modules.get(str(n.target)), FakeQuant)}
+    around = {n for n, q in quants.items() if not q.of_weight and has_offset(n.args[0], q.grid, view, target)}
     for node in list(graph.nodes):
-        if offset and node.target is F.linear:
+        if target.between == "all" and node.target is F.linear:
             _split_bias(graph, node)
-        if node.op != "call_module":
+        quant = quants.get(node)
+        if quant is None:
             continue
         path = str(node.target)
-        quant = module.get_submodule(path)
-        if not isinstance(quant, FakeQuant):
-            continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
         if quant.of_weight:
@@ -251,21 +248,11 @@ def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], 
             node.args = ()
         else:
             holder._modules[name] = activations[id(quant)]
+            node.args = (node.args[0], node in around)
     for node in reversed(graph.nodes):  # fx's own elimination takes writes in place for dead
         if is_dead(node):
             graph.erase_node(node)
     module.recompile()
-
-
-def _parity_in_half(model: nn.Module, proto: onnx.ModelProto, args: tuple[Any, ...]) -> Parity:
-    """Against the model rounded to float16 after each operator. Where a net turns the last bit into much more, as ill
-    conditioned ones do, the file may be as far from that as that is from float32."""
-    reference = half.operators(model)
-    found = compare(reference, proto, args, float16=True)
-    if found.quantizers:
-        return found
-    rounded = differences(run_eval(model, args), run_eval(reference, args))
-    return replace(found, noise=tuple(off.relative for off in rounded))
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:

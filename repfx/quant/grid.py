@@ -18,23 +18,29 @@ class Grid:
     """`bits` wide, `signed` or not, one scale for the tensor (`axis` None) or one per index of `axis`.
 
     A signed grid is symmetric, [-(2^(b-1) - 1), 2^(b-1) - 1], so that a sign can be folded into the codes; `full` adds
-    the one code -2^(b-1).
+    the one code -2^(b-1). A `reduced` grid keeps to half of a signed one, [-2^(b-2), 2^(b-2)]: two products of such a
+    code and an unsigned one then add up to no more than a signed integer of 2b bits holds.
 
-    >>> Grid(8).low, Grid(8).high, Grid(8, signed=False).high
-    (-127, 127, 255)
+    >>> Grid(8).low, Grid(8).high, Grid(8, signed=False).high, Grid(8, reduced=True).high
+    (-127, 127, 255, 64)
     """
 
     bits: int = 8
     signed: bool = True
     axis: int | None = None
     full: bool = False
+    reduced: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 16):
             raise InputError(f"bits must be an integer from 2 to 16, not {self.bits!r}")
+        if self.reduced and (not self.signed or self.full):
+            raise InputError("only a symmetric signed grid can be reduced")
 
     @property
     def high(self) -> int:
+        if self.reduced:
+            return 2 ** (self.bits - 2)
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     @property

@@ -27,7 +27,7 @@ from repfx.report.numbers import Branch, Form, Layer, Norm, Numbers
 from repfx.report.pairs import Pairs, reach, spread
 from repfx.report.regions import CALLS, branches_of, deployed_layers, norms_of, regions_of
 from repfx.rewrite.contract import Pass, Stage, resolve
-from repfx.rewrite.placement import is_max_pool
+from repfx.rewrite.moves import is_max_pool
 from repfx.rewrite.runner import rewrite
 from repfx.rewrite.verify import difference
 from repfx.tune import calibrate

@@ -18,7 +18,7 @@ from repfx.graph.calls import last_readers, step
 from repfx.graph.running import quiet
 from repfx.quant import FakeQuant
 from repfx.report.numbers import Activation, Spread
-from repfx.rewrite.placement import is_max_pool
+from repfx.rewrite.moves import is_max_pool
 
 SHOWN = 101  # quantiles of a distribution
 

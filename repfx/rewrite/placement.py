@@ -28,14 +28,13 @@ from torch import fx, nn
 from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Target
+from repfx.rewrite.formats import pads_average
+from repfx.rewrite.moves import FLATTENS, is_same, joined, kind_of, moves
 
 aten = torch.ops.aten
 _AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 _AVERAGES |= {aten.mean.dim, aten.adaptive_avg_pool2d.default}
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-
-_MAXIMA: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
-_MAXIMA |= {aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
 
 # Rounding to an unsigned grid does the same. (A clip at -1 it does not: that one is read in integers.)
 _CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_"}
@@ -46,11 +45,6 @@ _TABLES: set[Any] = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmo
 _TABLES |= {nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default}
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", aten.mul.Tensor}
 _SWISH: set[Any] = {nn.SiLU, F.silu, aten.silu.default, aten.silu_.default}
-
-_FLATTENS: set[Any] = {nn.Flatten, torch.flatten, "flatten"}
-_MOVES: set[Any] = {nn.PixelShuffle, F.pixel_shuffle, nn.PixelUnshuffle, F.pixel_unshuffle, nn.UpsamplingNearest2d}
-_MOVES |= _FLATTENS
-_RESIZES: set[Any] = {nn.Upsample, F.interpolate}
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
 
@@ -87,6 +81,8 @@ def find_places(
     """
     owner = inside or {}
     others = _skips_and_averages(view, layers)
+    if target.offset == "joined":
+        others = [p for p in others if not (pads_average(view.ops[p[0]]) and joined(view, p[1]))]
     if target.between == "all":
         others += _stretches(view, convolutions)
     elif target.between == "joins":
@@ -115,7 +111,8 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
 
 def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx.Node]) -> list[Place]:
     """What goes into concatenations from which every way on leads into a layer, and what of `rounded` goes into such
-    products."""
+    products. A concatenation that is itself rounded is left to the runtime, which moves that to what goes into it."""
+    whole = {joined(view, value) for value in rounded}
     found: list[Place] = []
     ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
     behind: set[fx.Node] = set()  # what comes of a layer: the model's inputs are in float anyhow
@@ -128,8 +125,11 @@ def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx
             continue
         ahead[node] = goals[0]
         op = view.ops[node]
+        if node in whole:
+            whole |= {joined(view, value) for value in view.data_inputs(node)}
+            continue
         joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
-        if joins or _kind(view, node) in _PRODUCTS:
+        if joins or kind_of(view, node) in _PRODUCTS:
             found += [(node, value, goals[0]) for value in view.data_inputs(node) if joins or value in rounded]
     return found
 
@@ -158,12 +158,12 @@ def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, 
 def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
     """Where all values of a node's one input go on from it: the node, or its pieces. None of a dropout, which scales in
     training, of a reshape, which costs nothing, and of a part, whose range may be smaller than that of the whole."""
-    if len(view.data_inputs(node)) != 1 or not _moves(view, node):
+    if len(view.data_inputs(node)) != 1 or not moves(view, node):
         return []
     if isinstance(view.ops[node], Sum):
         pieces = list(node.users) if _is_divided(view, node) else []
         return pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
-    return [] if _is_same(view, node) or _kind(view, node) in _FLATTENS else [node]
+    return [] if is_same(view, node) or kind_of(view, node) in FLATTENS else [node]
 
 
 def _is_divided(view: GraphView, node: fx.Node) -> bool:
@@ -177,23 +177,12 @@ def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]
     whole: dict[fx.Node, fx.Node] = {}  # of a value that moves integers, where they were made
     for node in view.nodes:
         inputs = view.data_inputs(node)
-        if len(inputs) == 1 and _moves(view, node):
+        if len(inputs) == 1 and moves(view, node):
             if (node, inputs[0]) in pairs:
                 whole[node] = whole.get(inputs[0], inputs[0])
             elif inputs[0] in whole:
                 whole[node] = whole[inputs[0]]
     return {value: whole.get(value, value) for _, value in pairs}
-
-
-def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))) in _MAXIMA
-    return node.op == "call_function" and node.target in _MAXIMA
-
-
-def _kind(view: GraphView, node: fx.Node) -> Any:
-    """What a node calls: a function, a method's name or the type of a module."""
-    return type(view.modules[str(node.target)]) if node.op == "call_module" else node.target
 
 
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
@@ -212,7 +201,7 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
         elif near and _takes_integers(view, node):
             source, value = layer[near[0]], _given(view, node)
             found += [(node, other, source) for other in view.data_inputs(node)]
-        elif near and _moves(view, node):
+        elif near and moves(view, node):
             source = layer[near[0]]
         else:
             continue
@@ -224,28 +213,11 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
 
 
 def _takes_integers(view: GraphView, node: fx.Node) -> bool:
-    op, kind = view.ops[node], _kind(view, node)
+    op, kind = view.ops[node], kind_of(view, node)
     if isinstance(op, Sum):
         several = len({*op.values}) == len(op.terms) > 1
         return several and op.kind in ("add", "concat") and all(factor == 1 for _, factor in op.terms)
     return kind in _TABLES or (kind in _PRODUCTS and len(view.data_inputs(node)) == 2)
-
-
-def _moves(view: GraphView, node: fx.Node) -> bool:
-    """Whether it gives values of its input in other places."""
-    op, kind = view.ops[node], _kind(view, node)
-    if kind in _RESIZES:
-        module = view.modules.get(str(node.target)) if node.op == "call_module" else None
-        mode = getattr(module, "mode", None) or node.kwargs.get("mode") or (*node.args, *["nearest"] * 4)[3]
-        return mode in ("nearest", "nearest-exact")
-    same = _is_same(view, node) or (isinstance(op, Sum) and len(op.terms) == 1 and op.terms[0][1] == 1)
-    return same or kind in _MOVES or is_max_pool(view.module, node)
-
-
-def _is_same(view: GraphView, node: fx.Node) -> bool:
-    """Whether it gives its input as it is, in eval mode."""
-    op = view.ops[node]
-    return isinstance(op, Map) and op.kind in ("identity", "dropout")
 
 
 def _skip(view: GraphView, op: Sum, layers: Collection[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
@@ -264,14 +236,14 @@ def _given(view: GraphView, node: fx.Node) -> fx.Node:
     """What a layer gives, after activations that its rounding does as well."""
     while len(node.users) == 1:
         (reader,) = node.users
-        if not (_kind(view, reader) in _CLIPS or _is_same(view, reader)):
+        if not (kind_of(view, reader) in _CLIPS or is_same(view, reader)):
             break
         node = reader
     return node
 
 
 def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
-    op, kind = view.ops[node], _kind(view, node)
+    op, kind = view.ops[node], kind_of(view, node)
     average = kind in _LAYERS or kind in _AVERAGES or (isinstance(op, Map) and op.kind == "avgpool")
     value = node.args[0] if node.args else None
     return value if average and isinstance(value, fx.Node) and view.is_data(value) else None
