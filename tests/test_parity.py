@@ -139,24 +139,77 @@ def test_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         repfx.lower(model, tmp_path / "wrong.onnx", example=x)
 
 
-def test_what_counts_as_ties() -> None:
+def test_what_counts_as_wrong() -> None:
     same = Difference(0, 0, INF)
 
-    def agrees(*outputs: Difference, noise: tuple[float, ...] = (), **quantizers: CodeDifference) -> bool:
-        return Parity(same, outputs, quantizers, noise=noise).agrees
+    def agrees(*outputs: Difference, errors: tuple[float, ...] = (), **quantizers: CodeDifference) -> bool:
+        return Parity(same, outputs, quantizers, errors=errors).agrees
 
     def indices(different: int, entries: int) -> Difference:
         return Difference(1, different / entries, 0, entries, different)
 
     assert agrees(indices(1, 2), indices(2, 10), indices(10, 1000))
     assert not agrees(indices(1, 1)) and not agrees(indices(2, 2)) and not agrees(indices(11, 1000))
-    loud = Difference(1, 0.1, 20)
-    assert agrees(loud, same, noise=(0.05, 0.0)) and not agrees(same, loud, noise=(0.05, 0.0))
-    assert agrees(q=CodeDifference(100, 2, 1)) and not agrees(q=CodeDifference(100, 1, 2))
-    assert Parity(same, (same, loud), {"a": CodeDifference(9, 3, 1)}).wrong == (
-        "3 of 9 codes of a, by up to 1",
-        "output 1: max abs 1, relative 0.1, SQNR 20.0 dB",
+    loud = Difference(1, 1e-4, 80)
+    assert agrees(loud, same, errors=(2e-5, 0.0)) and not agrees(same, loud, errors=(2e-5, 0.0))
+    assert agrees(q=CodeDifference(100, 100, 1)) and not agrees(q=CodeDifference(1_000_000, 1, 1, wrong=1))
+    found = Parity(same, (same, loud), {"a": CodeDifference(9, 3, 1, 1), "b": CodeDifference(9, 3, 1)})
+    assert found.wrong == ("1 of 9 codes of a, by up to 1", "output 1: max abs 1, relative 0.0001, SQNR 80.0 dB")
+    assert str(found).startswith(
+        "6 of 18 codes differ on equal inputs, 1 of them by more than rounding; end to end max abs 0"
     )
+
+
+class Averages(nn.Module):
+    """Averages of four values: over half their step, every second one lies exactly between two codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 64, 1), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.stem(x)).mean((2, 3)))
+
+
+def between_codes(tmp_path: Path) -> tuple[nn.Module, Tensor, onnx.ModelProto]:
+    x = pictures(32, 2)
+    model = int8(Averages(), x)
+    model.get_submodule("head.input_quant").set_scale(model.get_submodule("mean.input_quant").scale / 2)
+    return model, x, onnx.load(repfx.lower(model, tmp_path / "model.onnx", example=x).onnx)
+
+
+def after_average(proto: onnx.ModelProto, operator: str, value: float) -> onnx.ModelProto:
+    """The file with one more operator after its average."""
+    (mean,) = [n for n in proto.graph.node if n.op_type == "ReduceMean"]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(value).numpy(), "nudge"))
+    after = onnx.helper.make_node(operator, ["average", "nudge"], [mean.output[0]])
+    mean.output[0] = "average"
+    proto.graph.node.insert([*proto.graph.node].index(mean) + 1, after)
+    return proto
+
+
+def test_many_ties_are_no_error(tmp_path: Path) -> None:
+    model, x, proto = between_codes(tmp_path)
+    found = compare(model, after_average(proto, "Mul", 1 + 2**-22), (x,))  # as if it added in another order
+    ties = found.quantizers["head.input_quant"]
+    assert found.agrees and ties.different > 0.1 * ties.codes and ties.largest == 1 and ties.wrong == 0
+    assert ", all ties; " in str(found)
+
+
+def test_one_code_that_is_no_tie_is_one_too_many(tmp_path: Path) -> None:
+    model, x, proto = between_codes(tmp_path)
+    bias = next(t for t in proto.graph.initializer if t.name == "stem.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    step = float(model.get_submodule("mean.input_quant").scale)
+    for _ in range(20):  # until one code of one channel tips over
+        values[0] += 2e-3 * step
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        found = compare(model, proto, (x,))
+        wrong = found.quantizers["mean.input_quant"]
+        if wrong.different:
+            break
+    assert 1 <= wrong.different == wrong.wrong < 1e-3 * wrong.codes and wrong.largest == 1
+    assert not found.agrees and found.wrong[0] == f"{wrong.wrong} of {wrong.codes} codes of mean.input_quant, by up to 1"
 
 
 class Block(nn.Module):

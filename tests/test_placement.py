@@ -202,25 +202,27 @@ def test_what_moves_integers_changes_none(target: str) -> None:
         assert len(changed) == len(acts) - len(set(acts)) and not any(changed)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("kind", [Fire, Split, Dense, Neck])
-def test_joins_stand_between_integers(kind: Any, target: str) -> None:
-    """What goes into a concatenation is rounded; for operators from integers to integers sums too, and what comes out."""
-    _, model, _ = made(kind, target)
-    strict = target == "onnxruntime"
-    kinds = (torch.cat, torch.add, operator.add, torch.mul) if strict else (torch.cat,)
-    joins = [n for n in model.graph.nodes if n.target in kinds]
+def test_joins_stand_between_integers(kind: Any) -> None:
+    """For operators from integers to integers what goes into joins is rounded, and what comes out."""
+    _, model, _ = made(kind, "onnxruntime")
+    joins = [n for n in model.graph.nodes if n.target in (torch.cat, torch.add, operator.add, torch.mul)]
     assert joins
-
-    def rounded(node: Any) -> bool:
-        """At once, or as a piece or a pool of what is."""
-        moves = node.target in (operator.getitem, F.max_pool2d, F.interpolate) or node.target == "chunk"
-        return _rounds(model, node) or (moves and not strict and rounded(node.all_input_nodes[0]))
-
     for join in joins:
-        assert all(rounded(n) for n in join.all_input_nodes), join
+        assert all(_rounds(model, n) for n in join.all_input_nodes), join
         after = [join] if len(join.users) > 1 else [join, *join.users]  # or a ReLU that rounding does as well
-        assert not strict or any(all(_rounds(model, u) for u in n.users) for n in after), join
+        assert any(all(_rounds(model, u) for u in n.users) for n in after), join
+
+
+@pytest.mark.parametrize(("kind", "inputs", "whole"), [(Fire, 0, 2), (Split, 0, 1), (Dense, 6, 2), (Neck, 0, 1)])
+def test_a_concatenation_is_rounded_once(kind: Any, inputs: int, whole: int) -> None:
+    """In OpenVINO, which moves that to what goes in: itself where a layer reads it, else what goes in, as before a norm."""
+    _, model, _ = made(kind, "openvino")
+    joins = [n for n in model.graph.nodes if n.target is torch.cat]
+    readers = [u for n in joins for u in n.users]
+    through = [w for u in readers for w in (u.users if u.target is operator.getitem else [u])]
+    assert sum(_rounds(model, i) for n in joins for i in n.all_input_nodes) == inputs
+    assert sum(_rounds(model, u) for u in through) == whole
 
 
 def _rounds(model: Any, node: Any) -> bool:
@@ -269,16 +271,24 @@ def test_what_a_dropout_gives_in_training_is_what_is_rounded(target: str) -> Non
     assert all(_rounds(model, n) for n in dropout.users) and not _rounds(model, dropout.all_input_nodes[0])
 
 
-@pytest.mark.parametrize(("target", "zeros"), [("onnxruntime", {0, 128}), ("openvino", {0}), ("tensorrt", {0})])
-def test_codes_of_signed_values_are_what_the_kernels_take(target: str, zeros: set[int], tmp_path: Path) -> None:
+ZEROS = [(Dense, "onnxruntime", {0, 128}), (Dense, "openvino", {0}), (Dense, "tensorrt", {0})]
+ZEROS += [(Split, "onnxruntime", {0, 128}), (Split, "openvino", {0, 128}), (Split, "tensorrt", {0})]
+
+
+@pytest.mark.parametrize(("kind", "target", "zeros"), ZEROS)
+def test_codes_of_signed_values_are_what_the_kernels_take(kind: Any, target: str, zeros: set[int], tmp_path: Path) -> None:
+    """Around 128 in ONNX Runtime, and in OpenVINO where they are a concatenation's."""
     import onnx
 
-    _, model, x = made(Dense, target)
+    _, model, x = made(kind, target)
     repfx.calibrate(model, [x])
     proto = _onnx(repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).onnx)
     constants = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
-    found = {int(constants[n.input[2]]) for n in proto.graph.node if n.op_type == "QuantizeLinear"}
-    assert found == zeros
+    rounding = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"]
+    assert {int(constants[n.input[2]]) for n in rounding} == zeros
+    made_by = {o: n.op_type for n in proto.graph.node for o in n.output}
+    around = {made_by.get(n.input[0]) for n in rounding if int(constants[n.input[2]])}
+    assert target != "openvino" or around <= {"Concat"}
 
 
 @torch.fx.wrap

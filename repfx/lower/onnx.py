@@ -34,7 +34,9 @@ from repfx.graph.running import describe, run_eval
 from repfx.graph.store import write_whole
 from repfx.graph.view import GraphView
 from repfx.lower import finish, half
-from repfx.lower.parity import Parity, compare
+from repfx.lower.check import checked
+from repfx.lower.parity import Parity
+from repfx.lower.runtimes import installed
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.formats import has_offset
 
@@ -43,10 +45,12 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX Runtime."""
+    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX Runtime. `there`: the
+    same in the target's own runtime where that is another one and installed."""
 
     onnx: Path
     parity: Parity
+    there: Parity | None = None
 
 
 def lower(
@@ -67,7 +71,7 @@ def lower(
     `float16`; from 21 on weights of 4 bits and fewer are int4.
 
     Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit, an output
-    is no tensor or the path cannot be written; CheckError where the file is not valid or computes something else.
+    is no tensor or the path cannot be written; CheckError where the file is not valid, or a runtime computes something else.
     """
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
@@ -98,11 +102,11 @@ def lower(
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
-    parity = compare(model, proto, args, rounded=half.operators(model) if float16 else None)
-    if not parity.agrees:
-        raise CheckError(f"the exported graph does not compute what the model computes: {'; '.join(parity.wrong[:3])}")
+    parity = checked("onnxruntime", model, proto, args, float16)
+    own = target_named(target).runtime
+    there = checked(own, model, proto, args, float16) if own == "openvino" and own in installed() else None
     write_whole(path, lambda part: onnx.save(proto, part))
-    return Artifact(Path(path), parity)
+    return Artifact(Path(path), parity, there)
 
 
 class _Activation(nn.Module):
@@ -233,7 +237,7 @@ def _why(error: BaseException) -> str:
 def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], target: Target) -> None:
     graph, view = module.graph, GraphView(module)
     quants = {n: q for n in graph.nodes if isinstance(q := view.modules.get(str(n.target)), FakeQuant)}
-    around = {n for n, q in quants.items() if not q.of_weight and has_offset(n.args[0], q.grid, view, target)}
+    around = {n for n, q in quants.items() if not q.of_weight and has_offset(n, q.grid, view, target)}
     for node in list(graph.nodes):
         if target.between == "all" and node.target is F.linear:
             _split_bias(graph, node)

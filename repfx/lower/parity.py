@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError, RepfxError
 from repfx.graph.running import run_eval
 from repfx.lower.finish import codes_name
-from repfx.lower.runtimes import session
+from repfx.lower.isa import Isa
+from repfx.lower.runtimes import Session, session
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, differences, worst
 
@@ -137,17 +138,20 @@ def compare(
     args: tuple[Tensor, ...],
     runtime: str = "onnxruntime",
     rounded: nn.Module | None = None,
+    isa: Isa | None = None,
 ) -> Parity:
     """Runs both on the same input and compares the output and the codes of every call of an activation quantizer.
 
-    `rounded`: for a file in float16, the model rounded to float16 after each operator.
+    `rounded`: for a file in float16, the model rounded to float16 after each operator. `isa`: an instruction set that the
+    runtime is made to stop at; the codes are then those of its optimized session.
     Raises MissingPart where the runtime is not installed, CheckError where it does not run the file, InputError where a
     quantizer is given NaN.
     """
     limits = LIMITS[rounded is not None]
     exposed, steps = _expose(proto)
     outputs = len(proto.graph.output)
-    reference = _run(runtime, exposed, args, optimize=False)
+    opened = session if isa is None else isa.session
+    reference = _run(opened, runtime, exposed, args, optimize=isa is not None)
     theirs = {
         name: (value.double() / step).round().to(torch.int16)
         for (name, step), value in zip(steps.items(), reference[outputs:], strict=True)
@@ -171,7 +175,7 @@ def compare(
     except Exception:  # a forward that asks for float32
         exact = _forced(model, args, theirs, judge)
     free = run_eval(rounded or model, args)
-    deployed = _run(runtime, proto, args)
+    deployed = _run(opened, runtime, proto, args)
     before = after = None
     if any(isinstance(m, FakeQuant) for m in model.modules()):
         with _without_rounding(model):
@@ -270,9 +274,11 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _run(runtime: str, proto: onnx.ModelProto, args: Sequence[Tensor], optimize: bool = True) -> list[Tensor]:
+def _run(
+    opened: Callable[..., Session], runtime: str, proto: onnx.ModelProto, args: Sequence[Tensor], optimize: bool = True
+) -> list[Tensor]:
     try:
-        return session(runtime, proto, optimize)(args)
+        return opened(runtime, proto, optimize)(args)
     except RepfxError:
         raise
     except Exception as error:  # each runtime has exceptions of its own

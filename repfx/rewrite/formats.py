@@ -13,16 +13,19 @@ from repfx.algebra import Geometry
 from repfx.graph.ops import Map, Op
 from repfx.graph.view import GraphView
 from repfx.quant import Grid, Target
-from repfx.rewrite.moves import joined
+from repfx.rewrite.moves import joined, joins
 
 VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
 
-def has_offset(value: fx.Node, grid: Grid, view: GraphView, target: Target) -> bool:
-    """Whether the codes of this value are unsigned, around 128. `grid` is that of its quantizer."""
+def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -> bool:
+    """Whether the codes that this call of a quantizer with `grid` gives are unsigned, around 128."""
     if not grid.signed or target.offset == "none":
         return False
-    return target.offset == "all" or joined(view, value) is not None
+    if target.offset == "all":
+        return True
+    whole = joined(view, view.data_inputs(rounding)[0]) is not None
+    return whole and not all(joins(view, reader) for reader in rounding.users)  # a part of a larger one is in float there
 
 
 def pads_average(op: Op) -> bool:
