@@ -83,9 +83,7 @@ def chosen(runtime: str, wanted: str) -> list[Isa]:
     """Those of a comma-separated list, or of "all". Raises InputError naming the ones there are."""
     there = {isa.name: isa for isa in isas(runtime)}
     if not there:
-        raise InputError(
-            "ONNX Runtime cannot be told to stop at an instruction set; qemu-user emulates some"
-        )
+        raise InputError("ONNX Runtime cannot be told to stop at an instruction set; qemu-user emulates some")
     if wanted == "all":
         return list(there.values())
     for name in wanted.split(","):

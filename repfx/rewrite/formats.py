@@ -13,7 +13,7 @@ from repfx.algebra import Geometry
 from repfx.graph.ops import Map, Op
 from repfx.graph.view import GraphView
 from repfx.quant import Grid, Target
-from repfx.rewrite.moves import joined, joins
+from repfx.rewrite.moves import joined, joins, readers
 
 VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
@@ -24,8 +24,10 @@ def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -
         return False
     if target.offset == "all":
         return True
-    whole = joined(view, view.data_inputs(rounding)[0]) is not None
-    return whole and not all(joins(view, reader) for reader in rounding.users)  # a part of a larger one is in float there
+    if joined(view, view.data_inputs(rounding)[0]) is None:
+        return False
+    # A part of a larger concatenation goes on in float there.
+    return not all(joins(view, n) or pads_average(view.ops[n]) for n in readers(view, rounding))
 
 
 def pads_average(op: Op) -> bool:

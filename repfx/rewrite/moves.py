@@ -86,3 +86,11 @@ def joined(view: GraphView, value: fx.Node) -> fx.Node | None:
             return None
         (value,) = inputs
     return value
+
+
+def readers(view: GraphView, value: fx.Node) -> list[fx.Node]:
+    """Who computes with a value, perhaps after it was moved."""
+    found: list[fx.Node] = []
+    for node in value.users:
+        found += readers(view, node) if moves(view, node) else [node]
+    return found

@@ -81,8 +81,9 @@ def find_places(
     """
     owner = inside or {}
     others = _skips_and_averages(view, layers)
-    if target.offset == "joined":
-        others = [p for p in others if not (pads_average(view.ops[p[0]]) and joined(view, p[1]))]
+    if target.offset == "joined":  # a padded average and a layer want one concatenation in different codes
+        rounded = {joined(view, x) for n, x in [*layers.items(), *(p[:2] for p in others)] if not pads_average(view.ops[n])}
+        others = [p for p in others if not (pads_average(view.ops[p[0]]) and joined(view, p[1]) in rounded - {None})]
     if target.between == "all":
         others += _stretches(view, convolutions)
     elif target.between == "joins":
