@@ -65,7 +65,7 @@ def lower(
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     if target == "onnxruntime" and _quantized(net):
         say(f"ONNX Runtime: {kernels(target, file)}")
-    for finding in api.lint(file) if target == "tensorrt" else []:
+    for finding in api.lint(file, target=target):
         say(finding)
     if openvino:
         # OpenVINO computes a float16 file in float32: its constants are rounded, what its operators give is not
@@ -97,9 +97,12 @@ def _quantized(net: object) -> bool:
 
 
 @app.command()
-def lint(file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")]) -> None:
-    """Check an ONNX file for what keeps TensorRT from running it in INT8. Exit code 1 where the build would fail."""
-    found = api.lint(file)
+def lint(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")],
+    target: Annotated[str, typer.Option(help="What is to run it: tensorrt, onnxruntime or openvino.")] = "tensorrt",
+) -> None:
+    """Check an ONNX file for what keeps a runtime from running it in INT8. Exit code 1 where it would fail or be wrong."""
+    found = api.lint(file, target=target)
     table = Table(
         "rule", "", "where", "what", "cure", title=f"{len(found)} findings in {escape(file.name)}", title_justify="left"
     )
