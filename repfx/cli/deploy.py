@@ -44,13 +44,16 @@ def lower(
     timing_cache: Annotated[Path | None, typer.Option(help="--trt: a file that makes the next build faster.")] = None,
     target: Annotated[str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")] = None,
     float16: Annotated[bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")] = False,
-    opset: Annotated[int, typer.Option(help="From 21 on weights of 4 bits are int4.")] = 20,
+    opset: Annotated[int, typer.Option(help="13 to 23; from 21 on weights of 4 bits are int4.")] = 20,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Height and width free in the file, as the batch is.")] = False,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
     """Lower a model to ONNX, compare the file with the model in a runtime, and build what that runtime deploys."""
     if not (onnx or trt or openvino):
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
+    if trt and dynamic:
+        raise InputError("--trt builds an engine for one height and width: leave out --dynamic")
     file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
     example = random_input(USUAL if shape is None else shape, 2) if data is None else real_input(data, shape)
     net = load_model(model, weights, trust_pickle)
@@ -60,7 +63,7 @@ def lower(
         raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
     # TensorRT cannot run what is written for OpenVINO, which runs what is written for TensorRT
     target = target or ("openvino" if openvino and not trt else "tensorrt")
-    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16)
+    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16, dynamic=dynamic)
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     if target == "onnxruntime" and _quantized(net):
