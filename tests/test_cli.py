@@ -93,12 +93,19 @@ def test_the_whole_path(folder: Path) -> None:
         assert done.returncode == 0, done.stderr
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 2 and "cpu.onnx" in done.stderr
-    done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml")
+    old = ["--opset", "13", "--dynamic"]
+    done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml", *old)
     assert done.returncode == 0 and "OpenVINO against torch" in done.stdout, done.stderr
     assert re.search(r"OpenVINO: (\d+) of \1 layers run in integers\n", done.stdout), done.stdout
+    assert not re.search(r" Q\d\d ", done.stdout), done.stdout
     assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
+    assert onnx.load(folder / "cpu.onnx").opset_import[0].version == 13 and shape_of(folder / "cpu.onnx") == (3, 0, 0)
+    done = run(folder, "lower", "cpu.pt", "--trt", "--dynamic", "-o", "cpu.engine")
+    assert done.returncode == 2 and "for one height and width: leave out --dynamic" in done.stderr
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q02" in done.stdout  # uint8 is for CPUs
+    done = run(folder, "lint", "cpu.onnx", "--target", "onnxruntime")
+    assert done.returncode == 0 and "nothing to complain of" in done.stdout, done.stdout
     done = run(folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json")
     assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
     rows = json.loads((folder / "bench.json").read_text())["milliseconds"]

@@ -149,6 +149,7 @@ def test_the_runtime_runs_every_layer_in_integers(kind: Any, target: str, tmp_pa
     repfx.calibrate(model, [x])
     assert repfx.verify(net, model, x).sqnr > 20
     artifact = repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target)
+    assert not [f for f in repfx.lint(artifact.onnx, target) if f.severity in "EW"]
     assert artifact.parity.agrees and compare(model, _onnx(artifact.onnx), (x,), target).agrees
     assert kernels(target, artifact.onnx) == Kernels(kind.layers, ())
     # Off the example's batch, values and range.

@@ -17,15 +17,16 @@ from repfx import api
 from repfx.cli.inputs import USUAL, random_input, real_input
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
-from repfx.errors import CheckError, InputError
+from repfx.errors import InputError
 from repfx.graph.store import write_whole
 from repfx.lower import half
+from repfx.lower.check import NAMES, checked, on_each
 from repfx.lower.engine import Profile, build
+from repfx.lower.isa import chosen
 from repfx.lower.kernels import kernels
-from repfx.lower.parity import compare
 from repfx.lower.runtimes import installed, write_ir
 from repfx.lower.timing import bench as measure
-from repfx.quant import FakeQuant
+from repfx.quant import FakeQuant, target_named
 
 SHAPE = "Shape of one input without the batch, such as 3,32,32"
 
@@ -44,13 +45,17 @@ def lower(
     timing_cache: Annotated[Path | None, typer.Option(help="--trt: a file that makes the next build faster.")] = None,
     target: Annotated[str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")] = None,
     float16: Annotated[bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")] = False,
-    opset: Annotated[int, typer.Option(help="From 21 on weights of 4 bits are int4.")] = 20,
+    opset: Annotated[int, typer.Option(help="13 to 23; from 21 on weights of 4 bits are int4.")] = 20,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Height and width free in the file, as the batch is.")] = False,
+    isa: Annotated[str | None, typer.Option(help="Compare on these instruction sets too: all, or AVX2,SSE41,...")] = None,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
     """Lower a model to ONNX, compare the file with the model in a runtime, and build what that runtime deploys."""
     if not (onnx or trt or openvino):
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
+    if trt and dynamic:
+        raise InputError("--trt builds an engine for one height and width: leave out --dynamic")
     file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
     example = random_input(USUAL if shape is None else shape, 2) if data is None else real_input(data, shape)
     net = load_model(model, weights, trust_pickle)
@@ -60,22 +65,21 @@ def lower(
         raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
     # TensorRT cannot run what is written for OpenVINO, which runs what is written for TensorRT
     target = target or ("openvino" if openvino and not trt else "tensorrt")
-    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16)
+    runtime = "openvino" if openvino else target_named(target).runtime
+    stops = [] if isa is None else chosen(runtime, isa)
+    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16, dynamic=dynamic)
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
-    if target == "onnxruntime" and _quantized(net):
-        say(f"ONNX Runtime: {kernels(target, file)}")
-    for finding in api.lint(file) if target == "tensorrt" else []:
-        say(finding)
+    reference = half.constants(net) if float16 else net
     if openvino:
-        # OpenVINO computes a float16 file in float32: its constants are rounded, what its operators give is not
-        reference = half.constants(net) if float16 else net
-        there = compare(reference, load(file), (example,), "openvino", reference if float16 else None)
+        there = artifact.there or checked("openvino", reference, load(file), (example,), float16)
         say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
-        if not there.agrees:
-            raise CheckError(f"OpenVINO does not compute what {file} says")
-        if _quantized(net):
-            say(f"OpenVINO: {kernels('openvino', file)}")
+    for stop, found in on_each(stops, runtime, reference, load(file), (example,), float16):
+        say(f"{NAMES[runtime]} on {stop.name} against torch: {found}")
+    if runtime in NAMES and _quantized(net):
+        say(f"{NAMES[runtime]}: {kernels(runtime, file)}")
+    for finding in api.lint(file, target=target_named(target).runtime):
+        say(finding)
     if openvino and output.suffix.lower() == ".xml":
         write_ir(file, output)
         say(f"wrote {output}")
@@ -97,9 +101,12 @@ def _quantized(net: object) -> bool:
 
 
 @app.command()
-def lint(file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")]) -> None:
-    """Check an ONNX file for what keeps TensorRT from running it in INT8. Exit code 1 where the build would fail."""
-    found = api.lint(file)
+def lint(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")],
+    target: Annotated[str, typer.Option(help="What is to run it: tensorrt, onnxruntime or openvino.")] = "tensorrt",
+) -> None:
+    """Check an ONNX file for what keeps a runtime from running it in INT8. Exit code 1 where it would fail or be wrong."""
+    found = api.lint(file, target=target)
     table = Table(
         "rule", "", "where", "what", "cure", title=f"{len(found)} findings in {escape(file.name)}", title_justify="left"
     )

@@ -50,6 +50,11 @@ def narrow(proto: onnx.ModelProto, names: set[str]) -> None:
             shape, node.input[2] = tuple(zero.dims), f"{node.input[0]}.zero"
             zeros = [0] * math.prod(shape)
             proto.graph.initializer.append(onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros))
+    drop_unread(proto)
+
+
+def drop_unread(proto: onnx.ModelProto) -> None:
+    """Removes constants that no node reads."""
     read = {i for node in proto.graph.node for i in node.input}
     kept = [t for t in proto.graph.initializer if t.name in read]
     del proto.graph.initializer[:]

@@ -1,4 +1,4 @@
-"""lint: checks anybody's ONNX Q/DQ file against what TensorRT builds, fuses and runs fast."""
+"""lint: checks anybody's ONNX Q/DQ file against what a runtime takes, fuses and runs fast."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, external_data_helper
 
-from repfx.errors import InputError
-from repfx.lower import rules_placement  # noqa: F401, it registers its rules
+from repfx.errors import InputError, unknown
+from repfx.lower import rules, rules_placement  # noqa: F401, they register their rules
 from repfx.lower.external import elsewhere, require
 from repfx.lower.onnx_index import Index, called
-from repfx.lower.rules import REGISTRY, Hit, Rule
+from repfx.lower.rulebook import REGISTRY, RUNTIMES, Hit, Rule, Severity
 
-RULES: dict[str, tuple[str, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
+RULES: dict[str, tuple[Severity, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
 _ORDER = "EWI"
 
 
@@ -34,11 +34,16 @@ class Finding:
         return f"{self.severity} {self.rule} {self.node}: {self.message} ({self.cure})"
 
 
-def lint(path: str | os.PathLike[str] | onnx.ModelProto) -> list[Finding]:
-    """The findings of every rule on the main graph, the worst first; RULES says what is checked.
+def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt") -> list[Finding]:
+    """The findings on the main graph of every rule for the runtime, the worst first.
 
-    Raises InputError where the file is missing, is no ONNX model, is malformed, or lacks the files that hold its weights.
+    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and, by runtime, how bad a breach is.
+
+    Raises InputError for an unknown target and where the file is missing, is no ONNX model, is malformed, or lacks the
+    files that hold its weights.
     """
+    if target not in RUNTIMES:
+        raise unknown("target", target, RUNTIMES)
     model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
     where = "the model" if isinstance(path, onnx.ModelProto) else str(path)
     if not model.graph.node and not model.graph.output:
@@ -51,9 +56,11 @@ def lint(path: str | os.PathLike[str] | onnx.ModelProto) -> list[Finding]:
     except Exception as error:
         raise InputError(f"{where} is malformed: {error}") from error
     found = {
-        Finding(name, hit.severity or rule.severity, _name(hit.node), hit.message, hit.cure or rule.cure): None
+        Finding(name, severity, _name(hit.node), hit.message, hit.cure or rule.cure): None
         for name, rule in REGISTRY.items()
+        if target in rule.severity
         for hit in _hits(name, rule, index, where)
+        if (severity := (hit.severity or rule.severity).get(target))
     }
     return sorted(found, key=lambda f: (_ORDER.index(f.severity), f.rule))
 

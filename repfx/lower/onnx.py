@@ -5,19 +5,14 @@
     bias                         ->   a float constant
 
 With `float16` all that is not an integer is float16 (`half`).
-The batch dimension is dynamic. The file is checked by onnx.checker, run in ONNX Runtime and compared with the torch
-model before it gets its name.
+The batch dimension is dynamic, with `dynamic` height and width too (`sizes`). The file is checked by onnx.checker, run in
+ONNX Runtime and compared with the torch model before it gets its name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import os
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +28,9 @@ from repfx.graph.effects import is_dead
 from repfx.graph.running import describe, run_eval
 from repfx.graph.store import write_whole
 from repfx.graph.view import GraphView
-from repfx.lower import finish, half
+from repfx.lower import finish, half, older, sizes
 from repfx.lower.check import checked
+from repfx.lower.exporter import export
 from repfx.lower.parity import Parity
 from repfx.lower.runtimes import installed
 from repfx.quant import FakeQuant, Target, target_named
@@ -61,17 +57,20 @@ def lower(
     target: str = "tensorrt",
     opset: int = OPSET,
     float16: bool = False,
+    dynamic: bool = False,
 ) -> Artifact:
     """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
 
     `example`: a tensor (N, ...) or a tuple of them, without NaN; the first dimension of each is dynamic in the file.
     `target` must be the one the model was quantized for. A model without quantizers gives a float file. `float16`:
     scales, biases and layers that are not quantized are float16 in the file, its inputs and outputs stay float32; the
-    comparison is then with the torch model rounded to float16 after each operator. `opset`: from 18, from 19 with
-    `float16`; from 21 on weights of 4 bits and fewer are int4.
+    comparison is then with the torch model rounded to float16 after each operator. `opset`: 13 to 23, from 19 with
+    `float16`; from 21 on weights of 4 bits and fewer are int4. `dynamic`: height and width of each input are free in the
+    file too, and it is compared at larger ones as well.
 
-    Raises InputError where quantizers are not calibrated, a format has no ONNX form, the example does not fit, an output
-    is no tensor or the path cannot be written; CheckError where the file is not valid, or a runtime computes something else.
+    Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form, the example does not
+    fit, the model fixes a size that `dynamic` frees, an output is no tensor or the path cannot be written; CheckError where
+    the file is not valid or a runtime computes something else.
     """
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
@@ -84,7 +83,7 @@ def lower(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InputError(f"{name} is {tensor.dtype}: lower the model in float32, with float16=True for a float16 file")
-    least = half.OPSET if float16 else 18
+    least = half.OPSET if float16 else older.OLDEST
     if not isinstance(opset, int) or not least <= opset <= 23:
         raise InputError(f"opset is a whole number from {least} to 23{' with float16' if float16 else ''}, not {opset!r}")
     try:
@@ -97,7 +96,7 @@ def lower(
     if float16:
         model = half.constants(model)
         half.check_range(model, args)
-    proto = _export(model, args, target, opset, float16)
+    proto = _export(model, args, target, opset, float16, dynamic)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
@@ -105,6 +104,8 @@ def lower(
     parity = checked("onnxruntime", model, proto, args, float16)
     own = target_named(target).runtime
     there = checked(own, model, proto, args, float16) if own == "openvino" and own in installed() else None
+    if dynamic:
+        sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, float16).agrees)
     write_whole(path, lambda part: onnx.save(proto, part))
     return Artifact(Path(path), parity, there)
 
@@ -178,7 +179,9 @@ def _check_formats(model: nn.Module, target: str) -> None:
         raise InputError(f"{other[0]} is unsigned, which {target} does not run: transform the model with target={target!r}")
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, float16: bool) -> onnx.ModelProto:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], target: str, opset: int, float16: bool, dynamic: bool
+) -> onnx.ModelProto:
     """The ONNX graph of a copy whose quantizers are symbolic."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -197,41 +200,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], target: str, opset: int, fl
     if float16:
         half.in_half(symbolic)
         wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
-    batch = torch.export.Dim("batch")
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(symbolic, wide, dynamic_shapes=tuple({0: batch} for _ in wide))
-            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:
-        kind = " in float16" if float16 else ""
-        raise InputError(f"torch.onnx cannot export the model{kind}: {_why(error)}") from error
-    finally:
-        quiet.setLevel(level)
-    assert program is not None
-    proto = program.model_proto
-    finish.name_codes(proto)
+    proto = export(symbolic, wide, opset, dynamic)
     if float16:
         half.cast_ends(proto)
     if opset >= 21:
         quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
-
-
-def _why(error: BaseException) -> str:
-    """What torch says of an export that failed, first and last in the chain, in one line without colours and advice."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if "specialized it to be a constant" in str(cause):
-        return "it computes with a fixed number of pictures, which x.shape[0], or -1 in a view, would leave open"
-    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)]
-    said = [re.sub(r"\s*(This is step \d/\d|See the stack trace|For more information).*", "", line)[:300] for line in said]
-    return "; ".join(dict.fromkeys(filter(None, (line.strip(" .;") for line in said)))) or type(error).__name__
 
 
 def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], target: Target) -> None:

@@ -1,53 +1,17 @@
-"""Lint rules about the numbers: types, scales, zero points and axes that TensorRT's ONNX parser reads.
-
-A rule is a function from an Index to hits. The first line of its docstring is its public description.
-"""
+"""Lint rules about the numbers: types, scales, zero points and axes that a runtime reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
 from repfx.lower.onnx_index import DQ, Index, Layer, Q, arg, attribute, subgraphs
-
-
-class Hit(NamedTuple):
-    """A place that breaks a rule. `severity` and `cure`: where they are not the rule's own."""
-
-    node: NodeProto | str
-    message: str
-    severity: str = ""
-    cure: str = ""
-
-
-class Rule(NamedTuple):
-    """`severity`: E the build fails or the numbers are wrong, W slow or inaccurate, I worth knowing."""
-
-    severity: str
-    description: str
-    cure: str
-    find: Callable[[Index], Iterator[Hit]]
-
-
-REGISTRY: dict[str, Rule] = {}
-
-
-def rule(
-    name: str, severity: str, cure: str
-) -> Callable[[Callable[[Index], Iterator[Hit]]], Callable[[Index], Iterator[Hit]]]:
-    """Registers a rule under its id."""
-
-    def enter(find: Callable[[Index], Iterator[Hit]]) -> Callable[[Index], Iterator[Hit]]:
-        REGISTRY[name] = Rule(severity, (find.__doc__ or "").strip().splitlines()[0], cure, find)
-        return find
-
-    return enter
-
+from repfx.lower.rulebook import ONNXRUNTIME, OPENVINO, SLOW_ELSEWHERE, TENSORRT, Hit, everywhere, rule
 
 _TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)  # 23: FLOAT4E2M1, not in older onnx
+_BYTES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 _BETWEEN = frozenset(
     {
         *("Clip", "Cast", "Reshape", "Transpose", "Min", "Max", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad"),
@@ -74,7 +38,7 @@ def _per_channel(index: Index, node: NodeProto) -> bool:
     return (index.size(arg(node, 1)) or 1) > 1
 
 
-@rule("Q00", "E", "quantize before the export and keep the Q/DQ nodes in it")
+@rule("Q00", everywhere("E"), "quantize before the export and keep the Q/DQ nodes in it")
 def nothing_quantized(index: Index) -> Iterator[Hit]:
     """The graph holds at least one QuantizeLinear, or integer constants with DequantizeLinear."""
     constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
@@ -86,7 +50,7 @@ def nothing_quantized(index: Index) -> Iterator[Hit]:
         message = f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so nothing was checked"
         yield Hit(where, message, cure="export without control flow, or check each branch as a file of its own")
     else:
-        yield Hit(where, "holds no Q/DQ: an engine of it is not INT8")
+        yield Hit(where, "holds no Q/DQ: nothing in it runs in integers")
 
 
 def _quantized_inside(node: NodeProto) -> bool:
@@ -94,7 +58,7 @@ def _quantized_inside(node: NodeProto) -> bool:
     return any(n.op_type in (Q, DQ) or _quantized_inside(n) for n in inner)
 
 
-@rule("Q01", "E", "quantize symmetrically: TensorRT has no zero points")
+@rule("Q01", {TENSORRT: "E"}, "quantize symmetrically: TensorRT has no zero points")
 def zero_points_are_zero(index: Index) -> Iterator[Hit]:
     """Every zero point is all zeros."""
     for node in _formats(index):
@@ -103,16 +67,19 @@ def zero_points_are_zero(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"zero point {zero.ravel()[np.argmax(zero.ravel() != 0)]} is not 0")
 
 
-@rule("Q02", "E", "quantize to int8 with a constant zero point")
-def zero_points_are_int8(index: Index) -> Iterator[Hit]:
-    """The zero point is an int8 constant (or of another type that TensorRT has, such as float8e4m3fn)."""
+@rule("Q02", SLOW_ELSEWHERE, "quantize to int8 with a constant zero point")
+def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
+    """The zero point is constant and of a type that has integer layers: int8, uint8 too where it is not for TensorRT."""
     for node in _formats(index):
         name = arg(node, 2)
         kind = index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
         if name and name not in index.fixed:
             yield Hit(node, f"zero point {name} is computed, not constant")
         elif kind and kind not in _TYPES:
-            yield Hit(node, f"codes are {_type_name(kind)}, which the parser rejects or reads as int8")
+            yield Hit(node, f"codes are {_type_name(kind)}, which the parser rejects or reads as int8", {TENSORRT: "E"})
+        if kind and kind not in _BYTES:
+            elsewhere = {ONNXRUNTIME: "W", OPENVINO: "W"}
+            yield Hit(node, f"codes are {_type_name(kind)}, for which there are no integer layers", elsewhere)
 
 
 def _codes(index: Index, node: NodeProto) -> int:
@@ -120,7 +87,7 @@ def _codes(index: Index, node: NodeProto) -> int:
     return index.type(arg(node, 0)) if node.op_type == DQ and arg(node, 0) in index.fixed else 0
 
 
-@rule("Q03", "W", "give QuantizeLinear an int8 zero point of zeros")
+@rule("Q03", {TENSORRT: "W"}, "give QuantizeLinear an int8 zero point of zeros")
 def zero_points_are_given(index: Index) -> Iterator[Hit]:
     """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT int8."""
     for node in index.quantizes:
@@ -128,14 +95,14 @@ def zero_points_are_given(index: Index) -> Iterator[Hit]:
             yield Hit(node, "has no zero point: uint8 in ONNX, int8 in TensorRT")
 
 
-@rule("Q04", "E", "write the scale as a positive constant: a scalar, or one a channel")
+@rule("Q04", everywhere("E"), "write the scale as a positive constant: a scalar, or one a channel")
 def scales_are_numbers(index: Index) -> Iterator[Hit]:
     """The scale is constant, finite, positive, and a scalar or 1-D of the axis's size."""
     for node in _formats(index):
         name = arg(node, 1)
         scale = index.value(name)
         if name not in index.fixed:
-            yield Hit(node, f"scale {name} is computed, not constant")
+            yield Hit(node, f"scale {name} is computed, not constant", SLOW_ELSEWHERE)
             continue
         if scale is None:
             continue
@@ -159,12 +126,12 @@ def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[H
     elif outside and scale.size != 1:
         yield Hit(node, f"{scale.size} scales for axis {axis} of a tensor of shape {shape}")
     elif scale.size == 1 and length != 1:
-        yield Hit(node, "scale has shape (1,), which breaks some fusions", "W", "write it as a scalar")
+        yield Hit(node, "scale has shape (1,), which breaks some fusions", {TENSORRT: "W"}, "write it as a scalar")
     elif length is not None and scale.size != length:
         yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
 
 
-@rule("Q05", "E", "use one scale for an activation")
+@rule("Q05", {TENSORRT: "E", ONNXRUNTIME: "W"}, "use one scale for an activation")
 def channels_of_constants_only(index: Index) -> Iterator[Hit]:
     """Only constants have a scale a channel."""
     for node in _formats(index):
@@ -172,9 +139,9 @@ def channels_of_constants_only(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"activation {arg(node, 0)} has {index.size(arg(node, 1))} scales")
 
 
-@rule("Q06", "E", "quantize the weight along its output channels, or per tensor")
+@rule("Q06", SLOW_ELSEWHERE, "quantize the weight along its output channels, or per tensor")
 def weight_axes(index: Index) -> Iterator[Hit]:
-    """Weight scales run along Conv's axis 0, the output axis of Gemm and MatMul, ConvTranspose's axis 0 (fragile)."""
+    """Weight scales run along Conv's axis 0 and the output axis of Gemm and MatMul; a ConvTranspose best has one scale."""
     for layer in index.layers:
         dq = index.dq(layer.weight) if layer.weight else None
         if dq is None or index.opset < 13 or not _per_channel(index, dq) or attribute(dq, "block_size", 0):
@@ -182,12 +149,24 @@ def weight_axes(index: Index) -> Iterator[Hit]:
         axis, wanted = _axis_at(index, layer, dq), _output_axis(index, layer)
         if axis is None or wanted is None:
             continue
-        if axis != wanted:
-            yield Hit(layer.node, f"{layer.node.op_type} weight is quantized along axis {axis}; axis {wanted} is needed")
-        elif layer.node.op_type == "ConvTranspose":
-            yield Hit(
-                layer.node, "ConvTranspose with a scale a channel is fragile", "W", "quantize per tensor, or leave in float"
-            )
+        kind = layer.node.op_type
+        if kind == "ConvTranspose":
+            yield from _transposed(layer.node, axis)
+        elif axis != wanted:
+            # ONNX Runtime does not run such a product at all
+            severity = {**SLOW_ELSEWHERE, ONNXRUNTIME: "E"} if kind == "MatMul" else None
+            yield Hit(layer.node, f"{kind} weight is quantized along axis {axis}; axis {wanted} is needed", severity)
+
+
+def _transposed(node: NodeProto, axis: int) -> Iterator[Hit]:
+    """A ConvTranspose with a scale a channel: TensorRT has it along axis 0, OpenVINO along axis 1."""
+    cure = "quantize per tensor, or leave in float"
+    if axis != 0:
+        yield Hit(node, f"ConvTranspose weight is quantized along axis {axis}; axis 0 is needed", {TENSORRT: "E"})
+    else:
+        yield Hit(node, "ConvTranspose with a scale a channel is fragile", {TENSORRT: "W"}, cure)
+    if axis != 1:
+        yield Hit(node, f"ConvTranspose with scales along axis {axis} runs in float", {OPENVINO: "W"}, cure)
 
 
 def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
@@ -219,9 +198,9 @@ def _output_axis(index: Index, layer: Layer) -> int | None:
     return 0
 
 
-@rule("Q07", "E", "export with opset 13 to 20")
+@rule("Q07", everywhere("E"), "export with opset 13 or later")
 def opsets(index: Index) -> Iterator[Hit]:
-    """The opset is 13 or later for scales a channel, and 20 at most for TensorRT 10.0 and 10.1."""
+    """The opset is 13 or later for scales a channel, for TensorRT 10.0 and 10.1 20 at most."""
     if index.opset < 13:
         for node in (*index.quantizes, *index.dequantizes):
             if _per_channel(index, node):
@@ -231,12 +210,12 @@ def opsets(index: Index) -> Iterator[Hit]:
         yield Hit(
             index.graph.name or "graph",
             f"opset {index.opset}: TensorRT 10.0 and 10.1 read 20 at most",
-            "I",
+            {TENSORRT: "I"},
             "export with opset 20 for those versions",
         )
 
 
-@rule("Q08", "E", "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)")
+@rule("Q08", {TENSORRT: "E"}, "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)")
 def biases_are_float(index: Index) -> Iterator[Hit]:
     """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float constants."""
     told = set()
@@ -250,7 +229,7 @@ def biases_are_float(index: Index) -> Iterator[Hit]:
             yield Hit(node, "dequantizes int32")
 
 
-@rule("Q09", "E", "let Q, or the integer constant, feed DQ directly")
+@rule("Q09", {TENSORRT: "E"}, "let Q, or the integer constant, feed DQ directly")
 def nothing_between(index: Index) -> Iterator[Hit]:
     """Nothing stands between a QuantizeLinear or an integer constant and its DequantizeLinear."""
     for dq in index.dequantizes:
@@ -263,15 +242,21 @@ def nothing_between(index: Index) -> Iterator[Hit]:
             yield Hit(dq, f"{node.op_type} stands between the codes and DequantizeLinear")
 
 
-@rule("Q22", "E", "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)")
+@rule("Q22", {TENSORRT: "E", OPENVINO: "W"}, "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)")
 def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
-    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator."""
+    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator, which ONNX Runtime alone runs well."""
     for node in index.graph.node:
-        if node.domain == "com.microsoft" or node.op_type in _INTEGER_OPS or node.op_type.startswith("QLinear"):
-            yield Hit(node, f"{node.domain + '.' if node.domain else ''}{node.op_type} is not known to TensorRT")
+        foreign, integer = node.domain == "com.microsoft", node.op_type in _INTEGER_OPS
+        if foreign or integer or node.op_type.startswith("QLinear"):
+            name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
+            yield Hit(node, f"{name} is not known to TensorRT", {TENSORRT: "E"})
+        if foreign:
+            yield Hit(node, f"com.microsoft.{node.op_type}: OpenVINO knows few operators of this domain", {OPENVINO: "W"})
+        elif integer:
+            yield Hit(node, f"{node.op_type} runs in float", {OPENVINO: "W"})
 
 
-@rule("Q24", "I", "give the builder an optimization profile with the smallest, usual and largest shape")
+@rule("Q24", {TENSORRT: "I"}, "give the builder an optimization profile with the smallest, usual and largest shape")
 def dynamic_inputs(index: Index) -> Iterator[Hit]:
     """An input with a dynamic dimension needs an optimization profile, or the build fails."""
     for info in index.graph.input:
@@ -281,7 +266,7 @@ def dynamic_inputs(index: Index) -> Iterator[Hit]:
             yield Hit(info.name, f"dynamic in dimension {where}: building without a profile is an error")
 
 
-@rule("Q25", "E", "give both the same scale")
+@rule("Q25", everywhere("E"), "give both the same scale")
 def one_scale_a_pair(index: Index) -> Iterator[Hit]:
     """A QuantizeLinear and its DequantizeLinear have one scale."""
     for dq in index.dequantizes:

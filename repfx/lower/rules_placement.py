@@ -1,4 +1,4 @@
-"""Lint rules about places: where Q and DQ stand, so that TensorRT fuses layers and keeps them in INT8."""
+"""Lint rules about places: where Q and DQ stand, so that a runtime fuses layers and keeps them in INT8."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from repfx.lower.onnx_index import DQ, IDENTITY, MOVES, WEIGHTED, Index, Layer, Q, arg, attribute, out
-from repfx.lower.rules import Hit, rule
+from repfx.lower.onnx_index import DQ, IDENTITY, MOVES, WEIGHTED, Index, Layer, Q, arg, attribute, called, out
+from repfx.lower.rulebook import ONNXRUNTIME, OPENVINO, SLOW_ELSEWHERE, TENSORRT, Hit, everywhere, rule
 
 _ACTIVATIONS = frozenset(
     {
@@ -37,7 +37,7 @@ def _conv_of(index: Index, name: str) -> NodeProto | None:
     return node if len([*index.readers(out(node), _LINEAR)]) == 1 else None
 
 
-@rule("Q10", "E", "put Q/DQ on both the activation and the weight, or on neither")
+@rule("Q10", SLOW_ELSEWHERE, "put Q/DQ on both the activation and the weight, or on neither")
 def both_or_neither(index: Index) -> Iterator[Hit]:
     """A layer with a weight has both its activation and its weight from DequantizeLinear, or neither."""
     for layer in index.layers:
@@ -47,7 +47,7 @@ def both_or_neither(index: Index) -> Iterator[Hit]:
             yield Hit(layer.node, f"the {has} is quantized and the {lacks} is not")
 
 
-@rule("Q11", "W", "quantize after the activation, not before")
+@rule("Q11", {TENSORRT: "W"}, "quantize after the activation, not before")
 def nothing_after_conv(index: Index) -> Iterator[Hit]:
     """No Q/DQ between a layer with a weight and its batch norm, activation or bias."""
     for q in index.quantizes:
@@ -61,7 +61,7 @@ def nothing_after_conv(index: Index) -> Iterator[Hit]:
                     yield Hit(q, f"stands between {made.op_type} and {after.op_type}, which then do not fuse")
 
 
-@rule("Q12", "I", "merge it into a neighbour, if the model has one")
+@rule("Q12", everywhere("I"), "merge it into a neighbour, if the model has one")
 def lone_batch_norms(index: Index) -> Iterator[Hit]:
     """A batch norm that is not directly after a convolution is a layer of its own."""
     for node in index.nodes:
@@ -72,7 +72,7 @@ def lone_batch_norms(index: Index) -> Iterator[Hit]:
             yield Hit(node, "BatchNormalization is not directly after a convolution")
 
 
-@rule("Q13", "W", "put Q/DQ on the skip input of the Add and leave the convolution's output as it is")
+@rule("Q13", {TENSORRT: "W"}, "put Q/DQ on the skip input of the Add and leave the convolution's output as it is")
 def residual_adds(index: Index) -> Iterator[Hit]:
     """Of the inputs of a residual Add after a quantized convolution, exactly the other one is from DequantizeLinear."""
     for node in index.nodes:
@@ -112,9 +112,9 @@ def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
     yield from (list(g.values()) for g in groups.values() if len(g) > 1)
 
 
-@rule("Q14", "W", "merge the block into one convolution before quantizing (repfx.transform)")
+@rule("Q14", everywhere("W"), "merge the block into one convolution before quantizing (repfx.transform)")
 def unmerged_blocks(index: Index) -> Iterator[Hit]:
-    """No sum of several convolutions of one tensor: such a block was not merged, and TensorRT does not do it."""
+    """No sum of several convolutions of one tensor: such a block was not merged, and no runtime does it."""
     for node in index.nodes:
         if node.op_type not in ("Add", "Sum"):
             continue
@@ -125,7 +125,7 @@ def unmerged_blocks(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"sums {len(convs)} convolutions of one tensor ({names})")
 
 
-@rule("Q15", "I", "let one quantizer serve all readers")
+@rule("Q15", everywhere("I"), "let one quantizer serve all readers")
 def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
     """A tensor is quantized with one scale, whoever reads it."""
     groups: dict[str, list[NodeProto]] = defaultdict(list)
@@ -140,21 +140,25 @@ def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
             yield Hit(name, f"is quantized with {len(scales)} different scales")
 
 
-@rule("Q16", "W", "quantize every input of the Concat with one common scale, or none")
+@rule("Q16", everywhere("W"), "quantize every input of the Concat with one common scale, or none")
 def concats(index: Index) -> Iterator[Hit]:
-    """The inputs of a Concat are all quantized with one scale, or none is."""
+    """The inputs of a Concat are all quantized with one scale, or none is; ONNX Runtime wants its output quantized too."""
     for node in index.nodes:
         inputs = [i for i in node.input if i and i not in index.fixed]
         if node.op_type != "Concat" or not inputs:
             continue
         found = [d for i in inputs if (d := index.dq(i)) is not None]
+        direct = any(n.op_type in WEIGHTED for n in index.readers(out(node), MOVES))
         if found and len(found) < len(inputs):
-            yield Hit(node, f"{len(found)} of {len(inputs)} inputs are quantized")
+            yield Hit(node, f"{len(found)} of {len(inputs)} inputs are quantized", {TENSORRT: "W"})
         elif any(not index.one_scale(found[0], d) for d in found[1:]):
-            yield Hit(node, "inputs are quantized with different scales")
+            severity = {TENSORRT: "W", OPENVINO: "W"} if direct else {TENSORRT: "W"}
+            yield Hit(node, "inputs are quantized with different scales", severity)
+        if found and direct:
+            yield Hit(node, "a layer reads it as it is", {ONNXRUNTIME: "W"}, "quantize what the Concat gives as well")
 
 
-@rule("Q17", "W", "put Q/DQ before the pool, and after it only for an average")
+@rule("Q17", {TENSORRT: "W"}, "put Q/DQ before the pool, and after it only for an average")
 def pools(index: Index) -> Iterator[Hit]:
     """An average pool before a Q is fed by DequantizeLinear; a max pool is quantized before and not after."""
     for node in index.nodes:
@@ -186,7 +190,7 @@ def _spatial_mean(index: Index, node: NodeProto) -> bool:
     return len(shape) > 2 and {a % len(shape) for a in axes} == set(range(2, len(shape)))
 
 
-@rule("Q18", "W", "remove one of the two quantizers")
+@rule("Q18", everywhere("W"), "remove one of the two quantizers")
 def no_dq_to_q(index: Index) -> Iterator[Hit]:
     """No DequantizeLinear directly before a QuantizeLinear."""
     for q in index.quantizes:
@@ -195,7 +199,7 @@ def no_dq_to_q(index: Index) -> Iterator[Hit]:
             yield Hit(q, "quantizes what was dequantized just before")
 
 
-@rule("Q19", "W", "use a multiple of 4 channels a group, or leave the layer in float")
+@rule("Q19", {TENSORRT: "W"}, "use a multiple of 4 channels a group, or leave the layer in float")
 def grouped_convs(index: Index) -> Iterator[Hit]:
     """A quantized grouped convolution has a multiple of 4 channels a group; depthwise ones are exempt."""
     for layer in index.layers:
@@ -208,7 +212,7 @@ def grouped_convs(index: Index) -> Iterator[Hit]:
             yield Hit(layer.node, f"{groups} groups of {inputs} input and {outputs} output channels")
 
 
-@rule("Q20", "W", "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)")
+@rule("Q20", {TENSORRT: "W"}, "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)")
 def float32_islands(index: Index) -> Iterator[Hit]:
     """In a file without FP16, layers that are not quantized run in FP32, as strong typing takes the file's types."""
     if not index.quantizes and not index.dequantizes:
@@ -221,10 +225,34 @@ def float32_islands(index: Index) -> Iterator[Hit]:
         yield Hit(plain[0].node, f"{len(plain)} of {len(index.layers)} layers run in FP32, {first} the first")
 
 
-@rule("Q21", "W", "leave the graph's outputs in float")
+@rule("Q21", {TENSORRT: "W"}, "leave the graph's outputs in float")
 def outputs_are_float(index: Index) -> Iterator[Hit]:
     """No Q/DQ directly on an output of the graph."""
     for name in index.outputs:
         made = index.maker(name, MOVES)
         if made is not None and made.op_type in (Q, DQ):
             yield Hit(name, f"{made.op_type} makes this output of the graph")
+
+
+@rule("Q26", {ONNXRUNTIME: "W"}, "quantize what the layer gives, to uint8 with zero point 0 where that is after a ReLU")
+def onnxruntime_gives_codes(index: Index) -> Iterator[Hit]:
+    """What a quantized convolution gives is quantized at once, or after a ReLU that rounding does, if it is no output."""
+    for layer in index.layers:
+        y = out(layer.node)
+        if layer.node.op_type != "Conv" or not _quantized(index, layer) or y in index.outputs:
+            continue
+        floats = [n for n in index.readers(y) if n.op_type != Q and not _rounded_away(index, n)]
+        if floats:
+            yield Hit(layer.node, f"gives floats to {called(floats[0])}, which no integer kernel does: it runs in float")
+
+
+def _rounded_away(index: Index, node: NodeProto) -> bool:
+    """Whether it is a ReLU or Clip that makes an output, or stands before a Q whose zero point is its least code."""
+    qs = list(index.readers(out(node)))
+    fine = out(node) in index.outputs or (bool(qs) and all(q.op_type == Q and _from_zero(index, q) for q in qs))
+    return node.op_type in ("Relu", "Clip") and fine
+
+
+def _from_zero(index: Index, q: NodeProto) -> bool:
+    zero = index.value(arg(q, 2)) if arg(q, 2) else np.zeros((), np.uint8)
+    return zero is not None and zero.dtype.kind in "iu" and bool(np.all(zero == np.iinfo(zero.dtype).min))

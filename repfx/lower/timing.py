@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repfx.errors import InputError
+from repfx.lower.isa import running
 from repfx.lower.kernels import Kernels, kernels
 from repfx.lower.onnx import lower
 from repfx.lower.runtimes import session
@@ -43,12 +44,13 @@ class Bench:
 
     rows: tuple[Timing, ...]
     batch: int
+    cpu: str = ""
 
     def json(self) -> str:
-        return json.dumps({"batch": self.batch, "milliseconds": [asdict(r) for r in self.rows]}, indent=1)
+        return json.dumps({"batch": self.batch, "cpu": self.cpu, "milliseconds": [asdict(r) for r in self.rows]}, indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"milliseconds a batch of {self.batch}, runs in turn")
+        table = Table(title=f"milliseconds a batch of {self.batch}, runs in turn", caption=self.cpu)
         for name in ("form", "runtime"):
             table.add_column(name)
         for name in ("median", "fastest..slowest", "over float there", "layers in integers"):
@@ -110,4 +112,4 @@ def bench(
         Timing(form, runtime, statistics.median(t), min(t), max(t), layers.get((form, runtime)))
         for (form, runtime), t in times.items()
     ]
-    return Bench(tuple(rows), len(x))
+    return Bench(tuple(rows), len(x), running())
