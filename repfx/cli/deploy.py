@@ -19,8 +19,7 @@ from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
 from repfx.errors import InputError
 from repfx.graph.store import write_whole
-from repfx.lower import half
-from repfx.lower.check import NAMES, checked, on_each
+from repfx.lower.check import NAMES, checked, on_each, reference
 from repfx.lower.engine import Profile, build
 from repfx.lower.isa import chosen
 from repfx.lower.kernels import kernels
@@ -70,11 +69,11 @@ def lower(
     artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16, dynamic=dynamic)
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
-    reference = half.constants(net) if float16 else net
+    there, same = artifact.there, reference(net, target, float16)
     if openvino:
-        there = artifact.there or checked("openvino", reference, load(file), (example,), float16)
+        there = there or checked("openvino", same, load(file), (example,), float16)
         say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
-    for stop, found in on_each(stops, runtime, reference, load(file), (example,), float16):
+    for stop, found in on_each(stops, runtime, same, load(file), (example,), float16):
         say(f"{NAMES[runtime]} on {stop.name} against torch: {found}")
     if runtime in NAMES and _quantized(net):
         say(f"{NAMES[runtime]}: {kernels(runtime, file)}")

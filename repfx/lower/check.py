@@ -10,10 +10,19 @@ from torch import nn
 
 from repfx.errors import CheckError
 from repfx.lower import half
+from repfx.lower.biases import with_integer_biases
 from repfx.lower.isa import Isa
 from repfx.lower.parity import Parity, compare
+from repfx.quant import target_named
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def reference(model: nn.Module, target: str, float16: bool = False) -> nn.Module:
+    """The torch model with the constants that a file for this target holds: float16 ones, or integer biases."""
+    if float16:
+        return half.constants(model)
+    return with_integer_biases(model) if target_named(target).between == "all" else model
 
 
 def checked(
@@ -24,7 +33,7 @@ def checked(
     float16: bool = False,
     isa: Isa | None = None,
 ) -> Parity:
-    """The comparison in this runtime. `float16`: of a file in half precision, whose `model` has rounded constants.
+    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half precision.
 
     Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a float16 file in
     float32: what its operators give is not rounded.)
@@ -32,7 +41,7 @@ def checked(
     rounded = None
     if float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
-    found = compare(model, proto, args, runtime, rounded, isa)
+    found = compare(model, proto, args, runtime, rounded, None if isa is None else isa.session)
     if not found.agrees:
         where = NAMES[runtime] + ("" if isa is None else f" on {isa.name}")
         raise CheckError(f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}")

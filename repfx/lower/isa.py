@@ -48,26 +48,34 @@ class Isa:
     emulator: tuple[str, ...] = ()
 
     def session(self, runtime: str, model: onnx.ModelProto, optimize: bool = True) -> Session:
-        """A session of that runtime in a process of its own, started anew for each run.
+        """A session of that runtime in a process of its own, started anew for each run."""
+        return lambda inputs: self.run(runtime, [(model, optimize, inputs)])[0]
+
+    def run(self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, bool, Sequence[Tensor]]]) -> list[list[Tensor]]:
+        """What each file gives, (file, whether the session optimizes it, inputs), all in one process.
 
         Raises CheckError where the process ends without a result.
         """
+        with tempfile.TemporaryDirectory() as text:
+            folder = Path(text)
+            for i, (model, _, inputs) in enumerate(tasks):
+                at = folder / str(i)
+                at.mkdir()
+                onnx.save(model, at / "model.onnx")
+                np.savez(at / "inputs.npz", *(x.detach().cpu().numpy() for x in inputs))
+            files = [(str(i), optimize) for i, (_, optimize, _) in enumerate(tasks)]
+            (folder / "task.json").write_text(json.dumps({"runtime": runtime, "files": files}))
+            command = [*self.emulator, sys.executable, str(Path(sessions.__file__)), text]
+            ended = subprocess.run(command, env={**os.environ, **dict(self.variables)}, capture_output=True, text=True)
+            if ended.returncode:
+                said = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+                raise CheckError(f"{runtime} on {self.name} does not run the file: {said[-1][:300]}")
+            return [_tensors(folder / str(i) / "outputs.npz") for i in range(len(tasks))]
 
-        def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-            with tempfile.TemporaryDirectory() as text:
-                folder = Path(text)
-                onnx.save(model, folder / "model.onnx")
-                np.savez(folder / "inputs.npz", *(x.detach().cpu().numpy() for x in inputs))
-                (folder / "task.json").write_text(json.dumps({"runtime": runtime, "files": [["model.onnx", optimize]]}))
-                command = [*self.emulator, sys.executable, str(Path(sessions.__file__)), text]
-                ended = subprocess.run(command, env={**os.environ, **dict(self.variables)}, capture_output=True, text=True)
-                if ended.returncode:
-                    said = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-                    raise CheckError(f"{runtime} on {self.name} does not run the file: {said[-1][:300]}")
-                with np.load(folder / "0.npz") as held:
-                    return [torch.from_numpy(held[name]) for name in held.files]
 
-        return run
+def _tensors(path: Path) -> list[Tensor]:
+    with np.load(path) as held:
+        return [torch.from_numpy(held[name]) for name in held.files]
 
 
 def isas(runtime: str) -> list[Isa]:

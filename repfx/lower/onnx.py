@@ -29,7 +29,8 @@ from repfx.graph.running import describe, run_eval
 from repfx.graph.store import write_whole
 from repfx.graph.view import GraphView
 from repfx.lower import finish, half, older, sizes
-from repfx.lower.check import checked
+from repfx.lower.biases import IntegerBias, WrittenBias
+from repfx.lower.check import checked, reference
 from repfx.lower.exporter import export
 from repfx.lower.parity import Parity
 from repfx.lower.runtimes import installed
@@ -93,8 +94,8 @@ def lower(
     for leaf in torch.utils._pytree.tree_leaves(result):
         if not (leaf is None or isinstance(leaf, Tensor)):
             raise InputError(f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}")
+    model = reference(model, target, float16)
     if float16:
-        model = half.constants(model)
         half.check_range(model, args)
     proto = _export(model, args, target, opset, float16, dynamic)
     try:
@@ -216,6 +217,8 @@ def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], 
     for node in list(graph.nodes):
         if target.between == "all" and node.target is F.linear:
             _split_bias(graph, node)
+        if isinstance(bias := view.modules.get(str(node.target)), IntegerBias):
+            module.add_submodule(str(node.target), WrittenBias(bias.codes, bias.scale))
         quant = quants.get(node)
         if quant is None:
             continue

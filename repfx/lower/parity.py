@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError, RepfxError
 from repfx.graph.running import run_eval
 from repfx.lower.finish import codes_name
-from repfx.lower.isa import Isa
 from repfx.lower.runtimes import Session, session
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, differences, worst
@@ -138,20 +137,19 @@ def compare(
     args: tuple[Tensor, ...],
     runtime: str = "onnxruntime",
     rounded: nn.Module | None = None,
-    isa: Isa | None = None,
+    opened: Callable[..., Session] | None = None,
 ) -> Parity:
     """Runs both on the same input and compares the output and the codes of every call of an activation quantizer.
 
-    `rounded`: for a file in float16, the model rounded to float16 after each operator. `isa`: an instruction set that the
-    runtime is made to stop at; the codes are then those of its optimized session.
+    `rounded`: for a file in float16, the model rounded to float16 after each operator. `opened`: what opens the
+    sessions, where they run elsewhere (`Isa.session`); the codes are then those of an optimized session.
     Raises MissingPart where the runtime is not installed, CheckError where it does not run the file, InputError where a
     quantizer is given NaN.
     """
     limits = LIMITS[rounded is not None]
-    exposed, steps = _expose(proto)
+    exposed, steps = expose(proto)
     outputs = len(proto.graph.output)
-    opened = session if isa is None else isa.session
-    reference = _run(opened, runtime, exposed, args, optimize=isa is not None)
+    reference = _run(opened or session, runtime, exposed, args, optimize=opened is not None)
     theirs = {
         name: (value.double() / step).round().to(torch.int16)
         for (name, step), value in zip(steps.items(), reference[outputs:], strict=True)
@@ -175,7 +173,7 @@ def compare(
     except Exception:  # a forward that asks for float32
         exact = _forced(model, args, theirs, judge)
     free = run_eval(rounded or model, args)
-    deployed = _run(opened, runtime, proto, args)
+    deployed = _run(opened or session, runtime, proto, args)
     before = after = None
     if any(isinstance(m, FakeQuant) for m in model.modules()):
         with _without_rounding(model):
@@ -193,7 +191,7 @@ def compare(
     )
 
 
-def _expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
+def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The file with what each DequantizeLinear of an activation gives as an output, and of each the name of the codes and
     the step. (Were the codes themselves outputs, OpenVINO would run other kernels.)"""
     exposed = onnx.ModelProto()

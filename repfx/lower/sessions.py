@@ -2,8 +2,8 @@
 
     python sessions.py FOLDER
 
-reads FOLDER/task.json and FOLDER/inputs.npz and writes what each file of the task gives, FOLDER/0.npz, 1.npz, ... It needs
-nothing of repfx and no torch, so that it starts quickly, also on a processor that is emulated.
+runs each file of FOLDER/task.json on inputs.npz beside it and writes what it gives as outputs.npz. It needs nothing of
+repfx and no torch, so that it starts quickly, also on a processor that is emulated.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ SESSIONS: dict[str, Callable[..., Run]] = {"onnxruntime": in_onnxruntime, "openv
 
 def main(folder: Path) -> None:
     task = json.loads((folder / "task.json").read_text())
-    held = np.load(folder / "inputs.npz")
-    inputs = [held[name] for name in held.files]
-    for i, (file, optimize) in enumerate(task["files"]):
-        outputs = SESSIONS[task["runtime"]](str(folder / file), optimize)(inputs)
-        np.savez(folder / f"{i}.npz", *outputs)
+    for place, optimize in task["files"]:
+        at = folder / place
+        held = np.load(at / "inputs.npz")
+        outputs = SESSIONS[task["runtime"]](str(at / "model.onnx"), optimize)([held[name] for name in held.files])
+        np.savez(at / "outputs.npz", *outputs)
 
 
 if __name__ == "__main__":
