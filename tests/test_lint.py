@@ -462,6 +462,12 @@ def test_an_unknown_target_names_the_known_ones() -> None:
         lint(clean(), "coreml")
 
 
+def test_what_makes_an_output_need_not_give_codes() -> None:
+    d = Draft()
+    x = d.fq("x")
+    assert lint(d.model(d.conv(x), d.op("Relu", d.conv(x))), "onnxruntime") == []
+
+
 def test_onnxruntime_runs_in_float_what_q26_says(tmp_path: Path) -> None:
     """A convolution before a ReLU, one code type at a time: in integers only where rounding does the ReLU."""
     for dtype, zero in ((np.int8, 0), (np.int8, -128), (np.uint8, 128), (np.uint8, 0)):
