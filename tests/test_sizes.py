@@ -93,8 +93,10 @@ FIXED = {
     r"the model fixes height and width, it takes \(2, 3, 16, 16\) and nothing larger": torch.flatten,
     r"the model fixes the width of its input x, 16": lambda y: y + torch.ones(16),
     r"for inputs of \(1, 3, 80, 80\) .*different shapes": lambda y: F.adaptive_avg_pool2d(y, 4),
-    r"for inputs of \(1, 3, 80, 80\) the file computes something else": lambda y: y if y.shape[2] < 40 else -y,
-    r"for inputs of \(1, 3, 17, 19\) the file computes something else": lambda y: y if y.shape[2] % 2 == 0 else -y,
+    r"for inputs of \(1, 3, 80, 80\) .* does not compute what the model computes": lambda y: y if y.shape[2] < 40 else -y,
+    r"for inputs of \(1, 3, 17, 19\) .* does not compute what the model computes": lambda y: (
+        y if y.shape[2] % 2 == 0 else -y
+    ),
 }
 
 
