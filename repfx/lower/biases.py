@@ -9,7 +9,6 @@ file says and what the torch model, with the same biases, is compared with.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,37 +45,56 @@ class WrittenBias(IntegerBias):
 
 
 def with_integer_biases(model: nn.Module) -> nn.Module:
-    """A copy whose quantized convolutions have such biases. One that 32 bits do not hold stays in float."""
+    """A copy whose quantized convolutions have such biases, and weights whose steps are large enough for these.
+
+    The steps of a channel whose weights are tiny beside its bias are made larger: 32 bits hold no more than 2^31 of the
+    products of two steps. A channel of zeros takes the smallest step of its layer.
+    """
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         view = GraphView(module)
-        for node in view.nodes:
-            bias = node.args[2] if node.target in CONVS.values() and len(node.args) > 2 else None
-            if isinstance(bias, fx.Node) and bias.op == "get_attr":
-                made = _of(view, node, view.tensor(str(bias.target)))
-                if made is not None:
-                    name = f"{node.name}_integer_bias"
-                    module.add_submodule(name, made)
-                    with module.graph.inserting_before(node):
-                        node.replace_input_with(bias, module.graph.call_module(name))
+        found = [(node, *parts) for node in view.nodes if (parts := _parts(view, node)) is not None]
+        for _, x, weight, bias, codes in found:
+            weight.set_scale(_large_enough(x.step, weight.step, bias, codes))
+        for node, x, weight, bias, _ in found:
+            scale = (x.step * weight.step).detach().expand(bias.shape).clone()
+            name = f"{node.name}_integer_bias"
+            module.add_submodule(name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale))
+            with module.graph.inserting_before(node):
+                node.args = (*node.args[:2], module.graph.call_module(name), *node.args[3:])
         module.recompile()
     return model
 
 
-def _of(view: GraphView, node: fx.Node, bias: Tensor) -> IntegerBias | None:
-    x, weight = _quantizer(view, node.args[0]), _quantizer(view, node.args[1])
-    if x is None or weight is None or not weight.of_weight:
+def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor, Tensor] | None:
+    """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight, the bias, the codes."""
+    if node.target not in CONVS.values() or len(node.args) < 3:
         return None
-    scale = (x.step * weight.step).detach().float().expand(bias.shape).clone()
-    codes = torch.round(bias.detach() / scale)
-    if not bool((codes.abs() < 2**31).all()):
+    given, coded, bias = (a if isinstance(a, fx.Node) else None for a in node.args[:3])
+    x, weight = _quantizer(view, given), _quantizer(view, coded)
+    held = coded.all_input_nodes[0] if coded is not None and coded.all_input_nodes else None
+    if x is None or weight is None or not weight.of_weight or held is None or bias is None:
         return None
-    return IntegerBias(codes.to(torch.int32), scale)
+    if held.op != "get_attr" or bias.op != "get_attr":
+        return None
+    codes = weight.codes(view.tensor(str(held.target))).detach()
+    return x, weight, view.tensor(str(bias.target)).detach(), codes
 
 
-def _quantizer(view: GraphView, value: Any) -> FakeQuant | None:
+def _large_enough(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
+    used = codes.flatten(1).abs().amax(1) > 0
+    most = 2**31 - 1 - 2**15 * codes[0].numel()  # less what the products add up to
+    least = bias.abs().double() / (x.double() * most)
+    steps = weight.double().expand(bias.shape)
+    zeros = steps[used].min() if bool(used.any()) else steps.min()
+    steps = torch.where(used, steps, zeros) if weight.dim() else steps
+    steps = torch.maximum(steps, least)
+    return (steps if weight.dim() else steps.max()).to(weight)
+
+
+def _quantizer(view: GraphView, value: fx.Node | None) -> FakeQuant | None:
     """The quantizer of a value, perhaps before it was moved."""
-    while isinstance(value, fx.Node):
+    while value is not None:
         module = view.modules.get(str(value.target)) if value.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module

@@ -13,6 +13,7 @@ from repfx.lower import half
 from repfx.lower.biases import with_integer_biases
 from repfx.lower.isa import Isa
 from repfx.lower.parity import Parity, compare
+from repfx.lower.runtimes import session
 from repfx.quant import target_named
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -32,8 +33,10 @@ def checked(
     args: tuple[Any, ...],
     float16: bool = False,
     isa: Isa | None = None,
+    deployed: bool = False,
 ) -> Parity:
-    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half precision.
+    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half precision. `deployed`: of
+    the codes of an optimized session.
 
     Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a float16 file in
     float32: what its operators give is not rounded.)
@@ -41,7 +44,8 @@ def checked(
     rounded = None
     if float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
-    found = compare(model, proto, args, runtime, rounded, None if isa is None else isa.session)
+    opened = isa.session if isa is not None else session if deployed else None
+    found = compare(model, proto, args, runtime, rounded, opened)
     if not found.agrees:
         where = NAMES[runtime] + ("" if isa is None else f" on {isa.name}")
         raise CheckError(f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}")

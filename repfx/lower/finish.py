@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx
 
 CALL = "repfx.quantizer"  # the exporter's note on a QuantizeLinear: which quantizer's call it is
@@ -59,3 +60,40 @@ def drop_unread(proto: onnx.ModelProto) -> None:
     kept = [t for t in proto.graph.initializer if t.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
+
+
+def keep_in_float(proto: onnx.ModelProto, every: bool) -> None:
+    """Writes the biases of layers whose weights are float, or of `every` layer, as sign(b) times |b|, the sign an integer.
+
+    ONNX Runtime rounds the weights of such a layer between two quantizers to int8, a tensor one scale, and in half
+    precision biases to integers of a step that float16 does not hold; not where the bias is an integer already.
+    """
+    held = {t.name: t for t in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") and (every or node.input[1] in held):
+            given = held.get(node.input[2]) if len(node.input) > 2 else None
+            if given is not None or (len(node.input) == 2 and node.input[1] in held and node.op_type != "Gemm"):
+                nodes.append(_signed_bias(proto, node, given, held))
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    drop_unread(proto)
+
+
+def _signed_bias(
+    proto: onnx.ModelProto, node: onnx.NodeProto, given: onnx.TensorProto | None, held: dict[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    if given is None:
+        weight = onnx.numpy_helper.to_array(held[node.input[1]])
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        width = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * groups
+        bias = np.zeros(width, weight.dtype)
+    else:
+        bias = onnx.numpy_helper.to_array(given)
+    name = f"{node.output[0]}.bias"
+    scale = np.where(bias == 0, np.ones_like(bias), np.abs(bias))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.sign(bias).astype(np.int32), f"{name}.sign"))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}.scale"))
+    node.input[2:] = [name]
+    return onnx.helper.make_node("DequantizeLinear", [f"{name}.sign", f"{name}.scale"], [name], name=name, axis=0)
