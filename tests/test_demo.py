@@ -21,4 +21,4 @@ def test_demo(tmp_path: Path) -> None:
     assert rows["ONNX INT8"].path.stat().st_size < 0.32 * rows["ONNX float"].path.stat().st_size
     assert all(r.milliseconds > 0 for r in rows.values())
     text = console.export_text()
-    assert "7 blocks merged" in text and "codes differ by one" in text and "ONNX INT8" in text
+    assert "7 blocks merged" in text and "codes differ on equal" in text and "ONNX INT8" in text

@@ -17,7 +17,7 @@ def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Block" in block)
     exec(compile(code, "README", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
-    assert "3 blocks merge, 0 left alone" in shown and "codes differ by one" in shown
+    assert "3 blocks merge, 0 left alone" in shown and "codes differ on equal inputs" in shown
     assert shown.rstrip().endswith("max abs 0, relative 0, SQNR inf dB")
     assert (tmp_path / "int8.onnx").exists()
 

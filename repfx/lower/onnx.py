@@ -229,7 +229,8 @@ def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], 
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
         if quant.of_weight:
-            holder._modules[name] = _Weight(quant, _constant(module, node.args[0], path))
+            holder._modules[name] = written = _Weight(quant, _constant(module, node.args[0], path))
+            _check_reach(written.codes, node, path, target)
             node.args = ()
         else:
             holder._modules[name] = activations[id(quant)]
@@ -238,6 +239,18 @@ def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], 
         if is_dead(node):
             graph.erase_node(node)
     module.recompile()
+
+
+def _check_reach(codes: Tensor, node: fx.Node, path: str, target: Target) -> None:
+    """Raises InputError where products of weights quantized for another target overflow on CPUs without VNNI."""
+    most = target.weight().high
+    groups = {u.args[6] for u in node.users if len(u.args) > 6}
+    depthwise = codes.dim() in (3, 4) and codes.shape[1] == 1 < codes.shape[0] and groups == {codes.shape[0]}
+    if not depthwise and codes.numel() and int(codes.abs().max()) > most:
+        raise InputError(
+            f"{path} has codes beyond {most}, whose products overflow on CPUs without VNNI: transform the model with "
+            f"target={target.name!r}, or lower it with target='{target.name}-vnni'"
+        )
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:

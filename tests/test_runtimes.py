@@ -1,0 +1,231 @@
+"""What the runtimes on a CPU compute: the file's numbers, in the session that is deployed, on every instruction set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repfx
+from repfx.lower.check import reference
+from repfx.lower.isa import Isa, chosen, isas, running
+from repfx.lower.kernels import kernels
+from repfx.lower.parity import Parity, compare
+from repfx.testing.random_net import random_net
+
+RUNTIMES = ("openvino", "onnxruntime")
+
+
+def made(net: nn.Module, x: Tensor, target: str, path: Path, spec: str = "ptq") -> tuple[nn.Module, Path]:
+    int8 = repfx.calibrate(repfx.transform(net.eval(), [spec], example=x, target=target), [x])
+    artifact = repfx.lower(int8, path / "int8.onnx", example=x, target=target)
+    assert artifact.there is not None and artifact.there.agrees
+    return int8, artifact.onnx
+
+
+def deployed(int8: nn.Module, file: Path, x: Tensor, target: str, isa: Isa | None = None) -> Parity:
+    runtime = target.partition("-")[0]
+    opened = None if isa is None else isa.session
+    return compare(reference(int8, target), onnx.load(file), (x,), runtime, opened=opened)
+
+
+class Adversary(nn.Module):
+    """Weights at the end of their range, neighbours of one sign, on inputs at the end of theirs."""
+
+    def __init__(self, signed: bool) -> None:
+        super().__init__()
+        self.signed = signed
+        self.one, self.two, self.three = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 8)
+        with torch.no_grad():
+            for m in (self.one, self.two, self.three):
+                m.weight.copy_(m.weight.sign() * (0.9 + 0.1 * torch.rand_like(m.weight)))
+                m.weight[0], m.weight[1] = m.weight[0].abs(), -m.weight[1].abs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x if self.signed else x.abs())
+        y = self.two(F.hardtanh(y, -40.0, 40.0) if self.signed else F.relu6(y))
+        return self.three((y if self.signed else F.relu(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_sums_that_16_bits_do_not_hold(runtime: str, signed: bool, tmp_path: Path) -> None:
+    """Right on each instruction set; full-range weights are wrong on those without VNNI, which shows that it is a test."""
+    torch.manual_seed(0)
+    net, x = Adversary(signed), torch.randn(2, 8, 9, 9).clamp(-1, 1).sign()
+    for target in (runtime, f"{runtime}-vnni"):
+        int8, file = made(net, x, target, tmp_path)
+        for isa in isas(runtime):
+            found = deployed(int8, file, x, target, isa)
+            vnni = target == runtime or "VNNI" in isa.name or isa.name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16")
+            vnni |= isa.name in ("AVX512_CORE_AMX", "SSE4.2 (emulated)")  # which adds in 32 bits too
+            assert found.agrees == vnni, f"{target} on {isa.name}: {found}"
+            assert found.sqnr > 100 or not vnni
+
+
+def test_what_targets_promise_of_weights() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=8)
+    )
+    reach = {}
+    for target in ("tensorrt", "openvino", "openvino-vnni", "onnxruntime", "onnxruntime-vnni"):
+        for spec in ("ptq", "repq(bn=frozen)"):
+            model = repfx.transform(net.eval(), [spec], target=target, example=torch.randn(2, 3, 9, 9))
+            layers = [m for m in model.modules() if hasattr(m, "of_weight") and m.of_weight]
+            reach[target, spec] = [m.grid.high for m in layers]
+    for (target, spec), found in reach.items():
+        reduced = target in ("openvino", "onnxruntime")
+        # each channel of a depthwise layer adds no neighbours; that with two outputs a channel does
+        assert found == ([64, 127, 64] if reduced else [127] * 3), (target, spec)
+
+
+def test_a_model_for_vnni_is_not_written_for_all(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    int8 = repfx.transform(nn.Conv2d(3, 8, 3).eval(), ["ptq"], example=x, target="openvino-vnni")
+    repfx.calibrate(int8, [x])
+    with pytest.raises(repfx.InputError, match=r"weight_quant.* beyond 64.*without VNNI.*target='openvino-vnni'"):
+        repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino")
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("seed", range(0, 40, 2))
+def test_random_nets(seed: int, runtime: str, tmp_path: Path) -> None:
+    net, x = random_net(seed + (runtime == "openvino"))
+    int8, file = made(net, x, runtime, tmp_path)  # raises where a code is wrong in the deployed session
+    found = deployed(int8, file, x, runtime)
+    assert found.before is not None and found.after is not None
+    assert found.after.sqnr > found.before.sqnr - 1, found
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_every_instruction_set(runtime: str, tmp_path: Path) -> None:
+    net, x = random_net(11)
+    int8, file = made(net, x, runtime, tmp_path)
+    for isa in isas(runtime):
+        if isa.name != "SSE41":  # where OpenVINO has no nearest resize, in float neither
+            assert deployed(int8, file, x, runtime, isa).agrees, isa.name
+
+
+def test_names_of_instruction_sets() -> None:
+    assert "AVX2" in running() or "AVX512" in running()
+    names = [isa.name for isa in isas("openvino")]
+    assert names[0] == "SSE41" and chosen("openvino", "all") == isas("openvino")
+    assert [isa.name for isa in chosen("openvino", "AVX2,SSE41")] == ["AVX2", "SSE41"]
+    with pytest.raises(repfx.InputError, match=r"unknown instruction set 'AVX9'.*SSE41"):
+        chosen("openvino", "AVX9")
+
+
+def test_a_process_that_fails_says_why() -> None:
+    proto = onnx.ModelProto()
+    with pytest.raises(repfx.CheckError, match="onnxruntime on here does not run the file: "):
+        Isa("here").session("onnxruntime", proto)((torch.zeros(1),))
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-9, 1e-7])
+def test_biases_that_products_cannot_reach(tiny: float, tmp_path: Path) -> None:
+    """Channels whose weights are tiny or zero: 32 bits hold no bias of 0.5 in steps of 1e-10, and zeros have no step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        net[2].weight[:4] *= tiny
+        net[2].bias[:4] = torch.tensor([0.5, -0.3, 0.123, 0.01])
+    int8, file = made(net, x, "onnxruntime", tmp_path)
+    found = deployed(int8, file, x, "onnxruntime")
+    fused = repfx.verify(net, int8, x)
+    assert found.after is not None and found.after.sqnr > fused.sqnr - 0.5 and found.sqnr > 100
+    assert kernels("onnxruntime", file).integers == 2  # all but the last, whose output is the model's
+
+
+class Islands(nn.Module):
+    """A layer in float between integers: a transposed convolution, and what `wide` leaves."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.one, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 2, 2, bias=bias)
+        self.wide, self.last = nn.Conv2d(8, 8, 3, bias=bias), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.up(F.relu(self.one(x))))
+        return self.last(F.relu(self.wide(y)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_in_float_stay_in_float(bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Islands(bias), torch.randn(4, 3, 12, 12)
+    int8, file = made(net, x, "onnxruntime", tmp_path, "ptq(wide=wide, wide_bits=32)")
+    found = deployed(int8, file, x, "onnxruntime")
+    assert found.agrees and found.sqnr > 45 and kernels("onnxruntime", file).integers == 1
+
+
+def test_float16_files_keep_their_biases(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(4, 3, 12, 12)
+    int8 = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target="onnxruntime"), [x])
+    parity = repfx.lower(int8, tmp_path / "half.onnx", example=x, target="onnxruntime", float16=True).parity
+    assert parity.agrees and parity.sqnr > 45
+
+
+class Padded(nn.Module):
+    """A padded average, and with `both` a layer, of what was concatenated."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.one, self.two, self.both = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), both
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(torch.cat([torch.tanh(self.a(x)), self.b(x)], 1), 3, 1, 1)
+        z = self.two(F.avg_pool2d(y, 3, 1, 1))
+        return z + self.one(y) if self.both else z
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_padded_averages_of_concatenations(both: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Padded(both), torch.randn(2, 3, 9, 9)
+    int8, file = made(net, x, "openvino", tmp_path)
+    assert deployed(int8, file, x, "openvino").sqnr > 40
+
+
+def reordered(y: Tensor, how: str) -> Tensor:
+    if how == "shuffle":
+        return y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+    return F.interpolate(y, scale_factor=2.0) if how == "resize" else torch.cat([y, y], 2) if how == "rows" else y[:, 2:]
+
+
+@pytest.mark.parametrize("how", ["shuffle", "resize", "rows", "part"])
+def test_concatenations_that_are_moved(how: str, tmp_path: Path) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.last = nn.Conv2d(6 if how == "part" else 8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(reordered(torch.cat([F.silu(self.a(x)), self.b(x)], 1), how))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    int8, file = made(Moved(), x, "openvino", tmp_path)
+    assert deployed(int8, file, x, "openvino").sqnr > 100
+
+
+def test_grouped_3d_convolutions_of_signed_values(tmp_path: Path) -> None:
+    """OpenVINO halves their weights on CPUs without VNNI: they stay in float, and the report says so."""
+    x = torch.randn(2, 4, 6, 6, 6)
+    net = nn.Sequential(nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=2)).eval()
+    for spec in ("ptq", "repq(bn=frozen)"):
+        model: Any = repfx.transform(net, [spec], example=x, target="openvino")
+        declined = [d for d in model.meta["repfx"].declined if "halves the weights" in d.reason]
+        assert [d.where for d in declined] == ["1"] and "openvino-vnni" in declined[0].cure
+        assert sum(hasattr(m, "of_weight") and m.of_weight for m in model.modules()) == 2
+        full: Any = repfx.transform(net, [spec], example=x, target="openvino-vnni")
+        assert not [d for d in full.meta["repfx"].declined if "halves the weights" in d.reason]
