@@ -22,6 +22,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.cli.inputs import real_input
 from repfx.cli.options import named, whole
+from repfx.lower.isa import isas, running
 
 FACTORY = """
 import torch
@@ -108,6 +109,7 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 0 and "nothing to complain of" in done.stdout, done.stdout
     done = run(folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json")
     assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
+    assert running() in done.stdout and json.loads((folder / "bench.json").read_text())["cpu"] == running()
     rows = json.loads((folder / "bench.json").read_text())["milliseconds"]
     forms = {(r["form"], r["runtime"]) for r in rows}
     assert forms >= {("train form", "torch"), ("merged", "torch"), ("INT8", "onnxruntime"), ("INT8", "openvino")}
@@ -271,8 +273,12 @@ def test_openvino_is_the_target_and_is_compared(folder: Path) -> None:
     x = torch.from_numpy(np.load(folder / "data.npy"))
     net = repfx.transform(repfx.load(folder / "net.pt"), ["ptq"], target="openvino")
     repfx.save(repfx.calibrate(net, [x]), folder / "ov.pt")
-    done = run(folder, "lower", "ov.pt", "--onnx", "--openvino", "--shape", "3,16,16", "-o", "ov.onnx")
+    done = run(folder, "lower", "ov.pt", "--onnx", "--openvino", "--shape", "3,16,16", "-o", "ov.onnx", "--isa", "all")
     assert done.returncode == 0 and "OpenVINO against torch: " in done.stdout, done.stderr
+    for isa in isas("openvino"):
+        assert f"OpenVINO on {isa.name} against torch: " in done.stdout
+    done = run(folder, "lower", "ov.pt", "--openvino", "--shape", "3,16,16", "-o", "bad.onnx", "--isa", "AVX9")
+    assert done.returncode == 2 and "SSE41" in done.stderr and not (folder / "bad.onnx").exists()
     done = run(folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.XML")
     assert done.returncode == 0 and (folder / "half.XML").exists(), done.stderr
     assert "OpenVINO in float32 against torch: " in done.stdout
