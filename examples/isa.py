@@ -77,15 +77,14 @@ def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> 
         files.append((name, reference(int8, target), proto, expose(proto)[0], x, run))
     native = Isa("as it is")
     for isa in [native, *isas(runtime)]:
-        tasks = [[(p, True, (x,)) for p in (exposed, proto)] for _, _, proto, exposed, x, _ in files]
+        tasks = [[(p, (x,)) for p in (exposed, proto)] for _, _, proto, exposed, x, _ in files]
         outputs = run_all(isa, runtime, tasks)
         for (name, int8, proto, _, x, run), given in zip(files, outputs, strict=True):
             head = {"group": group, "net": name, "target": target, "isa": isa.name, "cpu": running()}
             if given is None:
                 yield {**head, "runs": False}
                 continue
-            both = iter(given)
-            found = compare(int8, proto, (x,), runtime, opened=lambda *_, both=both, **__: lambda _: next(both))
+            found = compare(int8, proto, (x,), runtime, run=lambda *_, given=given: given)
             assert found.before is not None and found.after is not None
             quantizers = found.quantizers.values()
             yield {
@@ -98,7 +97,7 @@ def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> 
 def run_all(isa: Isa, runtime: str, tasks: list[list[Any]]) -> list[list[list[Tensor]] | None]:
     """What each net's two files give; None where the runtime does not run it, as OpenVINO runs no resize on SSE4.1."""
     try:
-        flat = iter(isa.run(runtime, [task for pair in tasks for task in pair]))
+        flat = iter(isa.run_all(runtime, [task for pair in tasks for task in pair]))
         return [[next(flat), next(flat)] for _ in tasks]
     except repfx.CheckError:
         return [None] if len(tasks) == 1 else [run_all(isa, runtime, [pair])[0] for pair in tasks]

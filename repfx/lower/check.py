@@ -12,8 +12,7 @@ from repfx.errors import CheckError
 from repfx.lower import half
 from repfx.lower.biases import with_integer_biases
 from repfx.lower.isa import Isa
-from repfx.lower.parity import Parity, compare
-from repfx.lower.runtimes import session
+from repfx.lower.parity import Parity, as_deployed, compare
 from repfx.quant import target_named
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -44,8 +43,7 @@ def checked(
     rounded = None
     if float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
-    opened = isa.session if isa is not None else session if deployed else None
-    found = compare(model, proto, args, runtime, rounded, opened)
+    found = compare(model, proto, args, runtime, rounded, isa.run if isa else as_deployed if deployed else None)
     if not found.agrees:
         where = NAMES[runtime] + ("" if isa is None else f" on {isa.name}")
         raise CheckError(f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}")

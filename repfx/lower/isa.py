@@ -23,7 +23,6 @@ from torch import Tensor
 
 from repfx.errors import CheckError, InputError, unknown
 from repfx.lower import sessions
-from repfx.lower.runtimes import Session
 
 # As oneDNN calls them, oldest first, with the capability of the CPU that each takes.
 _ONEDNN = {
@@ -47,24 +46,20 @@ class Isa:
     variables: tuple[tuple[str, str], ...] = ()
     emulator: tuple[str, ...] = ()
 
-    def session(self, runtime: str, model: onnx.ModelProto, optimize: bool = True) -> Session:
-        """A session of that runtime in a process of its own, started anew for each run."""
-        return lambda inputs: self.run(runtime, [(model, optimize, inputs)])[0]
+    def run(self, runtime: str, files: Sequence[onnx.ModelProto], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What the files give, all in one process. Raises CheckError where it ends without a result."""
+        return self.run_all(runtime, [(file, inputs) for file in files])
 
-    def run(self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, bool, Sequence[Tensor]]]) -> list[list[Tensor]]:
-        """What each file gives, (file, whether the session optimizes it, inputs), all in one process.
-
-        Raises CheckError where the process ends without a result.
-        """
+    def run_all(self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, Sequence[Tensor]]]) -> list[list[Tensor]]:
+        """The same with inputs for each file."""
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
-            for i, (model, _, inputs) in enumerate(tasks):
+            for i, (model, inputs) in enumerate(tasks):
                 at = folder / str(i)
                 at.mkdir()
                 onnx.save(model, at / "model.onnx")
                 np.savez(at / "inputs.npz", *(x.detach().cpu().numpy() for x in inputs))
-            files = [(str(i), optimize) for i, (_, optimize, _) in enumerate(tasks)]
-            (folder / "task.json").write_text(json.dumps({"runtime": runtime, "files": files}))
+            (folder / "task.json").write_text(json.dumps({"runtime": runtime, "files": len(tasks)}))
             command = [*self.emulator, sys.executable, str(Path(sessions.__file__)), text]
             ended = subprocess.run(command, env={**os.environ, **dict(self.variables)}, capture_output=True, text=True)
             if ended.returncode:

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError, RepfxError
 from repfx.graph.running import run_eval
 from repfx.lower.finish import codes_name
-from repfx.lower.runtimes import Session, session
+from repfx.lower.runtimes import session
 from repfx.quant import FakeQuant
 from repfx.rewrite.verify import Difference, differences, worst
+
+Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,24 @@ def compare(
     args: tuple[Tensor, ...],
     runtime: str = "onnxruntime",
     rounded: nn.Module | None = None,
-    opened: Callable[..., Session] | None = None,
+    run: Run | None = None,
 ) -> Parity:
     """Runs both on the same input and compares the output and the codes of every call of an activation quantizer.
 
-    `rounded`: for a file in float16, the model rounded to float16 after each operator. `opened`: what opens the
-    sessions, where they run elsewhere (`Isa.session`); the codes are then those of an optimized session.
+    `rounded`: for a file in float16, the model rounded to float16 after each operator. `run`: what runs the
+    files, both optimized, such as `Isa.run` or `as_deployed`; without it codes are those of a session that is not.
     Raises MissingPart where the runtime is not installed, CheckError where it does not run the file, InputError where a
     quantizer is given NaN.
     """
     limits = LIMITS[rounded is not None]
     exposed, steps = expose(proto)
     outputs = len(proto.graph.output)
-    reference = _run(opened or session, runtime, exposed, args, optimize=opened is not None)
+    try:
+        reference, deployed = (run or as_written)(runtime, [exposed, proto], args)
+    except RepfxError:
+        raise
+    except Exception as error:  # each runtime has exceptions of its own
+        raise CheckError(f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}") from error
     theirs = {
         name: (value.double() / step).round().to(torch.int16)
         for (name, step), value in zip(steps.items(), reference[outputs:], strict=True)
@@ -173,7 +180,6 @@ def compare(
     except Exception:  # a forward that asks for float32
         exact = _forced(model, args, theirs, judge)
     free = run_eval(rounded or model, args)
-    deployed = _run(opened or session, runtime, proto, args)
     before = after = None
     if any(isinstance(m, FakeQuant) for m in model.modules()):
         with _without_rounding(model):
@@ -272,15 +278,14 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _run(
-    opened: Callable[..., Session], runtime: str, proto: onnx.ModelProto, args: Sequence[Tensor], optimize: bool = True
-) -> list[Tensor]:
-    try:
-        return opened(runtime, proto, optimize)(args)
-    except RepfxError:
-        raise
-    except Exception as error:  # each runtime has exceptions of its own
-        raise CheckError(f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}") from error
+def as_written(runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What the files give: all but the last without optimizations, the last as it is deployed."""
+    return [session(runtime, f, optimize=f is files[-1])(args) for f in files]
+
+
+def as_deployed(runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What the files give in the runtime's own optimized session."""
+    return [session(runtime, f)(args) for f in files]
 
 
 def _tensors(value: Any) -> list[Tensor]:

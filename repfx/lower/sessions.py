@@ -2,7 +2,7 @@
 
     python sessions.py FOLDER
 
-runs each file of FOLDER/task.json on inputs.npz beside it and writes what it gives as outputs.npz. It needs nothing of
+runs FOLDER/0/model.onnx on inputs.npz beside it and writes what it gives as outputs.npz, and so on. It needs nothing of
 repfx and no torch, so that it starts quickly, also on a processor that is emulated.
 """
 
@@ -60,10 +60,9 @@ SESSIONS: dict[str, Callable[..., Run]] = {"onnxruntime": in_onnxruntime, "openv
 
 def main(folder: Path) -> None:
     task = json.loads((folder / "task.json").read_text())
-    for place, optimize in task["files"]:
-        at = folder / place
+    for at in (folder / str(i) for i in range(task["files"])):
         held = np.load(at / "inputs.npz")
-        outputs = SESSIONS[task["runtime"]](str(at / "model.onnx"), optimize)([held[name] for name in held.files])
+        outputs = SESSIONS[task["runtime"]](str(at / "model.onnx"))([held[name] for name in held.files])
         np.savez(at / "outputs.npz", *outputs)
 
 
