@@ -161,7 +161,7 @@ def test_what_counts_as_wrong() -> None:
 
 
 class Averages(nn.Module):
-    """Averages of four values: over half their step, every second one lies exactly between two codes."""
+    """Averages of four values: over 0.3 of their step, every sixth lies between two codes but for the last bit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Averages(nn.Module):
 def between_codes(tmp_path: Path) -> tuple[nn.Module, Tensor, onnx.ModelProto]:
     x = pictures(32, 2)
     model = int8(Averages(), x)
-    model.get_submodule("head.input_quant").set_scale(model.get_submodule("mean.input_quant").scale / 2)
+    model.get_submodule("head.input_quant").set_scale(model.get_submodule("mean.input_quant").scale * 0.3)
     return model, x, onnx.load(repfx.lower(model, tmp_path / "model.onnx", example=x).onnx)
 
 
@@ -192,7 +192,7 @@ def test_many_ties_are_no_error(tmp_path: Path) -> None:
     model, x, proto = between_codes(tmp_path)
     found = compare(model, after_average(proto, "Mul", 1 + 2**-22), (x,))  # as if it added in another order
     ties = found.quantizers["head.input_quant"]
-    assert found.agrees and ties.different > 0.1 * ties.codes and ties.largest == 1 and ties.wrong == 0
+    assert found.agrees and ties.different > 0.03 * ties.codes and ties.largest == 1 and ties.wrong == 0
     assert ", all ties; " in str(found)
 
 

@@ -21,28 +21,6 @@ _MOVES |= FLATTENS
 _RESIZES: set[Any] = {nn.Upsample, F.interpolate}
 _JOINS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack}
 
-# Moves that rounding is not taken across.
-_SHAPES: set[Any] = {
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "swapaxes",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-    "unflatten",
-}
-_SHAPES |= {torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.squeeze, torch.unsqueeze, torch.unflatten}
-_SHAPES |= {
-    aten.view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    nn.Unflatten,
-    nn.ChannelShuffle,
-}
-
 
 def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
@@ -78,14 +56,20 @@ def joins(view: GraphView, node: fx.Node) -> bool:
     return (isinstance(op, Sum) and op.kind == "concat") or kind_of(view, node) in _JOINS
 
 
-def joined(view: GraphView, value: fx.Node) -> fx.Node | None:
-    """The concatenation whose values this one holds, if any."""
+def moved_from(view: GraphView, value: fx.Node) -> fx.Node:
+    """The value that this one was before it was moved, up to a concatenation."""
     while not joins(view, value):
         inputs = view.data_inputs(value)
-        if len(inputs) != 1 or not (moves(view, value) or kind_of(view, value) in _SHAPES):
-            return None
+        if len(inputs) != 1 or not moves(view, value):
+            break
         (value,) = inputs
     return value
+
+
+def joined(view: GraphView, value: fx.Node) -> fx.Node | None:
+    """The concatenation whose values this one holds, if any."""
+    value = moved_from(view, value)
+    return value if joins(view, value) else None
 
 
 def readers(view: GraphView, value: fx.Node) -> list[fx.Node]:

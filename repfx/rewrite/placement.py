@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from repfx.graph.ops import Map, Sum
+from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Target
 from repfx.rewrite.formats import pads_average
-from repfx.rewrite.moves import FLATTENS, is_same, joined, kind_of, moves
+from repfx.rewrite.moves import FLATTENS, is_same, joined, kind_of, moved_from, moves
 
 aten = torch.ops.aten
 _AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
@@ -81,9 +82,8 @@ def find_places(
     """
     owner = inside or {}
     others = _skips_and_averages(view, layers)
-    if target.offset == "joined":  # a padded average and a layer want one concatenation in different codes
-        rounded = {joined(view, x) for n, x in [*layers.items(), *(p[:2] for p in others)] if not pads_average(view.ops[n])}
-        others = [p for p in others if not (pads_average(view.ops[p[0]]) and joined(view, p[1]) in rounded - {None})]
+    if target.offset == "joined":
+        others = _without_padded(view, layers, others)
     if target.between == "all":
         others += _stretches(view, convolutions)
     elif target.between == "joins":
@@ -94,6 +94,15 @@ def find_places(
         found = _before_moves(view, found, owner)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, _origins(view, found)
+
+
+def _without_padded(view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]) -> list[Place]:
+    """Leaves in float the padded averages of signed values that layers read too: these want them in other codes."""
+    padded = {node for node, _, _ in others if pads_average(view.ops[node])}
+    read = [*layers.values(), *(value for node, value, _ in others if node not in padded)]
+    shared = {moved_from(view, value) for value in read}
+    signed = {n for n, x, _ in others if n in padded and moved_from(view, x) in shared and not non_negative(view, x)}
+    return [place for place in others if place[0] not in signed]
 
 
 def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Place]:
