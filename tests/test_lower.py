@@ -217,8 +217,7 @@ def test_openvino_computes_what_the_file_says(seed: int, tmp_path: Path) -> None
     model, x = _without_biases(seed), torch.randn(4, 3, 32, 32)
     int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target="openvino"), [x])
     file = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino").onnx
-    found = compare(int8, onnx.load(file), (x,), "openvino")
-    assert all(q.largest <= 1 and q.different <= q.codes // 100 for q in found.quantizers.values()), found.wrong
+    assert compare(int8, onnx.load(file), (x,), "openvino").agrees
 
 
 def test_what_float16_cannot_hold(tmp_path: Path) -> None:
