@@ -214,6 +214,25 @@ def test_padded_averages_of_signed_values(both: bool, joined: bool, tmp_path: Pa
     assert deployed(int8, file, x, "openvino").sqnr > 40
 
 
+class Pooled(nn.Module):
+    """A signed value goes through a pool to convolutions whose outputs are concatenated: CSP stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(F.leaky_relu(self.stem(x), 0.1), 2)
+        return torch.cat([self.a(y).chunk(2, 1)[0], F.leaky_relu(self.b(y), 0.1)], 1)
+
+
+def test_a_pool_before_what_is_concatenated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Pooled(), torch.randn(4, 3, 18, 18)
+    int8, file = made(net, x, "openvino", tmp_path)
+    assert deployed(int8, file, x, "openvino").sqnr > 100
+
+
 def reordered(y: Tensor, how: str) -> Tensor:
     if how == "shuffle":
         return y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)

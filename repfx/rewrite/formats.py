@@ -1,8 +1,9 @@
 """Which integers a value is written in, where a runtime does not run all of them right on every CPU.
 
 OpenVINO moves the rounding of a concatenation to what goes into it. On a CPU without AMX it writes signed codes as unsigned
-ones around 128, and there it loses their scale on the way; codes that are around 128 from the start it leaves alone. An
-average pool that counts its padding takes the 0 it pads with for a code, so it must not read those.
+ones around 128, and there it loses their scale on the way, and so where signed codes go through a pool to convolutions
+whose outputs are concatenated. Codes that are around 128 from the start it leaves alone. An average pool that counts its
+padding takes the 0 it pads with for a code, so it must not read those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from repfx.algebra import Geometry
 from repfx.graph.ops import Map, Op
 from repfx.graph.view import GraphView
 from repfx.quant import Grid, Target
-from repfx.rewrite.moves import joined, joins, readers
+from repfx.rewrite.moves import joined, joins, moves, readers
 
 VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
@@ -24,7 +25,8 @@ def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -
         return False
     if target.offset == "all":
         return True
-    if joined(view, view.data_inputs(rounding)[0]) is None:
+    pooled = any(moves(view, n) for n in rounding.users)
+    if not pooled and joined(view, view.data_inputs(rounding)[0]) is None:
         return False
     # A part of a larger concatenation goes on in float there.
     return not all(joins(view, n) or pads_average(view.ops[n]) for n in readers(view, rounding))
