@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,9 @@ def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> 
     files = []
     for name, net, x in made:
         int8: Any = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target=target), [x])
-        path = Path("/tmp") / f"isa-{target}.onnx"
-        repfx.lower(int8, path, example=x, target=target)
-        run, proto = kernels(runtime, path), onnx.load(path)
+        with tempfile.TemporaryDirectory() as folder:
+            path = repfx.lower(int8, Path(folder) / "int8.onnx", example=x, target=target).onnx
+            run, proto = kernels(runtime, path), onnx.load(path)
         files.append((name, reference(int8, target), proto, expose(proto)[0], x, run))
     native = Isa("as it is")
     for isa in [native, *isas(runtime)]:
