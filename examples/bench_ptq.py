@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import QARepVGG
-from repfx.lower.timing import interleaved
+from repfx.lowering.runtimes.timing import interleaved
 
 METHODS = ("max", "percentile", "mse", "mae", "entropy")
 

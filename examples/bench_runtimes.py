@@ -24,9 +24,9 @@ from torch.optim.swa_utils import update_bn
 from zoo import timm
 
 import repfx
-from repfx.lower.kernels import kernels
-from repfx.lower.runtimes import installed, session
-from repfx.lower.timing import interleaved
+from repfx.lowering.runtimes.layers import kernels
+from repfx.lowering.runtimes.run import installed, session
+from repfx.lowering.runtimes.timing import interleaved
 from repfx.testing import randomise
 
 MODELS = (

@@ -17,8 +17,8 @@ from zoo import timm
 
 import repfx
 from repfx.blocks import ACNet
+from repfx.data import Pictures
 from repfx.passes import Expand, RepQ
-from repfx.tune import Pictures
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.check import reference
-from repfx.lower.isa import Isa, isas, running
-from repfx.lower.kernels import kernels
-from repfx.lower.parity import compare, expose
+from repfx.lowering.onnx.check import reference
+from repfx.lowering.onnx.parity import compare, expose
+from repfx.lowering.runtimes.isa import Isa, isas, running
+from repfx.lowering.runtimes.layers import kernels
 from repfx.testing.random_net import random_net, settle
 
 HERE = Path(__file__).parent

@@ -20,9 +20,9 @@ from rich.table import Table
 from zoo import timm
 
 import repfx
-from repfx.lower.kernels import kernels
-from repfx.lower.onnx_index import Index
-from repfx.lower.parity import compare
+from repfx.lowering.onnx.index import Index
+from repfx.lowering.onnx.parity import compare
+from repfx.lowering.runtimes.layers import kernels
 
 MODELS = (
     *("resnet18", "repvgg_a0", "repvgg_b1g4", "mobileone_s0", "mobilenetv2_100", "repghostnet_100", "fastvit_t8"),

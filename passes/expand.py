@@ -25,11 +25,11 @@ from repfx.graph.edit import free_path
 from repfx.graph.ops import Map
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
+from repfx.rewrite.as_kernel import Lifted, assign, lifted
 from repfx.rewrite.contract import Pass, Result, Stage, register
-from repfx.rewrite.fetch import in_float64
 from repfx.rewrite.kernel_of import kernel_of
-from repfx.rewrite.lift import Lifted, assign, lifted
 from repfx.rewrite.prove import TOLERANCE
+from repfx.rewrite.weights import in_float64
 from repfx.rewrite.work import Work, weight_of
 
 

@@ -22,10 +22,10 @@ from repfx.errors import Declined, unknown
 from repfx.graph.ops import Map
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
+from repfx.placement.between import find_places, spell_out
+from repfx.placement.formats import VNNI, why_float
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
-from repfx.rewrite.formats import VNNI, why_float
-from repfx.rewrite.placement import find_places, spell_out
 from repfx.rewrite.work import Work
 
 _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}

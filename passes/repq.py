@@ -27,12 +27,12 @@ from repfx.graph.ops import Map
 from repfx.graph.regions import Region
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
+from repfx.placement.between import find_places, spell_out
+from repfx.placement.formats import VNNI, why_float
 from repfx.quant import FakeQuant, Grid, search_scale
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
-from repfx.rewrite.formats import VNNI, why_float
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
-from repfx.rewrite.placement import find_places, spell_out
 from repfx.rewrite.program import program
 from repfx.rewrite.work import Names, Work
 

@@ -11,18 +11,20 @@ import torch
 from torch import fx, nn
 
 import repfx.passes  # noqa: F401  (registers the passes)
+from repfx.calibration import calibrate, reconstruct, sensitivity
+from repfx.capture.model import capture
+from repfx.capture.running import run_eval
 from repfx.errors import InputError
-from repfx.graph.capture import capture
-from repfx.graph.running import run_eval
-from repfx.graph.store import load, save, write_whole
-from repfx.lower import Artifact, Finding, lint, lower
-from repfx.report import Numbers, as_json, measure
-from repfx.report.write import write
+from repfx.files.store import load, save, write_whole
+from repfx.lowering import Artifact, Finding, lower
+from repfx.lowering.lint.findings import lint
+from repfx.reporting import Numbers, as_json, measure
+from repfx.reporting.page import write
 from repfx.rewrite.contract import Pass
+from repfx.rewrite.difference import Difference, difference
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
-from repfx.rewrite.verify import Difference, difference
-from repfx.tune import History, calibrate, fit, reconstruct, sensitivity
+from repfx.training import History, fit
 
 
 def transform(

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.graph.capture import capture
+from repfx.capture.model import capture
 from repfx.testing import assert_same, randomise
 
 

@@ -22,7 +22,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.cli.inputs import real_input
 from repfx.cli.options import named, whole
-from repfx.lower.isa import isas, running
+from repfx.lowering.runtimes.isa import isas, running
 
 FACTORY = """
 import torch
@@ -317,7 +317,7 @@ def test_a_missing_part_is_named(folder: Path) -> None:
 def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
     """The process is told to stop while the file is being written: the old file stays, and nothing lies beside it."""
     (folder / "slow.py").write_text(
-        "import signal, time, pathlib, repfx.graph.store as store\n"
+        "import signal, time, pathlib, repfx.files.store as store\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def slow(tensors, path, metadata=None):\n"
         "    pathlib.Path(path).write_bytes(b'half'); pathlib.Path('writing').touch(); time.sleep(60)\n"
@@ -341,7 +341,7 @@ def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
 def test_a_folder_of_pictures(folder: Path) -> None:
     from PIL import Image
 
-    from repfx.tune import Images
+    from repfx.data import Images
 
     pictures = folder / "pictures" / "cats"
     pictures.mkdir(parents=True)

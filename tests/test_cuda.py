@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 import repfx
 from repfx.blocks import ACNet, QARepVGG, RepVGG
+from repfx.calibration import activations as store
+from repfx.calibration import match_statistics
+from repfx.calibration.blockwise import Block, Run
 from repfx.cli.options import app
 from repfx.passes import Ptq
 from repfx.quant import METHODS, FakeQuant, Grid, Observer
 from repfx.quant.histogram import LARGE
 from repfx.testing import randomise
-from repfx.tune import match_statistics, store
-from repfx.tune.blockwise import Block, Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

@@ -19,9 +19,10 @@ import torch
 from onnx import TensorProto, helper
 
 from repfx.errors import CheckError, InputError, MissingPart
-from repfx.lower import bindings, engine, engine_run
-from repfx.lower.engine import Profile, build, latency, run, trtexec
-from repfx.lower.inspector import count_layers
+from repfx.lowering.tensorrt import bindings, engine
+from repfx.lowering.tensorrt import run as engine_run
+from repfx.lowering.tensorrt.engine import Profile, build, latency, run, trtexec
+from repfx.lowering.tensorrt.inspector import count_layers
 
 _SPEC = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).parent / "fake_tensorrt.py")
 assert _SPEC is not None and _SPEC.loader is not None

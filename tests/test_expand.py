@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import repfx
 from repfx.blocks import BLOCKS, MobileOne, RepVGG
 from repfx.passes import Expand
-from repfx.rewrite.lift import lift
+from repfx.rewrite.as_kernel import lift
 from repfx.testing import assert_same, randomise
 
 # in, out, kernel, stride, padding, dilation, groups

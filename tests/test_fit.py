@@ -24,9 +24,9 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.errors import CheckError, InputError
 from repfx.quant import FakeQuant
-from repfx.tune import PRESETS, Classification, CustomL2, fit
-from repfx.tune.order import source_of
-from repfx.tune.recipe import Recipe, optimizer_of, recipe
+from repfx.training import PRESETS, Classification, CustomL2, fit
+from repfx.training.recipe import Recipe, optimizer_of, recipe
+from repfx.training.shuffle import source_of
 
 HERE = Path(__file__).parent
 

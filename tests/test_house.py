@@ -14,11 +14,13 @@ import repfx
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors"},
-    {"algebra", "quant", "blocks"},
+    {"algebra", "quant", "blocks", "data"},
     {"graph"},
-    {"rewrite"},
-    {"passes", "tune", "lower"},
-    {"report"},
+    {"files"},
+    {"capture"},
+    {"rewrite", "placement"},
+    {"passes", "training", "calibration", "lowering"},
+    {"reporting"},
     {"api", "testing"},
     {"cli"},
 ]

@@ -13,10 +13,10 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.utils._pytree import tree_leaves
 
 import repfx
+from repfx.calibration.ranges import _activations
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid
 from repfx.testing import assert_same, random_block, randomise
-from repfx.tune.calibrate import _activations
 
 
 class Parts(nn.Module):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import repfx
 from repfx.algebra import KernelNorm
 from repfx.blocks import BLOCKS, DBB, ECB, ACNet, QARepVGG, RepVGG
+from repfx.calibration import match_statistics
 from repfx.errors import InputError
 from repfx.passes import RepQ
 from repfx.quant import Grid, search_scale
 from repfx.testing import assert_same, randomise
-from repfx.tune import match_statistics
 
 
 def classifier(*blocks: nn.Module, width: int = 8) -> nn.Module:

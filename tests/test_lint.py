@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.lower.kernels import kernels
-from repfx.lower.lint import RULES, Finding, lint
+from repfx.lowering.lint.findings import RULES, Finding, lint
+from repfx.lowering.runtimes.layers import kernels
 from repfx.testing import randomise
 
 Array = Any
-lint_module = sys.modules["repfx.lower.lint"]  # `repfx.lower.lint` is the function
+lint_module = sys.modules["repfx.lowering.lint.findings"]  # `repfx.lowering.lint.findings` is the function
 
 
 class Draft:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.lower.parity import compare
-from repfx.lower.runtimes import session
+from repfx.lowering.onnx.parity import compare
+from repfx.lowering.runtimes.run import session
 from repfx.testing import randomise
 
 
@@ -130,7 +130,7 @@ def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:
     repfx.lower(model, path, example=pictures(1), target="onnxruntime")
     for n in (1, 3, 8):
         (got,) = session("onnxruntime", onnx.load(path))((pictures(n),))
-        assert repfx.rewrite.verify.difference(model.eval()(pictures(n)), got).sqnr > 30
+        assert repfx.rewrite.difference.difference(model.eval()(pictures(n)), got).sqnr > 30
 
 
 def test_a_float_model_lowers_too(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_an_exported_program(tmp_path: Path) -> None:
     fixed, any_batch = (torch.export.export(model, (x,), dynamic_shapes=d) for d in (None, ({0: batch},)))
     for program in (fixed, any_batch):
         path = repfx.lower(program, tmp_path / "model.onnx", example=x).onnx
-        assert repfx.rewrite.verify.difference(model(x[:3]), session("onnxruntime", path)((x[:3],))).relative < 1e-4
+        assert repfx.rewrite.difference.difference(model(x[:3]), session("onnxruntime", path)((x[:3],))).relative < 1e-4
 
 
 class Odd(nn.Module):
@@ -357,7 +357,7 @@ def test_a_change_in_place_is_in_the_file(tmp_path: Path) -> None:
 
 def test_a_wrong_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight code off by one must not pass for rounding."""
-    lowering = importlib.import_module("repfx.lower.onnx")
+    lowering = importlib.import_module("repfx.lowering.onnx.lower")
     real = lowering._export
 
     def off_by_one(*args):

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower import older
-from repfx.lower.kernels import kernels
-from repfx.lower.lint import lint
-from repfx.lower.runtimes import session
+from repfx.lowering.lint.findings import lint
+from repfx.lowering.onnx import older
+from repfx.lowering.runtimes.layers import kernels
+from repfx.lowering.runtimes.run import session
 
 OLD = range(13, 18)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.parity import CodeDifference, Parity, compare
-from repfx.rewrite.verify import Difference, difference, differences
+from repfx.lowering.onnx.parity import CodeDifference, Parity, compare
+from repfx.rewrite.difference import Difference, difference, differences
 
 NAN, INF = math.nan, math.inf
 
@@ -125,7 +125,7 @@ def test_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = pictures()
     model = int8(Segmenter(), x)
     assert repfx.lower(model, tmp_path / "right.onnx", example=x).parity.agrees
-    lowering = importlib.import_module("repfx.lower.onnx")
+    lowering = importlib.import_module("repfx.lowering.onnx.lower")
     real = lowering._export
 
     def least(*args: object) -> onnx.ModelProto:
@@ -289,7 +289,7 @@ def test_int8_behind_a_pool_loads_in_every_opset(opset: int, tmp_path: Path) -> 
 
 
 def test_what_a_runtime_says_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parity = importlib.import_module("repfx.lower.parity")
+    parity = importlib.import_module("repfx.lowering.onnx.parity")
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL :\n  no such kernel")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.kernels import Kernels, kernels
+from repfx.lowering.runtimes.layers import Kernels, kernels
 from repfx.quant import FakeQuant
 from repfx.testing import randomise
 
@@ -424,7 +424,7 @@ def _onnx(path: Path) -> Any:
 
 
 def _in(runtime: str, path: Path) -> nn.Module:
-    from repfx.lower.runtimes import session
+    from repfx.lowering.runtimes.run import session
 
     class Run(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import repfx
 from repfx.blocks import ACNet, QARepVGG, RepVGG
 from repfx.blocks.repvgg import VARIANTS
 from repfx.testing import assert_same, randomise
-from repfx.tune.regularise import CustomL2
+from repfx.training.regularise import CustomL2
 
 # Batch norms left in a block that has all three branches, and in one without an identity.
 NORMS = {"S2": (2, 2), "S3": (1, 1), "S4": (2, 2), "S0": (3, 2), "Eq6": (3, 2), "S1": (3, 2)}

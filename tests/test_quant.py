@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.calibration import correct_biases
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
 from repfx.quant.histogram import LARGE
 from repfx.testing import assert_same, randomise
-from repfx.tune import correct_biases
 
 POWERS = {"mse": 2.0, "mae": 1.0}
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.calibration.learned import AdaRound
+from repfx.calibration.segments import Segment, segments
 from repfx.errors import InputError
-from repfx.graph.segments import Segment, segments
 from repfx.passes import Ptq
 from repfx.quant import Affine, FakeQuant, Grid, Observer
 from repfx.testing import randomise
-from repfx.tune.learn import AdaRound
 
 
 class Residual(nn.Module):
@@ -192,7 +192,7 @@ def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
 
 def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
-    code: Any = sys.modules["repfx.tune.blockwise"]
+    code: Any = sys.modules["repfx.calibration.blockwise"]
     learn = code.Run._learn
 
     def noted(self: Any, index: int, block: Any, rest: list[Any], share: float, *args: Any) -> Any:
@@ -225,7 +225,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypat
     on_disk = repfx.reconstruct(quantized(), x.split(10), **same, cache=tmp_path / "cache")
     assert all(torch.equal(v, on_disk.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not list((tmp_path / "cache").iterdir())
-    code: Any = sys.modules["repfx.tune.blockwise"]
+    code: Any = sys.modules["repfx.calibration.blockwise"]
     learn, calls = code.Run._learn, []
 
     def stops(self: Any, index: int, *args: Any) -> Any:

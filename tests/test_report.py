@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import repfx
 from repfx.blocks import QARepVGG, RepVGG
 from repfx.quant import FakeQuant
-from repfx.report import measure
+from repfx.reporting import measure
 from repfx.testing import randomise
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.biases import IntegerBias
-from repfx.lower.check import reference
-from repfx.lower.isa import Isa, chosen, isas, running
-from repfx.lower.kernels import kernels
-from repfx.lower.parity import Parity, as_deployed, compare
+from repfx.lowering.onnx.biases import IntegerBias
+from repfx.lowering.onnx.check import reference
+from repfx.lowering.onnx.parity import Parity, as_deployed, compare
+from repfx.lowering.runtimes.isa import Isa, chosen, isas, running
+from repfx.lowering.runtimes.layers import kernels
 from repfx.testing.random_net import random_net
 
 RUNTIMES = ("openvino", "onnxruntime")

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
+from repfx.calibration.activations import Rows
+from repfx.calibration.segments import LARGEST, Segment, segments
 from repfx.errors import InputError
-from repfx.graph.segments import LARGEST, Segment, segments
 from repfx.quant import FakeQuant
 from repfx.testing import random_block, randomise
-from repfx.tune.store import Rows
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
@@ -368,7 +368,7 @@ def test_what_blocks_share_is_learned_once(rounding: str, tmp_path: Path, monkey
             ours, theirs = mine(*ours), block(*theirs)
         off = float((ours[0] - theirs[0]).abs().mean())
         assert off == pytest.approx(said.after, rel=1e-4)  # no later block has changed it
-    run: Any = sys.modules["repfx.tune.blockwise"].Run
+    run: Any = sys.modules["repfx.calibration.blockwise"].Run
     learn, calls = run._learn, []
 
     def stops(self: Any, index: int, *args: Any) -> Any:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.runtimes import session
-from repfx.rewrite.verify import difference
+from repfx.lowering.runtimes.run import session
+from repfx.rewrite.difference import difference
 
 
 class Net(nn.Module):

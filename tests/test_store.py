@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.graph.exported import load_exported
+from repfx.capture.exported import load_exported
 from repfx.testing import assert_same, randomise
 
 
@@ -82,7 +82,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Path(args[1]).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("repfx.graph.store.save_file", interrupted)
+    monkeypatch.setattr("repfx.files.store.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         repfx.save(repfx.transform(RepVGG(3, 4, 3, padding=1), ["fuse"]), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]

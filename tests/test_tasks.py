@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import repfx
 from repfx.cli.main import app
+from repfx.data import Pairs, Pictures
 from repfx.errors import InputError
-from repfx.tune import Pairs, Pictures, SuperResolution, fit
-from repfx.tune.tasks import psnr
+from repfx.training import SuperResolution, fit
+from repfx.training.tasks import psnr
 
 
 def net() -> nn.Module:

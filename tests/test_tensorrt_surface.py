@@ -50,7 +50,7 @@ for holder, names in used.items():
         if not hasattr(getattr(trt, holder, None) if holder else trt, name):
             missing.append(f"{holder}.{name}".strip("."))
 sys.modules["tensorrt"] = trt
-from repfx.lower import bindings
+from repfx.lowering.tensorrt import bindings
 
 assert bindings.tensorrt() is trt
 log = bindings.log_of(trt)

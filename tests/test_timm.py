@@ -12,8 +12,8 @@ from torch import fx, nn
 
 import repfx
 from repfx.graph.view import GraphView
+from repfx.rewrite.difference import difference
 from repfx.rewrite.merge_regions import plan_merges
-from repfx.rewrite.verify import difference
 from repfx.testing import assert_same, randomise
 
 REPARAMETERIZABLE = [

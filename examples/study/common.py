@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import repfx
 from repfx.blocks.frame import ConvNorm, Frame
-from repfx.tune import Pictures
+from repfx.data import Pictures
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -22,7 +22,7 @@ from peers import in_runtime, nncf, onnxruntime
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.kernels import kernels
+from repfx.lowering.runtimes.layers import kernels
 
 OURS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "repfx max": (["ptq(weights=mse)"], {"method": "max"}),

@@ -24,7 +24,7 @@ from ptq import NETS
 from torch import Tensor, nn
 
 import repfx
-from repfx.lower.runtimes import session
+from repfx.lowering.runtimes.run import session
 from repfx.passes import Ptq
 
 

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 import repfx
 from repfx.blocks import ECB
+from repfx.data import Pairs
 from repfx.passes import RepQ
-from repfx.tune import Pairs, SuperResolution
+from repfx.training import SuperResolution
 
 
 class Plain(nn.Conv2d):

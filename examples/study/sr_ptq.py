@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import repfx
 from repfx.blocks import ECB
+from repfx.data import Pairs
 from repfx.passes import Ptq
-from repfx.tune import Pairs, SuperResolution
+from repfx.training import SuperResolution
 
 LAYERS = ["body.1", "body.3", "body.5", "body.7", "body.9"]  # where a block may end, each beside the skip
 MORE = {  # at 6 bits: cut, and whole with as many steps in all

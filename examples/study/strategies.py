@@ -14,8 +14,8 @@ from common import Accuracy, Results, calibration, command, mini, pictures, plai
 
 import repfx
 from repfx.blocks import ACNet, RepVGG
+from repfx.calibration import match_statistics
 from repfx.passes import RepQ
-from repfx.tune import match_statistics
 
 NETS = {"plain": plain, "repvgg": RepVGG, "acnet": ACNet}
 MODES = ("running", "batch", "estimate", "sampled")

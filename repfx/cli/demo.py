@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from repfx import api
 from repfx.blocks import RepVGG
+from repfx.data.packaged import digits
 from repfx.errors import InputError
-from repfx.tune.packaged import digits
 
 TARGET = "onnxruntime"
 

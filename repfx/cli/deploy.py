@@ -18,13 +18,13 @@ from repfx.cli.inputs import USUAL, random_input, real_input
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
 from repfx.errors import InputError
-from repfx.graph.store import write_whole
-from repfx.lower.check import NAMES, checked, on_each, reference
-from repfx.lower.engine import Profile, build
-from repfx.lower.isa import chosen
-from repfx.lower.kernels import kernels
-from repfx.lower.runtimes import installed, write_ir
-from repfx.lower.timing import bench as measure
+from repfx.files.store import write_whole
+from repfx.lowering.onnx.check import NAMES, checked, on_each, reference
+from repfx.lowering.runtimes.isa import chosen
+from repfx.lowering.runtimes.layers import kernels
+from repfx.lowering.runtimes.run import installed, write_ir
+from repfx.lowering.runtimes.timing import bench as measure
+from repfx.lowering.tensorrt.engine import Profile, build
 from repfx.quant import FakeQuant, target_named
 
 SHAPE = "Shape of one input without the batch, such as 3,32,32"

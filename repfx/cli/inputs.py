@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from repfx.cli.options import whole
+from repfx.data.folders import Images
 from repfx.errors import InputError
-from repfx.tune.data import Images
 
 USUAL = "3,224,224"
 

@@ -34,13 +34,13 @@ from repfx.cli.options import (
     say,
     split,
 )
+from repfx.data.folders import Images
 from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
 from repfx.rewrite.runner import Report
-from repfx.tune.data import Images
-from repfx.tune.recipe import PRESETS
-from repfx.tune.tasks import TASKS, SuperResolution, data_of, task_of
+from repfx.training.recipe import PRESETS
+from repfx.training.tasks import TASKS, SuperResolution, data_of, task_of
 
 
 @app.command()

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from repfx.api import load
+from repfx.capture.exported import is_exported, load_exported
 from repfx.errors import InputError
-from repfx.graph.exported import is_exported, load_exported
 
 _SAFE = (
     "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or package.module:factory with "

@@ -12,7 +12,7 @@ from rich.markup import escape
 from repfx import api
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, split
-from repfx.tune.data import Images
+from repfx.data.folders import Images
 
 
 @app.command()

@@ -4,7 +4,7 @@
     Sum(x, ..)  a weighted sum of values, their channels moved   add, sub, concat, slice, shuffle, permute
     Opaque      anything else, with the reason where it is one a person would want to know
 
-`repfx.graph.table` and `repfx.graph.modules` say which operator is which.
+`repfx.graph.table` and `repfx.graph.leaves` say which operator is which.
 """
 
 from __future__ import annotations

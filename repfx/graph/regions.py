@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from repfx.graph.naming import described
 from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
-from repfx.graph.words import described
 
 # A linear run longer than this is cut: the search in it is quadratic, and no convolution spans dozens of operators.
 LONGEST = 48

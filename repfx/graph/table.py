@@ -1,6 +1,6 @@
 """THE table: every spelling of an operator, as a function, a method or an aten overload, and its rule.
 
-Leaf modules have the other half, in `repfx.graph.modules`. A rule is a function with the operator's own signature, so
+Leaf modules have the other half, in `repfx.graph.leaves`. A rule is a function with the operator's own signature, so
 Python binds and defaults its arguments.
 """
 

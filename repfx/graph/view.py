@@ -16,11 +16,11 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.graph.calls import call
 from repfx.graph.effects import Writes, writes
+from repfx.graph.leaves import of_module
 from repfx.graph.modes import Mode
-from repfx.graph.modules import of_module
 from repfx.graph.ops import Op, Opaque, Ref
+from repfx.graph.run_node import call
 from repfx.graph.table import CALLS
 
 _RANDOM: tuple[str, ...] = ("rand", "dropout", "bernoulli", "poisson", "normal", "multinomial", "uniform", "exponential")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.algebra import CONVS, KernelNorm, Moments
-from repfx.graph.calls import call as run_node
 from repfx.graph.edit import CONV_LAYERS, drop_unreferenced, free_path, put_module, references
 from repfx.graph.effects import is_dead
+from repfx.graph.run_node import call as run_node
 from repfx.quant import FakeQuant
 from repfx.rewrite.contract import Merged
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from repfx.capture.model import capture, graphs
 from repfx.errors import Declined
-from repfx.graph.capture import capture, graphs
+from repfx.graph.naming import layer, operator
 from repfx.graph.view import GraphView
-from repfx.graph.words import layer, operator
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.rewrite.runner import as_args, require_convolutions
 from repfx.rewrite.work import Names

@@ -20,11 +20,11 @@ from torch import fx
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import Inexact
+from repfx.graph.naming import described, operator
 from repfx.graph.ops import Map, Sum
 from repfx.graph.regions import Region, nodes_between
 from repfx.graph.view import GraphView
-from repfx.graph.words import described, operator
-from repfx.rewrite.fetch import Fetch, drawn
+from repfx.rewrite.weights import Fetch, drawn
 
 _KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
 _TYPED = ("conv", "linear", "conv_transpose", "bn")  # what refuses an input that is not of its weights' type

@@ -21,10 +21,10 @@ from torch import fx
 from repfx.algebra import Geometry
 from repfx.errors import Declined, Inexact
 from repfx.graph.edit import uneven
+from repfx.graph.naming import described
 from repfx.graph.ops import Map, Op, Opaque
 from repfx.graph.regions import Region, Run, is_linear, is_value, region_of, run_to, why_alone
 from repfx.graph.view import GraphView
-from repfx.graph.words import described
 from repfx.rewrite.kernel_of import geometries
 
 Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts taken out

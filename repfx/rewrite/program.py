@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from repfx.algebra import Kernel, KernelNorm
+from repfx.capture.proxies import ConstantProxy
 from repfx.graph.edit import free_path
 from repfx.graph.ops import Map, Ref
-from repfx.graph.proxies import ConstantProxy
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Merge

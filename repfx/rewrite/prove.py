@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import CheckError
-from repfx.graph.calls import call
 from repfx.graph.ops import Ref
 from repfx.graph.regions import Region
+from repfx.graph.run_node import call
 from repfx.graph.view import GraphView
 
 # The one place for tolerances: largest difference over largest value, a dtype at a time.

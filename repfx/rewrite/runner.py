@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from repfx.capture.copying import own_tensors
+from repfx.capture.model import Captured, capture, graphs
+from repfx.capture.running import run_eval
 from repfx.errors import CheckError, Declined, InputError
-from repfx.graph.capture import Captured, capture, graphs
-from repfx.graph.copying import own_tensors
-from repfx.graph.running import run_eval
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
-from repfx.rewrite.verify import difference
+from repfx.rewrite.difference import difference
 from repfx.rewrite.work import Work
 
 

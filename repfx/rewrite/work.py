@@ -22,12 +22,12 @@ from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.contract import Merged, Result
-from repfx.rewrite.fetch import in_float64
 from repfx.rewrite.fold import fold_programs
 from repfx.rewrite.fold_affine import fold_affines
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.prove import prove
+from repfx.rewrite.weights import in_float64
 
 
 class Work:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repfx.testing.channels import size_kept
 from repfx.testing.convolutions import NORM, conv, plain_norm
-from repfx.testing.draft import Draft, Recipe, Unfit
+from repfx.testing.plan import Draft, Recipe, Unfit
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,

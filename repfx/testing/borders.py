@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.testing.convolutions import CONV, NORM, conv, per_axis, plain_norm
-from repfx.testing.draft import Draft, Recipe
 from repfx.testing.layers import PaddedBy, Sides, flat
+from repfx.testing.plan import Draft, Recipe
 
 ZERO_PAD: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
 CONSTANT_PAD: dict[int, Any] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}

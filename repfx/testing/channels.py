@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.testing.convolutions import NORM, again, conv, keeping, per_axis, plain_norm
-from repfx.testing.draft import Draft, Recipe, Unfit
+from repfx.testing.plan import Draft, Recipe, Unfit
 
 CATS: dict[str, Callable[..., Tensor]] = {
     "torch.cat(v, 1)": lambda *v: torch.cat(v, 1),

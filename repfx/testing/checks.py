@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from repfx.api import verify
+from repfx.rewrite.difference import difference
 from repfx.rewrite.prove import TOLERANCE
-from repfx.rewrite.verify import difference
 
 _STATEFUL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 

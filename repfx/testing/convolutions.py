@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.testing.draft import Draft, Recipe, Unfit
 from repfx.testing.layers import WEIGHTS, ChannelsLast, ComputedWeight, FunctionalNorm, RowNorm, Scale, Shift
+from repfx.testing.plan import Draft, Recipe, Unfit
 
 # A module of each number of axes.
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

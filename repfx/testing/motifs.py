@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.testing.convolutions import conv, keeping, per_axis, plain_norm
-from repfx.testing.draft import Draft, Recipe
+from repfx.testing.plan import Draft, Recipe
 
 SUMS: dict[str, Callable[..., Any]] = {
     "sum": lambda *v: sum(v),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repfx.testing.draft import Draft, Recipe
 from repfx.testing.layers import Scale, Shift
+from repfx.testing.plan import Draft, Recipe
 
 # A value v and a tensor w. The parts of w are in [0.5, 1.5).
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repfx.testing import bends, borders, channels, convolutions, motifs, operands
-from repfx.testing.draft import LARGEST, SMALLEST, Draft, Recipe, Unfit
+from repfx.testing.plan import LARGEST, SMALLEST, Draft, Recipe, Unfit
 
 FAMILIES = (convolutions, operands, channels, borders, bends, motifs)
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}

@@ -1,0 +1,9 @@
+"""After training: ranges from data, biases, learned rounding and what each layer costs. It changes no graph."""
+
+from repfx.calibration.biases import correct_biases
+from repfx.calibration.ranges import calibrate
+from repfx.calibration.reconstruction import reconstruct
+from repfx.calibration.sensitivities import Sensitivity, sensitivity
+from repfx.calibration.statistics import match_statistics
+
+__all__ = ["Sensitivity", "calibrate", "correct_biases", "match_statistics", "reconstruct", "sensitivity"]

@@ -1,0 +1,152 @@
+"""What of a block is learned, and the modules as they are while it is.
+
+step       s = s0 exp(t)                            t learned
+weight     straight through the rounding, or AdaRound (Nagel et al., 2020):
+           Q(W) = s clamp(floor(W / s) + h(v)),     h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1), in the end 0 or 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.calibration.segments import Segment
+from repfx.quant import Affine, FakeQuant
+
+
+class AdaRound(nn.Module):
+    """In the place of a weight's FakeQuant while it is learned which way each value rounds."""
+
+    is_graph_leaf = True
+
+    def __init__(self, quant: FakeQuant, weight: Tensor) -> None:
+        super().__init__()
+        self.grid, self.step = quant.grid, quant.grid.along(quant.step.detach(), weight)
+        u = weight.detach() / self.step
+        rest = (u - u.floor()).clamp(1e-3, 1 - 1e-3)
+        self.v = nn.Parameter(-torch.log(1.2 / (rest + 0.1) - 1))
+
+    def share(self) -> Tensor:
+        return (1.2 * torch.sigmoid(self.v) - 0.1).clamp(0, 1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return ((weight / self.step).floor() + self.share()).clamp(self.grid.low, self.grid.high) * self.step
+
+    def penalty(self, beta: float) -> Tensor:
+        """sum 1 - |2 h - 1|^beta: nothing where all are 0 or 1."""
+        return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
+
+    def settled(self, weight: Tensor) -> Tensor:
+        """The weight whose nearest codes are the ones that were learned."""
+        up = (self.share() >= 0.5).to(weight.dtype)
+        return ((weight / self.step).floor() + up).clamp(self.grid.low, self.grid.high) * self.step
+
+
+class Drop(nn.Module):
+    """In the place of an activation's FakeQuant: a share of the values stays in float, at random (QDrop)."""
+
+    is_graph_leaf = True
+
+    def __init__(self, quant: FakeQuant, share: float, random: torch.Generator) -> None:
+        super().__init__()
+        self.quant, self.share, self.random = quant, share, random
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = (torch.rand(x.shape, generator=self.random, device="cpu") < self.share).to(x.device)
+        return torch.where(keep, x, self.quant(x))
+
+
+@dataclass
+class Learned:
+    """The parameters of a block by kind; `place` puts the steps of now into the quantizers, before each forward."""
+
+    weights: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    affines: list[Tensor] = field(default_factory=list)
+    rounds: list[AdaRound] = field(default_factory=list)
+    scales: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)  # quantizer, s0, t
+
+    def place(self) -> None:
+        for quant, start, t in self.scales:
+            quant.scale = start * t.exp()
+
+    def penalty(self, done: float) -> Tensor | float:
+        """AdaRound's, from a fifth of the way on, ever steeper."""
+        if not self.rounds or done < 0.2:
+            return 0.0
+        beta = 20 - 18 * (done - 0.2) / 0.8
+        return 0.01 * sum(r.penalty(beta) for r in self.rounds) / sum(r.v.numel() for r in self.rounds)
+
+
+@contextmanager
+def learned(
+    block: Segment, adaround: bool, drop: float, random: torch.Generator, known: frozenset[int] = frozenset()
+) -> Iterator[Learned]:
+    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps as they were kept.
+
+    `known`: the ids of what blocks before it share with it, and have learned; it stays.
+    """
+    what, module = Learned(), block.module
+    quants: dict[str, Any] = {path: m for path, m in block.modules(FakeQuant).items() if id(m) not in known}
+    read = {
+        str(n.target): str(n.args[0].target)
+        for n in module.graph.nodes
+        if n.target in quants and quants[n.target].of_weight
+    }
+    found = {path: attrgetter(ref)(module) for path, ref in read.items()}
+    weights = {path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known}  # no buffers
+    soft: dict[int, AdaRound] = {}
+    held: list[tuple[Any, str, Tensor]] = []
+    grads = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in grads:
+            p.requires_grad_(False)
+        for path, quant in quants.items():
+            if adaround and quant.of_weight:
+                if path in weights:
+                    first = id(weights[path]) not in soft
+                    layer = soft.setdefault(id(weights[path]), AdaRound(quant, weights[path]))
+                    module.set_submodule(path, layer)
+                    what.rounds += [layer] if first else []
+                    what.weights += [layer.v] if first else []
+                continue
+            kind = "_parameters" if "scale" in quant._parameters else "_buffers"
+            start = getattr(quant, kind).pop("scale")
+            held.append((quant, kind, start))
+            t = torch.zeros_like(start.detach(), requires_grad=True)
+            what.scales.append((quant, start.detach().clone(), t))
+            what.steps.append(t)
+            if drop and not quant.of_weight:
+                module.set_submodule(path, Drop(quant, drop, random))
+        if not adaround:
+            what.weights += [w.requires_grad_() for w in {id(w): w for w in weights.values()}.values()]
+        for affine in block.modules(Affine).values():
+            what.affines += [p.requires_grad_() for p in affine.parameters() if id(p) not in known]
+        taken = {*known, *map(id, found.values())}
+        what.biases += [
+            p.requires_grad_()
+            for name, p in module.named_parameters()
+            if p.dim() == 1 and id(p) not in taken and not p.requires_grad and p.is_floating_point()
+        ]
+        yield what
+    finally:
+        with torch.no_grad():
+            what.place()
+            for quant, kind, start in held:
+                value = quant.__dict__.pop("scale", start)
+                getattr(quant, kind)["scale"] = start
+                start.data.copy_(value)
+            for path, quant in quants.items():
+                module.set_submodule(path, quant)
+            for w in {id(w): w for w in weights.values()}.values():
+                if id(w) in soft:
+                    w.copy_(soft[id(w)].settled(w))
+        for p, on in grads:
+            p.requires_grad_(on)

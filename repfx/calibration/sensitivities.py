@@ -1,0 +1,128 @@
+"""sensitivity: which layers quantization hurts, by the error of the model's output on a few batches (QARepVGG, Fig. 6).
+
+alone      only this layer quantized                 together    this layer and all before it
+SQNR = 10 log10( sum y^2 / sum (y^ - y)^2 )  in dB: lower is worse
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from repfx.calibration.ranges import feed
+from repfx.errors import InputError
+from repfx.quant import FakeQuant
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """A layer, and the SQNR in dB of the model's output with it quantized alone, and with all up to it."""
+
+    layer: str
+    alone: float
+    together: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The layers in the order in which they run. Prints as a table."""
+
+    rows: tuple[LayerError, ...]
+
+    def worst(self, count: int) -> tuple[str, ...]:
+        """The layers that cost most alone, for `repfx.passes.Ptq(bits=6, wide=...)`."""
+        if not 0 <= count <= len(self.rows):
+            raise InputError(f"there are {len(self.rows)} layers; the worst {count} of them cannot be named")
+        return tuple(r.layer for r in sorted(self.rows, key=lambda r: r.alone)[:count])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("layer", title="SQNR of the output, dB")
+        for name in ("alone", "with all before"):
+            table.add_column(name, justify="right")
+        for r in self.rows:
+            table.add_row(r.layer, f"{r.alone:.1f}", f"{r.together:.1f}")
+        yield table
+
+
+@torch.no_grad()
+def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Sensitivity:
+    """Measures every quantized layer of a calibrated model; 2 forwards a layer and batch. The model stays as it is.
+
+    `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a model without quantizers or
+    with some that are not calibrated, where there is no batch, and for one that the model does not take or that gives NaN.
+    """
+    quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
+    raw = [name for name, m in quants.items() if not m.calibrated]
+    if not quants or raw:
+        raise InputError(f"{raw[0]} is not calibrated" if raw else "the model has no quantizers: run the pass ptq first")
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches is an iterable of inputs, not {batches!r}")
+    inputs = list(batches)
+    if not inputs:
+        raise InputError("there is nothing to measure on: give at least one batch")
+    training = [(m, m.training) for m in model.modules()]
+    rows = []
+    try:
+        model.eval()
+        groups: dict[str, list[FakeQuant]] = {}
+        layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
+        for name in _in_order(model, list(quants), inputs[0]):
+            layer = name.rpartition(".")[0]
+            last = next(reversed(groups), layer)  # what is quantized between layers goes with the one before
+            groups.setdefault(layer if layer in layers else last, []).append(quants[name])
+        _switch(quants.values(), False)
+        truth = [_output(model, x) for x in inputs]
+        if not all(bool(torch.isfinite(t).all()) for t in truth):
+            raise InputError("the model gives NaN or infinity on a batch: check the batches and the model")
+        before: list[FakeQuant] = []
+        for layer, own in track(groups.items(), "measuring", disable=not progress):
+            before += own
+            errors = []
+            for on in (own, before):
+                _switch(quants.values(), False)
+                _switch(on, True)
+                errors.append(_sqnr(truth, [_output(model, x) for x in inputs]))
+            rows.append(LayerError(layer, *errors))
+    finally:
+        _switch(quants.values(), True)
+        for m, mode in training:
+            m.training = mode
+    return Sensitivity(tuple(rows))
+
+
+def _switch(quants: Iterable[FakeQuant], on: bool) -> None:
+    for quant in quants:
+        quant.calibrated = on
+
+
+def _in_order(model: nn.Module, names: list[str], batch: Any) -> list[str]:
+    """The quantizers in the order in which they run."""
+    seen: dict[str, None] = {}
+    modules = dict(model.named_modules())
+    hooks = [modules[n].register_forward_hook(lambda *_, n=n: seen.setdefault(n)) for n in names]
+    try:
+        _output(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen)
+
+
+def _output(model: nn.Module, batch: Any) -> Tensor:
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    return torch.cat([t.flatten().double() for t in tree_leaves(feed(model, batch, device)) if isinstance(t, Tensor)])
+
+
+def _sqnr(truth: list[Tensor], found: list[Tensor]) -> float:
+    signal = sum(float(t.square().sum()) for t in truth)
+    noise = sum(float((a - b).square().sum()) for a, b in zip(truth, found, strict=True))
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

@@ -1,0 +1,1 @@
+"""Capture: any model becomes a private copy whose traceable parts are graphs."""

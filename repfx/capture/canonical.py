@@ -1,0 +1,97 @@
+"""canonical: long spellings of one operator replaced by the operator, once a graph has been run and checked.
+
+    F.pad and writes of its border         ->   pad_with(x, sides, value)
+    view, transpose, view of channels      ->   channel_shuffle(x, groups)
+
+A spelling is recognised by what it does when it runs, not by how it is written.
+"""
+
+from __future__ import annotations
+
+import operator
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from repfx.capture.border import name_border_writes
+from repfx.graph.effects import is_dead
+from repfx.graph.run_node import call
+from repfx.graph.view import GraphView
+
+_STORES = {operator.setitem, torch.ops.aten.copy_.default, torch.ops.aten.slice_scatter.default}
+_LAST = {"view", "reshape", torch.reshape, "flatten", torch.flatten}
+_LAST |= {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints}
+_MOVES = _LAST | {"transpose", torch.transpose, "permute", torch.permute, "contiguous", "swapaxes", torch.swapaxes, "clone"}
+_MOVES |= {torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
+_MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflatten.int}
+
+
+def canonical(module: fx.GraphModule) -> fx.GraphModule:
+    """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns it."""
+    graph, changed = module.graph, False
+    if any(node.target in _STORES for node in graph.nodes):
+        changed = name_border_writes(graph, GraphView(module))
+    for node in list(graph.nodes):
+        if node.target in _LAST and not node._erased and len(node.meta.get("shape", ())) >= 3:
+            changed |= _name_shuffle(graph, node)
+    if changed:
+        for node in reversed(graph.nodes):
+            if is_dead(node):
+                graph.erase_node(node)
+        module.recompile()
+    return module
+
+
+def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
+    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of them do, and says so."""
+    moves, source = [last], last.args[0] if last.args else None
+    while isinstance(source, fx.Node):
+        groups = _groups_shuffled(moves, source) if len(moves) >= 3 else 0
+        if groups:
+            with graph.inserting_after(last):
+                named = graph.call_function(F.channel_shuffle, (source, groups))
+            named.meta = dict(last.meta)
+            last.replace_all_uses_with(named)
+            return True
+        if source.target not in _MOVES or not source.args or len(source.users) > 1:
+            return False
+        moves.append(source)
+        source = source.args[0]
+    return False
+
+
+def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
+    """The groups of the shuffle that the moves are on the source's sizes and every other that they accept; 0 if none."""
+    shape = source.meta.get("shape", ())
+    if shape != moves[0].meta["shape"]:
+        return 0
+    for groups in range(2, shape[1]):
+        if shape[1] % groups == 0 and _shuffles(moves, source, groups, 0):
+            return groups if _shuffles(moves, source, groups, 1) is not False else 0
+    return 0
+
+
+def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
+    """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where they refuse those."""
+    n, channels, *space = source.meta["shape"]
+    x = torch.arange((n + more) * channels * prod(s + more for s in space), dtype=torch.float32, device="cpu")
+    x = x.reshape(n + more, channels, *(s + more for s in space))
+    try:
+        y = _value(moves[0], source, x, {})
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y, F.channel_shuffle(x, groups))
+
+
+def _value(node: fx.Node, source: fx.Node, x: Tensor, known: dict[fx.Node, Any]) -> Any:
+    """The value of a node where the source is x; sizes on the way are read from x."""
+    if node is source:
+        return x
+    if node not in known:
+        if node.op not in ("call_function", "call_method"):
+            raise ValueError(f"{node} does not follow from the source")
+        known[node] = call(node, lambda v: _value(v, source, x, known))
+    return known[node]

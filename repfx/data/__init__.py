@@ -1,0 +1,7 @@
+"""Data: batches and data sets made of what people have, folders, zips and array files of images."""
+
+from repfx.data.folders import Images
+from repfx.data.images import Pictures
+from repfx.data.super_resolution import Pairs
+
+__all__ = ["Images", "Pairs", "Pictures"]

@@ -1,0 +1,72 @@
+"""Batches from what people have: a folder or zip of pictures, or an array file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel, normalised
+from repfx.errors import InputError
+
+
+class Images(Dataset[Tensor]):
+    """Pictures (C, size, size) without labels, of a folder or zip (searched in depth), or the rows of a .npy file (N, ...).
+
+    Pictures are resized so that the shorter side is `size`, cropped in the centre, scaled to 0..1 and normalised with
+    `mean` and `std`. An array is taken as it is. `limit` is the number at most, evenly over what is there.
+
+    Raises InputError where there is nothing to read, and for a picture that cannot be read; MissingPart where pictures
+    need pillow and it is not there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        size: int | None = 224,
+        limit: int | None = 1024,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        self.path, self.size = Path(path), size
+        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.archive: Archive | None = None
+        self.array: np.ndarray | None = None
+        if not self.path.exists():
+            raise InputError(f"no such file or folder: {path}")
+        if self.path.is_dir() or self.path.suffix == ".zip":
+            self.archive = Archive(self.path)
+            count = len(self.archive.names)
+        elif self.path.suffix == ".npy":
+            try:
+                self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                raise InputError(f"{path} is not an array: {error}") from error
+            if self.array.ndim == 0 or not np.issubdtype(self.array.dtype, np.number):
+                raise InputError(f"{path} holds no batch of numbers")
+            count = len(self.array)
+        else:
+            raise InputError(f"{path}: data is a folder or zip of pictures, or a .npy file (N, C, H, W)")
+        if not count:
+            raise InputError(f"the calibration set is empty: no picture in {path}")
+        kept = count if limit is None else min(limit, count)
+        self.rows = [i * count // kept for i in range(kept)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        row = self.rows[index]
+        if self.archive is None:
+            assert self.array is not None
+            return torch.from_numpy(np.array(self.array[row], dtype=np.float32))
+        return normalised(self.archive.pixels(self.archive.names[row], len(self.mean), self.size), self.mean, self.std)
+
+    def batches(self, batch: int = 32, workers: int = 0) -> DataLoader[Tensor]:
+        """In their order, `batch` at a time, read by `workers` processes."""
+        return DataLoader(self, batch, num_workers=workers)

@@ -1,0 +1,108 @@
+"""Pictures: labelled pictures from class folders, on disk or in a zip. A label is the place of its folder in order.
+
+    cats/a.jpg, dogs/b.jpg -> classes ("cats", "dogs"), samples (picture (3, H, W), label)
+
+Augmentation is a function of (seed, epoch, index), so it does not depend on what was read before or by which worker.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel, names_in, normalised
+from repfx.errors import InputError
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """(picture (3, H, W), label) of a folder or zip of class folders; `part` is a folder in it, such as "train".
+
+    Pictures are scaled to 0..1 and normalised with `mean` and `std`. With `size`, the shorter side is resized to it and
+    the centre cropped; without, all must have one size. `augment` pads by `pad` pixels (an eighth of the side where it
+    is None), crops at a random place and flips half of them. `classes` fixes the labels' order. `limit` takes that many,
+    evenly over the classes. `cache` keeps decoded pictures in memory.
+
+    Raises InputError for a missing or damaged archive, for no class folder, and, when it is read, for a picture that
+    cannot be read, naming it. With `skip_broken` all are read once at the start and such ones are left out; `broken`
+    names them. Raises MissingPart without pillow.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        part: str = "",
+        *,
+        augment: bool = False,
+        pad: int | None = None,
+        size: int | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        classes: tuple[str, ...] | None = None,
+        skip_broken: bool = False,
+        limit: int | None = None,
+        cache: bool = False,
+    ) -> None:
+        self.archive, self.part, self.augment, self.pad, self.size = Archive(path, cache), part, augment, pad, size
+        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.seed = self.epoch = 0
+        inside = [PurePosixPath(n) for n in self.archive.names]
+        under = [n.relative_to(part) for n in inside if n.is_relative_to(part)] if part else inside
+        labelled = sorted(n for n in under if len(n.parts) > 1)
+        self.classes = classes or tuple(sorted({n.parts[0] for n in labelled}))
+        strange = sorted({n.parts[0] for n in labelled} - set(self.classes))
+        if strange:
+            raise InputError(f"{path} has the class {strange[0]!r}, which is none of: {', '.join(self.classes)}")
+        if not labelled:
+            where = f"{path}, {part}" if part else f"{path}"
+            raise InputError(f"no picture in a class folder in {where}: labels come from folders, such as cats/a.jpg")
+        if limit is not None and limit < len(labelled):  # evenly over the classes, which stand one after another
+            labelled = [labelled[i * len(labelled) // limit] for i in range(limit)]
+        self.names = [str(PurePosixPath(part) / n) for n in labelled]
+        self.broken: tuple[str, ...] = ()
+        if skip_broken:
+            self.names, broken = self.archive.readable(self.names, len(mean), size)
+            self.broken = tuple(broken)
+        depth = len(PurePosixPath(part).parts) if part else 0
+        self.labels = [self.classes.index(PurePosixPath(n).parts[depth]) for n in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = self.archive.pixels(self.names[index], len(self.mean), self.size)
+        if self.augment:
+            pixels = self._moved(pixels, np.random.default_rng((self.seed, self.epoch, index)))
+        return normalised(pixels, self.mean, self.std), self.labels[index]
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """The augmentation from here on."""
+        self.seed, self.epoch = seed, epoch
+
+    def _moved(self, v: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        h, w, _ = v.shape
+        pad = max(1, min(h, w) // 8) if self.pad is None else self.pad
+        top, left = (int(n) for n in random.integers(0, 2 * pad + 1, 2))
+        v = np.pad(v, ((pad, pad), (pad, pad), (0, 0)))[top : top + h, left : left + w]
+        return np.ascontiguousarray(v[:, ::-1]) if random.integers(0, 2) else v
+
+
+def train_and_valid(path: str | os.PathLike[str], **options: Any) -> tuple[Pictures, Pictures | None]:
+    """What to train on (augmented) and to validate on: `train/` and `test/`, `val/` or `valid/` in it, or all and None."""
+    found = validation_part(path)
+    if found is None:
+        return Pictures(path, augment=True, **options), None
+    train = Pictures(path, "train", augment=True, **options)
+    return train, None if not found else Pictures(path, found, classes=train.classes, **options)
+
+
+def validation_part(path: str | os.PathLike[str]) -> str | None:
+    """`val`, `valid` or `test` beside a `train` in it, "" where there is only that, None where there is no `train`."""
+    tops = {PurePosixPath(n).parts[0] for n in names_in(Path(path))}
+    if "train" not in tops:
+        return None
+    return next((t for t in ("val", "valid", "test") if t in tops), "")

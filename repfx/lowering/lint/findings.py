@@ -1,0 +1,104 @@
+"""lint: checks anybody's ONNX Q/DQ file against what a runtime takes, fuses and runs fast."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import NodeProto, external_data_helper
+
+from repfx.errors import InputError, unknown
+from repfx.lowering.lint import numbers, places  # noqa: F401, they register their rules
+from repfx.lowering.lint.rulebook import REGISTRY, RUNTIMES, Hit, Rule, Severity
+from repfx.lowering.onnx.external import elsewhere, require
+from repfx.lowering.onnx.index import Index, called
+
+RULES: dict[str, tuple[Severity, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
+_ORDER = "EWI"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`rule`: its id, such as Q08. `severity`: E the build fails or the numbers are wrong, W slow or inaccurate, I worth
+    knowing. `node`: a node, tensor or graph. `message`: what is wrong. `cure`: what to do."""
+
+    rule: str
+    severity: str
+    node: str
+    message: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.severity} {self.rule} {self.node}: {self.message} ({self.cure})"
+
+
+def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt") -> list[Finding]:
+    """The findings on the main graph of every rule for the runtime, the worst first.
+
+    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and, by runtime, how bad a breach is.
+
+    Raises InputError for an unknown target and where the file is missing, is no ONNX model, is malformed, or lacks the
+    files that hold its weights.
+    """
+    if target not in RUNTIMES:
+        raise unknown("target", target, RUNTIMES)
+    model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
+    where = "the model" if isinstance(path, onnx.ModelProto) else str(path)
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{where} is not an ONNX model: it holds no graph")
+    apart = {location for _, location in elsewhere(model)}
+    if apart:
+        raise InputError(f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load them, or give the path")
+    try:
+        index = Index(_inlined(model))
+    except Exception as error:
+        raise InputError(f"{where} is malformed: {error}") from error
+    found = {
+        Finding(name, severity, _name(hit.node), hit.message, hit.cure or rule.cure): None
+        for name, rule in REGISTRY.items()
+        if target in rule.severity
+        for hit in _hits(name, rule, index, where)
+        if (severity := (hit.severity or rule.severity).get(target))
+    }
+    return sorted(found, key=lambda f: (_ORDER.index(f.severity), f.rule))
+
+
+def _hits(name: str, rule: Rule, index: Index, where: str) -> list[Hit]:
+    """What the rule finds. Files may hold anything: what a rule cannot make sense of is no fault of the rule."""
+    try:
+        return list(rule.find(index))
+    except Exception as error:
+        raise InputError(f"{where} is malformed; {name} ({rule.description}) cannot be checked: {error}") from error
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{path} is not an ONNX file: {error}") from error
+    require(model, path)
+    try:
+        external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise InputError(f"{path}: the external data cannot be read: {error}") from error
+    return model
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its local functions written out, so that rules see their nodes; as it is where that fails."""
+    if not model.functions:
+        return model
+    try:
+        from onnx.inliner import inline_local_functions
+
+        return inline_local_functions(model)
+    except Exception:
+        return model
+
+
+def _name(node: NodeProto | str) -> str:
+    return node if isinstance(node, str) else called(node)

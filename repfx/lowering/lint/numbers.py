@@ -1,0 +1,275 @@
+"""Lint rules about the numbers: types, scales, zero points and axes that a runtime reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from repfx.lowering.lint.rulebook import ONNXRUNTIME, OPENVINO, SLOW_ELSEWHERE, TENSORRT, Hit, everywhere, rule
+from repfx.lowering.onnx.index import DQ, Index, Layer, Q, arg, attribute, subgraphs
+
+_TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)  # 23: FLOAT4E2M1, not in older onnx
+_BYTES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+_BETWEEN = frozenset(
+    {
+        *("Clip", "Cast", "Reshape", "Transpose", "Min", "Max", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad"),
+        *("Concat", "Gather", "MaxPool", "Relu", "Round", "Add", "Sub", "Mul", "Where", "Split"),
+    }
+)
+_INTEGER_OPS = frozenset({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"})
+
+
+def _formats(index: Index) -> Iterator[NodeProto]:
+    """Every Q, and every DQ that does not repeat its Q. Quantized biases are left to Q08."""
+    yield from index.quantizes
+    for node in index.dequantizes:
+        q = index.q(node)
+        if not index.of_bias(node) and (q is None or list(q.input[1:]) != list(node.input[1:])):
+            yield node
+
+
+def _type_name(kind: int) -> str:
+    return TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else f"type {kind}"
+
+
+def _per_channel(index: Index, node: NodeProto) -> bool:
+    return (index.size(arg(node, 1)) or 1) > 1
+
+
+@rule("Q00", everywhere("E"), "quantize before the export and keep the Q/DQ nodes in it")
+def nothing_quantized(index: Index) -> Iterator[Hit]:
+    """The graph holds at least one QuantizeLinear, or integer constants with DequantizeLinear."""
+    constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
+    if index.quantizes or any(constant):
+        return
+    where = index.graph.name or "graph"
+    holders = dict.fromkeys(n.op_type for n in index.graph.node if _quantized_inside(n))
+    if holders:
+        message = f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so nothing was checked"
+        yield Hit(where, message, cure="export without control flow, or check each branch as a file of its own")
+    else:
+        yield Hit(where, "holds no Q/DQ: nothing in it runs in integers")
+
+
+def _quantized_inside(node: NodeProto) -> bool:
+    inner = [n for graph in subgraphs(node) for n in graph.node]
+    return any(n.op_type in (Q, DQ) or _quantized_inside(n) for n in inner)
+
+
+@rule("Q01", {TENSORRT: "E"}, "quantize symmetrically: TensorRT has no zero points")
+def zero_points_are_zero(index: Index) -> Iterator[Hit]:
+    """Every zero point is all zeros."""
+    for node in _formats(index):
+        zero = index.value(arg(node, 2)) if arg(node, 2) else None
+        if zero is not None and np.any(zero.astype(np.float64) != 0):
+            yield Hit(node, f"zero point {zero.ravel()[np.argmax(zero.ravel() != 0)]} is not 0")
+
+
+@rule("Q02", SLOW_ELSEWHERE, "quantize to int8 with a constant zero point")
+def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
+    """The zero point is constant and of a type that has integer layers: int8, uint8 too where it is not for TensorRT."""
+    for node in _formats(index):
+        name = arg(node, 2)
+        kind = index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
+        if name and name not in index.fixed:
+            yield Hit(node, f"zero point {name} is computed, not constant")
+        elif kind and kind not in _TYPES:
+            yield Hit(node, f"codes are {_type_name(kind)}, which the parser rejects or reads as int8", {TENSORRT: "E"})
+        if kind and kind not in _BYTES:
+            elsewhere = {ONNXRUNTIME: "W", OPENVINO: "W"}
+            yield Hit(node, f"codes are {_type_name(kind)}, for which there are no integer layers", elsewhere)
+
+
+def _codes(index: Index, node: NodeProto) -> int:
+    """The type of constant codes that come without a zero point."""
+    return index.type(arg(node, 0)) if node.op_type == DQ and arg(node, 0) in index.fixed else 0
+
+
+@rule("Q03", {TENSORRT: "W"}, "give QuantizeLinear an int8 zero point of zeros")
+def zero_points_are_given(index: Index) -> Iterator[Hit]:
+    """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT int8."""
+    for node in index.quantizes:
+        if not arg(node, 2) and not attribute(node, "output_dtype", 0):
+            yield Hit(node, "has no zero point: uint8 in ONNX, int8 in TensorRT")
+
+
+@rule("Q04", everywhere("E"), "write the scale as a positive constant: a scalar, or one a channel")
+def scales_are_numbers(index: Index) -> Iterator[Hit]:
+    """The scale is constant, finite, positive, and a scalar or 1-D of the axis's size."""
+    for node in _formats(index):
+        name = arg(node, 1)
+        scale = index.value(name)
+        if name not in index.fixed:
+            yield Hit(node, f"scale {name} is computed, not constant", SLOW_ELSEWHERE)
+            continue
+        if scale is None:
+            continue
+        values = scale.astype(np.float64)
+        if not np.all(np.isfinite(values) & (values > 0)):
+            yield Hit(
+                node, f"scale {values.ravel()[np.argmin(np.isfinite(values) & (values > 0))]:g} is not a positive number"
+            )
+        elif not attribute(node, "block_size", 0):
+            yield from _scale_shape(index, node, scale)
+
+
+def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[Hit]:
+    if scale.ndim == 0 or index.opset < 13:  # without the axis attribute: Q07
+        return
+    shape, axis = index.shape(arg(node, 0)), attribute(node, "axis", 1)
+    outside = shape is not None and not -len(shape) <= axis < len(shape)
+    length = shape[axis] if shape and not outside else None
+    if scale.ndim > 1:
+        yield Hit(node, f"scale has shape {scale.shape}")
+    elif outside and scale.size != 1:
+        yield Hit(node, f"{scale.size} scales for axis {axis} of a tensor of shape {shape}")
+    elif scale.size == 1 and length != 1:
+        yield Hit(node, "scale has shape (1,), which breaks some fusions", {TENSORRT: "W"}, "write it as a scalar")
+    elif length is not None and scale.size != length:
+        yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
+
+
+@rule("Q05", {TENSORRT: "E", ONNXRUNTIME: "W"}, "use one scale for an activation")
+def channels_of_constants_only(index: Index) -> Iterator[Hit]:
+    """Only constants have a scale a channel."""
+    for node in _formats(index):
+        if _per_channel(index, node) and arg(node, 0) not in index.fixed:
+            yield Hit(node, f"activation {arg(node, 0)} has {index.size(arg(node, 1))} scales")
+
+
+@rule("Q06", SLOW_ELSEWHERE, "quantize the weight along its output channels, or per tensor")
+def weight_axes(index: Index) -> Iterator[Hit]:
+    """Weight scales run along Conv's axis 0 and the output axis of Gemm and MatMul; a ConvTranspose best has one scale."""
+    for layer in index.layers:
+        dq = index.dq(layer.weight) if layer.weight else None
+        if dq is None or index.opset < 13 or not _per_channel(index, dq) or attribute(dq, "block_size", 0):
+            continue
+        axis, wanted = _axis_at(index, layer, dq), _output_axis(index, layer)
+        if axis is None or wanted is None:
+            continue
+        kind = layer.node.op_type
+        if kind == "ConvTranspose":
+            yield from _transposed(layer.node, axis)
+        elif axis != wanted:
+            # ONNX Runtime does not run such a product at all
+            severity = {**SLOW_ELSEWHERE, ONNXRUNTIME: "E"} if kind == "MatMul" else None
+            yield Hit(layer.node, f"{kind} weight is quantized along axis {axis}; axis {wanted} is needed", severity)
+
+
+def _transposed(node: NodeProto, axis: int) -> Iterator[Hit]:
+    """A ConvTranspose with a scale a channel: TensorRT has it along axis 0, OpenVINO along axis 1."""
+    cure = "quantize per tensor, or leave in float"
+    if axis != 0:
+        yield Hit(node, f"ConvTranspose weight is quantized along axis {axis}; axis 0 is needed", {TENSORRT: "E"})
+    else:
+        yield Hit(node, "ConvTranspose with a scale a channel is fragile", {TENSORRT: "W"}, cure)
+    if axis != 1:
+        yield Hit(node, f"ConvTranspose with scales along axis {axis} runs in float", {OPENVINO: "W"}, cure)
+
+
+def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
+    """The quantization axis as the layer sees it, after transpositions; None where it cannot be followed."""
+    shape = index.shape(arg(dq, 0))
+    if not shape:
+        return None
+    axis = attribute(dq, "axis", 1) % len(shape)
+    path: list[NodeProto] = []
+    name = layer.weight
+    while (node := index.made.get(name)) is not None and node is not dq and len(path) < 100:
+        path.append(node)
+        name = arg(node, 0)
+    for node in reversed(path):
+        if node.op_type == "Transpose":
+            axis = list(attribute(node, "perm", range(len(shape))[::-1])).index(axis)
+        elif node.op_type != "Identity":
+            return None
+    return axis
+
+
+def _output_axis(index: Index, layer: Layer) -> int | None:
+    if layer.node.op_type == "Gemm":
+        return 0 if attribute(layer.node, "transB", 0) else 1
+    if layer.node.op_type == "MatMul":
+        shape = index.shape(layer.weight)
+        first = arg(layer.node, 0) == layer.weight
+        return None if not shape or len(shape) < 2 else len(shape) - (2 if first else 1)
+    return 0
+
+
+@rule("Q07", everywhere("E"), "export with opset 13 or later")
+def opsets(index: Index) -> Iterator[Hit]:
+    """The opset is 13 or later for scales a channel, for TensorRT 10.0 and 10.1 20 at most."""
+    if index.opset < 13:
+        for node in (*index.quantizes, *index.dequantizes):
+            if _per_channel(index, node):
+                yield Hit(node, f"has scales a channel; opset {index.opset} has no axis for them")
+                return
+    if index.opset > 20:
+        yield Hit(
+            index.graph.name or "graph",
+            f"opset {index.opset}: TensorRT 10.0 and 10.1 read 20 at most",
+            {TENSORRT: "I"},
+            "export with opset 20 for those versions",
+        )
+
+
+@rule("Q08", {TENSORRT: "E"}, "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)")
+def biases_are_float(index: Index) -> Iterator[Hit]:
+    """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float constants."""
+    told = set()
+    for layer in index.layers:
+        dq = index.dq(layer.bias) if layer.bias else None
+        if dq is not None:
+            told.add(id(dq))
+            yield Hit(layer.node, f"bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}")
+    for node in index.dequantizes:
+        if index.of_bias(node) and id(node) not in told:
+            yield Hit(node, "dequantizes int32")
+
+
+@rule("Q09", {TENSORRT: "E"}, "let Q, or the integer constant, feed DQ directly")
+def nothing_between(index: Index) -> Iterator[Hit]:
+    """Nothing stands between a QuantizeLinear or an integer constant and its DequantizeLinear."""
+    for dq in index.dequantizes:
+        name = index.source(arg(dq, 0))
+        node = index.made.get(name)
+        if node is None or node.op_type in (Q, "Constant") or node.op_type not in _BETWEEN:
+            continue
+        root = index.maker(name, {*_BETWEEN, "Identity"})
+        if name in index.fixed or (root is not None and root.op_type == Q):
+            yield Hit(dq, f"{node.op_type} stands between the codes and DequantizeLinear")
+
+
+@rule("Q22", {TENSORRT: "E", OPENVINO: "W"}, "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)")
+def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
+    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator, which ONNX Runtime alone runs well."""
+    for node in index.graph.node:
+        foreign, integer = node.domain == "com.microsoft", node.op_type in _INTEGER_OPS
+        if foreign or integer or node.op_type.startswith("QLinear"):
+            name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
+            yield Hit(node, f"{name} is not known to TensorRT", {TENSORRT: "E"})
+        if foreign:
+            yield Hit(node, f"com.microsoft.{node.op_type}: OpenVINO knows few operators of this domain", {OPENVINO: "W"})
+        elif integer:
+            yield Hit(node, f"{node.op_type} runs in float", {OPENVINO: "W"})
+
+
+@rule("Q24", {TENSORRT: "I"}, "give the builder an optimization profile with the smallest, usual and largest shape")
+def dynamic_inputs(index: Index) -> Iterator[Hit]:
+    """An input with a dynamic dimension needs an optimization profile, or the build fails."""
+    for info in index.graph.input:
+        shape = index.shapes.get(info.name)
+        if info.name not in index.tensors and shape and None in shape:
+            where = ", ".join(str(i) for i, d in enumerate(shape) if d is None)
+            yield Hit(info.name, f"dynamic in dimension {where}: building without a profile is an error")
+
+
+@rule("Q25", everywhere("E"), "give both the same scale")
+def one_scale_a_pair(index: Index) -> Iterator[Hit]:
+    """A QuantizeLinear and its DequantizeLinear have one scale."""
+    for dq in index.dequantizes:
+        q = index.q(dq)
+        if q is not None and not index.one_scale(q, dq):
+            yield Hit(dq, f"scale differs from that of {q.name or q.output[0]} before it")

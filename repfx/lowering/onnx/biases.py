@@ -1,0 +1,105 @@
+"""Biases as ONNX Runtime's integer convolutions have them: 32-bit integers whose step is that of the products.
+
+    round(b / (s_x s_w)) s_x s_w
+
+It rounds the biases of a file to this itself, wherever they are float. Written so from the start, what it runs is what the
+file says and what the torch model, with the same biases, is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra import CONVS
+from repfx.capture.model import graphs
+from repfx.graph.moves import moves
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant
+
+
+class IntegerBias(nn.Module):
+    """codes * scale, both (channels,)."""
+
+    is_graph_leaf = True
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        return self.codes * self.scale
+
+
+class WrittenBias(IntegerBias):
+    """The same in ONNX."""
+
+    def forward(self) -> Tensor:
+        inputs, shape = (self.codes, self.scale), self.codes.shape
+        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": 0}, dtype=self.scale.dtype, shape=shape)
+
+
+def with_integer_biases(model: nn.Module) -> nn.Module:
+    """A copy whose quantized convolutions have such biases, and weights whose steps are large enough for these.
+
+    The steps of a channel whose weights are tiny beside its bias are made larger: 32 bits hold no more than 2^31 of the
+    products of two steps. A channel of zeros takes the smallest step of its layer.
+    """
+    model = copy.deepcopy(model)
+    for _, module in graphs(model):
+        view = GraphView(module)
+        found = [(node, *parts) for node in view.nodes if (parts := _parts(view, node)) is not None]
+        for _, x, weight, bias, codes in found:
+            weight.set_scale(_large_enough(x.step, weight.step, bias, codes))
+        for node, x, weight, bias, _ in found:
+            scale = (x.step * weight.step).detach().expand(bias.shape).clone()
+            name = f"{node.name}_integer_bias"
+            module.add_submodule(name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale))
+            with module.graph.inserting_before(node):
+                node.args = (*node.args[:2], module.graph.call_module(name), *node.args[3:])
+        module.recompile()
+    return model
+
+
+def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor, Tensor] | None:
+    """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight, the bias, the codes."""
+    if node.target not in CONVS.values() or len(node.args) < 3:
+        return None
+    given, coded, bias = (a if isinstance(a, fx.Node) else None for a in node.args[:3])
+    x, weight = _quantizer(view, given), _quantizer(view, coded)
+    held = coded.all_input_nodes[0] if coded is not None and coded.all_input_nodes else None
+    if x is None or weight is None or not weight.of_weight or held is None or bias is None:
+        return None
+    if held.op != "get_attr" or bias.op != "get_attr":
+        return None
+    codes = weight.codes(view.tensor(str(held.target))).detach()
+    return x, weight, view.tensor(str(bias.target)).detach(), codes
+
+
+def _large_enough(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
+    used = codes.flatten(1).abs().amax(1) > 0
+    most = 2**31 - 1 - 2**15 * codes[0].numel()  # less what the products add up to
+    least = bias.abs().double() / (x.double() * most)
+    steps = weight.double().expand(bias.shape)
+    zeros = steps[used].min() if bool(used.any()) else steps.min()
+    steps = torch.where(used, steps, zeros) if weight.dim() else steps
+    steps = torch.maximum(steps, least)
+    return (steps if weight.dim() else steps.max()).to(weight)
+
+
+def _quantizer(view: GraphView, value: fx.Node | None) -> FakeQuant | None:
+    """The quantizer of a value, perhaps before it was moved."""
+    while value is not None:
+        module = view.modules.get(str(value.target)) if value.op == "call_module" else None
+        if isinstance(module, FakeQuant):
+            return module
+        inputs = view.data_inputs(value)
+        if len(inputs) != 1 or not moves(view, value):
+            return None
+        (value,) = inputs
+    return None

@@ -1,0 +1,1 @@
+"""What runtimes on this machine make of a file: outputs, layers in integers, latency."""

@@ -1,0 +1,1 @@
+"""ONNX Q/DQ as an engine of TensorRT."""

@@ -1,0 +1,129 @@
+"""A TensorRT engine, run: device memory is torch tensors, which TensorRT is told the addresses of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repfx.errors import CheckError, InputError
+from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present
+
+DEVICE = "cuda"
+WARM_UP = 10
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+def run(engine_path: Place, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The engine's outputs by name for inputs by name, each (N, ...) with N within the profile. bfloat16 comes as float32.
+
+    Raises InputError where the engine or a feed does not fit, MissingPart without TensorRT or a CUDA device, CheckError
+    where the engine fails.
+    """
+    launch, outputs, stream = _prepared(engine_path, feeds)
+    launch()
+    stream.synchronize()
+    return {n: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for n, t in outputs.items()}
+
+
+def latency(engine_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100) -> list[float]:
+    """The milliseconds each of `rounds` runs takes on the GPU, inputs and outputs already there, after a warm-up.
+
+    Raises what `run` raises.
+    """
+    if rounds < 1:
+        raise InputError(f"rounds is at least 1, not {rounds}")
+    launch, _, stream = _prepared(engine_path, feeds)
+    for _ in range(WARM_UP):
+        launch()
+    taken = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        launch()
+        end.record(stream)
+        stream.synchronize()
+        taken.append(float(start.elapsed_time(end)))
+    return taken
+
+
+def _prepared(
+    engine_path: Place, feeds: dict[str, np.ndarray]
+) -> tuple[Callable[[], None], dict[str, Tensor], torch.cuda.Stream]:
+    """A function that starts one run on the stream, and the tensors (on the device) it writes."""
+    trt, _ = present("")
+    log = log_of(trt)
+    log.errors.clear()
+    try:
+        data = Path(engine_path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {engine_path}: {error.strerror or error}") from error
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise InputError(
+            f"TensorRT {trt.__version__} cannot load {engine_path}: {joined(log.errors)}. An engine runs on the version "
+            "and the kind of GPU that built it"
+        )
+    context = engine.create_execution_context()
+    if context is None:
+        raise CheckError(f"TensorRT cannot run {engine_path}: {joined(log.errors)}")
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+    if set(feeds) != set(inputs):
+        raise InputError(f"the engine takes {', '.join(inputs)}; given: {', '.join(feeds) or 'nothing'}")
+    tensors: dict[str, Tensor] = {}
+    for name in inputs:
+        tensors[name] = _fed(engine, name, feeds[name])
+        if not context.set_input_shape(name, tuple(tensors[name].shape)):
+            lowest, _, highest = engine.get_tensor_profile_shape(name, 0)
+            raise InputError(
+                f"{name} is {tuple(tensors[name].shape)}; the engine takes {tuple(lowest)} to {tuple(highest)}"
+            )
+    for name in names:
+        if name not in tensors:
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise InputError(f"the size of output {name} depends on the data, which is not run here")
+            tensors[name] = torch.empty(shape, dtype=_dtype(engine, name), device=DEVICE)
+        if not context.set_tensor_address(name, tensors[name].data_ptr()):
+            raise CheckError(f"TensorRT takes no memory for {name}: {joined(log.errors)}")
+    stream = torch.cuda.Stream()
+    # the copies above ran on another stream
+    torch.cuda.synchronize()
+
+    alive = (runtime, engine, tensors)
+
+    def launch() -> None:
+        if not (alive and context.execute_async_v3(stream.cuda_stream)):
+            raise CheckError(f"TensorRT failed to run {engine_path}: {joined(log.errors)}")
+
+    return launch, {n: t for n, t in tensors.items() if n not in feeds}, stream
+
+
+def _fed(engine: Any, name: str, value: np.ndarray) -> Tensor:
+    wanted = _dtype(engine, name)
+    tensor = torch.from_numpy(np.array(value))
+    if tensor.dtype != wanted:
+        raise InputError(f"{name} is {value.dtype}; the engine takes {str(wanted).removeprefix('torch.')}")
+    return tensor.to(DEVICE)
+
+
+def _dtype(engine: Any, name: str) -> torch.dtype:
+    kind = str(engine.get_tensor_dtype(name).name)
+    if kind not in _DTYPES:
+        raise InputError(f"{name} is {kind}, which no torch tensor holds")
+    return _DTYPES[kind]

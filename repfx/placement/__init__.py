@@ -1,0 +1,1 @@
+"""Where a target wants its quantizers, and in which numbers."""

@@ -1,0 +1,6 @@
+"""Reports: what repfx did to a model and what quantization costs it, as one page and as numbers."""
+
+from repfx.reporting.measurement import measure
+from repfx.reporting.numbers import Numbers, as_json
+
+__all__ = ["Numbers", "as_json", "measure"]

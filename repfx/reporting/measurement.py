@@ -1,0 +1,245 @@
+"""From a model, and data where there is some, to the numbers of a report."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from repfx.calibration import calibrate
+from repfx.calibration.biases import tensors_of
+from repfx.capture.model import graphs
+from repfx.capture.running import guess_example, run_eval
+from repfx.errors import InputError
+from repfx.graph.moves import is_max_pool
+from repfx.graph.naming import short
+from repfx.graph.view import GraphView
+from repfx.quant import FakeQuant
+from repfx.reporting.advice import advice
+from repfx.reporting.drawing import drawing
+from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers
+from repfx.reporting.pairs import Pairs, reach, spread
+from repfx.reporting.regions import CALLS, branches_of, deployed_layers, norms_of, regions_of
+from repfx.rewrite.contract import Pass, Stage, resolve
+from repfx.rewrite.difference import difference
+from repfx.rewrite.runner import rewrite
+
+
+def measure(
+    model: Any,
+    data: Iterable[Any] | None = None,
+    *,
+    title: str = "model",
+    passes: Sequence[str | Pass] = ("fuse", "ptq"),
+    example: Any = None,
+    target: str = "tensorrt",
+    progress: bool = False,
+) -> Numbers:
+    """The numbers of one float model, measured on the CPU.
+
+    `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are calibrated on them. Without
+    it there are no activations and no errors. `passes`: what makes the deployed net, the last of them quantizing.
+
+    Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers already.
+    """
+    if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
+        raise InputError("the report wants the float model: it quantizes a copy itself")
+    if isinstance(model, nn.Module) and any(
+        t.device.type not in ("cpu", "meta") for t in (*model.parameters(), *model.buffers())
+    ):
+        model = copy.deepcopy(model).cpu()
+    batches = None if data is None else _checked(data)
+    x = next(tensors_of(batches))[:2] if batches else _on_cpu(example)
+    ordered = resolve(passes)
+    kinds = {p.stage for p in ordered}
+    if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
+        raise InputError("the passes of a report make the deployed net: one quantizes, such as ptq, none is for training")
+    merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
+    base, _ = rewrite(model, [], x, target)
+    merged, report = rewrite(model, merging, x, target)
+    deployed, _ = rewrite(merged, [p for p in ordered if p not in merging], x, target)
+    if batches:
+        calibrate(deployed, batches, progress=progress)
+    if Stage.ADJUST in kinds:
+        deployed, _ = rewrite(deployed, ["fuse"], x, target)  # what was put in to be learned folds into its layer
+    notes = [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
+    bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
+
+    args = _as_input(x, base)
+    parts: dict[str, nn.Module] = {"as written": base}
+    for p in merging[:-1]:
+        parts[f"after {p.name}"] = rewrite([*parts.values()][-1], [p], x, target)[0]
+    parts |= {"merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
+    forms = _forms(parts, batches, args)
+    regions = regions_of(model, report, x)
+    codes = _coded(deployed)
+    layers = [
+        _layer(name, node, view, codes.get(name), branches_of(base, regions, name), norms_of(base, regions, name))
+        for name, node, view in deployed_layers(merged)
+    ]
+    if batches and isinstance(deployed, fx.GraphModule):
+        layers = _errors(deployed, layers, batches, progress)
+    elif batches:
+        notes.append("The model is traced in parts: the errors of its layers are not measured.")
+    numbers = Numbers(
+        title, bits, forms, regions, tuple(layers), drawing(base, regions, False), drawing(merged, regions, True)
+    )
+    return replace(numbers, warnings=advice(numbers), notes=tuple(notes))
+
+
+def _as_input(x: Any, model: nn.Module) -> tuple[Any, ...] | None:
+    if x is None:
+        return guess_example(model)[0]
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _on_cpu(values: Any) -> Any:
+    return tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, values)
+
+
+def _checked(data: Iterable[Any]) -> list[Any]:
+    try:
+        batches = [_on_cpu(batch) for batch in data]
+    except TypeError:
+        raise InputError(f"the data is an iterable of batches, not {data!r}") from None
+    for x, batch in zip(tensors_of(batches), batches, strict=True):
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != len(x):
+            raise InputError(f"a batch of {len(x)} inputs comes with {len(labels)} labels")
+    if not batches:
+        raise InputError("the data is empty: give at least one batch, or none at all")
+    return batches
+
+
+def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None) -> tuple[Form, ...]:
+    found = []
+    truth: list[Tensor] = []
+    for i, (name, model) in enumerate(parts.items()):
+        coded = {id(w): m.grid.bits for m, w in _coded(model).values()}
+        params = list({id(p): p for p in model.parameters() if not _is_scale(model, p)}.values())
+        size = sum(p.numel() * coded.get(id(p), 32) // 8 for p in params)
+        sqnr = top1 = None
+        if batches:
+            outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
+            leaves = [[t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()] for o in outputs]
+            given = [torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)]  # over the batches
+            truth = truth or given
+            sqnr = None if i == 0 or not given else difference(truth, given).sqnr
+            top1 = _top1(outputs, batches)
+        convs, macs = _cost(model, args)
+        found.append(Form(name, convs, sum(p.numel() for p in params), macs, size, sqnr, top1))
+    return tuple(found)
+
+
+def _is_scale(model: nn.Module, p: Tensor) -> bool:
+    return any(isinstance(m, FakeQuant) and m.scale is p for m in model.modules())
+
+
+def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:
+    """The quantizers of weights with what they round, by the path of the layer."""
+    found: dict[str, tuple[FakeQuant, Tensor]] = {}
+    for path, module in graphs(model):
+        view = GraphView(module)
+        for node in view.nodes:
+            quant = view.modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(quant, FakeQuant) and quant.of_weight:
+                source = node.all_input_nodes[0]
+                name = (f"{path}." if path else "") + str(node.target).rpartition(".")[0]
+                found[name] = quant, view.tensor(str(source.target) if source.op == "get_attr" else source)
+    return found
+
+
+def _top1(outputs: list[Any], batches: list[Any]) -> float | None:
+    labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)]
+    logits = all(isinstance(o, Tensor) and o.dim() == 2 for o in outputs)
+    if len(labels) != len(outputs) or not logits or any(y.dim() != 1 or y.is_floating_point() for y in labels):
+        return None
+    right = sum(int((o.argmax(1) == y).sum()) for o, y in zip(outputs, labels, strict=True))
+    return 100 * right / sum(len(y) for y in labels)
+
+
+def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
+    """Convolutions and linear layers, and the multiply-accumulates of one input."""
+    if args is None:
+        return sum(1 for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), 0.0
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run_eval(model, args)
+    found = counter.get_flop_counts().get("Global", {})
+    views = [GraphView(m) for _, m in graphs(model)]
+    calls = sum(_weighted(node, view) for view in views for node in view.nodes)
+    return calls, sum(found.values()) / 2 / max(1, len(args[0]))
+
+
+def _weighted(node: fx.Node, view: GraphView) -> bool:
+    return (node.op == "call_function" and node.target in CALLS) or bool(getattr(view.ops.get(node), "macs", 0))
+
+
+def _layer(
+    name: str,
+    node: fx.Node,
+    view: GraphView,
+    coded: tuple[FakeQuant, Tensor] | None,
+    branches: tuple[Branch, ...],
+    norms: tuple[Norm, ...],
+) -> Layer:
+    op: Any = view.ops[node]
+    weight = view.tensor(f"{node.target}.weight" if node.op == "call_module" else _weight_of(view, node)).detach().float()
+    sqnr = used = None
+    if coded is not None:
+        quant, held = coded
+        held = held.detach()
+        codes = quant.codes(held)
+        noise = float((held - codes * quant.grid.along(quant.step, held)).double().square().sum())
+        sqnr = float("inf") if noise == 0 else 10 * math.log10(max(float(held.double().square().sum()), 1e-300) / noise)
+        used = len(codes.unique()) / (quant.grid.high - quant.grid.low + 1)
+    wide, median = reach(weight.abs().flatten(1).amax(1))
+    rows = (wide, len(weight), median)
+    return Layer(name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms)
+
+
+def _weight_of(view: GraphView, node: fx.Node) -> Any:
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else weight
+
+
+def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], progress: bool) -> list[Layer]:
+    calls: dict[fx.Node, str] = {}
+    inputs: dict[str, str] = {}
+    for node in deployed.graph.nodes:
+        if node.op == "call_function" and node.target in CALLS and _quantizer(deployed, node.args[1]):
+            name = str(node.args[1].target).rpartition(".")[0]
+            calls[node] = name
+            source: Any = node.args[0]
+            while is_max_pool(deployed, source) or source.target is F.pad:  # codes pass through
+                source = source.all_input_nodes[0]
+            if _quantizer(deployed, source):
+                inputs[name] = str(source.target)
+    pairs = Pairs(deployed, calls)
+    for x in track(list(tensors_of(batches)), "measuring", disable=not progress):
+        pairs.add((x,))
+    found = []
+    for layer in layers:
+        if layer.name not in calls.values():
+            found.append(layer)
+            continue
+        alone, together = pairs.sqnr(layer.name)
+        seen = pairs.seen.get(inputs.get(layer.name, ""))
+        macs = float(pairs.positions[layer.name] * layer.params)
+        found.append(
+            replace(layer, macs=macs, alone=alone, together=together, input=None if seen is None else seen.activation())
+        )
+    return found
+
+
+def _quantizer(module: fx.GraphModule, node: Any) -> bool:
+    called = isinstance(node, fx.Node) and node.op == "call_module"
+    return called and isinstance(module.get_submodule(str(node.target)), FakeQuant)

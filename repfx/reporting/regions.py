@@ -1,0 +1,143 @@
+"""Regions and layers of a report: what merged into what, by which program, and the kernels and norms it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from repfx.algebra import CONVS, Moments
+from repfx.capture.model import graphs
+from repfx.graph.naming import operator
+from repfx.graph.ops import Map
+from repfx.graph.view import GraphView
+from repfx.passes import RepQ
+from repfx.reporting.numbers import Branch, Norm, Region
+from repfx.reporting.pairs import spread
+from repfx.rewrite.inspection import inspect
+from repfx.rewrite.runner import Report, rewrite
+
+CALLS = {*CONVS.values(), F.linear}  # what a quantized or merged layer is called as
+
+
+def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
+    """Every block that merged, then what was left alone, each with its reason."""
+    known = {r.name: r for r in inspect(model, example=example).regions}
+    programs = programs_of(model, example)
+    found = []
+    for m in report.merged:
+        seen = known.get(m.name)
+        code = next((text for reads, text in programs if reads & set(m.ops)), "")
+        becomes = seen.merged if seen is not None and seen.merged else m.into
+        kinds = seen.ops if seen is not None else ()
+        costs = (m.macs_before, m.macs_after, m.params_before, m.params_after)
+        found.append(Region(m.into, m.ops, kinds, becomes, "", "", *costs, code))
+    found += [Region(d.where, (), (), "", d.reason, d.cure, 0.0, 0.0, 0, 0) for d in report.declined]
+    return tuple(found)
+
+
+def programs_of(model: Any, example: Any) -> list[tuple[set[str], str]]:
+    """For each weight that a program computes, the layers the program reads and its code."""
+    trained, _ = rewrite(model, [RepQ(bits=32, bn="frozen")], example, "tensorrt")
+    found = []
+    for path, module in graphs(trained):
+        prefix = f"{path}." if path else ""
+        for node in module.graph.nodes:
+            weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+            if isinstance(weight, fx.Node) and weight.op != "get_attr" and node.target in CALLS:
+                ends = [weight, *(a for a in node.args[2:3] if isinstance(a, fx.Node))]
+                nodes = _ancestors(module, ends)
+                reads = {prefix + str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
+                reads |= {prefix + str(n.target) for n in nodes if n.op == "call_module"}
+                found.append((reads, _code(nodes, ends)))
+    return found
+
+
+def _ancestors(module: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:
+    todo, seen = list(ends), set(ends)
+    while todo:
+        for before in todo.pop().all_input_nodes:
+            if before not in seen and before.op not in ("placeholder",) and not _reads_input(module, before):
+                seen.add(before)
+                todo.append(before)
+    return [n for n in module.graph.nodes if n in seen]
+
+
+def _reads_input(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a layer's output or the moments of one: no part of a program on weights."""
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Moments)
+
+
+def _code(nodes: list[fx.Node], ends: list[fx.Node]) -> str:
+    graph, made = fx.Graph(), {}
+    for node in nodes:
+        for before in node.all_input_nodes:
+            if before not in made:
+                made[before] = graph.placeholder(
+                    "x" if not any(n.op == "placeholder" for n in graph.nodes) else before.name
+                )
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(tuple(made[n] for n in ends))
+    lines = graph.python_code("self").src.strip().splitlines()
+    return "\n".join(line.split(";  ")[0] for line in lines if line.strip())
+
+
+def deployed_layers(model: nn.Module) -> Iterator[tuple[str, fx.Node, GraphView]]:
+    """The convolutions and linear layers of a merged model, in order, by path."""
+    for path, module in graphs(model):
+        view = GraphView(module)
+        prefix = f"{path}." if path else ""
+        for node in view.nodes:
+            op = view.ops[node]
+            if isinstance(op, Map) and op.macs and op.own is not None and op.kind in ("conv", "linear"):
+                yield prefix + (str(node.target) if node.op == "call_module" else _owner(node)), node, view
+
+
+def _owner(node: fx.Node) -> str:
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    return path or node.name
+
+
+def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Branch, ...]:
+    """The kernels that became this layer, as they are trained."""
+    return tuple(
+        Branch(name, spread(view.tensor(f"{node.target}.weight")))
+        for name, node, view in _inside(base, regions, into)
+        if node.op == "call_module" and isinstance(view.modules[str(node.target)], (nn.modules.conv._ConvNd, nn.Linear))
+    )
+
+
+def norms_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Norm, ...]:
+    """What the batch norms in this layer's region multiply their channels by."""
+    found = []
+    for name, node, view in _inside(base, regions, into):
+        m = view.modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None:
+            gamma = torch.ones_like(m.running_var) if m.weight is None else m.weight.detach()
+            factor = (gamma / torch.sqrt(m.running_var + m.eps)).abs()
+            found.append(Norm(name, float(factor.min()), float(factor.median()), float(factor.max())))
+    return tuple(found)
+
+
+def _inside(base: nn.Module, regions: tuple[Region, ...], into: str) -> Iterator[tuple[str, fx.Node, GraphView]]:
+    ops = {op for r in regions if r.name == into for op in r.ops}
+    for path, module in graphs(base) if ops else ():
+        view = GraphView(module)
+        for node in view.nodes:
+            name = (f"{path}." if path else "") + view.name(node)
+            if name in ops:
+                yield name, node, view
+
+
+def kinds_of(view: GraphView, node: fx.Node) -> str:
+    """What a node is, for a reader."""
+    text = operator(view.ops[node]) if node in view.ops else ""
+    if text:
+        return text
+    if node.op == "call_module":
+        return type(view.modules[str(node.target)]).__name__
+    return str(getattr(node.target, "__name__", node.target)) if node.op.startswith("call") else node.op

@@ -1,0 +1,69 @@
+"""lift: the one convolution that a module equals, read from its own forward.
+
+lift(block)(x) == block(x) in eval mode, in float64
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra import Kernel
+from repfx.capture.assemble import graph_module
+from repfx.capture.normalise import normalise
+from repfx.capture.tracer import Tracer
+from repfx.errors import Inexact, InputError
+from repfx.graph.regions import Region, is_linear, nodes_between
+from repfx.graph.view import GraphView
+from repfx.rewrite.kernel_of import kernel_of
+from repfx.rewrite.prove import prove
+from repfx.rewrite.weights import in_float64
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A module of one input and one output as the region it is: derived once, read again whenever its weights change."""
+
+    module: fx.GraphModule
+    view: GraphView
+    region: Region
+
+    @property
+    def kernel(self) -> Kernel:
+        """The convolution that the module is with the weights of now."""
+        return kernel_of(self.view, self.region, in_float64(self.view, keep=False))
+
+    def prove(self) -> float:
+        """The relative error of `kernel` against the module's own forward. Raises CheckError where it is not rounding."""
+        return prove(self.view, self.region, self.kernel, in_float64(self.view, keep=True))
+
+
+def lifted(module: nn.Module) -> Lifted:
+    """Traces a module (N, in, ...) -> (N, out, ...). Raises InputError where it is not linear from one input to one."""
+    tracer = Tracer(frozenset())
+    graph = tracer.trace(module)
+    normalise(graph)
+    result = graph_module(module, graph, tracer)
+    view = GraphView(result)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    sink = next(n for n in graph.nodes if n.op == "output").args[0]
+    nodes = nodes_between(view, inputs[0], sink) if len(inputs) == 1 and isinstance(sink, fx.Node) else None
+    if not nodes or not is_linear(view, sink):
+        raise InputError("the module is not linear between one input and one output")
+    return Lifted(result, view, Region(inputs[0], sink, nodes, frozenset()))
+
+
+def lift(module: nn.Module) -> Kernel:
+    """The Kernel of a module in eval mode. Raises InputError where it is not exactly one convolution for every size."""
+    try:
+        return lifted(module).kernel
+    except Inexact as why:
+        raise InputError(f"the module is not one convolution: {why.reason}") from why
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Writes a tensor into the parameter or buffer `name`, in its own dtype."""
+    with torch.no_grad():
+        module.get_parameter(name).copy_(value)

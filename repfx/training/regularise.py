@@ -1,0 +1,72 @@
+"""The custom weight decay of RepVGG and its repair, Eq. 6 of QARepVGG, for any sum of a kxk and a 1x1 branch.
+
+    L2 = |K3|^2 without its centre + sum (K3c t3 + K1 t1)^2 / (t3^2 + t1^2),    t = gamma / sqrt(var + eps), detached
+
+Eq. 6 leaves the denominator out: it is what makes the penalty blind to a common scale of the gammas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.capture.model import capture
+from repfx.capture.model import graphs as graphs_of
+from repfx.errors import InputError
+from repfx.graph.view import GraphView
+from repfx.rewrite.branches import branch_sums
+
+
+@dataclass(frozen=True)
+class CustomL2:
+    """Penalty of a model's blocks: add 0.5 * weight_decay * penalty() to the loss, with no decay on `kernels` elsewhere.
+
+    `blocks` lists (kxk convolution, its norm, 1x1 convolution, its norm). `denominator=False` is Eq. 6.
+    """
+
+    blocks: tuple[tuple[nn.Module, nn.Module, nn.Module, nn.Module], ...]
+    denominator: bool = True
+
+    @staticmethod
+    def of(model: nn.Module, example: object = None, denominator: bool = True) -> CustomL2:
+        """Finds the blocks by structure. Raises InputError where the model has none."""
+        args = example if example is None or isinstance(example, tuple) else (example,)
+        found = []
+        for path, graph in graphs_of(capture(model, args).model):
+            for block in branch_sums(GraphView(graph)):
+                nodes = (block.main.conv, block.main.norm, *((block.point.conv, block.point.norm) if block.point else ()))
+                if len(nodes) == 4 and all(n is not None for n in nodes):
+                    prefix = f"{path}." if path else ""
+                    found.append(tuple(model.get_submodule(f"{prefix}{n.target}") for n in nodes if n is not None))
+        if not found:
+            raise InputError("the model has no sum of a kxk and a 1x1 branch that both have a batch norm")
+        return CustomL2(tuple(found), denominator)  # type: ignore[arg-type]
+
+    @property
+    def kernels(self) -> list[Tensor]:
+        """The weights that the penalty decays."""
+        return [conv.weight for k, _, p, _ in self.blocks for conv in (k, p)]  # type: ignore[misc]
+
+    def penalty(self) -> Tensor:
+        """The sum over the blocks: a scalar."""
+        return torch.stack([self._of_block(*block) for block in self.blocks]).sum()
+
+    def _of_block(self, conv3: nn.Module, norm3: nn.Module, conv1: nn.Module, norm1: nn.Module) -> Tensor:
+        k3: Tensor = conv3.weight  # type: ignore[assignment]
+        k1: Tensor = conv1.weight  # type: ignore[assignment]
+        at: Any = (slice(None), slice(None), *(n // 2 for n in k3.shape[2:]))
+        centre = k3[at]
+        t3, t1 = (_scale(norm).unsqueeze(1) for norm in (norm3, norm1))
+        merged = (centre * t3 + k1.flatten(1) * t1).square()
+        if self.denominator:
+            merged = merged / (t3.square() + t1.square())
+        return k3.square().sum() - centre.square().sum() + merged.sum()
+
+
+def _scale(norm: nn.Module) -> Tensor:
+    """gamma / sqrt(running_var + eps), detached: (channels,)."""
+    found = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    return (found if norm.weight is None else found * norm.weight).detach()  # type: ignore[operator]
