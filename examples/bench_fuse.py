@@ -1,8 +1,10 @@
-"""What `transform(model, ["fuse"])` costs, against torch.fx and timm's own re-parameterization, in one run.
+"""What `transform(model, ["fuse"])` costs, against torch.fx and timm's own re-parameterization, in
+one run.
 
     python examples/bench_fuse.py            prints the three tables
 
-1. time with its proof, over torch.fx.symbolic_trace + timm's reparameterize_model (medians of interleaved runs);
+1. time with its proof, over torch.fx.symbolic_trace + timm's reparameterize_model (medians of
+   interleaved runs);
 2. time a block from 50 to 3 200 RepVGG blocks;
 3. peak memory above the model, in a fresh process, over the model's own size (Linux).
 """
@@ -48,7 +50,14 @@ def interleaved(functions: list[Callable[[], object]], rounds: int) -> list[list
 
 
 def speed(console: Console, rounds: int) -> None:
-    table = Table("model", "fuse + proof, s", "fx + timm, s", "ratio (median)", "ratio (min..max)", title="time")
+    table = Table(
+        "model",
+        "fuse + proof, s",
+        "fx + timm, s",
+        "ratio (median)",
+        "ratio (min..max)",
+        title="time",
+    )
     for name in NETS:
         model = zoo(name)
         from timm.utils.model import reparameterize_model
@@ -70,7 +79,13 @@ def block() -> nn.Module:
 
 
 def scaling(console: Console, rounds: int) -> None:
-    table = Table("blocks", "s", "ms a block", "over 50 blocks", title="time a block, RepVGG blocks of 8 channels")
+    table = Table(
+        "blocks",
+        "s",
+        "ms a block",
+        "over 50 blocks",
+        title="time a block, RepVGG blocks of 8 channels",
+    )
     sizes = [50, 200, 800, 3200]
     models = [nn.Sequential(*(block() for _ in range(n))).eval() for n in sizes]
     runs = [lambda m=m: repfx.transform(m, ["fuse"]) for m in models]
@@ -84,7 +99,12 @@ def scaling(console: Console, rounds: int) -> None:
 def memory(console: Console) -> None:
     table = Table("model", "model, MB", "peak above it, MB", "ratio", title="peak memory")
     for name in [*NETS, "repvgg_b1g4"]:
-        done = subprocess.run([sys.executable, __file__, "--measure", name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         size, peak = (float(v) for v in done.stdout.split()[-2:])
         table.add_row(name, f"{size:.1f}", f"{peak:.1f}", f"{peak / size:.2f}")
     console.print(table)
@@ -93,7 +113,9 @@ def memory(console: Console) -> None:
 def measure(name: str) -> None:
     """Prints the model's size and the growth of this process's peak resident memory, in MB."""
     model = zoo(name)
-    repfx.transform(nn.Sequential(block()), ["fuse"])  # libraries load and pools fill before the count starts
+    repfx.transform(
+        nn.Sequential(block()), ["fuse"]
+    )  # libraries load and pools fill before the count starts
     model(torch.randn(2, 3, 64, 64))
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     gc.collect()
@@ -112,7 +134,9 @@ def resident(key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()

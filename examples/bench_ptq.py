@@ -1,9 +1,8 @@
 """What post-training quantization costs: python examples/bench_ptq.py
 
-Calibration against plain forward passes of the merged net over the same pictures (4 096 of the mini net, 64 of resnet18),
-medians and quartiles of rounds in which each runs once; how long `reconstruct` takes with its defaults; and the peak of
-memory at 256 and at 4 096 pictures.
-"""
+Calibration against plain forward passes of the merged net over the same pictures (4 096 of the mini
+net, 64 of resnet18), medians and quartiles of rounds in which each runs once; how long
+`reconstruct` takes with its defaults; and the peak of memory at 256 and at 4 096 pictures."""
 
 from __future__ import annotations
 
@@ -31,8 +30,19 @@ METHODS = ("max", "percentile", "mse", "mae", "entropy")
 
 
 def mini() -> nn.Module:
-    """Eight QARepVGG blocks of 16, 32 and 64 channels: (N, 3, 32, 32) -> (N, 10), the net of the studies."""
-    plan = [(3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)]
+    """Eight QARepVGG blocks of 16, 32 and 64 channels: (N, 3, 32, 32) -> (N, 10), the net of the
+    studies.
+    """
+    plan = [
+        (3, 16, 1),
+        (16, 16, 1),
+        (16, 32, 2),
+        (32, 32, 1),
+        (32, 32, 1),
+        (32, 64, 2),
+        (64, 64, 1),
+        (64, 64, 1),
+    ]
     blocks = [nn.Sequential(QARepVGG(i, o, 3, stride, 1), nn.ReLU()) for i, o, stride in plan]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
 
@@ -43,7 +53,10 @@ def resnet18() -> nn.Module:
     return timm.create_model("resnet18").eval()
 
 
-NETS: dict[str, Any] = {"mini": (mini, (128, 3, 32, 32), 32), "resnet18": (resnet18, (8, 3, 128, 128), 8)}
+NETS: dict[str, Any] = {
+    "mini": (mini, (128, 3, 32, 32), 32),
+    "resnet18": (resnet18, (8, 3, 128, 128), 8),
+}
 
 
 def batches(shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
@@ -56,7 +69,9 @@ def batches(shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
 def throughput(name: str, threads: int, rounds: int) -> list[str]:
     """How fast calibration is, over plain forward passes, by method."""
     torch.set_num_threads(threads)
-    torch.empty(2**23 - 2**13)  # 32 MB, freed at once: from then on glibc keeps what it gets back, for either side
+    torch.empty(
+        2**23 - 2**13
+    )  # 32 MB, freed at once: from then on glibc keeps what it gets back, for either side
     make, shape, count = NETS[name]
     net, data = make().eval().to(memory_format=torch.channels_last), list(batches(shape, count))
     merged, quantized = (repfx.transform(net, [p], example=data[0]) for p in ("fuse", "ptq"))
@@ -71,13 +86,17 @@ def throughput(name: str, threads: int, rounds: int) -> list[str]:
     times = interleaved(runs, rounds)
     cells = []
     for m in METHODS:
-        low, middle, high = statistics.quantiles((a / b for a, b in zip(times["forward"], times[m], strict=True)), n=4)
+        low, middle, high = statistics.quantiles(
+            (a / b for a, b in zip(times["forward"], times[m], strict=True)), n=4
+        )
         cells.append(f"{middle:.2f} ({low:.2f}..{high:.2f})")
     return cells
 
 
 def memory(what: str, pictures: int, answer: Any) -> None:
-    """Puts the peak of this process's own memory in MiB, files of the cache left out, over what it was at the start."""
+    """Puts the peak of this process's own memory in MiB, files of the cache left out, over what it
+    was at the start.
+    """
 
     def own() -> int:
         resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
@@ -107,7 +126,9 @@ def memory(what: str, pictures: int, answer: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
@@ -124,7 +145,10 @@ def main() -> None:
     model = repfx.transform(make(), ["ptq(bits=6, weights=mse)", "qprep"])
     start = time.perf_counter()
     repfx.reconstruct(model, batches(shape, 8), progress=True)
-    console.print(f"reconstruct, mini net, 1024 pictures, defaults, {torch.get_num_threads()} threads: ", end="")
+    console.print(
+        f"reconstruct, mini net, 1024 pictures, defaults, {torch.get_num_threads()} threads: ",
+        end="",
+    )
     console.print(f"{time.perf_counter() - start:.0f} s")
 
     table = Table(title="peak of memory, MiB over the start")

@@ -1,8 +1,8 @@
 """The cost of a training step on the merged weight: python examples/bench_repq.py
 
-Each row is a net of blocks; times are medians of interleaved steps in one run, relative to plain LSQ quantization-aware
-training of the merged net, and, for float training, to the multi-branch net itself.
-"""
+Each row is a net of blocks; times are medians of interleaved steps in one run, relative to plain
+LSQ quantization-aware training of the merged net, and, for float training, to the multi-branch net
+itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
 
 
 def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]:
-    """What is compared: the net of branches, plain QAT of the merged net, float training merged, and repq's modes."""
+    """What is compared: the net of branches, plain QAT of the merged net, float training merged,
+    and repq's modes.
+    """
     torch.manual_seed(0)
     model = net(block, width, 4).eval()
     merged = repfx.transform(model, ["fuse"], example=x)
@@ -67,7 +69,9 @@ def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]
     return found | {mode: repfx.transform(model, [RepQ(bn=mode)], example=x) for mode in MODES}
 
 
-def peak(block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, out: object) -> None:
+def peak(
+    block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, out: object
+) -> None:
     """Puts the MB that three steps take above what the process held before them."""
     x, y = torch.randn(shape), torch.arange(shape[0]) % 10
     step = stepper(forms(block, width, x[:2, :, :8, :8])[form], x, y)
@@ -78,31 +82,53 @@ def peak(block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--memory", action="store_true", help="peak memory of a step instead of its time")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory of a step instead of its time"
+    )
     args = parser.parse_args()
     shape = (args.batch, args.width, args.size, args.size)
     x, y = torch.randn(shape), torch.arange(args.batch) % 10
     what = "peak memory of a step" if args.memory else "a step"
-    table = Table(title=f"{what}, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios")
-    for column in ("block", "multi-branch", "plain QAT", *(f"repq {m}" for m in MODES), "float estimate / multi-branch"):
+    table = Table(
+        title=f"{what}, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios"
+    )
+    for column in (
+        "block",
+        "multi-branch",
+        "plain QAT",
+        *(f"repq {m}" for m in MODES),
+        "float estimate / multi-branch",
+    ):
         table.add_column(column, justify="right")
     for block in (ACNet, RepVGG):
         if args.memory:
             t = {}
             for form in ("multi", "plain", "float", *MODES):
                 out = multiprocessing.get_context("spawn").Queue()
-                job = multiprocessing.get_context("spawn").Process(target=peak, args=(block, args.width, shape, form, out))
+                job = multiprocessing.get_context("spawn").Process(
+                    target=peak, args=(block, args.width, shape, form, out)
+                )
                 job.start()
                 t[form] = out.get()
                 job.join()
         else:
-            t = compare({name: stepper(m, x, y) for name, m in forms(block, args.width, x).items()}, args.rounds)
-        ratios = [t["multi"] / t["plain"], 1.0, *(t[m] / t["plain"] for m in MODES), t["float"] / t["multi"]]
+            t = compare(
+                {name: stepper(m, x, y) for name, m in forms(block, args.width, x).items()},
+                args.rounds,
+            )
+        ratios = [
+            t["multi"] / t["plain"],
+            1.0,
+            *(t[m] / t["plain"] for m in MODES),
+            t["float"] / t["multi"],
+        ]
         table.add_row(block.__name__, *(f"{r:.2f}" for r in ratios))
     Console(width=140).print(table)
 

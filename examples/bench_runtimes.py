@@ -1,10 +1,11 @@
-"""INT8 files of ours against ONNX Runtime's own quantizer and, where it is installed, NNCF's, in ONNX Runtime and OpenVINO.
+"""INT8 files of ours against ONNX Runtime's own quantizer and, where it is installed, NNCF's, in
+ONNX Runtime and OpenVINO.
 
     python examples/bench_runtimes.py
 
-All from one merged float net with random weights; each round runs all in an order of its own; ratios are
-medians and quartiles of the rounds' ratios. Layers in integers: as the runtime's own graph has them, in our file.
-"""
+All from one merged float net with random weights; each round runs all in an order of its own;
+ratios are medians and quartiles of the rounds' ratios. Layers in integers: as the runtime's own
+graph has them, in our file."""
 
 from __future__ import annotations
 
@@ -30,7 +31,15 @@ from repfx.lowering.runtimes.timing import interleaved
 from repfx.testing import randomise
 
 MODELS = (
-    *("repvgg_a0", "mobileone_s0", "resnet18", "mobilenetv2_100", "efficientnet_b0", "repvit_m0_9", "convnext_atto"),
+    *(
+        "repvgg_a0",
+        "mobileone_s0",
+        "resnet18",
+        "mobilenetv2_100",
+        "efficientnet_b0",
+        "repvit_m0_9",
+        "convnext_atto",
+    ),
     *("densenet121", "cspresnet50", "ese_vovnet19b_dw"),
 )
 
@@ -46,15 +55,22 @@ class Once(CalibrationDataReader):
 
 
 def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
-    """ONNX Runtime's quantize_static: uint8 activations, int8 weights per channel, after its own preparation."""
+    """ONNX Runtime's quantize_static: uint8 activations, int8 weights per channel, after its own
+    preparation.
+    """
     import onnx
 
     quant_pre_process(str(plain), str(goal.with_suffix(".pre.onnx")), skip_symbolic_shape=True)
     name = onnx.load(plain).graph.input[0].name
     quantize_static(
-        str(goal.with_suffix(".pre.onnx")), str(goal), Once(name, x), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+        str(goal.with_suffix(".pre.onnx")),
+        str(goal),
+        Once(name, x),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return goal
 
 
@@ -66,26 +82,34 @@ def by_nncf(plain: Path, goal: Path, x: Tensor) -> Path | None:
         return None
     import openvino
 
-    quantized = nncf.quantize(openvino.Core().read_model(str(plain)), nncf.Dataset([x.numpy()]), subset_size=1)
+    quantized = nncf.quantize(
+        openvino.Core().read_model(str(plain)), nncf.Dataset([x.numpy()]), subset_size=1
+    )
     openvino.save_model(quantized, str(goal), compress_to_fp16=False)
     return goal
 
 
 def _ratios(ours: list[float], others: list[float]) -> str:
     """The median of the rounds' ratios, and their quartiles."""
-    low, middle, high = statistics.quantiles((a / b for a, b in zip(ours, others, strict=True)), n=4)
+    low, middle, high = statistics.quantiles(
+        (a / b for a, b in zip(ours, others, strict=True)), n=4
+    )
     return f"{middle:.3f} ({low:.2f}..{high:.2f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
-    table = Table(title=f"{args.batch} pictures of {args.size}, {args.rounds} rounds; ratios of medians")
+    table = Table(
+        title=f"{args.batch} pictures of {args.size}, {args.rounds} rounds; ratios of medians"
+    )
     for column in (
         "model",
         "runtime",
@@ -100,10 +124,14 @@ def main() -> None:
         table.add_column(column, justify="right")
     for name in args.models:
         torch.manual_seed(0)
-        # Random scales and shifts over the statistics of real inputs: activations of one size through the whole net and
-        # convolutions with biases that count, as in a trained one. (Random statistics let activations grow until
-        # ONNX Runtime rounds every bias to zero, and OpenVINO then leaves those biases out.)
-        model, x = randomise(timm.create_model(name).eval()), torch.randn(args.batch, 3, args.size, args.size)
+        # Random scales and shifts over the statistics of real inputs: activations of one size
+        # through the whole net and convolutions with biases that count, as in a trained one.
+        # (Random statistics let activations grow until ONNX Runtime rounds every bias to zero, and
+        # OpenVINO then leaves those biases out.)
+        model, x = (
+            randomise(timm.create_model(name).eval()),
+            torch.randn(args.batch, 3, args.size, args.size),
+        )
         update_bn([x], model)
         merged = repfx.transform(model, ["fuse"], example=x)
         with tempfile.TemporaryDirectory() as text:
@@ -117,10 +145,15 @@ def main() -> None:
                 files = {"float": plain, "ours": ours, "theirs": other}
                 third = by_nncf(plain, folder / "nncf.xml", x) if runtime == "openvino" else None
                 files |= {} if third is None else {"nncf": third}
-                runs = {k: partial(session(runtime, f, threads=args.threads), (x,)) for k, f in files.items()}
+                runs = {
+                    k: partial(session(runtime, f, threads=args.threads), (x,))
+                    for k, f in files.items()
+                }
                 times = interleaved(runs, args.rounds)
                 t = {k: statistics.median(v) for k, v in times.items()}
-                against = {k: _ratios(times["ours"], times[k]) for k in ("theirs", "nncf") if k in times}
+                against = {
+                    k: _ratios(times["ours"], times[k]) for k in ("theirs", "nncf") if k in times
+                }
                 run = kernels(runtime, ours)
                 size = ours.stat().st_size / plain.stat().st_size
                 row = (

@@ -1,9 +1,9 @@
 """Random graphs through `fuse`, in numbers: python examples/fuzz.py --from 0 --to 5000 --jobs 2
 
-Each seed makes a random net (linear or not, in one to three dimensions, layers shared, values changed in place, several
-outputs). Its rewrite must compute the same at every size it accepts, cost no more, keep the given net and input as they
-were and find nothing on a second run. A seed that fails is printed, and one that is asked for alone is described.
-"""
+Each seed makes a random net (linear or not, in one to three dimensions, layers shared, values
+changed in place, several outputs). Its rewrite must compute the same at every size it accepts, cost
+no more, keep the given net and input as they were and find nothing on a second run. A seed that
+fails is printed, and one that is asked for alone is described."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def _check(block: RandomBlock, x: torch.Tensor, outcome: Outcome) -> None:
     assert_same(block, result, x, TOLERANCE)
     assert_same_elsewhere(block, result, x, TOLERANCE)
     assert torch.equal(x, given), "the input changed"
-    assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items()), "the given net changed"
+    assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items()), (
+        "the given net changed"
+    )
     assert all(m.macs_after <= m.macs_before for m in report.merged), "costs more"
     again = _fused(result, x)
     assert again is None or not again.meta["repfx"].merged, "a second run merged"
@@ -101,7 +103,9 @@ def _one_thread() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--to", dest="last", type=int, default=5000)
     parser.add_argument("--jobs", type=int, default=1)
@@ -126,8 +130,11 @@ def _summary(found: list[Outcome], seconds: float) -> None:
     failed = sorted(o.seed for o in found if o.error)
     with_merges, merges = sum(o.merged > 0 for o in found), sum(o.merged for o in found)
     untraced = sum(o.untraced for o in found)
-    print(f"{len(found)} graphs, {len(found) / seconds:.1f} a second, {with_merges} with merges, {merges} merges, "
-          f"{untraced} with untraced parts, {len(failed)} failed {failed[:10]}")  # fmt: skip
+    print(
+        f"{len(found)} graphs, {len(found) / seconds:.1f} a second, "
+        f"{with_merges} with merges, {merges} merges, "
+        f"{untraced} with untraced parts, {len(failed)} failed {failed[:10]}"
+    )
     for reason, n in reasons.most_common(12):
         print(f"{n:7d}  {reason}")
     print("graphs with an operator, and with a merge of it:")

@@ -1,12 +1,13 @@
-"""INT8 files on every instruction set that this machine can show: codes, noise end to end, layers in integers.
+"""INT8 files on every instruction set that this machine can show: codes, noise end to end, layers
+in integers.
 
     python examples/isa.py [--groups zoo,placement,random] [--nets 200] [--out isa.jsonl] [--vnni]
 
-Rows go to a file of JSON lines and a run goes on where the last one stopped. A code is "wrong" where it differs on equal
-inputs and the exact value is further from the edge between two codes than arithmetic errs; other codes that differ are
-ties. "over fake-quant": how many dB the file, run as it is deployed, is above the torch model, both against float.
-ONNX Runtime's kernels run natively and, with qemu-user installed, on emulated processors.
-"""
+Rows go to a file of JSON lines and a run goes on where the last one stopped. A code is "wrong"
+where it differs on equal inputs and the exact value is further from the edge between two codes than
+arithmetic errs; other codes that differ are ties. "over fake-quant": how many dB the file, run as
+it is deployed, is above the torch model, both against float. ONNX Runtime's kernels run natively
+and, with qemu-user installed, on emulated processors."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def nets(group: str, count: int) -> Iterator[tuple[str, Any]]:
         for seed in range(count):
             yield f"random {seed}", lambda seed=seed: random_net(seed)
     elif group == "placement":
-        spec = importlib.util.spec_from_file_location("placed", HERE.parent / "tests" / "test_placement.py")
+        spec = importlib.util.spec_from_file_location(
+            "placed", HERE.parent / "tests" / "test_placement.py"
+        )
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -66,7 +69,9 @@ def of_timm(name: str) -> tuple[nn.Module, Tensor]:
     return net, x
 
 
-def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> Iterator[dict[str, Any]]:
+def rows(
+    group: str, made: list[tuple[str, nn.Module, Tensor]], target: str
+) -> Iterator[dict[str, Any]]:
     """A row a net and instruction set; all nets go through one process for each."""
     runtime = target.partition("-")[0]
     files = []
@@ -81,7 +86,13 @@ def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> 
         tasks = [[(p, (x,)) for p in (exposed, proto)] for _, _, proto, exposed, x, _ in files]
         outputs = run_all(isa, runtime, tasks)
         for (name, int8, proto, _, x, run), given in zip(files, outputs, strict=True):
-            head = {"group": group, "net": name, "target": target, "isa": isa.name, "cpu": running()}
+            head = {
+                "group": group,
+                "net": name,
+                "target": target,
+                "isa": isa.name,
+                "cpu": running(),
+            }
             if given is None:
                 yield {**head, "runs": False}
                 continue
@@ -89,14 +100,24 @@ def rows(group: str, made: list[tuple[str, nn.Module, Tensor]], target: str) -> 
             assert found.before is not None and found.after is not None
             quantizers = found.quantizers.values()
             yield {
-                **head, "runs": True, "codes": found.codes, "different": found.different,
-                "wrong": sum(q.wrong for q in quantizers), "bad": list(found.wrong[:2]), "own": found.output.sqnr,
-                "fake_quant": found.before.sqnr, "file": found.after.sqnr, "integers": run.integers, "layers": run.layers,
-            }  # fmt: skip
+                **head,
+                "runs": True,
+                "codes": found.codes,
+                "different": found.different,
+                "wrong": sum(q.wrong for q in quantizers),
+                "bad": list(found.wrong[:2]),
+                "own": found.output.sqnr,
+                "fake_quant": found.before.sqnr,
+                "file": found.after.sqnr,
+                "integers": run.integers,
+                "layers": run.layers,
+            }
 
 
 def run_all(isa: Isa, runtime: str, tasks: list[list[Any]]) -> list[list[list[Tensor]] | None]:
-    """What each net's two files give; None where the runtime does not run it, as OpenVINO runs no resize on SSE4.1."""
+    """What each net's two files give; None where the runtime does not run it, as OpenVINO runs no
+    resize on SSE4.1.
+    """
     try:
         flat = iter(isa.run_all(runtime, [task for pair in tasks for task in pair]))
         return [[next(flat), next(flat)] for _ in tasks]
@@ -121,23 +142,38 @@ def table(found: list[dict[str, Any]]) -> Table:
     for key in dict.fromkeys((r["group"], r["target"], r["isa"]) for r in found):
         every = [r for r in found if (r["group"], r["target"], r["isa"]) == key]
         mine = [r for r in every if r["runs"]]
-        sums = {k: sum(r[k] for r in mine) for k in ("codes", "different", "wrong", "integers", "layers")}
+        sums = {
+            k: sum(r[k] for r in mine)
+            for k in ("codes", "different", "wrong", "integers", "layers")
+        }
         worst = min((r["file"] - r["fake_quant"] for r in mine), default=0.0)
         layers = f"{sums['integers']:,} of {sums['layers']:,}"
         counts = (f"{sums[k]:,}" for k in ("codes", "different", "wrong"))
-        shown.add_row(f"{len(every)} {key[0]}", str(len(mine)), *key[1:], *counts, f"{worst:+.1f} dB", layers)
+        shown.add_row(
+            f"{len(every)} {key[0]}", str(len(mine)), *key[1:], *counts, f"{worst:+.1f} dB", layers
+        )
     return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", default="placement,zoo,random")
     parser.add_argument("--nets", type=int, default=200, help="random nets")
     parser.add_argument("--out", type=Path, default=Path("isa.jsonl"))
-    parser.add_argument("--vnni", action="store_true", help="the targets for CPUs with VNNI, to see what they give up")
+    parser.add_argument(
+        "--vnni",
+        action="store_true",
+        help="the targets for CPUs with VNNI, to see what they give up",
+    )
     args = parser.parse_args()
     targets = ["openvino-vnni", "onnxruntime-vnni"] if args.vnni else ["openvino", "onnxruntime"]
-    found = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    found = (
+        [json.loads(line) for line in args.out.read_text().splitlines()]
+        if args.out.exists()
+        else []
+    )
     with args.out.open("a") as out:
         for group in args.groups.split(","):
             for target in targets:

@@ -29,18 +29,33 @@ from repfx.testing import randomise
 
 
 def net() -> nn.Module:
-    layers = [RepVGG(3, 8, 3, 1, 1), nn.ReLU(), RepVGG(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
-    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval())
+    layers = [
+        RepVGG(3, 8, 3, 1, 1),
+        nn.ReLU(),
+        RepVGG(8, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+    ]
+    return randomise(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    )
 
 
 def legacy(model: nn.Module, x: Tensor, path: Path, opset: int = 17) -> None:
-    torch.onnx.export(model, (x,), str(path), dynamo=False, opset_version=opset, do_constant_folding=True)
+    torch.onnx.export(
+        model, (x,), str(path), dynamo=False, opset_version=opset, do_constant_folding=True
+    )
 
 
 def modelopt(model: nn.Module, x: Tensor, path: Path) -> None:
     import modelopt.torch.quantization as mtq
 
-    legacy(mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, forward_loop=lambda m: m(x)), x, path)
+    legacy(
+        mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, forward_loop=lambda m: m(x)),
+        x,
+        path,
+    )
 
 
 def torchao(quantizer: Callable[[], Any], model: nn.Module, x: Tensor, path: Path) -> None:
@@ -48,9 +63,15 @@ def torchao(quantizer: Callable[[], Any], model: nn.Module, x: Tensor, path: Pat
 
     prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer())
     prepared(x)
-    # Weights as operators of the graph; folded, as is the default, its files fail the same rules but Q09.
+    # Weights as operators of the graph; folded, as is the default, its files fail the same rules
+    # but Q09.
     torch.onnx.export(
-        convert_pt2e(prepared, fold_quantize=False), (x,), str(path), dynamo=True, opset_version=20, external_data=False
+        convert_pt2e(prepared, fold_quantize=False),
+        (x,),
+        str(path),
+        dynamo=True,
+        opset_version=20,
+        external_data=False,
     )
 
 
@@ -61,7 +82,10 @@ def x86() -> Any:
 
 
 def xnnpack() -> Any:
-    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from torchao.testing.pt2e._xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
 
     return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
 
@@ -79,7 +103,9 @@ def aimet(model: nn.Module, x: Tensor, path: Path) -> None:
     import aimet_torch.onnx
     from aimet_torch.quantsim import QuantizationSimModel
 
-    sim = QuantizationSimModel(copy.deepcopy(model), dummy_input=x, default_param_bw=8, default_output_bw=8)
+    sim = QuantizationSimModel(
+        copy.deepcopy(model), dummy_input=x, default_param_bw=8, default_output_bw=8
+    )
     sim.compute_encodings(lambda m, _: m(x), None)
     aimet_torch.onnx.export(sim, (x,), str(path), dynamo=False, opset_version=17)
 
@@ -96,9 +122,15 @@ def onnxruntime(model: nn.Module, x: Tensor, path: Path) -> None:
     plain = path.with_suffix(".float.onnx")
     torch.onnx.export(model, (x,), str(plain), dynamo=False, opset_version=17, input_names=["x"])
     quantize_static(
-        str(plain), str(path), Once(x), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True},
-    )  # fmt: skip
+        str(plain),
+        str(path),
+        Once(x),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True},
+    )
 
 
 def ours(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -128,10 +160,15 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "model.onnx"
                     export(model, x, path)
-                    found = Counter(f"{f.severity} {f.rule}" for f in repfx.lint(path) if f.severity in "EW")
+                    found = Counter(
+                        f"{f.severity} {f.rule}" for f in repfx.lint(path) if f.severity in "EW"
+                    )
                 text = ", ".join(f"{name} ({n})" for name, n in sorted(found.items())) or "none"
             except Exception as error:  # anybody's tool, anybody's error
-                text = f"left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+                text = (
+                    f"left out: {type(error).__name__}: "
+                    f"{str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+                )
             table.add_row(tool, form, text)
     Console(width=140).print(table)
 

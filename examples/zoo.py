@@ -1,8 +1,9 @@
-"""timm's models for the examples and tests, beside a CPU build of torch too: `from zoo import timm`.
+"""timm's models for the examples and tests, beside a CPU build of torch too: `from zoo import
+timm`.
 
-torchvision's wheels on PyPI are built for CUDA; beside a CPU torch its operators have no schema, and its import fails on
-registering their shapes. Declaring them cures that. timm only wants torchvision's feature extraction.
-"""
+torchvision's wheels on PyPI are built for CUDA; beside a CPU torch its operators have no schema,
+and its import fails on registering their shapes. Declaring them cures that. timm only wants
+torchvision's feature extraction."""
 
 from __future__ import annotations
 
@@ -12,8 +13,21 @@ from typing import Any
 
 import torch
 
-_OPERATORS = ("nms", "qnms", "roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d")
-_BACKWARD = ("_roi_align_backward", "_ps_roi_align_backward", "_roi_pool_backward", "_ps_roi_pool_backward")
+_OPERATORS = (
+    "nms",
+    "qnms",
+    "roi_align",
+    "ps_roi_align",
+    "roi_pool",
+    "ps_roi_pool",
+    "deform_conv2d",
+)
+_BACKWARD = (
+    "_roi_align_backward",
+    "_ps_roi_align_backward",
+    "_roi_pool_backward",
+    "_ps_roi_pool_backward",
+)
 _KEPT: list[torch.library.Library] = []
 
 

@@ -1,10 +1,11 @@
-"""INT8 files of a dozen nets: lint, codes and layers in integers in ONNX Runtime and OpenVINO, size.
+"""INT8 files of a dozen nets: lint, codes and layers in integers in ONNX Runtime and OpenVINO,
+size.
 
     python examples/zoo_int8.py [models] [--float16]
 
-Random weights, 96 x 96. A code "differs" where torch and the runtime round one value to neighbours, each on equal codes
-before it. Layers are counted in the graphs that the runtimes made of the files for them.
-"""
+Random weights, 96 x 96. A code "differs" where torch and the runtime round one value to neighbours,
+each on equal codes before it. Layers are counted in the graphs that the runtimes made of the files
+for them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ from repfx.lowering.onnx.parity import compare
 from repfx.lowering.runtimes.layers import kernels
 
 MODELS = (
-    *("resnet18", "repvgg_a0", "repvgg_b1g4", "mobileone_s0", "mobilenetv2_100", "repghostnet_100", "fastvit_t8"),
+    *(
+        "resnet18",
+        "repvgg_a0",
+        "repvgg_b1g4",
+        "mobileone_s0",
+        "mobilenetv2_100",
+        "repghostnet_100",
+        "fastvit_t8",
+    ),
     *("efficientnet_b0", "regnetx_002", "densenet121", "convnext_atto", "repvit_m0_9"),
 )
 
@@ -33,7 +42,10 @@ MODELS = (
 def float_layers(path: Path) -> int:
     """Convolutions and linear layers without integers on both inputs."""
     index = Index(onnx.load(path))
-    return sum(index.dq(layer.x) is None or not layer.weight or index.dq(layer.weight) is None for layer in index.layers)
+    return sum(
+        index.dq(layer.x) is None or not layer.weight or index.dq(layer.weight) is None
+        for layer in index.layers
+    )
 
 
 def settle(model: torch.nn.Module, x: torch.Tensor) -> None:
@@ -52,12 +64,16 @@ def row(name: str, folder: Path, float16: bool) -> list[str]:
     if float16:
         settle(model, x)
     merged = repfx.transform(model, ["fuse"], example=x)
-    size = repfx.lower(merged, folder / "float.onnx", example=x, float16=float16).onnx.stat().st_size
+    size = (
+        repfx.lower(merged, folder / "float.onnx", example=x, float16=float16).onnx.stat().st_size
+    )
     cells, layers, bad, left = [], [], {"E": 0, "W": 0}, 0
     for target in ("tensorrt", "onnxruntime", "openvino"):
         int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
         for opset in (20, 21) if target == "tensorrt" else (20,):
-            file = repfx.lower(int8, folder / "int8.onnx", example=x, target=target, opset=opset, float16=float16)
+            file = repfx.lower(
+                int8, folder / "int8.onnx", example=x, target=target, opset=opset, float16=float16
+            )
             parity = file.parity
             if target == "tensorrt":
                 for finding in repfx.lint(file.onnx):
@@ -74,11 +90,19 @@ def row(name: str, folder: Path, float16: bool) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=MODELS)
-    parser.add_argument("--float16", action="store_true", help="files in half precision; OpenVINO runs them in float32")
+    parser.add_argument(
+        "--float16",
+        action="store_true",
+        help="files in half precision; OpenVINO runs them in float32",
+    )
     args = parser.parse_args()
-    table = Table("model", "tensorrt", "onnxruntime", "openvino", "lint E, W", "layers without Q/DQ")
+    table = Table(
+        "model", "tensorrt", "onnxruntime", "openvino", "lint E, W", "layers without Q/DQ"
+    )
     for column in ("in integers, ONNX Runtime", "in integers, OpenVINO", "size"):
         table.add_column(column)
     for name in track(args.models, "lowering"):

@@ -13,4 +13,17 @@ from repfx.passes.repq import RepQ
 from repfx.rewrite.contract import Pass, Promise, Result, Stage
 from repfx.rewrite.work import Work
 
-__all__ = ["BnFold", "Expand", "Fuse", "Pass", "Promise", "Ptq", "QARep", "QPRep", "RepQ", "Result", "Stage", "Work"]
+__all__ = [
+    "BnFold",
+    "Expand",
+    "Fuse",
+    "Pass",
+    "Promise",
+    "Ptq",
+    "QARep",
+    "QPRep",
+    "RepQ",
+    "Result",
+    "Stage",
+    "Work",
+]

@@ -1,4 +1,5 @@
-"""bnfold: batch norms (and scales and shifts) go into the convolution beside them; branches stay branches.
+"""bnfold: batch norms (and scales and shifts) go into the convolution beside them; branches stay
+branches.
 
 bn(conv(x))   ->   conv'(x),      W' = a*W,  b' = a*b + c
 """
@@ -27,4 +28,7 @@ class BnFold(Pass):
 
 
 def _one_convolution(ops: list[Op]) -> bool:
-    return all(isinstance(op, Map) for op in ops) and sum(op.macs > 0 for op in ops if isinstance(op, Map)) == 1
+    return (
+        all(isinstance(op, Map) for op in ops)
+        and sum(op.macs > 0 for op in ops if isinstance(op, Map)) == 1
+    )

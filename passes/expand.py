@@ -2,11 +2,11 @@
 
 bn(conv(x))   ->   B[C3 x] + B[C(3,1) x] + B[C(1,3) x],      and `fuse` gives one convolution again
 
-Cases: convolutions in two dimensions with zero padding, alone or followed by a batch norm that is their only reader;
-`kernel`, `stride`, `groups` and `name` (a glob) narrow the choice. What a block cannot represent is declined.
-With init="preserve" the block computes in eval mode what was there, up to rounding: the kernel of its main branch is
-what the other branches leave of it, K = (W - rest) / scale. With "reset" it starts from its own initialisation.
-"""
+Cases: convolutions in two dimensions with zero padding, alone or followed by a batch norm that is
+their only reader; `kernel`, `stride`, `groups` and `name` (a glob) narrow the choice. What a block
+cannot represent is declined. With init="preserve" the block computes in eval mode what was there,
+up to rounding: the kernel of its main branch is what the other branches leave of it, K = (W - rest)
+/ scale. With "reset" it starts from its own initialisation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ from repfx.rewrite.work import Work, weight_of
 @register
 @dataclass(frozen=True)
 class Expand(Pass):
-    """`block`: a name of repfx.blocks, or a class or function with nn.Conv2d's arguments that keeps that contract."""
+    """`block`: a name of repfx.blocks, or a class or function with nn.Conv2d's arguments that keeps
+    that contract.
+    """
 
     name: ClassVar[str] = "expand"
     stage: ClassVar[Stage] = Stage.EXPAND
@@ -57,7 +59,11 @@ class Expand(Pass):
             raise InputError(f"layers is a glob of names, such as 'layer1.*', not {self.layers!r}")
         for name in ("kernel", "stride"):
             value = getattr(self, name)
-            pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
+            pair = (
+                isinstance(value, tuple)
+                and len(value) == 2
+                and all(isinstance(v, int) for v in value)
+            )
             if not (value is None or isinstance(value, int) or pair):
                 raise InputError(f"{name} is an integer or a pair of them, not {value!r}")
         if self.init not in ("preserve", "reset"):
@@ -65,7 +71,9 @@ class Expand(Pass):
 
     def run(self, work: Work) -> Result:
         view = work.view()
-        planned: list[tuple[Region, Lifted, str]] = []  # all are read from the graph before any is written into it
+        planned: list[
+            tuple[Region, Lifted, str]
+        ] = []  # all are read from the graph before any is written into it
         inserted, declined = [], []
         for region in _convolutions(view):
             conv = region.nodes[0]
@@ -74,27 +82,44 @@ class Expand(Pass):
                 continue
             try:
                 planned.append((region, self._block(view, region, shape), name))
-            except ValueError as why:  # what a block of repfx.blocks raises for a shape it has no form for
+            except (
+                ValueError
+            ) as why:  # what a block of repfx.blocks raises for a shape it has no form for
                 declined.append(Declined(name, f"no {self._title} block: {why}"))
-        moved: dict[fx.Node, fx.Node] = {}  # what a block gives, by the value that another may have been planned to read
+        moved: dict[
+            fx.Node, fx.Node
+        ] = {}  # what a block gives, by the value that another may have been planned to read
         for region, block, name in planned:
-            path = name if region.nodes[0].op == "call_module" else free_path(work.module, f"{name}_expanded")
+            path = (
+                name
+                if region.nodes[0].op == "call_module"
+                else free_path(work.module, f"{name}_expanded")
+            )
             here = replace(region, source=moved.get(region.source, region.source))
             moved[region.sink] = work.expand(here, block.module.graph, _holder(block.module), path)
             inserted.append(path)
         if not inserted and not declined:
             declined.append(
-                Declined("expand", "no convolution has the kernel, stride, groups and name (layers=) that were asked for")
+                Declined(
+                    "expand",
+                    "no convolution has the kernel, stride, groups and name (layers=) that "
+                    "were asked for",
+                )
             )
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
     @property
     def _title(self) -> str:
-        return self.block if isinstance(self.block, str) else getattr(self.block, "__name__", "given")
+        return (
+            self.block if isinstance(self.block, str) else getattr(self.block, "__name__", "given")
+        )
 
     def _wants(self, name: str, shape: dict[str, Any]) -> bool:
         asked = {"kernel_size": self.kernel, "stride": self.stride}
-        same = all(v is None or shape[k] == (v if isinstance(v, tuple) else (v, v)) for k, v in asked.items())
+        same = all(
+            v is None or shape[k] == (v if isinstance(v, tuple) else (v, v))
+            for k, v in asked.items()
+        )
         return same and self.groups in (None, shape["groups"]) and fnmatchcase(name, self.layers)
 
     def _block(self, view: GraphView, region: Region, shape: dict[str, Any]) -> Lifted:
@@ -103,7 +128,14 @@ class Expand(Pass):
         like = view.tensor(weight_of(conv))
         if sum(n.target == conv.target for n in view.nodes if n.op == "call_module") > 1:
             raise ValueError("the convolution is called more than once")
-        if sum(view.tensor(weight_of(n)) is like for n in view.nodes if getattr(view.ops[n], "kind", "") == "conv") > 1:
+        if (
+            sum(
+                view.tensor(weight_of(n)) is like
+                for n in view.nodes
+                if getattr(view.ops[n], "kind", "") == "conv"
+            )
+            > 1
+        ):
             raise ValueError("its weight is shared with another convolution")
         if shape["padding"] is None:
             raise ValueError("its sides are padded by different amounts, or not with zeros")
@@ -124,9 +156,15 @@ class Expand(Pass):
 
 
 def _holder(module: fx.GraphModule) -> nn.Module:
-    """What a block holds, without its graph: that becomes a part of the graph around it, the only one to rewrite."""
+    """What a block holds, without its graph: that becomes a part of the graph around it, the only
+    one to rewrite.
+    """
     holder = nn.Module()
-    holder._modules, holder._parameters, holder._buffers = module._modules, module._parameters, module._buffers
+    holder._modules, holder._parameters, holder._buffers = (
+        module._modules,
+        module._parameters,
+        module._buffers,
+    )
     holder._non_persistent_buffers_set = module._non_persistent_buffers_set
     constants = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
     holder.__dict__.update(constants, training=module.training)
@@ -134,7 +172,9 @@ def _holder(module: fx.GraphModule) -> nn.Module:
 
 
 def _convolutions(view: GraphView) -> Iterator[Region]:
-    """Each convolution in two dimensions that is called once, with the batch norm that alone reads it."""
+    """Each convolution in two dimensions that is called once, with the batch norm that alone reads
+    it.
+    """
     for node in view.nodes:
         op = view.ops[node]
         if not isinstance(op, Map) or op.kind != "conv" or op.space != (2, 1):
@@ -146,7 +186,9 @@ def _convolutions(view: GraphView) -> Iterator[Region]:
 
 
 def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
-    """nn.Conv2d's arguments of a convolution in a graph; padding is None where nn.Conv2d's zeros cannot express it."""
+    """nn.Conv2d's arguments of a convolution in a graph; padding is None where nn.Conv2d's zeros
+    cannot express it.
+    """
     op: Any = view.ops[conv]
     g = op.geometry(None)
     even = g.mode == "zeros" and all(a.before == a.after for a in g.axes)
@@ -162,9 +204,13 @@ def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
 
 
 def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
-    """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as scale * value + rest."""
+    """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as
+    scale * value + rest.
+    """
     if not (hasattr(block, "kernel") and hasattr(block, "shift")):
-        raise InputError(f"block {title} names no `kernel` and `shift`, the parameters to solve for")
+        raise InputError(
+            f"block {title} names no `kernel` and `shift`, the parameters to solve for"
+        )
     if wanted.geometry.axes != given.kernel.geometry.axes:
         raise InputError(f"block {title} is no convolution of the shape that it was asked for")
     for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
@@ -178,7 +224,9 @@ def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
         rest = read(given.kernel)
         assign(block, name, torch.ones_like(parameter))
         assign(block, name, (read(wanted) - rest) / (read(given.kernel) - rest))
-    largest = max(wanted.weight.abs().amax(), block.get_parameter(block.kernel).abs().amax()).clamp(min=1e-30)
+    largest = max(wanted.weight.abs().amax(), block.get_parameter(block.kernel).abs().amax()).clamp(
+        min=1e-30
+    )
     off = (given.kernel.weight - wanted.weight).abs().amax() / largest
     if not off <= TOLERANCE[torch.float64]:
         raise CheckError(f"block {title} does not hold the convolution: off by {float(off):.1e}")

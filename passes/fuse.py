@@ -2,11 +2,11 @@
 
     relu(bn(conv3(x)) + bn(conv1(x)) + bn(x))   ->   relu(conv(x))
 
-Cases: any block that is linear between one input and one output (branches, chains, batch norms, scales, pools, pads);
-regions whose border makes them inexact, or that would multiply the work, are declined with the reason and the blocks
-inside them are merged instead. Values read elsewhere stay. Running it again finds nothing to do.
-After `repq` the program of each weight becomes the weight; after `qprep` each affine goes into its layer's integers.
-"""
+Cases: any block that is linear between one input and one output (branches, chains, batch norms,
+scales, pools, pads); regions whose border makes them inexact, or that would multiply the work, are
+declined with the reason and the blocks inside them are merged instead. Values read elsewhere stay.
+Running it again finds nothing to do. After `repq` the program of each weight becomes the weight;
+after `qprep` each affine goes into its layer's integers."""
 
 from __future__ import annotations
 

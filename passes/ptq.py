@@ -1,12 +1,13 @@
-"""ptq: fake quantization on the input and the (merged) weight of every convolution and linear layer.
+"""ptq: fake quantization on the input and the (merged) weight of every convolution and linear
+layer.
 
     conv(x)       ->   F.conv2d(input_quant(x), weight_quant(conv.weight), conv.bias, ...)
-    conv(x) + y   ->   conv(x) + input_quant(y)         a skip; averages too, where the target runs these in integers
+    conv(x) + y   ->   conv(x) + input_quant(y)   a skip; averages too where the target has them
 
-One quantizer a tensor: layers that read the same value share it. Weights get their scale here, activations from
-`calibrate`; until then the activation quantizers pass values through. Every state_dict key stays; quantizers add
-`<layer>.input_quant.scale` and `<layer>.weight_quant.scale`. Layers already quantized are left alone.
-"""
+One quantizer a tensor: layers that read the same value share it. Weights get their scale here,
+activations from `calibrate`; until then the activation quantizers pass values through. Every
+state_dict key stays; quantizers add `<layer>.input_quant.scale` and `<layer>.weight_quant.scale`.
+Layers already quantized are left alone."""
 
 from __future__ import annotations
 
@@ -36,10 +37,10 @@ _POWERS = {"max": None, "mse": 2.0, "mae": 1.0}
 class Ptq(Pass):
     """`bits` of activations, and of weights unless `weight_bits` says otherwise.
 
-    `per_channel`: one weight scale per output channel, else per tensor. `weights`: how weight ranges are chosen, max,
-    mse or mae. `wide`: layers, by name or pattern ("head.*"), one or several, that take `wide_bits` instead; 32 leaves
-    them in float. A value that several layers read takes the most bits of theirs.
-    """
+    `per_channel`: one weight scale per output channel, else per tensor. `weights`: how weight
+    ranges are chosen, max, mse or mae. `wide`: layers, by name or pattern ("head.*"), one or
+    several, that take `wide_bits` instead; 32 leaves them in float. A value that several layers
+    read takes the most bits of theirs."""
 
     name: ClassVar[str] = "ptq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
@@ -54,7 +55,11 @@ class Ptq(Pass):
     wide_bits: int = 8
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.weight_bits or self.bits, *([] if self.wide_bits == 32 else [self.wide_bits])):
+        for bits in (
+            self.bits,
+            self.weight_bits or self.bits,
+            *([] if self.wide_bits == 32 else [self.wide_bits]),
+        ):
             Grid(bits)  # raises for what no grid has
         if self.weights not in _POWERS:
             raise unknown("method for weights", self.weights, _POWERS)
@@ -62,18 +67,28 @@ class Ptq(Pass):
     def run(self, work: Work) -> Result:
         spell_out(work.module, work.target)
         view = work.view()
-        found = [(n, op) for n, op in view.ops.items() if isinstance(op, Map) and op.kind in ("conv", "linear")]
+        found = [
+            (n, op)
+            for n, op in view.ops.items()
+            if isinstance(op, Map) and op.kind in ("conv", "linear")
+        ]
         # Read the graph in full before the first change: the view is a snapshot.
         names = {n: str(n.target) if n.op == "call_module" else _owner(n) for n, _ in found}
         patterns = (self.wide,) if isinstance(self.wide, str) else self.wide
         for pattern in patterns:
             if not fnmatch.filter(names.values(), pattern):
                 raise unknown("layer in wide", pattern, names.values())
-        wide = {n for n, name in names.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+        wide = {
+            n for n, name in names.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        }
         bits: dict[fx.Node, int] = {}
         kept = wide if self.wide_bits == 32 else set()
         found = [(n, op) for n, op in found if n not in kept]
-        unfit = {n: why for n, op in found if (why := why_float(op.own, not non_negative(view, op.x), work.target))}
+        unfit = {
+            n: why
+            for n, op in found
+            if (why := why_float(op.own, not non_negative(view, op.x), work.target))
+        }
         found = [(n, op) for n, op in found if n not in unfit]
         layers = {n: op.x for n, op in found}
         depthwise = {n: op.own is not None and op.own.depthwise for n, op in found}
@@ -92,9 +107,15 @@ class Ptq(Pass):
         moved: dict[fx.Node, fx.Node] = {}
         for node in view.nodes:
             for value in dict.fromkeys(readers.get(node, ())):
-                plain, source, changed = moved.get(value, value), origin[value], view.writes.changed(value)
+                plain, source, changed = (
+                    moved.get(value, value),
+                    origin[value],
+                    view.writes.changed(value),
+                )
                 if plain not in inputs or changed:
-                    named = names.get(node) or (str(node.target) if node.op == "call_module" else node.name)
+                    named = names.get(node) or (
+                        str(node.target) if node.op == "call_module" else node.name
+                    )
                     if source not in quants or changed:
                         quants[source] = FakeQuant(grids[source])
                     inputs[plain] = work.insert(node, plain, f"{named}.input_quant", quants[source])
@@ -102,7 +123,9 @@ class Ptq(Pass):
                     node.replace_input_with(plain, inputs[plain])
             if node in layers:
                 plain = moved.get(layers[node], layers[node])
-                x = inputs[plain] if node in readers else plain  # else it reads a pool of quantized values
+                x = (
+                    inputs[plain] if node in readers else plain
+                )  # else it reads a pool of quantized values
                 b = self.wide_bits if node in wide else self.weight_bits or self.bits
                 grid = work.target.weight(b, self.per_channel, depthwise[node])
                 moved[node] = self._quantize(work, view, node, plain, x, names[node], grid, weights)
@@ -120,7 +143,9 @@ class Ptq(Pass):
         grid: Grid,
         weights: dict[Any, fx.Node],
     ) -> fx.Node:
-        """Makes the layer's call read the quantized input x in place of the plain one, and a quantized weight."""
+        """Makes the layer's call read the quantized input x in place of the plain one, and a
+        quantized weight.
+        """
         graph = work.module.graph
         if node.op == "call_module":
             layer = work.module.get_submodule(name)
@@ -138,7 +163,9 @@ class Ptq(Pass):
         if key not in weights:
             value = view.tensor(str(weight.target) if weight.op == "get_attr" else weight)
             power = _POWERS[self.weights]
-            scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
+            scale = (
+                grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
+            )
             quant = FakeQuant(grid, scale.detach(), of_weight=True)
             weights[key] = work.insert(call, weight, f"{name}.weight_quant", quant)
         call.replace_input_with(weight, weights[key])
@@ -146,9 +173,15 @@ class Ptq(Pass):
 
 
 def _owner(node: fx.Node) -> str:
-    """A path for the quantizers of a functional layer: where its weight lives, or the node's own name."""
+    """A path for the quantizers of a functional layer: where its weight lives, or the node's own
+    name.
+    """
     weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    path = (
+        str(weight.target).rpartition(".")[0]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr"
+        else ""
+    )
     return path or node.name
 
 
@@ -160,7 +193,9 @@ def _as_function(graph: fx.Graph, name: str, layer: Any, x: fx.Node) -> fx.Node:
         return graph.call_function(F.linear, (x, weight, bias))
     padding = layer.padding
     if layer.padding_mode != "zeros":
-        x = graph.call_function(F.pad, (x, list(layer._reversed_padding_repeated_twice), layer.padding_mode))
+        x = graph.call_function(
+            F.pad, (x, list(layer._reversed_padding_repeated_twice), layer.padding_mode)
+        )
         padding = (0,) * len(layer.kernel_size)
     args = (x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
     return graph.call_function(CONVS[len(layer.kernel_size)], args)

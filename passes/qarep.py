@@ -1,15 +1,16 @@
-"""qarep: where the batch norms of a multi-branch block must stand so that it survives INT8 (QARepVGG, arXiv 2212.01593).
+"""qarep: where the batch norms of a multi-branch block must stand so that it survives INT8
+(QARepVGG, arXiv 2212.01593).
 
     S0  B3[C3 x] + B1[C1 x] + B0[x]   ->   S4  B[ B3[C3 x] + C1' x + x ]
 
 Trained weights are kept exactly, in eval mode. With a batch norm as s u + c:
 
-    C1' = s1 C1 + diag(s0 - 1),    B = u + c1 + c0, its statistics those that the branches' norms imply
+    C1' = s1 C1 + diag(s0 - 1),    B = u + c1 + c0, its statistics implied by the branches' norms
 
-Cases: sums of one kxk branch, at most one 1x1 branch and at most one identity, of modules read by nothing else; groups
-and strides included. Where there is an identity and no 1x1 branch, one is made. `variant` names a row
-of the paper's table, as `repfx.blocks.QARepVGG` lists them; S0, Eq6 and S1 are the structure that is there.
-"""
+Cases: sums of one kxk branch, at most one 1x1 branch and at most one identity, of modules read by
+nothing else; groups and strides included. Where there is an identity and no 1x1 branch, one is
+made. `variant` names a row of the paper's table, as `repfx.blocks.QARepVGG` lists them; S0, Eq6 and
+S1 are the structure that is there."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class QARep(Pass):
-    """`variant`: a row of the paper's table. `init="reset"`: fresh weights and statistics, to train from scratch."""
+    """`variant`: a row of the paper's table. `init="reset"`: fresh weights and statistics, to train
+    from scratch.
+    """
 
     name: ClassVar[str] = "qarep"
     stage: ClassVar[Stage] = Stage.STRUCTURE
@@ -56,10 +59,14 @@ class QARep(Pass):
             else:
                 inserted.append(self._rewrite(work, view, block, moved))
         if not inserted and not declined:
-            declined.append(Declined("qarep", "no sum of a kxk branch with a 1x1 branch or an identity"))
+            declined.append(
+                Declined("qarep", "no sum of a kxk branch with a 1x1 branch or an identity")
+            )
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
-    def _rewrite(self, work: Work, view: GraphView, block: BranchSum, moved: dict[fx.Node, fx.Node]) -> str:
+    def _rewrite(
+        self, work: Work, view: GraphView, block: BranchSum, moved: dict[fx.Node, fx.Node]
+    ) -> str:
         keep = VARIANTS[self.variant]
         modules = {n: view.modules[str(n.target)] for n in block.nodes if n.op == "call_module"}
         conv3: Any = modules[block.main.conv]  # type: ignore[index]
@@ -75,7 +82,9 @@ class QARep(Pass):
             scale = parts["0"].scale
             if point is None:
                 point = like.new_zeros(out, like.shape[1], *(1,) * (like.dim() - 2))
-            into = parts["1"].scale if keep.point and block.point is not None else like.new_ones(out)
+            into = (
+                parts["1"].scale if keep.point and block.point is not None else like.new_ones(out)
+            )
             if not (keep.point and block.point is not None):
                 point = point * _rows(parts["1"].scale, point)
                 left = left + parts["1"].shift
@@ -127,12 +136,18 @@ class QARep(Pass):
             path = str(old.target) if old is not None else free_path(module, f"{conv3.target}_1x1")
             z = call(path, _conv(main, point, None), x)
             if block.point is not None and block.point.norm is not None and keep.point:
-                z = call(str(block.point.norm.target), view.modules[str(block.point.norm.target)], z)
+                z = call(
+                    str(block.point.norm.target), view.modules[str(block.point.norm.target)], z
+                )
             y = graph.call_function(torch.add, (y, z))
         if block.identity is not None:
             z = x
             if keep.skip and block.identity.norm is not None:
-                z = call(str(block.identity.norm.target), view.modules[str(block.identity.norm.target)], x)
+                z = call(
+                    str(block.identity.norm.target),
+                    view.modules[str(block.identity.norm.target)],
+                    x,
+                )
             y = graph.call_function(torch.add, (y, z))
         if keep.post:
             path = free_path(module, f"{norm3.target if norm3 is not None else conv3.target}_post")
@@ -147,7 +162,9 @@ class QARep(Pass):
             del module.get_submodule(parent)._modules[name]
         if self.init == "reset":
             for layer in {
-                id(n): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"
+                id(n): module.get_submodule(str(n.target))
+                for n in graph.nodes
+                if n.op == "call_module"
             }.values():
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()  # type: ignore[operator]
@@ -185,7 +202,9 @@ class _Part:
 
 def _why_not(view: GraphView, block: BranchSum) -> str:
     calls = [n for n in block.nodes if n.op == "call_module"]
-    if any(sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in calls):
+    if any(
+        sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in calls
+    ):
         return "a layer of it is called more than once"
     if block.point is None and block.identity is None:
         return "it has no 1x1 branch and no identity"
@@ -212,9 +231,18 @@ def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A convolution like `main` of another kernel, centred on its own."""
     taps = tuple(weight.shape[2:])
     pads = tuple(
-        p - d * (k - n) // 2 for p, d, k, n in zip(main.padding, main.dilation, main.kernel_size, taps, strict=True)
+        p - d * (k - n) // 2
+        for p, d, k, n in zip(main.padding, main.dilation, main.kernel_size, taps, strict=True)
     )
-    sizes = (main.in_channels, main.out_channels, taps, main.stride, pads, main.dilation, main.groups)
+    sizes = (
+        main.in_channels,
+        main.out_channels,
+        taps,
+        main.stride,
+        pads,
+        main.dilation,
+        main.groups,
+    )
     layer = type(main)(*sizes, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), main.weight.requires_grad)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -222,10 +250,13 @@ def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _shifted(norm: Any, left: Tensor) -> nn.Module:
-    """The batch norm with `left` on top of its shift; a new one, since another call may read this."""
+    """The batch norm with `left` on top of its shift; a new one, since another call may read
+    this."""
     if not left.any():
         return norm
-    twin = type(norm)(norm.num_features, norm.eps, norm.momentum, device=left.device, dtype=left.dtype)
+    twin = type(norm)(
+        norm.num_features, norm.eps, norm.momentum, device=left.device, dtype=left.dtype
+    )
     twin.load_state_dict(norm.state_dict(), strict=False)
     with torch.no_grad():
         twin.bias += left
@@ -234,7 +265,9 @@ def _shifted(norm: Any, left: Tensor) -> nn.Module:
 
 def _post(main: Any, mean: Tensor, var: Tensor, left: Tensor) -> nn.Module:
     """A batch norm that adds `left` in eval mode and has the statistics of what it reads."""
-    kind: Any = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[type(main)]
+    kind: Any = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[
+        type(main)
+    ]
     norm = kind(main.out_channels, device=main.weight.device, dtype=main.weight.dtype)
     with torch.no_grad():
         norm.running_mean.copy_(mean - left)

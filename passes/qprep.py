@@ -1,9 +1,11 @@
-"""qprep: a learnable affine after every quantized layer, which folds into its integers (QPRep of RepAPQ).
+"""qprep: a learnable affine after every quantized layer, which folds into its integers (QPRep of
+RepAPQ).
 
-    F.conv2d(Q(x), Q(W), b)   ->   F.conv2d(Q(x), *affine(Q(W), b)),    affine = (eta Q(W), eta b + eps)
+    F.conv2d(Q(x), Q(W), b)  ->  F.conv2d(Q(x), *affine(Q(W), b)), affine = (eta Q(W), eta b + eps)
 
-eta = 1 and eps = 0 at the start: nothing changes. `repfx.reconstruct` learns them; `fuse` folds them exactly into weight
-scales, codes (eta < 0 included) and biases. It works on the merged, quantized net and runs `fuse` and `ptq` first.
+eta = 1 and eps = 0 at the start: nothing changes. `repfx.reconstruct` learns them; `fuse` folds
+them exactly into weight scales, codes (eta < 0 included) and biases. It works on the merged,
+quantized net and runs `fuse` and `ptq` first.
 
 Weights need one scale a channel. A layer whose quantized weight other layers read too is declined.
 """
@@ -45,22 +47,38 @@ class QPRep(Pass):
                 continue
             path = str(node.target)
             if quant.grid.axis is None:
-                raise InputError(f"{path} has one scale for the tensor: an affine folds into ptq(per_channel=True) only")
+                raise InputError(
+                    f"{path} has one scale for the tensor: an affine folds into "
+                    "ptq(per_channel=True) only"
+                )
             call = next(iter(node.users))
             if len(node.users) > 1 or call.target not in {*CONVS.values(), F.linear}:
-                declined.append(Declined(path, "its quantized weight is read more than once, or not by a layer"))
+                declined.append(
+                    Declined(path, "its quantized weight is read more than once, or not by a layer")
+                )
                 continue
             bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-            if isinstance(bias, fx.Node) and (bias.op != "get_attr" or reads[bias.target] > 1 or len(bias.users) > 1):
-                declined.append(Declined(path, "the bias of its layer is computed, or read elsewhere too"))
+            if isinstance(bias, fx.Node) and (
+                bias.op != "get_attr" or reads[bias.target] > 1 or len(bias.users) > 1
+            ):
+                declined.append(
+                    Declined(path, "the bias of its layer is computed, or read elsewhere too")
+                )
                 continue
             ref = node.args[0]
             assert isinstance(ref, fx.Node)
-            affine = work.insert(call, node, f"{path.rpartition('.')[0]}.affine".lstrip("."), Affine(view.tensor(ref)))
+            affine = work.insert(
+                call,
+                node,
+                f"{path.rpartition('.')[0]}.affine".lstrip("."),
+                Affine(view.tensor(ref)),
+            )
             affine.args = (node, bias)
             with graph.inserting_before(call):
                 parts = [graph.call_function(operator.getitem, (affine, i)) for i in (0, 1)]
             source = call.args[0] if call.args else call.kwargs["input"]
-            call.kwargs = {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
+            call.kwargs = {
+                k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")
+            }
             call.args = (source, *parts, *call.args[3:])
         return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))

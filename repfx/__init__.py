@@ -1,4 +1,6 @@
-"""repfx: finds every re-parameterizable part of a CNN, merges it into one convolution, quantizes and lowers it."""
+"""repfx: finds every re-parameterizable part of a CNN, merges it into one convolution, quantizes
+and lowers it.
+"""
 
 from repfx.api import (
     Artifact,

@@ -34,18 +34,20 @@ def transform(
     example: Any = None,
     target: str = "tensorrt",
 ) -> fx.GraphModule:
-    """A rewritten copy of the model; the model itself is left as it is, and every name that can survive does.
+    """A rewritten copy of the model; the model itself is left as it is, and every name that can
+    survive does.
 
-    `passes`: names ("fuse"), specs ("ptq(bits=6)") or configured objects (repfx.passes.Ptq(bits=6)), in any mix; they
-    run in the order of their stages, with what they require. `example`: an input or a tuple of inputs, for models whose
-    input cannot be guessed. `target`: tensorrt, onnxruntime or openvino, which decides number formats.
+    `passes`: names ("fuse"), specs ("ptq(bits=6)") or configured objects
+    (repfx.passes.Ptq(bits=6)), in any mix; they run in the order of their stages, with what they
+    require. `example`: an input or a tuple of inputs, for models whose input cannot be guessed.
+    `target`: tensorrt, onnxruntime or openvino, which decides number formats.
 
-    The result is a GraphModule. Where the model's own forward cannot be traced it is a copy in the model's own class
-    whose traceable children are GraphModules. `result.meta["repfx"]` is the report: `.merged` and `.declined`.
+    The result is a GraphModule. Where the model's own forward cannot be traced it is a copy in the
+    model's own class whose traceable children are GraphModules. `result.meta["repfx"]` is the
+    report: `.merged` and `.declined`.
 
-    Raises InputError for an unknown pass, option or target, a model without convolutions, with NaN or that does not
-    accept the example; CheckError where a pass broke its promise.
-    """
+    Raises InputError for an unknown pass, option or target, a model without convolutions, with NaN
+    or that does not accept the example; CheckError where a pass broke its promise."""
     return rewrite(model, passes, example, target)[0]  # type: ignore[return-value]
 
 
@@ -62,20 +64,26 @@ def report(
     json: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> tuple[Numbers, ...]:
-    """Writes a page, one HTML file, of what the passes do to a float model and what quantization costs each layer.
+    """Writes a page, one HTML file, of what the passes do to a float model and what quantization
+    costs each layer.
 
-    `data`: batches of inputs (N, ...), or (inputs, labels); the first 64 pictures are used. Without it the page has the
-    weights alone. `against`: another float model to show beside it. `titles`: what the page calls them. `passes`: what
-    makes the deployed net. `json`: a file for the numbers, which are also what is returned, a record a model.
+    `data`: batches of inputs (N, ...), or (inputs, labels); the first 64 pictures are used. Without
+    it the page has the weights alone. `against`: another float model to show beside it. `titles`:
+    what the page calls them. `passes`: what makes the deployed net. `json`: a file for the numbers,
+    which are also what is returned, a record a model.
 
-    Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that cannot be written;
-    MissingPart without jinja2 and plotly.
-    """
+    Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that
+    cannot be written; MissingPart without jinja2 and plotly."""
     models = [model] if against is None else [model, against]
     if len(titles) < len(models) or not all(isinstance(t, str) for t in titles):
         raise InputError(f"titles names {len(models)} models, not {titles!r}")
     batches = None if data is None else _first(data)
-    same: dict[str, Any] = {"passes": passes, "example": example, "target": target, "progress": progress}
+    same: dict[str, Any] = {
+        "passes": passes,
+        "example": example,
+        "target": target,
+        "progress": progress,
+    }
     found = tuple(
         measure(m, batches, title=t, **same) for m, t in zip(models, titles, strict=False)
     )  # titles may name more
@@ -102,8 +110,8 @@ def _first(data: Any, pictures: int = 64) -> Any:
 def verify(before: Any, after: Any, x: Any) -> Difference:
     """How far two models are apart on input x (or a tuple of inputs), both in eval mode.
 
-    Raises InputError where one does not accept x, CheckError where the outputs have different shapes.
-    """
+    Raises InputError where one does not accept x, CheckError where the outputs have different
+    shapes."""
     args = as_args(x)
     assert args is not None
     return difference(_output(before, args), _output(after, args))

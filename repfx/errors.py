@@ -1,4 +1,5 @@
-"""Errors a person can act on, and `Declined`: a value, because leaving a graph alone is no failure."""
+"""Errors a person can act on, and `Declined`: a value, because leaving a graph alone is no
+failure."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 
 class RepfxError(Exception):
-    """Base of every error raised on purpose. `exit_code` is what the command line returns for it."""
+    """Base of every error raised on purpose. `exit_code` is what the command line returns for
+    it."""
 
     exit_code = 1
 
@@ -19,7 +21,9 @@ class InputError(RepfxError):
 
 
 class CheckError(RepfxError):
-    """A result was computed and is wrong: a trace, a merge or a lowered file that does not equal its source."""
+    """A result was computed and is wrong: a trace, a merge or a lowered file that does not equal
+    its source.
+    """
 
     exit_code = 1
 
@@ -31,7 +35,9 @@ class MissingPart(RepfxError):
 
 
 class Inexact(RepfxError):
-    """Raised inside the algebra where a composition is not exactly one convolution; `cure` says what would make it so."""
+    """Raised inside the algebra where a composition is not exactly one convolution; `cure` says
+    what would make it so.
+    """
 
     def __init__(self, reason: str, cure: str = "") -> None:
         super().__init__(reason)
@@ -40,7 +46,9 @@ class Inexact(RepfxError):
 
 @dataclass(frozen=True)
 class Declined:
-    """A part of a model that was left alone: where it is, why, and what would make it mergeable (may be empty)."""
+    """A part of a model that was left alone: where it is, why, and what would make it mergeable
+    (may be empty).
+    """
 
     where: str
     reason: str

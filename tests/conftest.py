@@ -1,4 +1,6 @@
-"""What every test shares: a seed, a process's share of the cores, timm on a CPU build of torch, and training on the CPU."""
+"""What every test shares: a seed, a process's share of the cores, timm on a CPU build of torch, and
+training on the CPU.
+"""
 
 from __future__ import annotations
 

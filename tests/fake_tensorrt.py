@@ -1,8 +1,9 @@
-"""A strict stand-in for `tensorrt`: the part of it that repfx uses and no more, in two flavours, "10.13" and "11.4".
+"""A strict stand-in for `tensorrt`: the part of it that repfx uses and no more, in two flavours,
+"10.13" and "11.4".
 
-A name that repfx does not use is missing here, a wrong argument is a TypeError, a new attribute on an object is an
-AttributeError. An "engine" is JSON; running it fills every output with the mean of the inputs.
-"""
+A name that repfx does not use is missing here, a wrong argument is a TypeError, a new attribute on
+an object is an AttributeError. An "engine" is JSON; running it fills every output with the mean of
+the inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ VARIABLES = {
 
 
 def surface() -> dict[str, set[str]]:
-    """Every name of TensorRT that repfx uses, read from its source: by class, "" for the module's own."""
+    """Every name of TensorRT that repfx uses, read from its source: by class, "" for the module's
+    own.
+    """
     used: dict[str, set[str]] = {"": set()}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -48,8 +51,14 @@ def surface() -> dict[str, set[str]]:
                 _add(used, node)
             elif isinstance(node, ast.ClassDef):
                 for base in node.bases:
-                    if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name) and base.value.id == "trt":
-                        names = {f.name for f in node.body if isinstance(f, ast.FunctionDef)} - {"__init__"}
+                    if (
+                        isinstance(base, ast.Attribute)
+                        and isinstance(base.value, ast.Name)
+                        and base.value.id == "trt"
+                    ):
+                        names = {f.name for f in node.body if isinstance(f, ast.FunctionDef)} - {
+                            "__init__"
+                        }
                         used.setdefault(base.attr, set()).update(names)
     return {name: {n for n in names if not n.startswith("__")} for name, names in used.items()} | {
         "": {n for n in used[""] if n != "__version__"}
@@ -62,17 +71,25 @@ def _add(used: dict[str, set[str]], node: ast.Attribute) -> None:
         used[""].add(node.attr)
     elif isinstance(holder, ast.Name) and holder.id in VARIABLES:
         used.setdefault(VARIABLES[holder.id], set()).add(node.attr)
-    elif isinstance(holder, ast.Attribute) and isinstance(holder.value, ast.Name) and holder.value.id == "trt":
+    elif (
+        isinstance(holder, ast.Attribute)
+        and isinstance(holder.value, ast.Name)
+        and holder.value.id == "trt"
+    ):
         used.setdefault(holder.attr, set()).add(node.attr)
 
 
 @dataclass
 class Fake:
-    """`module`: to be put where `tensorrt` is imported from. The rest: how it behaves, and what it was asked to do."""
+    """`module`: to be put where `tensorrt` is imported from. The rest: how it behaves, and what it
+    was asked to do.
+    """
 
     module: types.ModuleType
     parse_errors: list[tuple[str, str, str]] = field(default_factory=list)
-    build: str = "ok"  # none: gives no engine; interrupt: Ctrl-C arrives; broken: the engine does not load
+    build: str = (
+        "ok"  # none: gives no engine; interrupt: Ctrl-C arrives; broken: the engine does not load
+    )
     stale_cache: bool = False
     runs: bool = True
     report: str = '{"Layers": []}'
@@ -99,7 +116,11 @@ def make(version: str) -> Fake:
         settable: tuple[str, ...] = ()
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if type(self).__module__ == __name__ and not name.startswith("_") and name not in self.settable:
+            if (
+                type(self).__module__ == __name__
+                and not name.startswith("_")
+                and name not in self.settable
+            ):
                 raise AttributeError(f"{type(self).__name__} has no attribute {name}")
             object.__setattr__(self, name, value)
 
@@ -127,7 +148,13 @@ def make(version: str) -> Fake:
     flags = {"STRONGLY_TYPED": 1 if version.startswith("10") else 0}
     kinds = {"FLOAT": 0, "HALF": 1, "INT8": 2, "INT32": 3, "INT64": 8}
     dtypes = enum.IntEnum("DataType", kinds)
-    numpy_of = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
+    numpy_of = {
+        "FLOAT": np.float32,
+        "HALF": np.float16,
+        "INT8": np.int8,
+        "INT32": np.int32,
+        "INT64": np.int64,
+    }
     modes = enum.IntEnum("TensorIOMode", {"NONE": 0, "INPUT": 1, "OUTPUT": 2})
     creation = enum.IntEnum("NetworkDefinitionCreationFlag", flags)
     pools = enum.IntEnum("MemoryPoolType", {"WORKSPACE": 0})
@@ -157,7 +184,10 @@ def make(version: str) -> Fake:
 
     class OnnxParser(Strict):
         def __init__(self, network: Any, logger: Any) -> None:
-            self._network, self._logger = _typed(network, INetworkDefinition), _typed(logger, ILogger)
+            self._network, self._logger = (
+                _typed(network, INetworkDefinition),
+                _typed(logger, ILogger),
+            )
 
         def parse_from_file(self, model: str) -> bool:
             note(("parse_from_file", _typed(model, str)))
@@ -165,9 +195,16 @@ def make(version: str) -> Fake:
             constants = {t.name for t in graph.initializer}
             for side, infos in (("INPUT", graph.input), ("OUTPUT", graph.output)):
                 for info in infos:
-                    dims = [d.dim_value if d.HasField("dim_value") else -1 for d in info.type.tensor_type.shape.dim]
+                    dims = [
+                        d.dim_value if d.HasField("dim_value") else -1
+                        for d in info.type.tensor_type.shape.dim
+                    ]
                     if info.name not in constants:
-                        self._network._ports[info.name] = {"mode": side, "shape": dims, "dtype": "FLOAT"}
+                        self._network._ports[info.name] = {
+                            "mode": side,
+                            "shape": dims,
+                            "dtype": "FLOAT",
+                        }
             return not fake.parse_errors
 
         @property
@@ -251,10 +288,14 @@ def make(version: str) -> Fake:
                     monitor.phase_finish("Building")
                     return None
             monitor.phase_finish("Building")
-            dynamic = {n for n, p in network._ports.items() if p["mode"] == "INPUT" and -1 in p["shape"]}
+            dynamic = {
+                n for n, p in network._ports.items() if p["mode"] == "INPUT" and -1 in p["shape"]
+            }
             profile = config._profiles[0]._shapes if config._profiles else {}
             if fake.build == "none" or dynamic != set(profile):
-                self._logger.log(Severity.ERROR, "could not find any implementation for node Conv_3")
+                self._logger.log(
+                    Severity.ERROR, "could not find any implementation for node Conv_3"
+                )
                 return None
             if fake.build == "broken":
                 return IHostMemory(b"no engine")
@@ -302,11 +343,15 @@ def make(version: str) -> Fake:
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             low, _, high = self._engine.get_tensor_profile_shape(name, 0)
             self._shapes[name] = _typed(shape, tuple)
-            return len(shape) == len(low) and all(a <= d <= b for a, d, b in zip(low, shape, high, strict=True))
+            return len(shape) == len(low) and all(
+                a <= d <= b for a, d, b in zip(low, shape, high, strict=True)
+            )
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             batch = next(iter(self._shapes.values()))[0]
-            return self._shapes.get(name) or tuple(batch if d == -1 else d for d in self._engine.get_tensor_shape(name))
+            return self._shapes.get(name) or tuple(
+                batch if d == -1 else d for d in self._engine.get_tensor_shape(name)
+            )
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._addresses[name] = _typed(memory, int)
@@ -337,10 +382,26 @@ def make(version: str) -> Fake:
         return True
 
     parts: list[Any] = [
-        ILogger, IProgressMonitor, INetworkDefinition, ParserError, OnnxParser, IOptimizationProfile, ITimingCache,
-        IBuilderConfig, Builder, EngineInspector, ICudaEngine, IExecutionContext, Runtime, modes, creation, pools,
-        verbosity, levels, forms,
-    ]  # fmt: skip
+        ILogger,
+        IProgressMonitor,
+        INetworkDefinition,
+        ParserError,
+        OnnxParser,
+        IOptimizationProfile,
+        ITimingCache,
+        IBuilderConfig,
+        Builder,
+        EngineInspector,
+        ICudaEngine,
+        IExecutionContext,
+        Runtime,
+        modes,
+        creation,
+        pools,
+        verbosity,
+        levels,
+        forms,
+    ]
     used = surface()
     for part in parts:
         if part.__name__ in used[""]:
@@ -355,7 +416,10 @@ CLASSES: dict[str, dict[str, Any]] = {}
 
 
 def _memory(context: Any, name: str, numpy_of: dict[str, Any]) -> np.ndarray:
-    shape, kind = context.get_tensor_shape(name), numpy_of[context._engine.get_tensor_dtype(name).name]
+    shape, kind = (
+        context.get_tensor_shape(name),
+        numpy_of[context._engine.get_tensor_dtype(name).name],
+    )
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     raw = (ctypes.c_char * size).from_address(context._addresses[name])
     return np.frombuffer(raw, dtype=kind).reshape(shape)

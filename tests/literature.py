@@ -1,6 +1,7 @@
-"""What the tests of blocks share: layers in one line, and a check that counts what is left where it runs.
+"""What the tests of blocks share: layers in one line, and a check that counts what is left where it
+runs.
 
-    check(model, maps=1)      fuse: the same outputs, one convolution or linear, no batch norm, no arithmetic on values
+    check(model, maps=1)      fuse: the same outputs, one convolution or linear, nothing else left
 
 Files of tests load it by path: they are no package, and it holds no test.
 """
@@ -21,7 +22,9 @@ ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg"}
 
 
 class Ran(TorchDispatchMode):
-    """What one run of a model executes: shapes of the weights it maps with, how often it norms and computes, and MACs."""
+    """What one run of a model executes: shapes of the weights it maps with, how often it norms and
+    computes, and MACs.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
@@ -36,7 +39,9 @@ class Ran(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "convolution":
             self.maps.append(tuple(args[1].shape))
-            self.macs += (args[0] if args[6] else out).numel() * args[1][0].numel()  # args[6]: transposed
+            self.macs += (args[0] if args[6] else out).numel() * args[1][
+                0
+            ].numel()  # args[6]: transposed
         elif name in ("mm", "addmm"):
             self.maps.append(tuple(args[-1].shape))
             self.macs += out.numel() * args[-1].shape[0]
@@ -48,17 +53,25 @@ class Ran(TorchDispatchMode):
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """In float64 and eval, with every number that trains away from its default, layer scales as large as the rest."""
+    """In float64 and eval, with every number that trains away from its default, layer scales as
+    large as the rest.
+    """
     model = model.double().eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, dtype=p.dtype) / (p[0].numel() if p.dim() else 1) ** 0.5)
+                p.copy_(
+                    torch.randn(p.shape, dtype=p.dtype) / (p[0].numel() if p.dim() else 1) ** 0.5
+                )
     return randomise(model)
 
 
-def check(model: nn.Module, maps: int = 1, norms=0, arithmetic=0, x: Tensor = X, step: int = 1) -> fx.GraphModule:
-    """Equal at odd and even sizes, counted, no dearer, the model untouched; without norms, train mode changes nothing."""
+def check(
+    model: nn.Module, maps: int = 1, norms=0, arithmetic=0, x: Tensor = X, step: int = 1
+) -> fx.GraphModule:
+    """Equal at odd and even sizes, counted, no dearer, the model untouched; without norms, train
+    mode changes nothing.
+    """
     model = ready(model)
     before = Ran(model, x)
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
@@ -71,7 +84,9 @@ def check(model: nn.Module, maps: int = 1, norms=0, arithmetic=0, x: Tensor = X,
     assert found == wanted, f"(maps, norms, arithmetic) are {found}, not {wanted}: {after.maps}"
     assert after.macs <= before.macs, f"{after.macs} multiply-accumulates, {before.macs} before"
     now = model.state_dict()
-    assert state.keys() == now.keys() and all(torch.equal(v, now[k]) for k, v in state.items()), "the model has changed"
+    assert state.keys() == now.keys() and all(torch.equal(v, now[k]) for k, v in state.items()), (
+        "the model has changed"
+    )
     assert modes == [m.training for m in model.modules()], "the model's modes have changed"
     if after.norms == 0 and not any(getattr(m, "drop", 0) for m in model.modules()):
         trained = Ran(copy.deepcopy(result).train(), x).out

@@ -17,10 +17,17 @@ from repfx.errors import Inexact
 SIZES = (17, 18, 19, 20, 21)
 
 
-def random_map(rng: random.Random, inputs: int, outputs: int, bias: bool | None = None, axes: int = 2) -> Kernel:
+def random_map(
+    rng: random.Random, inputs: int, outputs: int, bias: bool | None = None, axes: int = 2
+) -> Kernel:
     groups = rng.choice([d for d in (1, 1, 2, 4, 8) if gcd(inputs, outputs) % d == 0])
     lines = tuple(
-        Axis(rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]), rng.choice([-1, 0, 0, 1, 2]), rng.choice([-1, 0, 0, 1, 2]))
+        Axis(
+            rng.choice([1, 1, 2, 3]),
+            rng.choice([1, 1, 2, 3]),
+            rng.choice([-1, 0, 0, 1, 2]),
+            rng.choice([-1, 0, 0, 1, 2]),
+        )
         for _ in range(axes)
     )
     has_bias = rng.random() < 0.5 if bias is None else bias
@@ -30,7 +37,9 @@ def random_map(rng: random.Random, inputs: int, outputs: int, bias: bool | None 
 
 
 def worst(f, g, channels: int, axes: int = 2) -> float:
-    """Largest relative difference of two functions over inputs of odd and even sizes; infinite if shapes differ."""
+    """Largest relative difference of two functions over inputs of odd and even sizes; infinite if
+    shapes differ.
+    """
     found = 0.0
     for size in SIZES:
         x = torch.randn(2, channels, *(size + i for i in range(axes)), dtype=torch.float64)
@@ -52,7 +61,9 @@ def test_call_is_the_convolution_it_says() -> None:
     assert torch.allclose(Kernel(geometry, conv.weight, conv.bias)(x), conv(x), rtol=0, atol=1e-13)
     depthwise = torch.nn.Conv2d(6, 6, 3, 2, 1, groups=6).double()
     geometry = Geometry(6, 6, 6, (Axis(3, 2, 1, 1), Axis(3, 2, 1, 1)), True)
-    assert torch.allclose(Kernel(geometry, depthwise.weight, depthwise.bias)(x), depthwise(x), rtol=0, atol=1e-13)
+    assert torch.allclose(
+        Kernel(geometry, depthwise.weight, depthwise.bias)(x), depthwise(x), rtol=0, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -70,12 +81,17 @@ def test_then_is_composition(axes: int) -> None:
         exact += 1
         assert merged.geometry == a.geometry.then(b.geometry)
         if axes < 3:
-            assert worst(lambda x, a=a, b=b: b(a(x)), merged, i, axes) < 1e-12, (a.geometry, b.geometry)
+            assert worst(lambda x, a=a, b=b: b(a(x)), merged, i, axes) < 1e-12, (
+                a.geometry,
+                b.geometry,
+            )
     assert exact >= 10 and refused >= 10
 
 
 def test_refusals_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `then` refuses and both maps read more than their padding hides, forcing it gives a wrong border."""
+    """Where `then` refuses and both maps read more than their padding hides, forcing it gives a
+    wrong border.
+    """
     rng = random.Random(7)
     needless = forced = 0
     check = Geometry._paddable_by
@@ -89,7 +105,9 @@ def test_refusals_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
             forced += 1
             needless += worst(lambda x, a=a, b=b: b(a(x)), a.then(b), 2) < 1e-12
     assert forced > 50
-    assert needless <= 0.02 * forced  # strides that step over the border are refused though they would do
+    assert (
+        needless <= 0.02 * forced
+    )  # strides that step over the border are refused though they would do
 
 
 def test_plus_is_addition() -> None:
@@ -98,7 +116,10 @@ def test_plus_is_addition() -> None:
     for _ in range(400):
         a, b = random_map(rng, 4, 4), random_map(rng, 4, 4)
         if rng.random() < 0.3:  # two maps of one size are rare by chance: give b the sizes of a
-            lines = [Axis(q.taps, p.stride, q.before, p.surplus + q.taps - q.before) for p, q in both(a, b)]
+            lines = [
+                Axis(q.taps, p.stride, q.before, p.surplus + q.taps - q.before)
+                for p, q in both(a, b)
+            ]
             b = Kernel(replace(b.geometry, axes=tuple(lines)), b.weight, b.bias)
         same = all(p.stride == q.stride and p.surplus == q.surplus for p, q in both(a, b))
         try:
@@ -147,7 +168,9 @@ def test_groups_of_a_sum_are_those_both_have() -> None:
     grouped = Kernel(Geometry.conv(8, 8, (1, 1), groups=4), torch.randn(8, 2, 1, 1))
     identity = Kernel.identity(Geometry.identity(8, 2), grouped.weight)
     assert (grouped + identity).geometry.groups == 4
-    assert (grouped + Kernel(Geometry.conv(8, 8, (1, 1), groups=2), torch.randn(8, 4, 1, 1))).geometry.groups == 2
+    assert (
+        grouped + Kernel(Geometry.conv(8, 8, (1, 1), groups=2), torch.randn(8, 4, 1, 1))
+    ).geometry.groups == 2
 
 
 def test_mirrored_padding_composes_with_1x1_only() -> None:
@@ -165,7 +188,9 @@ def test_dilated_kernels_that_interleave() -> None:
     """Taps 0 and 2 of one branch, tap 1 of another: together they have no gap."""
     x = torch.randn(1, 3, 9, 8, dtype=torch.float64)
     wide = Geometry(3, 3, 1, (Axis(3, 1, 1, 1, gap=2), Axis()))
-    a = Kernel(wide, F.pad(torch.randn(3, 3, 2, 1, dtype=torch.float64), (0, 0, 0, 1))[:, :, [0, 2, 1]])
+    a = Kernel(
+        wide, F.pad(torch.randn(3, 3, 2, 1, dtype=torch.float64), (0, 0, 0, 1))[:, :, [0, 2, 1]]
+    )
     b = Kernel(Geometry.conv(3, 3, (1, 1)), torch.randn(3, 3, 1, 1, dtype=torch.float64))
     both = a + b
     assert both.geometry.axes[0].gap == 1 and wide.taps == 2

@@ -65,7 +65,9 @@ def test_a_parent_that_reaches_into_a_child_is_left_alone() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.block(x)
-            return y + self.block[0].point.conv.weight.mean() if float(y.detach().sum()) > -1e9 else y
+            return (
+                y + self.block[0].point.conv.weight.mean() if float(y.detach().sum()) > -1e9 else y
+            )
 
     model = randomise(Reaching().eval())
     result = repfx.transform(model, ["fuse"], example=image())
@@ -147,7 +149,16 @@ def test_a_norm_that_carries_its_activation() -> None:
         def forward(self, x: Tensor) -> Tensor:
             torch._assert(x.ndim == 4, "4d")
             training = self.training or self.running_mean is None
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, self.eps)
+            y = F.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training,
+                0.1,
+                self.eps,
+            )
             return self.act(y)
 
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), NormAct(4), nn.Sigmoid(), NormAct(4)))
@@ -156,7 +167,9 @@ def test_a_norm_that_carries_its_activation() -> None:
     assert not any("running" in k for k in result.state_dict() if k.startswith("1."))
     assert {k for k in model.state_dict() if k.startswith("3.")} <= set(result.state_dict())
     model.train(), result.train()
-    assert torch.allclose(nn.Sequential(model[2], model[3])(image()), _tail(result, image()), atol=1e-6)
+    assert torch.allclose(
+        nn.Sequential(model[2], model[3])(image()), _tail(result, image()), atol=1e-6
+    )
 
 
 def _tail(result: fx.GraphModule, x: Tensor) -> Tensor:
@@ -166,7 +179,8 @@ def _tail(result: fx.GraphModule, x: Tensor) -> Tensor:
 
 def test_a_trace_that_lies_is_found() -> None:
     class Counter(nn.Module):
-        """Its forward uses a value that Python changes elsewhere: a trace bakes the first one in."""
+        """Its forward uses a value that Python changes elsewhere: a trace bakes the first one
+        in."""
 
         calls: ClassVar[list[int]] = []
 
@@ -201,7 +215,9 @@ def test_optional_arguments_keep_their_defaults() -> None:
 
 
 def test_an_exported_program_goes_in() -> None:
-    model = randomise(nn.Sequential(block(4, 4), nn.Dropout(), block(4, 8, stride=2), nn.AvgPool2d(2)).eval())
+    model = randomise(
+        nn.Sequential(block(4, 4), nn.Dropout(), block(4, 8, stride=2), nn.AvgPool2d(2)).eval()
+    )
     program = torch.export.export(model, (image(),))
     result = repfx.transform(program, ["fuse"])
     assert_same(model, result, image())
@@ -236,7 +252,8 @@ def test_bad_models_are_refused() -> None:
     with pytest.raises(repfx.InputError, match=r"does not accept the example \(1, 3, 8, 8\)"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], example=torch.zeros(1, 3, 8, 8))
     with pytest.raises(
-        repfx.InputError, match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, qarep, qprep, repq"
+        repfx.InputError,
+        match=r"unknown pass 'fusee'; choose one of: bnfold, expand, fuse, ptq, qarep, qprep, repq",
     ):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
     with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):
@@ -254,7 +271,11 @@ class Pieces(nn.Module):
 
     def __init__(self, chunks: int) -> None:
         super().__init__()
-        self.conv, self.norm, self.chunks = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), chunks
+        self.conv, self.norm, self.chunks = (
+            nn.Conv2d(3, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+            chunks,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
@@ -267,7 +288,9 @@ class Pieces(nn.Module):
 
 @pytest.mark.parametrize(("chunks", "traced"), [(2, True), (4, True), (3, False)])
 def test_pieces_are_iterated_over(chunks: int, traced: bool) -> None:
-    """Of 4 channels, chunk(3) gives 2 pieces: what was traced does not run, and the module stays as written."""
+    """Of 4 channels, chunk(3) gives 2 pieces: what was traced does not run, and the module stays as
+    written.
+    """
     model, x = Pieces(chunks).eval(), torch.randn(2, 3, 5, 5)
     merged = repfx.transform(model, ["fuse"], example=x)
     assert isinstance(merged, fx.GraphModule) == traced

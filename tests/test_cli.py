@@ -58,7 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model[0].main.conv.weight[0] = float("nan")
     torch.save(model.state_dict(), path / "nan.pt")
-    np.save(path / "data.npy", np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32))
+    np.save(
+        path / "data.npy", np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32)
+    )
     np.save(path / "wrong.npy", np.zeros((4, 5, 8, 8), dtype=np.float32))
     np.save(path / "empty.npy", np.zeros((0, 3, 8, 8), dtype=np.float32))
     return path
@@ -72,24 +74,69 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_whole_path(folder: Path) -> None:
     done = run(folder, "inspect", "mynet:net")
-    assert done.returncode == 0 and "2 blocks merge" in done.stdout and "conv 3x3, 3 → 8" in done.stdout
-    done = run(folder, "transform", "mynet:net", "--weights", "weights.pt", "--passes", "fuse", "-o", "fused.pt")
+    assert (
+        done.returncode == 0
+        and "2 blocks merge" in done.stdout
+        and "conv 3x3, 3 → 8" in done.stdout
+    )
+    done = run(
+        folder,
+        "transform",
+        "mynet:net",
+        "--weights",
+        "weights.pt",
+        "--passes",
+        "fuse",
+        "-o",
+        "fused.pt",
+    )
     assert done.returncode == 0 and "wrote fused.pt" in done.stdout
     six = ["--bits", "6", "--iterations", "5", "--keep", "1"]
     done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int6.pt", *six)
     assert done.returncode == 0 and "kept wide: " in done.stdout, done.stderr
-    done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int8.pt", "--method", "mse")
+    done = run(
+        folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int8.pt", "--method", "mse"
+    )
     assert done.returncode == 0 and "SQNR against the float model" in done.stdout
     done = run(folder, "lower", "int8.pt", "--onnx", "--data", "data.npy", "-o", "int8.onnx")
-    assert done.returncode == 0 and "codes differ on equal inputs" in done.stdout and (folder / "int8.onnx").exists()
+    assert (
+        done.returncode == 0
+        and "codes differ on equal inputs" in done.stdout
+        and (folder / "int8.onnx").exists()
+    )
     done = run(folder, "lint", "int8.onnx")
     assert done.returncode == 0 and "optimization profile" in done.stdout, done.stderr
-    done = run(folder, "lower", "int8.pt", "--trt", "--shape", "3,16,16", "-o", "int8.engine", "--batches", "1,4,16")
-    assert done.returncode == 3 and "wrote int8.onnx" in done.stdout and not (folder / "int8.engine").exists()
+    done = run(
+        folder,
+        "lower",
+        "int8.pt",
+        "--trt",
+        "--shape",
+        "3,16,16",
+        "-o",
+        "int8.engine",
+        "--batches",
+        "1,4,16",
+    )
+    assert (
+        done.returncode == 3
+        and "wrote int8.onnx" in done.stdout
+        and not (folder / "int8.engine").exists()
+    )
     assert "trtexec --onnx=int8.onnx" in done.stderr and "16x3x16x16" in done.stderr, done.stderr
     for target in ("openvino", "onnxruntime"):
         done = run(
-            folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "cpu.pt", "--method", "max", "--target", target
+            folder,
+            "quantize",
+            "fused.pt",
+            "--data",
+            "data.npy",
+            "-o",
+            "cpu.pt",
+            "--method",
+            "max",
+            "--target",
+            target,
         )
         assert done.returncode == 0, done.stderr
     done = run(folder, "lint", "cpu.onnx")
@@ -99,20 +146,36 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 0 and "OpenVINO against torch" in done.stdout, done.stderr
     assert re.search(r"OpenVINO: (\d+) of \1 layers run in integers\n", done.stdout), done.stdout
     assert not re.search(r" Q\d\d ", done.stdout), done.stdout
-    assert (folder / "cpu.xml").exists() and (folder / "cpu.bin").exists() and not list(folder.glob(".cpu*"))
-    assert onnx.load(folder / "cpu.onnx").opset_import[0].version == 13 and shape_of(folder / "cpu.onnx") == (3, 0, 0)
+    assert (
+        (folder / "cpu.xml").exists()
+        and (folder / "cpu.bin").exists()
+        and not list(folder.glob(".cpu*"))
+    )
+    assert onnx.load(folder / "cpu.onnx").opset_import[0].version == 13 and shape_of(
+        folder / "cpu.onnx"
+    ) == (3, 0, 0)
     done = run(folder, "lower", "cpu.pt", "--trt", "--dynamic", "-o", "cpu.engine")
     assert done.returncode == 2 and "for one height and width: leave out --dynamic" in done.stderr
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q02" in done.stdout  # uint8 is for CPUs
     done = run(folder, "lint", "cpu.onnx", "--target", "onnxruntime")
     assert done.returncode == 0 and "nothing to complain of" in done.stdout, done.stdout
-    done = run(folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json")
+    done = run(
+        folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json"
+    )
     assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
-    assert running() in done.stdout and json.loads((folder / "bench.json").read_text())["cpu"] == running()
+    assert (
+        running() in done.stdout
+        and json.loads((folder / "bench.json").read_text())["cpu"] == running()
+    )
     rows = json.loads((folder / "bench.json").read_text())["milliseconds"]
     forms = {(r["form"], r["runtime"]) for r in rows}
-    assert forms >= {("train form", "torch"), ("merged", "torch"), ("INT8", "onnxruntime"), ("INT8", "openvino")}
+    assert forms >= {
+        ("train form", "torch"),
+        ("merged", "torch"),
+        ("INT8", "onnxruntime"),
+        ("INT8", "openvino"),
+    }
     assert all(0 < r["fastest"] <= r["median"] <= r["slowest"] for r in rows)
     layers = {r["runtime"]: r["kernels"] for r in rows if r["form"] == "INT8"}
     assert {(k["integers"] > 1, len(k["floats"])) for k in layers.values()} == {(True, 0)}, layers
@@ -126,11 +189,23 @@ BAD = {
     "missing file": (["inspect", "none.pt"], 2, "no such file: none.pt"),
     "truncated file": (["inspect", "cut.pt"], 2, "damaged"),
     "truncated archive": (["inspect", "cut_zip.pt"], 2, "damaged"),
-    "pickled module": (["inspect", "pickled.pt"], 2, "is a pickle: loading it would run code from it. Safe ways"),
+    "pickled module": (
+        ["inspect", "pickled.pt"],
+        2,
+        "is a pickle: loading it would run code from it. Safe ways",
+    ),
     "plain pickle": (["inspect", "plain.pkl"], 2, "is a pickle"),
     "state_dict": (["inspect", "weights.pt"], 2, "is a state_dict, not a model"),
-    "NaN weights": (["inspect", "mynet:net", "--weights", "nan.pt"], 2, "0.main.conv.weight holds NaN"),
-    "weights that do not fit": (["inspect", "mynet:no_convs", "--weights", "weights.pt"], 2, "does not fit"),
+    "NaN weights": (
+        ["inspect", "mynet:net", "--weights", "nan.pt"],
+        2,
+        "0.main.conv.weight holds NaN",
+    ),
+    "weights that do not fit": (
+        ["inspect", "mynet:no_convs", "--weights", "weights.pt"],
+        2,
+        "does not fit",
+    ),
     "unknown pass": (
         ["transform", "net.pt", "--passes", "fuze", "-o", "x.pt"],
         2,
@@ -151,14 +226,34 @@ BAD = {
         2,
         "--device cuda:99 cannot be used",
     ),
-    "wrong input shape": (["quantize", "net.pt", "--data", "wrong.npy", "-o", "x.pt"], 2, "(5, 8, 8)"),
-    "empty calibration set": (["quantize", "net.pt", "--data", "empty.npy", "-o", "x.pt"], 2, "calibration set is empty"),
-    "no pictures": (["quantize", "net.pt", "--data", ".", "-o", "x.pt"], 2, "calibration set is empty"),
+    "wrong input shape": (
+        ["quantize", "net.pt", "--data", "wrong.npy", "-o", "x.pt"],
+        2,
+        "(5, 8, 8)",
+    ),
+    "empty calibration set": (
+        ["quantize", "net.pt", "--data", "empty.npy", "-o", "x.pt"],
+        2,
+        "calibration set is empty",
+    ),
+    "no pictures": (
+        ["quantize", "net.pt", "--data", ".", "-o", "x.pt"],
+        2,
+        "calibration set is empty",
+    ),
     "unwritable output": (["transform", "net.pt", "-o", "no/x.pt"], 2, "cannot write no/x.pt"),
-    "no convolutions": (["inspect", "mynet:no_convs"], 2, "holds no convolution and no linear layer"),
+    "no convolutions": (
+        ["inspect", "mynet:no_convs"],
+        2,
+        "holds no convolution and no linear layer",
+    ),
     "no such factory": (["inspect", "mynet:nett"], 2, "cannot import mynet:nett"),
     "a factory of something else": (["inspect", "mynet:nothing"], 2, "not an nn.Module"),
-    "not calibrated": (["lower", "int8raw.pt", "--onnx", "-o", "x.onnx", "--shape", "3,16,16"], 2, "not calibrated"),
+    "not calibrated": (
+        ["lower", "int8raw.pt", "--onnx", "-o", "x.onnx", "--shape", "3,16,16"],
+        2,
+        "not calibrated",
+    ),
     "lower to what": (["lower", "net.pt", "-o", "x.onnx"], 2, "--onnx"),
     "an array of another shape": (
         ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "3,32,64", "--data", "data.npy"],
@@ -185,7 +280,11 @@ BAD = {
         2,
         "--batches is 3 whole numbers from 1, separated by commas, not '1,8'",
     ),
-    "a folder for a file": (["lower", "net.pt", "--onnx", "-o", "."], 2, "-o names a file to write; . is a folder"),
+    "a folder for a file": (
+        ["lower", "net.pt", "--onnx", "-o", "."],
+        2,
+        "-o names a file to write; . is a folder",
+    ),
     "means that are not numbers": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--mean", "0,nan,0"],
         2,
@@ -212,7 +311,9 @@ def test_bad_input(name: str, folder: Path) -> None:
     assert not list(folder.glob("x.*")) and not list(folder.glob(".x.*"))
 
 
-@pytest.mark.parametrize("text", ["nan,3,3", "inf,3", "-3,32", "0", "3,32.7", "3,1e9", "", "1,,2", "3,x", f"{2**31}"])
+@pytest.mark.parametrize(
+    "text", ["nan,3,3", "inf,3", "-3,32", "0", "3,32.7", "3,1e9", "", "1,,2", "3,x", f"{2**31}"]
+)
 def test_a_shape_is_whole_numbers_from_one(text: str) -> None:
     with pytest.raises(repfx.InputError, match="--shape is whole numbers from 1"):
         whole("shape", text)
@@ -230,8 +331,18 @@ def test_only_a_known_suffix_is_replaced(tmp_path: Path) -> None:
         name: named(tmp_path / name, ".onnx").name
         for name in ("net.onnx", "net.plan", "net.xml", "net.v2", "net", "n.1.trt")
     }
-    assert list(files.values()) == ["net.onnx", "net.onnx", "net.onnx", "net.v2.onnx", "net.onnx", "n.1.onnx"]
-    engines = [named(tmp_path / name, ".engine", ".plan").name for name in ("net.onnx", "net.plan", "net.v2")]
+    assert list(files.values()) == [
+        "net.onnx",
+        "net.onnx",
+        "net.onnx",
+        "net.v2.onnx",
+        "net.onnx",
+        "n.1.onnx",
+    ]
+    engines = [
+        named(tmp_path / name, ".engine", ".plan").name
+        for name in ("net.onnx", "net.plan", "net.v2")
+    ]
     assert engines == ["net.engine", "net.plan", "net.v2.engine"]
     for folder in (tmp_path, Path(".")):
         with pytest.raises(repfx.InputError, match="is a folder"):
@@ -242,7 +353,9 @@ def test_names_with_dots_and_brackets(folder: Path) -> None:
     """A version is not cut off, and brackets are no markup."""
     (folder / "m[v2].d").mkdir()
     (folder / "m[v2].d" / "net.onnx").write_bytes(b"another model")
-    done = run(folder, "lower", "net.pt", "--onnx", "--shape", "3,16,16", "-o", "m[v2].d/net.v2:smile:")
+    done = run(
+        folder, "lower", "net.pt", "--onnx", "--shape", "3,16,16", "-o", "m[v2].d/net.v2:smile:"
+    )
     assert done.returncode == 0, done.stderr
     assert "wrote m[v2].d/net.v2:smile:.onnx (" in done.stdout
     assert (folder / "m[v2].d" / "net.onnx").read_bytes() == b"another model"
@@ -261,11 +374,28 @@ def test_the_file_has_the_size_that_was_asked_for(folder: Path) -> None:
 
     (folder / "wide").mkdir()
     for i, size in enumerate([(20, 30), (40, 24), (16, 90)]):
-        Image.fromarray(np.full((*size, 3), 100 + i, dtype=np.uint8)).save(folder / "wide" / f"{i}.png")
-    done = run(folder, "lower", "net.pt", "--onnx", "--shape", "3,32,64", "--data", "wide", "-o", "wide.onnx")
+        Image.fromarray(np.full((*size, 3), 100 + i, dtype=np.uint8)).save(
+            folder / "wide" / f"{i}.png"
+        )
+    done = run(
+        folder,
+        "lower",
+        "net.pt",
+        "--onnx",
+        "--shape",
+        "3,32,64",
+        "--data",
+        "wide",
+        "-o",
+        "wide.onnx",
+    )
     assert done.returncode == 0 and shape_of(folder / "wide.onnx") == (3, 32, 64), done.stderr
     assert real_input(folder / "wide", "3,64,32").shape == (3, 3, 64, 32)
-    assert real_input(folder / "data.npy", "3,16,16").shape == real_input(folder / "data.npy", None).shape == (8, 3, 16, 16)
+    assert (
+        real_input(folder / "data.npy", "3,16,16").shape
+        == real_input(folder / "data.npy", None).shape
+        == (8, 3, 16, 16)
+    )
 
 
 def test_openvino_is_the_target_and_is_compared(folder: Path) -> None:
@@ -273,13 +403,38 @@ def test_openvino_is_the_target_and_is_compared(folder: Path) -> None:
     x = torch.from_numpy(np.load(folder / "data.npy"))
     net = repfx.transform(repfx.load(folder / "net.pt"), ["ptq"], target="openvino")
     repfx.save(repfx.calibrate(net, [x]), folder / "ov.pt")
-    done = run(folder, "lower", "ov.pt", "--onnx", "--openvino", "--shape", "3,16,16", "-o", "ov.onnx", "--isa", "all")
+    done = run(
+        folder,
+        "lower",
+        "ov.pt",
+        "--onnx",
+        "--openvino",
+        "--shape",
+        "3,16,16",
+        "-o",
+        "ov.onnx",
+        "--isa",
+        "all",
+    )
     assert done.returncode == 0 and "OpenVINO against torch: " in done.stdout, done.stderr
     for isa in isas("openvino"):
         assert f"OpenVINO on {isa.name} against torch: " in done.stdout
-    done = run(folder, "lower", "ov.pt", "--openvino", "--shape", "3,16,16", "-o", "bad.onnx", "--isa", "AVX9")
+    done = run(
+        folder,
+        "lower",
+        "ov.pt",
+        "--openvino",
+        "--shape",
+        "3,16,16",
+        "-o",
+        "bad.onnx",
+        "--isa",
+        "AVX9",
+    )
     assert done.returncode == 2 and "SSE41" in done.stderr and not (folder / "bad.onnx").exists()
-    done = run(folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.XML")
+    done = run(
+        folder, "lower", "ov.pt", "--openvino", "--float16", "--shape", "3,16,16", "-o", "half.XML"
+    )
     assert done.returncode == 0 and (folder / "half.XML").exists(), done.stderr
     assert "OpenVINO in float32 against torch: " in done.stdout
 
@@ -295,9 +450,16 @@ def test_a_malformed_file_is_named(folder: Path) -> None:
     node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="conv", group=1.5)
     infos = [onnx.helper.make_empty_tensor_value_info(n) for n in "xy"]
     w = onnx.numpy_helper.from_array(np.ones((8, 3, 1, 1), np.float32), "w")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", infos[:1], infos[1:], [w])), folder / "odd.onnx")
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", infos[:1], infos[1:], [w])),
+        folder / "odd.onnx",
+    )
     done = run(folder, "lint", "odd.onnx")
-    assert done.returncode == 2 and "odd.onnx is malformed" in done.stderr and "group of conv (Conv) is 1.5" in done.stderr
+    assert (
+        done.returncode == 2
+        and "odd.onnx is malformed" in done.stderr
+        and "group of conv (Conv) is 1.5" in done.stderr
+    )
 
 
 def test_debug_shows_where(folder: Path) -> None:
@@ -315,19 +477,25 @@ def test_a_missing_part_is_named(folder: Path) -> None:
 
 
 def test_ctrl_c_in_the_middle_of_a_write(folder: Path) -> None:
-    """The process is told to stop while the file is being written: the old file stays, and nothing lies beside it."""
+    """The process is told to stop while the file is being written: the old file stays, and nothing
+    lies beside it.
+    """
     (folder / "slow.py").write_text(
         "import signal, time, pathlib, repfx.files.store as store\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        # A shell's background jobs ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(tensors, path, metadata=None):\n"
-        "    pathlib.Path(path).write_bytes(b'half'); pathlib.Path('writing').touch(); time.sleep(60)\n"
+        "    pathlib.Path(path).write_bytes(b'half'); pathlib.Path('writing').touch(); "
+        "time.sleep(60)\n"
         "store.save_file = slow\n"
         "from repfx.cli import main; main()\n"
     )
     (folder / "kept.pt").write_bytes(b"old")
     env = {**os.environ, "PYTHONPATH": str(Path(repfx.__file__).parent.parent)}
     command = [sys.executable, "slow.py", "transform", "net.pt", "-o", "kept.pt"]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    process = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env
+    )
     for _ in range(600):
         if (folder / "writing").exists():
             break

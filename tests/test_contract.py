@@ -16,7 +16,11 @@ from repfx.rewrite.work import Work
 
 
 def test_names_specs_and_objects_mix_and_run_by_stage() -> None:
-    assert resolve(["ptq(bits=4, weights=mse)", BnFold()]) == [BnFold(), Fuse(), Ptq(bits=4, weights="mse")]
+    assert resolve(["ptq(bits=4, weights=mse)", BnFold()]) == [
+        BnFold(),
+        Fuse(),
+        Ptq(bits=4, weights="mse"),
+    ]
     assert resolve(["fuse", "bnfold"]) == [BnFold(), Fuse()]
     assert resolve([]) == []
 
@@ -47,7 +51,9 @@ def test_a_pass_that_loses_a_name_is_told() -> None:
         def run(self, work: Work) -> Result:
             return work.merge(self.name)
 
-    with pytest.raises(repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*norm"):
+    with pytest.raises(
+        repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*norm"
+    ):
         repfx.transform(nn.Sequential(RepVGG(3, 4, 3, padding=1)), [Loser()])
 
 
@@ -91,7 +97,9 @@ def test_a_pass_that_says_too_little_is_told() -> None:
     with pytest.raises(repfx.InputError, match="the pass Bare is no dataclass"):
         resolve([Bare()])
     for kind in (Nameless, Late):
-        with pytest.raises(repfx.InputError, match=rf"{kind.__name__} has to say its name.*Stage\.MERGE"):
+        with pytest.raises(
+            repfx.InputError, match=rf"{kind.__name__} has to say its name.*Stage\.MERGE"
+        ):
             resolve([dataclass(frozen=True)(kind)()])
     with pytest.raises(repfx.CheckError, match="pass 'bare' gave None and not a Result"):
         repfx.transform(nn.Sequential(nn.Conv2d(3, 3, 1)), [dataclass(frozen=True)(Bare)()])

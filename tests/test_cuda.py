@@ -38,9 +38,16 @@ def float32() -> Any:
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    blocks = [RepVGG(3, 16, 3, 1, 1), QARepVGG(16, 16, 3, 2, 1), ACNet(16, 16, 3, 1, 1), RepVGG(16, 16, 3, 1, 1)]
+    blocks = [
+        RepVGG(3, 16, 3, 1, 1),
+        QARepVGG(16, 16, 3, 2, 1),
+        ACNet(16, 16, 3, 1, 1),
+        RepVGG(16, 16, 3, 1, 1),
+    ]
     layers = [layer for block in blocks for layer in (block, nn.ReLU())]
-    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval())
+    return randomise(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+    )
 
 
 def pictures(n: int = 64, seed: int = 1) -> Tensor:
@@ -64,7 +71,9 @@ def on_gpu(model: nn.Module) -> bool:
     return all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("passes", ["bnfold", "fuse", "qarep", "ptq", "repq", "repq(bn=batch)", "repq(bn=sampled)"])
+@pytest.mark.parametrize(
+    "passes", ["bnfold", "fuse", "qarep", "ptq", "repq", "repq(bn=batch)", "repq(bn=sampled)"]
+)
 def test_passes_keep_the_device(passes: str) -> None:
     model = repfx.transform(net().cuda(), [passes])
     assert on_gpu(model) and off(repfx.transform(net(), [passes]), model) < 1e-5
@@ -76,7 +85,15 @@ def test_calibrate(method: str) -> None:
     for device in ("cpu", "cuda"):
         model = repfx.transform(net(), ["ptq"]).to(device)
         repfx.calibrate(model, [pictures(64, seed) for seed in range(3)], method=method)
-        scales.append(torch.stack([m.scale.cpu() for m in model.modules() if isinstance(m, FakeQuant) and not m.of_weight]))
+        scales.append(
+            torch.stack(
+                [
+                    m.scale.cpu()
+                    for m in model.modules()
+                    if isinstance(m, FakeQuant) and not m.of_weight
+                ]
+            )
+        )
     assert pictures(64).numel() > LARGE
     # A value by the edge of a bin may fall on its other side.
     assert torch.allclose(*scales, rtol=0.02 if method == "entropy" else 0.005)
@@ -104,7 +121,9 @@ def test_biases_and_sensitivity() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"rounding": "adaround", "drop": 0.5, "loss": "mse"}])
-def test_an_interrupted_reconstruct_goes_on(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_reconstruct_goes_on(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(checkpoint: Path | None) -> Any:
         model = repfx.transform(net(), [Ptq(4, weights="mse"), "qprep"]).cuda()
         kept = {"cache": tmp_path, "checkpoint": checkpoint}
@@ -119,13 +138,18 @@ def test_an_interrupted_reconstruct_goes_on(how: dict[str, Any], tmp_path: Path,
         run(tmp_path / "run.ck")
     cut, whole = run(tmp_path / "run.ck"), run(None)
     assert any(b.after < b.before for b in whole.meta["reconstruct"])
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True)
+    )
     folded = repfx.transform(whole, ["fuse"])
     assert on_gpu(folded) and repfx.verify(whole, folded, pictures().cuda()).relative < 1e-5
 
 
 @pytest.mark.parametrize("room", [0, 10**5, 10**9])
-def test_activations_stay_on_the_gpu_while_they_fit(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_stay_on_the_gpu_while_they_fit(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "_room", lambda device: room)
     batches = pictures().cuda().split(8)
     rows = store.Rows(None, torch.device("cuda")).fill((x,) for x in batches)
@@ -148,7 +172,16 @@ def training_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("mode", ["running", "batch", "estimate", "sampled"])
 def test_fit_trains_the_merged_weight(mode: str) -> None:
     model = repfx.transform(net(), [f"repq(bits=4, bn={mode})"])
-    history = repfx.fit(model, "classification", labelled(), valid=labelled(), epochs=8, batch=16, lr=0.05, progress=False)
+    history = repfx.fit(
+        model,
+        "classification",
+        labelled(),
+        valid=labelled(),
+        epochs=8,
+        batch=16,
+        lr=0.05,
+        progress=False,
+    )
     assert history[-1].loss < 0.7 * history[0].loss
     assert on_gpu(model)
     assert repfx.verify(model, repfx.transform(model, ["fuse"]), pictures(8).cuda()).relative < 1e-4
@@ -161,7 +194,9 @@ def test_lower_and_save(tmp_path: Path) -> None:
     assert off(loaded, model) < 1e-5
     found = []
     for name, one in (("gpu", model), ("cpu", loaded)):
-        repfx.lower(one, tmp_path / f"{name}.onnx", example=pictures(2).to(next(one.parameters()).device))
+        repfx.lower(
+            one, tmp_path / f"{name}.onnx", example=pictures(2).to(next(one.parameters()).device)
+        )
         found.append((tmp_path / f"{name}.onnx").read_bytes())
     assert found[0] == found[1]
 
@@ -180,8 +215,28 @@ def test_the_command_line(tmp_path: Path) -> None:
     repfx.save(repfx.transform(net(), ["fuse"]), tmp_path / "net.pt")
     np.save(tmp_path / "data.npy", pictures().numpy())
     for method in ("mse", "repapq"):
-        given = ["quantize", f"{tmp_path}/net.pt", "--data", f"{tmp_path}/data.npy", "-o", f"{tmp_path}/{method}.pt"]
-        more = ["--method", method, "--iterations", "20", "--device", "cuda", "--keep", "1", "--bits", "4"]
+        given = [
+            "quantize",
+            f"{tmp_path}/net.pt",
+            "--data",
+            f"{tmp_path}/data.npy",
+            "-o",
+            f"{tmp_path}/{method}.pt",
+        ]
+        more = [
+            "--method",
+            method,
+            "--iterations",
+            "20",
+            "--device",
+            "cuda",
+            "--keep",
+            "1",
+            "--bits",
+            "4",
+        ]
         done = CliRunner().invoke(app, [*given, *more])
         assert done.exit_code == 0, done.output
-        assert not any(t.is_cuda for t in repfx.load(tmp_path / f"{method}.pt").state_dict().values())
+        assert not any(
+            t.is_cuda for t in repfx.load(tmp_path / f"{method}.pt").state_dict().values()
+        )

@@ -1,4 +1,6 @@
-"""blocks.md's negative list: each is left alone, computes the same, and the report gives the right reason."""
+"""blocks.md's negative list: each is left alone, computes the same, and the report gives the right
+reason.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,15 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
-def conv(i: int = 4, o: int = 4, k: int = 3, s: int = 1, p: int | None = None, bias: bool = False, **options) -> nn.Conv2d:
+def conv(
+    i: int = 4,
+    o: int = 4,
+    k: int = 3,
+    s: int = 1,
+    p: int | None = None,
+    bias: bool = False,
+    **options,
+) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, s, k // 2 if p is None else p, bias=bias, **options)
 
 
@@ -71,7 +81,9 @@ CASES = {
         "'relu' inside it is not linear",
     ),
     "count_include_pad=False": (
-        Net(lambda m, x: m.a(x) + m.p(x), a=conv(), p=nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+        Net(
+            lambda m, x: m.a(x) + m.p(x), a=conv(), p=nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        ),
         "an average pool that does not count its padding",
     ),
     "track_running_stats=False": (
@@ -119,7 +131,9 @@ CASES = {
         "it pads with a value that is not the constant of what it pads",
     ),
     "two mirrored paddings": (
-        Net(lambda m, x: m.b(m.a(x)), a=conv(padding_mode="reflect"), b=conv(padding_mode="reflect")),
+        Net(
+            lambda m, x: m.b(m.a(x)), a=conv(padding_mode="reflect"), b=conv(padding_mode="reflect")
+        ),
         "a 'reflect' padding after a map that is not 1x1",
     ),
     "quantity computed from the input as weight": (
@@ -164,7 +178,9 @@ def test_batch_norm_traced_in_train_mode() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             n = self.norm
-            return F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight, n.bias, self.training)
+            return F.batch_norm(
+                self.conv(x), n.running_mean, n.running_var, n.weight, n.bias, self.training
+            )
 
     net = randomise(Functional().double())
     baked = fx.symbolic_trace(net.train())
@@ -183,7 +199,9 @@ def test_exported_in_train_mode() -> None:
 
 
 def test_a_branch_read_elsewhere_stays() -> None:
-    net = Net(lambda m, x: (y := m.n(m.a(x))) + m.b(torch.relu(y + m.b(x))), a=conv(), b=conv(), n=bn(4))
+    net = Net(
+        lambda m, x: (y := m.n(m.a(x))) + m.b(torch.relu(y + m.b(x))), a=conv(), b=conv(), n=bn(4)
+    )
     result, _ = fused(net)
     assert kinds(result, nn.BatchNorm2d) == 0  # bn went into conv a, whose value two readers share
 
@@ -195,6 +213,8 @@ def test_a_branch_read_elsewhere_stays() -> None:
 
 def test_layer_scale_is_not_vacuous() -> None:
     """With O(1) scales and a branch that must not merge, a wrong merge would show."""
-    net = Net(lambda m, x: x + m.s(m.a(torch.relu(x))), a=conv(), s=Scale(torch.rand(4, 1, 1) + 0.5))
+    net = Net(
+        lambda m, x: x + m.s(m.a(torch.relu(x))), a=conv(), s=Scale(torch.rand(4, 1, 1) + 0.5)
+    )
     result, reasons = fused(net)
     assert len(result.meta["repfx"].merged) == 1 and "'relu' inside it is not linear" in reasons

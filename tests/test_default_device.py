@@ -1,7 +1,8 @@
-"""Whatever torch.set_default_device says, results are the same: a tensor that repfx makes lies where it is needed.
+"""Whatever torch.set_default_device says, results are the same: a tensor that repfx makes lies
+where it is needed.
 
-"meta" stands for a GPU: a tensor that was made there by accident holds nothing, and no operation takes it beside others.
-"""
+"meta" stands for a GPU: a tensor that was made there by accident holds nothing, and no operation
+takes it beside others."""
 
 from __future__ import annotations
 
@@ -22,9 +23,16 @@ from repfx.testing import randomise
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    blocks = [RepVGG(3, 8, 3, 1, 1), QARepVGG(8, 8, 3, 1, 1), ACNet(8, 8, 3, 1, 1), RepVGG(8, 8, 3, 1, 1)]
+    blocks = [
+        RepVGG(3, 8, 3, 1, 1),
+        QARepVGG(8, 8, 3, 1, 1),
+        ACNet(8, 8, 3, 1, 1),
+        RepVGG(8, 8, 3, 1, 1),
+    ]
     layers = [layer for block in blocks for layer in (block, nn.ReLU())]
-    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval())
+    return randomise(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    )
 
 
 def pictures(n: int = 32, seed: int = 1) -> Tensor:
@@ -38,11 +46,23 @@ def same(work: Callable[[], Any]) -> None:
         there = work()
     wanted, found = (m.state_dict() for m in (here, there))
     assert wanted.keys() == found.keys()
-    assert {k for k, v in found.items() if v.device.type != "cpu" or not torch.equal(v, wanted[k])} == set()
+    assert {
+        k for k, v in found.items() if v.device.type != "cpu" or not torch.equal(v, wanted[k])
+    } == set()
 
 
 @pytest.mark.parametrize(
-    "passes", ["bnfold", "fuse", "qarep", "ptq", "ptq,qprep,fuse", "repq(bn=batch)", "repq(bn=sampled)", "repq,fuse"]
+    "passes",
+    [
+        "bnfold",
+        "fuse",
+        "qarep",
+        "ptq",
+        "ptq,qprep,fuse",
+        "repq(bn=batch)",
+        "repq(bn=sampled)",
+        "repq,fuse",
+    ],
 )
 def test_transform(passes: str) -> None:
     model, x = net(), pictures(2)
@@ -71,7 +91,9 @@ def test_reconstruct(how: dict[str, Any]) -> None:
     model, data = net(), [pictures()]
 
     def work() -> Any:
-        return repfx.reconstruct(repfx.transform(model, [Ptq(4), "qprep"]), data, iterations=5, batch=16, **how)
+        return repfx.reconstruct(
+            repfx.transform(model, [Ptq(4), "qprep"]), data, iterations=5, batch=16, **how
+        )
 
     same(work)
 
@@ -82,7 +104,16 @@ def test_fit(passes: str) -> None:
 
     def work() -> Any:
         trained = repfx.transform(model, [passes])
-        repfx.fit(trained, "classification", data, epochs=2, batch=16, device="cpu", ema=0.5, progress=False)
+        repfx.fit(
+            trained,
+            "classification",
+            data,
+            epochs=2,
+            batch=16,
+            device="cpu",
+            ema=0.5,
+            progress=False,
+        )
         return trained
 
     same(work)

@@ -1,4 +1,5 @@
-"""The demo, as it runs for a user but shorter: every form of the model is as accurate as the first."""
+"""The demo, as it runs for a user but shorter: every form of the model is as accurate as the
+first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A detector as they are shipped: a backbone of blocks, a neck that joins scales, a head whose control flow depends on
-the data. The first two merge; the head stays as it is, and the report says why."""
+"""A detector as they are shipped: a backbone of blocks, a neck that joins scales, a head whose
+control flow depends on the data. The first two merge; the head stays as it is, and the report says
+why."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.stem = Block(3, 8, 2)
         self.stages = nn.ModuleList(
-            nn.Sequential(Block(i, o, 2), *(Block(o, o) for _ in range(2))) for i, o in ((8, 16), (16, 24), (24, 32))
+            nn.Sequential(Block(i, o, 2), *(Block(o, o) for _ in range(2)))
+            for i, o in ((8, 16), (16, 24), (24, 32))
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -153,12 +155,17 @@ def test_inspect_says_what_becomes_of_it() -> None:
     assert (block.macs_before, block.macs_after) == (10 * 256, 9 * 256)
     assert (block.params_before, block.params_after) == (10 * 256 + 3 * 4 * 16, 9 * 256 + 16)
     up = regions["neck.up"]
-    assert up.merged == "transposed conv 2x2, 16 → 16, stride 2" and up.ops == ("transposed conv 2x2", "bn")
+    assert up.merged == "transposed conv 2x2, 16 → 16, stride 2" and up.ops == (
+        "transposed conv 2x2",
+        "bn",
+    )
     text = str(seen)
     assert "20 blocks merge" in text and "cannot be traced" in text
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_100", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_100", "resnet18"]
+)
 def test_an_exported_program_merges_as_its_module_does(name: str) -> None:
     import timm
 
@@ -168,6 +175,9 @@ def test_an_exported_program_merges_as_its_module_does(name: str) -> None:
         result = repfx.transform(given, ["fuse"], example=x)
         assert_same(model, result, x, 1e-5)
         reports.append(
-            sorted((m.macs_before, m.macs_after, m.params_before, m.params_after) for m in result.meta["repfx"].merged)
+            sorted(
+                (m.macs_before, m.macs_after, m.params_before, m.params_after)
+                for m in result.meta["repfx"].merged
+            )
         )
     assert reports[0] == reports[1] and len(reports[0]) >= 20

@@ -1,4 +1,6 @@
-"""Every guide does what it says: its files are written, its programs and commands run, in order, in an empty folder."""
+"""Every guide does what it says: its files are written, its programs and commands run, in order, in
+an empty folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
 def run(command: list[str], folder: Path) -> None:
     paths = os.pathsep.join([str(folder), *sys.path])
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
 
 
@@ -31,19 +35,31 @@ def test_a_guide_runs(guide: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     draw = np.random.default_rng(0)
     for i in range(12):
-        Image.fromarray(draw.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(draw.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / f"{i}.png"
+        )
     ran = 0
     for kind, text in BLOCK.findall(guide.read_text()):
         name = re.match(r"# file: (\S+)\n", text)
         if name:
             (tmp_path / name[1]).write_text(text)
         elif kind == "python":
-            run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import conftest\n{text}"], tmp_path)
+            run(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import sys; sys.path.insert(0, {str(HERE)!r}); import conftest\n{text}",
+                ],
+                tmp_path,
+            )
         elif kind == "sh":
             for line in text.strip().splitlines():
                 words = line.split()
                 assert words[0] == "repfx"
-                run([sys.executable, "-c", "from repfx.cli import main; main()", *words[1:]], tmp_path)
+                run(
+                    [sys.executable, "-c", "from repfx.cli import main; main()", *words[1:]],
+                    tmp_path,
+                )
         elif kind == "toml":
             package = tmp_path / "hard-1.0.dist-info"
             package.mkdir()
@@ -60,12 +76,17 @@ def test_the_guide_of_own_passes_is_short() -> None:
     assert len(code[code.index("@dataclass") :].strip().splitlines()) <= 30
 
 
-def test_a_pass_of_another_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_of_another_package_that_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "bad-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for target, text in (("nowhere:Thing", "does not load"), ("json:loads", "is no subclass of repfx.passes.Pass")):
+    for target, text in (
+        ("nowhere:Thing", "does not load"),
+        ("json:loads", "is no subclass of repfx.passes.Pass"),
+    ):
         (package / "entry_points.txt").write_text(f"[repfx.passes]\nfolly = {target}\n")
         with pytest.raises(repfx.InputError, match=text):
             repfx.transform(repfx.blocks.RepVGG(3, 4, 3), ["folly"])

@@ -1,4 +1,6 @@
-"""The TensorRT engine, driven through a strict stand-in: what is asked of TensorRT, what is written, what is refused."""
+"""The TensorRT engine, driven through a strict stand-in: what is asked of TensorRT, what is
+written, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from repfx.lowering.tensorrt import run as engine_run
 from repfx.lowering.tensorrt.engine import Profile, build, latency, run, trtexec
 from repfx.lowering.tensorrt.inspector import count_layers
 
-_SPEC = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).parent / "fake_tensorrt.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "fake_tensorrt", Path(__file__).parent / "fake_tensorrt.py"
+)
 assert _SPEC is not None and _SPEC.loader is not None
 fake_tensorrt = importlib.util.module_from_spec(_SPEC)
 sys.modules["fake_tensorrt"] = fake_tensorrt
@@ -59,8 +63,16 @@ def left(folder: Path) -> set[str]:
 
 
 def test_what_is_asked_of_tensorrt(fake: Any, file: Path, tmp_path: Path) -> None:
-    made = build(file, tmp_path / "net.engine", profile=Profile(2, 4, 16), workspace_gib=0.5, hardware_compatible=True)
-    assert fake.asked("create_network") == [(1 << int(fake.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)]
+    made = build(
+        file,
+        tmp_path / "net.engine",
+        profile=Profile(2, 4, 16),
+        workspace_gib=0.5,
+        hardware_compatible=True,
+    )
+    assert fake.asked("create_network") == [
+        (1 << int(fake.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
+    ]
     assert fake.asked("set_shape") == [("x", (2, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8))]
     assert fake.asked("set_memory_pool_limit") == [("WORKSPACE", 2**29)]
     assert [c[0].name for c in fake.asked("profiling_verbosity")] == ["DETAILED"]
@@ -71,12 +83,17 @@ def test_what_is_asked_of_tensorrt(fake: Any, file: Path, tmp_path: Path) -> Non
 
 
 def test_the_flag_is_by_name() -> None:
-    values = [int(fake_tensorrt.make(v).module.NetworkDefinitionCreationFlag.STRONGLY_TYPED) for v in VERSIONS]
+    values = [
+        int(fake_tensorrt.make(v).module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        for v in VERSIONS
+    ]
     assert values == [1, 0]
 
 
 def test_the_metadata(fake: Any, file: Path, tmp_path: Path) -> None:
-    fake.report = json.dumps({"Layers": [{"Name": "c", "Weights": {"Type": "Int8"}}, {"LayerType": "Reformat"}, "d"]})
+    fake.report = json.dumps(
+        {"Layers": [{"Name": "c", "Weights": {"Type": "Int8"}}, {"LayerType": "Reformat"}, "d"]}
+    )
     made = build(file, tmp_path / "net.engine")
     said = json.loads(made.metadata.read_text())
     assert said == {
@@ -114,7 +131,9 @@ def test_a_fixed_batch_has_no_profile(fake: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["none", "broken"])
 def test_a_failed_build_leaves_nothing(fake: Any, file: Path, tmp_path: Path, how: str) -> None:
     fake.build = how
-    with pytest.raises(CheckError, match="could not find any implementation" if how == "none" else "not compatible"):
+    with pytest.raises(
+        CheckError, match="could not find any implementation" if how == "none" else "not compatible"
+    ):
         build(file, tmp_path / "net.engine", timing_cache=tmp_path / "timings")
     assert left(tmp_path) == {"net.onnx"}
 
@@ -137,7 +156,9 @@ def test_progress_is_shown(fake: Any, file: Path, tmp_path: Path) -> None:
     with bindings.watched(fake.module, True) as monitor:
         monitor.phase_start("Tactics", "Building", 4)
         assert monitor.step_complete("Tactics", 2)
-        assert [(t.description, t.completed, t.total) for t in monitor.bars.tasks] == [("Tactics", 3, 4)]
+        assert [(t.description, t.completed, t.total) for t in monitor.bars.tasks] == [
+            ("Tactics", 3, 4)
+        ]
         monitor.phase_finish("Tactics")
         assert not monitor.bars.tasks
 
@@ -148,7 +169,9 @@ def test_what_the_parser_refuses_is_named(fake: Any, file: Path, tmp_path: Path)
     ]
     with pytest.raises(InputError) as caught:
         build(file, tmp_path / "net.engine")
-    assert "'/head/Det' (Det): no importer" in str(caught.value) and "'n8' (Celu)" in str(caught.value)
+    assert "'/head/Det' (Det): no importer" in str(caught.value) and "'n8' (Celu)" in str(
+        caught.value
+    )
     assert "and 6 more" in str(caught.value)
     assert left(tmp_path) == {"net.onnx"}
 
@@ -177,8 +200,12 @@ def test_what_is_refused_before_anything_is_built(fake: Any, file: Path, tmp_pat
 
 def test_missing_external_weights_are_named(tmp_path: Path) -> None:
     model = onnx.load(write(tmp_path / "n.onnx", "batch", 3))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "w"))
-    onnx.save(model, tmp_path / "n.onnx", save_as_external_data=True, location="n.data", size_threshold=0)
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "w")
+    )
+    onnx.save(
+        model, tmp_path / "n.onnx", save_as_external_data=True, location="n.data", size_threshold=0
+    )
     trtexec(tmp_path / "n.onnx", "e")
     (tmp_path / "n.data").unlink()
     with pytest.raises(InputError, match=r"n\.data, which is not beside it"):
@@ -192,7 +219,9 @@ def test_missing_external_weights_are_named(tmp_path: Path) -> None:
 
 def test_no_file_of_a_build_is_written_over_another(fake: Any, file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "w"))
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "w")
+    )
     onnx.save(model, file, save_as_external_data=True, location="net.data", size_threshold=0)
     (tmp_path / "link").symlink_to(file)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -200,7 +229,12 @@ def test_no_file_of_a_build_is_written_over_another(fake: Any, file: Path, tmp_p
     pairs = (
         *(
             (path, None)
-            for path in (file, tmp_path / "link", tmp_path / "net.data", f"{tmp_path}/../{tmp_path.name}/net.onnx")
+            for path in (
+                file,
+                tmp_path / "link",
+                tmp_path / "net.data",
+                f"{tmp_path}/../{tmp_path.name}/net.onnx",
+            )
         ),
         *((goal, path) for path in (goal, f"{goal}.json", file, tmp_path / "net.data")),
     )
@@ -212,7 +246,9 @@ def test_no_file_of_a_build_is_written_over_another(fake: Any, file: Path, tmp_p
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before and fake.calls == []
 
 
-def test_without_tensorrt_or_a_gpu_the_line_is_given(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_or_a_gpu_the_line_is_given(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     goal = tmp_path / "net.engine"
     line = trtexec(file, goal)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -232,7 +268,16 @@ def test_without_tensorrt_or_a_gpu_the_line_is_given(file: Path, tmp_path: Path,
 
 def test_the_trtexec_line(tmp_path: Path) -> None:
     file = write(tmp_path / "my net.onnx", "batch", 3, 8, 8)
-    words = shlex.split(trtexec(file, "out.engine", Profile(1, 2, 4), 1.5, tmp_path / "t.cache", hardware_compatible=True))
+    words = shlex.split(
+        trtexec(
+            file,
+            "out.engine",
+            Profile(1, 2, 4),
+            1.5,
+            tmp_path / "t.cache",
+            hardware_compatible=True,
+        )
+    )
     assert words == [
         "trtexec",
         f"--onnx={file}",
@@ -323,15 +368,27 @@ def test_what_an_engine_refuses(fake: Any, file: Path, tmp_path: Path) -> None:
 def test_layers_are_counted_in_both_schemas() -> None:
     ten = {
         "Layers": [
-            {"Name": "a", "LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Row major Int8 format"}]},
-            {"Name": "b", "LayerType": "PointWiseV2", "Outputs": [{"Format/Datatype": "Row major linear FP16 format"}]},
+            {
+                "Name": "a",
+                "LayerType": "CaskConvolution",
+                "Outputs": [{"Format/Datatype": "Row major Int8 format"}],
+            },
+            {
+                "Name": "b",
+                "LayerType": "PointWiseV2",
+                "Outputs": [{"Format/Datatype": "Row major linear FP16 format"}],
+            },
             {
                 "Name": "c",
                 "LayerType": "CaskConvolution",
                 "Weights": {"Type": "Int8"},
                 "Outputs": [{"Format/Datatype": "FP32"}],
             },
-            {"Name": "Reformatting CopyNode for Input Tensor 0 to a", "LayerType": "Reformat", "Origin": "REFORMAT"},
+            {
+                "Name": "Reformatting CopyNode for Input Tensor 0 to a",
+                "LayerType": "Reformat",
+                "Origin": "REFORMAT",
+            },
         ],
         "Bindings": ["x", "y"],
     }
@@ -353,7 +410,9 @@ def test_a_report_that_cannot_be_read_is_no_error(text: str) -> None:
     assert count_layers(text) == ({}, 0)
 
 
-@pytest.mark.parametrize("text", ['{"Layers": [null, 3, [], {"Outputs": []}, {"Outputs": [3], "Weights": 4}]}'])
+@pytest.mark.parametrize(
+    "text", ['{"Layers": [null, 3, [], {"Outputs": []}, {"Outputs": [3], "Weights": 4}]}']
+)
 def test_a_strange_layer_is_unknown(text: str) -> None:
     assert count_layers(text) == ({"?": 5}, 0)
 
@@ -367,17 +426,26 @@ def test_the_fake_has_what_is_used_and_nothing_else(version: str) -> None:
         if hasattr(part, "__members__"):
             has = set(part.__members__) - ({"NONE", "OUTPUT"} if name == "TensorIOMode" else set())
         else:
-            has = {n for k in part.__mro__[:-1] for n in vars(k) if not n.startswith("_")} - {"settable"}
+            has = {n for k in part.__mro__[:-1] for n in vars(k) if not n.startswith("_")} - {
+                "settable"
+            }
         assert has == used.pop(name, set()), name
     assert not used
 
 
 def test_every_object_of_tensorrt_is_known_to_the_surface() -> None:
-    """A parameter of unknown type is one of the variables whose attributes are checked, or the log."""
+    """A parameter of unknown type is one of the variables whose attributes are checked, or the
+    log."""
     for path in fake_tensorrt.FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id == "Any":
-                assert node.arg in {*fake_tensorrt.VARIABLES, "trt", "log", "severity", "_"}, f"{path.name}: {node.arg}"
+            if (
+                isinstance(node, ast.arg)
+                and isinstance(node.annotation, ast.Name)
+                and node.annotation.id == "Any"
+            ):
+                assert node.arg in {*fake_tensorrt.VARIABLES, "trt", "log", "severity", "_"}, (
+                    f"{path.name}: {node.arg}"
+                )
 
 
 def test_engine_gives_its_functions() -> None:

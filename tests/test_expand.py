@@ -1,4 +1,6 @@
-"""expand: any convolution becomes a block to train with, computes the same, and fuses back into one convolution."""
+"""expand: any convolution becomes a block to train with, computes the same, and fuses back into one
+convolution.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,20 @@ SHAPES = {
     "1x1": (6, 4, 1, 1, 0, 1, 1),
     "oblong": (4, 4, (3, 5), (2, 1), (1, 2), 1, 1),
 }
-ODD_ONES = {"ecb": {"5x5", "1x1", "oblong"}, "repmixer": set(SHAPES) - {"depthwise"}, "largekernel": set()}
+ODD_ONES = {
+    "ecb": {"5x5", "1x1", "oblong"},
+    "repmixer": set(SHAPES) - {"depthwise"},
+    "largekernel": set(),
+}
 X = torch.randn(2, 6, 13, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def net(shape: str, norm: bool) -> tuple[nn.Module, Tensor]:
     i, o, k, s, p, d, g = SHAPES[shape]
     conv = nn.Conv2d(i, o, k, s, p, d, g, bias=not norm)
-    return randomise(nn.Sequential(conv, nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU()).double().eval()), X[:, :i]
+    return randomise(
+        nn.Sequential(conv, nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU()).double().eval()
+    ), X[:, :i]
 
 
 def convs(model: nn.Module) -> int:
@@ -61,7 +69,15 @@ def test_there_and_back(block: str, shape: str) -> None:
     assert (convs(narrow), norms(narrow)) == (1, 0)
     merged = next(m for m in narrow.modules() if isinstance(m, nn.Conv2d))
     given = model[0]
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    ):
         assert getattr(merged, name) == getattr(given, name), name
 
     # One step of training reaches every branch, and what is fused then is what was trained.
@@ -93,13 +109,20 @@ def test_resnet18(block: str) -> None:
     assert convs(wide) == {"acnet": 60, "dbb": 60, "orepa": 0}[block]
     for other in (wide, narrow):
         assert_same(model, other, x, 1e-12)
-    both = repfx.transform(model, ["fuse", f"expand(block={block}, layers='layer1.*', kernel=3)"], example=x)
+    both = repfx.transform(
+        model, ["fuse", f"expand(block={block}, layers='layer1.*', kernel=3)"], example=x
+    )
     assert_same(model, both, x, 1e-12)
 
 
 def test_what_is_asked_for_is_what_is_expanded() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.ReLU(),
     )
 
     def chosen(**options: object) -> tuple[str, ...]:
@@ -143,7 +166,9 @@ class Shared(nn.Module):
         self.mirror = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.mirror(torch.relu(self.same(torch.relu(self.conv(torch.relu(self.conv(x))))))))
+        return torch.relu(
+            self.mirror(torch.relu(self.same(torch.relu(self.conv(torch.relu(self.conv(x)))))))
+        )
 
 
 def test_declined_and_refused() -> None:
@@ -154,19 +179,28 @@ def test_declined_and_refused() -> None:
     assert "padded by different amounts, or not with zeros" in reasons["mirror"]
     with pytest.raises(repfx.InputError, match="unknown block 'acnot'; choose one of: acnet, dbb"):
         repfx.transform(Shared(), ["expand(block=acnot)"])
-    with pytest.raises(repfx.InputError, match="unknown init 'keep'; choose one of: preserve, reset"):
+    with pytest.raises(
+        repfx.InputError, match="unknown init 'keep'; choose one of: preserve, reset"
+    ):
         repfx.transform(Shared(), ["expand(init=keep)"])
     with pytest.raises(repfx.InputError, match="is no convolution of the shape"):
-        repfx.transform(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1)), [Expand(block=lambda **a: Wrong(**a))])
+        repfx.transform(
+            nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1)), [Expand(block=lambda **a: Wrong(**a))]
+        )
 
 
 class Adjacent(nn.Module):
-    """Convolutions that read each other with nothing between, by module and by function, one of them twice read."""
+    """Convolutions that read each other with nothing between, by module and by function, one of
+    them twice read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
-        self.weight, self.other = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.weight, self.other = (
+            nn.Parameter(torch.randn(8, 8, 3, 3)),
+            nn.Parameter(torch.randn(8, 8, 3, 3)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.two(self.one(x))
@@ -176,9 +210,14 @@ class Adjacent(nn.Module):
 ADJACENT = {
     "two": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)),
     "three, with norms": lambda: nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, groups=2)
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 4, 1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 8, 3, groups=2),
     ),
-    "before a block": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), RepVGG(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 3)),
+    "before a block": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), RepVGG(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 3)
+    ),
     "functions": Adjacent,
 }
 
@@ -188,8 +227,12 @@ ADJACENT = {
 def test_convolutions_with_nothing_between(kind: str, init: str) -> None:
     model, x = randomise(ADJACENT[kind]().double().eval()), X[:, :3]
     wide = repfx.transform(model, [Expand(init=init)], example=x)
-    assert len(wide.meta["repfx"].results[0].inserted) == {"two": 2, "three, with norms": 3}.get(kind, 4)
-    assert not any(isinstance(m, fx.GraphModule) for m in wide.children())  # the graph around them is the only one
+    assert len(wide.meta["repfx"].results[0].inserted) == {"two": 2, "three, with norms": 3}.get(
+        kind, 4
+    )
+    assert not any(
+        isinstance(m, fx.GraphModule) for m in wide.children()
+    )  # the graph around them is the only one
     if init == "preserve":
         assert_same(model, wide, x, 1e-12)
     assert_same(wide, repfx.transform(wide, ["fuse"], example=x), x, 1e-12)
@@ -208,5 +251,7 @@ def test_lift_reads_the_convolution_of_a_module() -> None:
     assert torch.allclose(lift(block)(x), block(x), rtol=0, atol=1e-12)
     with pytest.raises(repfx.InputError, match="not linear between one input and one output"):
         lift(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
-    with pytest.raises(repfx.InputError, match="not one convolution: conv 1x1 '0' has a bias and conv 3x3 '1' pads"):
+    with pytest.raises(
+        repfx.InputError, match="not one convolution: conv 1x1 '0' has a bias and conv 3x3 '1' pads"
+    ):
         lift(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)))

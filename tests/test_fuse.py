@@ -1,4 +1,6 @@
-"""fuse and bnfold: equal, counted, names kept, the given model untouched, and a second run finds nothing."""
+"""fuse and bnfold: equal, counted, names kept, the given model untouched, and a second run finds
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from repfx.testing import Scale, assert_same, random_block, randomise
 
 
 def image(channels: int = 8, size: tuple[int, int] = (11, 14)) -> Tensor:
-    return torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return torch.randn(
+        2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
 
 
 def block(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -46,7 +50,9 @@ class Parallel(nn.Module):
 def conv_bn(i: int, o: int, k: int | tuple[int, int], **options) -> nn.Sequential:
     size = (k, k) if isinstance(k, int) else k
     padding = tuple(n // 2 for n in size)
-    return nn.Sequential(nn.Conv2d(i, o, size, padding=padding, bias=False, **options), nn.BatchNorm2d(o, eps=1e-3))
+    return nn.Sequential(
+        nn.Conv2d(i, o, size, padding=padding, bias=False, **options), nn.BatchNorm2d(o, eps=1e-3)
+    )
 
 
 BLOCKS = {
@@ -54,20 +60,35 @@ BLOCKS = {
     "repvgg stride 2": (block(8, 16, stride=2), 1),
     "repvgg groups": (block(8, 8, groups=4), 1),
     "qarepvgg": (
-        Parallel(conv_bn(8, 8, 3), nn.Conv2d(8, 8, 1, bias=False), nn.Identity(), post=nn.BatchNorm2d(8)),
+        Parallel(
+            conv_bn(8, 8, 3), nn.Conv2d(8, 8, 1, bias=False), nn.Identity(), post=nn.BatchNorm2d(8)
+        ),
         1,
     ),
     "average pool branch": (Parallel(conv_bn(8, 8, 3), nn.AvgPool2d(3, 1, 1), nn.Identity()), 1),
     "acnet": (Parallel(conv_bn(8, 8, 3), conv_bn(8, 8, (3, 1)), conv_bn(8, 8, (1, 3))), 1),
     "mobileone depthwise": (
-        Parallel(*(conv_bn(8, 8, 3, groups=8) for _ in range(4)), conv_bn(8, 8, 1, groups=8), nn.BatchNorm2d(8)),
+        Parallel(
+            *(conv_bn(8, 8, 3, groups=8) for _ in range(4)),
+            conv_bn(8, 8, 1, groups=8),
+            nn.BatchNorm2d(8),
+        ),
         1,
     ),
     "1x1 into 3x3 without padding": (
-        nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(
+            nn.Conv2d(8, 16, 1),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(16, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        ),
         1,
     ),
-    "3x3 into 1x1": (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), 1),
+    "3x3 into 1x1": (
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+        1,
+    ),
     "large and dilated kernels": (
         Parallel(
             nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False),
@@ -77,14 +98,30 @@ BLOCKS = {
         1,
     ),
     "even kernel, padding same": (
-        Parallel(nn.Conv2d(8, 8, 4, padding="same"), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)),
+        Parallel(
+            nn.Conv2d(8, 8, 4, padding="same"), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        ),
         1,
     ),
-    "pad before a convolution": (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), 1),
-    "reflect padding": (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8)), 1),
-    "layer scale": (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Scale(torch.rand(8, 1, 1) + 0.5), nn.BatchNorm2d(8)), 1),
+    "pad before a convolution": (
+        nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        1,
+    ),
+    "reflect padding": (
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8)),
+        1,
+    ),
+    "layer scale": (
+        nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), Scale(torch.rand(8, 1, 1) + 0.5), nn.BatchNorm2d(8)
+        ),
+        1,
+    ),
     "no affine": (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False)), 1),
-    "norm before a convolution": (nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU()), 1),
+    "norm before a convolution": (
+        nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        1,
+    ),
 }
 
 
@@ -106,7 +143,9 @@ def test_blocks_become_one_convolution(name: str, size: tuple[int, int]) -> None
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_dimensions(dims: int) -> None:
     conv, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 3: (nn.Conv3d, nn.BatchNorm3d)}[dims]
-    model = ready(Parallel(nn.Sequential(conv(4, 4, 3, padding=1), norm(4)), conv(4, 4, 1), norm(4)))
+    model = ready(
+        Parallel(nn.Sequential(conv(4, 4, 3, padding=1), norm(4)), conv(4, 4, 1), norm(4))
+    )
     result = repfx.transform(model, ["fuse"])
     x = torch.randn(2, 4, *(6 + i for i in range(dims)), dtype=torch.float64)
     assert_same(model, result, x, 1e-12)
@@ -114,7 +153,11 @@ def test_other_dimensions(dims: int) -> None:
 
 
 def test_linear_and_batch_norm() -> None:
-    model = ready(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)))
+    model = ready(
+        nn.Sequential(
+            nn.BatchNorm1d(6), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)
+        )
+    )
     x = torch.randn(5, 6, dtype=torch.float64)
     result = repfx.transform(model, ["fuse"], example=x)
     assert_same(model, result, x, 1e-12)
@@ -122,7 +165,9 @@ def test_linear_and_batch_norm() -> None:
 
 
 def test_a_norm_over_tokens_is_not_one_over_channels() -> None:
-    """(N, L, C): BatchNorm1d counts dim 1, the linear works on dim 2; with L == C only the rank tells them apart."""
+    """(N, L, C): BatchNorm1d counts dim 1, the linear works on dim 2; with L == C only the rank
+    tells them apart.
+    """
     model = ready(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 6, dtype=torch.float64)
     result = repfx.transform(model, ["fuse"], example=x)
@@ -131,13 +176,18 @@ def test_a_norm_over_tokens_is_not_one_over_channels() -> None:
 
 
 def test_names_survive_and_the_model_is_untouched() -> None:
-    model = ready(nn.Sequential(block(8, 8), nn.MaxPool2d(2), block(8, 16, stride=2), nn.Conv2d(16, 4, 1)))
+    model = ready(
+        nn.Sequential(block(8, 8), nn.MaxPool2d(2), block(8, 16, stride=2), nn.Conv2d(16, 4, 1))
+    )
     model.unused = nn.Linear(3, 3).double()
     model.train()
     keys = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [m.training for m in model.modules()]
     result = repfx.transform(model, ["fuse"])
-    assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items()) and keys.keys() == model.state_dict().keys()
+    assert (
+        all(torch.equal(v, keys[k]) for k, v in model.state_dict().items())
+        and keys.keys() == model.state_dict().keys()
+    )
     assert flags == [m.training for m in model.modules()] and result.training
     new = result.state_dict()
     kept = {k for k in keys if k.startswith(("3.", "unused."))}
@@ -146,14 +196,20 @@ def test_names_survive_and_the_model_is_untouched() -> None:
     with torch.no_grad():
         for p in result.parameters():
             p.zero_()
-    assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items()), "storage is shared with the given model"
+    assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items()), (
+        "storage is shared with the given model"
+    )
 
 
 def test_a_convolution_called_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.conv, self.a, self.b = (
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.BatchNorm2d(8),
+                nn.BatchNorm2d(8),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.conv(F.relu(self.a(self.conv(x)))))
@@ -195,7 +251,10 @@ def test_a_weight_expression_is_folded() -> None:
     class Expressed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w, self.scale = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.rand(8) + 0.5)
+            self.w, self.scale = (
+                nn.Parameter(torch.randn(8, 8, 3, 3)),
+                nn.Parameter(torch.rand(8) + 0.5),
+            )
             self.norm = nn.BatchNorm2d(8)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -214,12 +273,15 @@ def test_bnfold_keeps_branches() -> None:
     model = ready(block(8, 8))
     result = repfx.transform(model, ["bnfold"])
     assert_same(model, result, image(), 1e-12)
-    assert count(result, nn.Conv2d) == 2 and count(result, nn.BatchNorm2d) == 1  # the identity's norm has no convolution
+    assert (
+        count(result, nn.Conv2d) == 2 and count(result, nn.BatchNorm2d) == 1
+    )  # the identity's norm has no convolution
     assert count(repfx.transform(result, ["fuse"]), nn.Conv2d) == 1
 
 
 def test_the_cheapest_cut_of_a_run() -> None:
-    """Everything here is one linear region; as one convolution it would cost nine times its parts."""
+    """Everything here is one linear region; as one convolution it would cost nine times its
+    parts."""
     model = ready(
         nn.Sequential(
             nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
@@ -285,7 +347,9 @@ SEEDS = 300
 
 @pytest.mark.parametrize("part", range(6))
 def test_random_graphs(part: int) -> None:
-    """Random graphs, linear and not: nothing wrong, nothing crashed, and a second run finds nothing."""
+    """Random graphs, linear and not: nothing wrong, nothing crashed, and a second run finds
+    nothing.
+    """
     merged = 0
     for seed in range(part * SEEDS // 6, (part + 1) * SEEDS // 6):
         print(f"seed {seed}")  # shown when a graph fails: random_block(seed) makes it again

@@ -1,5 +1,6 @@
-"""Models that a rewrite could get wrong without anyone seeing it: state that a forward keeps, memory that values share,
-branches that differ where the example does not show it, layouts and types that a guess would get wrong."""
+"""Models that a rewrite could get wrong without anyone seeing it: state that a forward keeps,
+memory that values share, branches that differ where the example does not show it, layouts and types
+that a guess would get wrong."""
 
 from __future__ import annotations
 
@@ -48,14 +49,18 @@ def fused(model: nn.Module, *sizes: tuple[int, ...], x: Tensor = X) -> nn.Module
     model = randomise(model.eval())
     result = repfx.transform(model, ["fuse"], example=x)
     for size in (tuple(x.shape), *sizes):
-        assert_same(model, result, torch.randn(size, generator=torch.Generator().manual_seed(1)), 2e-5)
+        assert_same(
+            model, result, torch.randn(size, generator=torch.Generator().manual_seed(1)), 2e-5
+        )
     return result
 
 
 BRANCHES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "a gate that starts at zero": lambda m, x: m.c(x) + m.g * m.d(x) if m.training else m.c(x),
     "a clamp that is seldom reached": lambda m, x: m.c(x).clamp(-50, 50) if m.training else m.c(x),
-    "a size that the example has": lambda m, x: F.interpolate(m.c(x), size=(12, 13)) if m.training else m.c(x),
+    "a size that the example has": lambda m, x: (
+        F.interpolate(m.c(x), size=(12, 13)) if m.training else m.c(x)
+    ),
     "asked for with ==": lambda m, x: m.c(x) * 2 if m.training == True else m.c(x),  # noqa: E712
 }
 
@@ -129,7 +134,9 @@ def test_a_write_in_any_spelling_is_seen(name: str) -> None:
 
 
 def test_a_write_that_stays_is_made_once() -> None:
-    """The changed value is read outside, so the change stays, and what merges must not make it again."""
+    """The changed value is read outside, so the change stays, and what merges must not make it
+    again.
+    """
 
     def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.sigmoid(x)
@@ -148,7 +155,9 @@ def keeps_state(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_state_that_a_forward_keeps() -> None:
-    model = Net(keeps_state, c=conv(), buf=torch.ones(1), calls=torch.zeros((), dtype=torch.long)).eval()
+    model = Net(
+        keeps_state, c=conv(), buf=torch.ones(1), calls=torch.zeros((), dtype=torch.long)
+    ).eval()
     result = repfx.transform(model, ["fuse"], example=X)
     assert model.grid is None and int(model.calls) == 0 and float(model.buf) == 1
     assert int(result.get_buffer("calls")) == 0 and float(result.get_buffer("buf")) == 1
@@ -157,16 +166,30 @@ def test_state_that_a_forward_keeps() -> None:
 
 
 def test_the_users_tensors_stay() -> None:
-    model, given = Net(lambda m, x: m.c(x.mul_(3.0)), c=nn.Sequential(conv(), nn.BatchNorm2d(4))), X.clone()
+    model, given = (
+        Net(lambda m, x: m.c(x.mul_(3.0)), c=nn.Sequential(conv(), nn.BatchNorm2d(4))),
+        X.clone(),
+    )
     result = repfx.transform(randomise(model.eval()), ["fuse"], example=given)
     assert torch.equal(given, X) and len(result.meta["repfx"].merged) == 1
 
 
 def test_layouts_and_types_are_not_guessed() -> None:
-    tokens = Net(lambda m, x: (m.l(x.transpose(1, 2)) * m.g).transpose(1, 2), l=nn.Linear(7, 7), g=torch.rand(7) + 0.5)
+    tokens = Net(
+        lambda m, x: (m.l(x.transpose(1, 2)) * m.g).transpose(1, 2),
+        l=nn.Linear(7, 7),
+        g=torch.rand(7) + 0.5,
+    )
     fused(tokens, x=torch.randn(2, 7, 5, 7))
-    fused(Net(lambda m, x: m.c(x)[:, 2:], c=conv()), x=torch.randn(4, 10, 12))  # no batch: a crop of the rows
-    gray = Net(lambda m, x: m.c((x - m.mean) / m.std), c=conv(3), mean=torch.rand(3, 1, 1), std=torch.rand(3, 1, 1) + 0.5)
+    fused(
+        Net(lambda m, x: m.c(x)[:, 2:], c=conv()), x=torch.randn(4, 10, 12)
+    )  # no batch: a crop of the rows
+    gray = Net(
+        lambda m, x: m.c((x - m.mean) / m.std),
+        c=conv(3),
+        mean=torch.rand(3, 1, 1),
+        std=torch.rand(3, 1, 1) + 0.5,
+    )
     fused(gray, (1, 1, 9, 9), x=torch.randn(2, 1, 8, 8))
     wide = Net(lambda m, x: m.c(x) * m.s, c=conv(), s=torch.rand(4, 1, 1, dtype=torch.float64))
     assert repfx.transform(wide.eval(), ["fuse"], example=X)(X).dtype == torch.float64
@@ -179,7 +202,9 @@ def test_layouts_and_types_are_not_guessed() -> None:
 
 
 def test_a_shuffle_of_one_batch_size_only() -> None:
-    """At two pictures it shuffles channels; at three it mixes pictures, and the rest of the shape still fits."""
+    """At two pictures it shuffles channels; at three it mixes pictures, and the rest of the shape
+    still fits.
+    """
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -191,7 +216,9 @@ def test_a_shuffle_of_one_batch_size_only() -> None:
 def test_a_border_of_one_size_only() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         y = F.pad(m.n(m.c(x)), [1] * 4)
-        v = (m.n.bias - m.n.running_mean * m.n.weight / torch.sqrt(m.n.running_var + m.n.eps)).view(1, -1, 1, 1)
+        v = (m.n.bias - m.n.running_mean * m.n.weight / torch.sqrt(m.n.running_var + m.n.eps)).view(
+            1, -1, 1, 1
+        )
         y[:, :, :1], y[:, :, :, :1], y[:, :, :, -1:], y[:, :, 13:14] = v, v, v, v
         return m.d(y)
 
@@ -202,12 +229,16 @@ def test_a_border_of_one_size_only() -> None:
 def test_constants_that_are_not_what_they_seem(tmp_path: Path) -> None:
     fused(Net(lambda m, x: m.c(x) / m.n, c=conv(), n=torch.tensor([2, 3, 4, 5]).reshape(4, 1, 1)))
     padded = Net(
-        lambda m, x: m.d(F.pad(m.c(x) - m.c.bias.abs().view(-1, 1, 1), [1] * 4)), c=conv(k=1), d=nn.Conv2d(4, 4, 3)
+        lambda m, x: m.d(F.pad(m.c(x) - m.c.bias.abs().view(-1, 1, 1), [1] * 4)),
+        c=conv(k=1),
+        d=nn.Conv2d(4, 4, 3),
     )
     nn.init.constant_(padded.c.bias, -0.7)
     fused(padded)
     fused(Net(lambda m, x: m.c(x)[:, :0].sum() + m.c(x), c=conv()))
-    spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(conv()), nn.BatchNorm2d(4)).train()
+    spectral = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(conv()), nn.BatchNorm2d(4)
+    ).train()
     repfx.transform(spectral, ["fuse"], example=X)
     top = Net(lambda m, x: m.c(x).topk(2, 1).values, c=conv()).eval()
     with pytest.raises(repfx.InputError, match="cannot save"):
@@ -216,7 +247,9 @@ def test_constants_that_are_not_what_they_seem(tmp_path: Path) -> None:
 
 
 def test_expand_on_awkward_layers() -> None:
-    zero = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).double().eval()
+    zero = (
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).double().eval()
+    )
     nn.init.zeros_(randomise(zero)[0].weight)
     for block in ("acnet", "dbb", "orepa"):
         assert_same(zero, repfx.transform(zero, [f"expand(block={block})"]), X.double(), 1e-11)

@@ -1,4 +1,5 @@
-"""Changes in place and shared memory: what a data-flow graph hides, and a merge must not disturb."""
+"""Changes in place and shared memory: what a data-flow graph hides, and a merge must not
+disturb."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ class Parts(nn.Module):
     def __init__(self, run) -> None:
         super().__init__()
         self.run = run
-        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv, self.norm, self.act = (
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+        )
         self.point, self.drop = nn.Conv2d(4, 4, 1, bias=False), nn.Dropout()
 
     def forward(self, *xs: Tensor) -> Tensor:
@@ -239,14 +244,19 @@ def test_calibration_leaves_what_others_read() -> None:
 
     assert in_place(act_of(twice)) == []
     assert in_place(act_of(lambda m, x: m.point(m.act(x)))) == []  # the input is the caller's
-    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv.bias.reshape(1, -1, 1, 1))) + m.conv(x))) == []
+    assert (
+        in_place(act_of(lambda m, x: m.point(m.act(m.conv.bias.reshape(1, -1, 1, 1))) + m.conv(x)))
+        == []
+    )
 
     def through_a_view(m, x):
         y = m.conv(x)
         return m.point(m.act(y.view(y.shape))) + y
 
     assert in_place(act_of(through_a_view)) == []
-    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.act(x))) == []  # of one call it may not
+    assert (
+        in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.act(x))) == []
+    )  # of one call it may not
     assert in_place(act_of(lambda m, x: m.act(x) + m.point(m.act(m.conv(x))))) == []
 
     def through_a_quantizer(m, x):
@@ -285,10 +295,17 @@ def test_calibration_leaves_what_others_read() -> None:
 
     act, patched = nn.ReLU(), nn.Upsample(scale_factor=1)
     patched.forward = lambda x: x
-    assert in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.patched(x), patched=patched)) == []
+    assert (
+        in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.patched(x), patched=patched))
+        == []
+    )
 
     layer = nn.TransformerEncoderLayer(4, 1, 8, activation=act)
-    shared = act_of(lambda m, x: m.layer(m.point(m.act(m.conv(x))).flatten(2).permute(2, 0, 1)), act=act, layer=layer)
+    shared = act_of(
+        lambda m, x: m.layer(m.point(m.act(m.conv(x))).flatten(2).permute(2, 0, 1)),
+        act=act,
+        layer=layer,
+    )
     assert in_place(shared) == []
 
     hooked = act_of(lambda m, x: m.point(m.act(m.norm(m.conv(x)) + x)))
@@ -323,7 +340,9 @@ def test_calibration_leaves_what_untraced_code_calls() -> None:
 
     act = nn.ReLU()
     kept = Hides(act)
-    assert in_place(act_of(lambda m, x: m.keeps(m.point(m.act(m.conv(x)))), act=act, keeps=kept)) == []
+    assert (
+        in_place(act_of(lambda m, x: m.keeps(m.point(m.act(m.conv(x)))), act=act, keeps=kept)) == []
+    )
 
     handle = nn.modules.module.register_module_forward_hook(lambda m, given, gives: None)
     try:

@@ -21,11 +21,18 @@ from repfx.testing import assert_same, randomise
 
 def classifier(*blocks: nn.Module, width: int = 8) -> nn.Module:
     layers = [layer for block in blocks for layer in (block, nn.ReLU())]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)).double()
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
+    ).double()
 
 
 def pictures(channels: int = 8, n: int = 16) -> Tensor:
-    return torch.randn(n, channels, 9, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.3
+    return (
+        torch.randn(
+            n, channels, 9, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
+        + 0.3
+    )
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -38,9 +45,13 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_parallel_norms_have_one_beta_forever(optimizer: type[torch.optim.Optimizer]) -> None:
-    """Lemma 3.1: the betas of what is added get one gradient, so what starts equal stays equal, to the bit."""
+    """Lemma 3.1: the betas of what is added get one gradient, so what starts equal stays equal, to
+    the bit.
+    """
     torch.manual_seed(1)
-    model = classifier(RepVGG(8, 8, 3, padding=1), QARepVGG(8, 8, 3, padding=1, variant="S2")).train()
+    model = classifier(
+        RepVGG(8, 8, 3, padding=1), QARepVGG(8, 8, 3, padding=1, variant="S2")
+    ).train()
     steps(model, optimizer(model.parameters(), lr=0.05), 12)
     s0, s2 = model[0], model[2]
     assert bool(s0.main.norm.bias.any())
@@ -78,25 +89,35 @@ def test_without_norms_the_merged_gradients_are_the_branches(groups: int) -> Non
     for net in (model, merged):
         x.grad = None
         out = net.train()(x)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
+        (
+            out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        ).sum().backward()
         net.given = x.grad.clone()
     torch.testing.assert_close(merged.given, model.given, rtol=0, atol=1e-12)
     mine = dict(merged.named_parameters())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(mine[name].grad, p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name].grad, p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("mode", ["estimate", "estimate_paper", "sampled", "batch", "running"])
 @pytest.mark.parametrize("block", ["repvgg", "qarepvgg", "acnet", "dbb", "orepa", "mobileone"])
 def test_a_trained_net_changes_its_statistics_and_nothing_else(block: str, mode: str) -> None:
     torch.manual_seed(3)
-    model = randomise(classifier(nn.Conv2d(8, 8, 1), BLOCKS[block](8, 8, 3, padding=1), nn.Conv2d(8, 8, 1))).eval()
+    model = randomise(
+        classifier(nn.Conv2d(8, 8, 1), BLOCKS[block](8, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+    ).eval()
     x = pictures()
     other = repfx.transform(model, [RepQ(bits=32, bn=mode)], example=x)
     before = copy.deepcopy(dict(other.state_dict()))
     assert match_statistics(other, [x[:8], x[8:]]) is other
     assert_same(model, other, x, 1e-11)
-    moved = [n for n, v in other.state_dict().items() if n.endswith("running_var") and not torch.equal(v, before[n])]
+    moved = [
+        n
+        for n, v in other.state_dict().items()
+        if n.endswith("running_var") and not torch.equal(v, before[n])
+    ]
     assert len(moved) == sum(isinstance(m, KernelNorm) for m in other.modules()) > 0
     norms = {n: m for n, m in other.named_modules() if isinstance(m, KernelNorm)}
     for norm in norms.values():
@@ -115,7 +136,11 @@ def test_matching_refuses_what_it_cannot_keep() -> None:
     trained = repfx.transform(model, ["repq(bn=estimate)"], example=x)
     with pytest.raises(InputError, match="at least one batch"):
         match_statistics(trained, [])
-    bare = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU()).double().eval()
+    bare = (
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU())
+        .double()
+        .eval()
+    )
     with pytest.raises(InputError, match="affine=False"):
         match_statistics(repfx.transform(bare, ["repq"], example=x), [x])
 
@@ -141,14 +166,21 @@ class Edges(nn.Module):
 def test_averages_and_edge_filters_have_their_true_variance(mode: str) -> None:
     torch.manual_seed(5)
     model = classifier(Edges()).train()
-    smooth = F.avg_pool2d(torch.randn(16, 8, 20, 20, dtype=torch.float64), 5, 1, 2)  # neighbours have much in common
-    merged = repfx.transform(copy.deepcopy(model).eval(), [RepQ(bits=32, bn=mode)], example=smooth).train()
+    smooth = F.avg_pool2d(
+        torch.randn(16, 8, 20, 20, dtype=torch.float64), 5, 1, 2
+    )  # neighbours have much in common
+    merged = repfx.transform(
+        copy.deepcopy(model).eval(), [RepQ(bits=32, bn=mode)], example=smooth
+    ).train()
     for m in (*model.modules(), *merged.modules()):
         if isinstance(m, (nn.BatchNorm2d, KernelNorm)):
             m.momentum = 1.0
     model(smooth), merged(smooth)
     true, got = dict(model.named_buffers()), dict(merged.named_buffers())
-    off = [(got[f"0.norms.{i}.running_var"] / true[f"0.norms.{i}.running_var"] - 1).abs().max() for i in range(3)]
+    off = [
+        (got[f"0.norms.{i}.running_var"] / true[f"0.norms.{i}.running_var"] - 1).abs().max()
+        for i in range(3)
+    ]
     assert off[0] > 0.1  # the learned kernel, by channel
     assert max(off[1:]) < 2e-3  # 6399 against 6400 values
 
@@ -156,7 +188,11 @@ def test_averages_and_edge_filters_have_their_true_variance(mode: str) -> None:
 def test_fixed_filters_are_told_from_learned_ones_in_the_blocks() -> None:
     def exact(block: nn.Module) -> dict[str, bool]:
         model = repfx.transform(classifier(block).eval(), [RepQ(bn="estimate")], example=pictures())
-        return {n.removeprefix("0."): m.exact for n, m in model.named_modules() if isinstance(m, KernelNorm)}
+        return {
+            n.removeprefix("0."): m.exact
+            for n, m in model.named_modules()
+            if isinstance(m, KernelNorm)
+        }
 
     assert not any(exact(ACNet(8, 8, 3, padding=1)).values())
     assert not exact(ECB(8, 8, 3, padding=1))
@@ -169,7 +205,9 @@ def test_the_least_error_is_no_worse_than_the_largest_value(bits: int) -> None:
     v = torch.randn(6, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)) ** 3
     for grid in (Grid(bits), Grid(bits, axis=0)):
         largest = v.abs().amax(1) if grid.axis == 0 else v.abs().max()
-        errors = [(grid.quantize(v, s) - v).square().flatten(1 if grid.axis == 0 else 0).sum(-1)
-                  for s in (search_scale(v, grid, 2.0), largest / grid.high)]  # fmt: skip
+        errors = [
+            (grid.quantize(v, s) - v).square().flatten(1 if grid.axis == 0 else 0).sum(-1)
+            for s in (search_scale(v, grid, 2.0), largest / grid.high)
+        ]
         assert bool((errors[0] <= errors[1] * (1 + 1e-12)).all())
         assert bits > 4 or bool((errors[0] < 0.99 * errors[1]).all())

@@ -1,4 +1,6 @@
-"""Lint: every rule finds its fault and nothing else, clean files are clean, and odd files do not crash it."""
+"""Lint: every rule finds its fault and nothing else, clean files are clean, and odd files do not
+crash it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from repfx.lowering.runtimes.layers import kernels
 from repfx.testing import randomise
 
 Array = Any
-lint_module = sys.modules["repfx.lowering.lint.findings"]  # `repfx.lowering.lint.findings` is the function
+lint_module = sys.modules[
+    "repfx.lowering.lint.findings"
+]  # `repfx.lowering.lint.findings` is the function
 
 
 class Draft:
@@ -30,7 +34,9 @@ class Draft:
 
     def __init__(self, opset: int = 20) -> None:
         self.opset, self.nodes, self.tensors = opset, [], []
-        self.inputs: list[Any] = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8, 8])]
+        self.inputs: list[Any] = [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8, 8])
+        ]
 
     def const(self, value: Array, dtype: Any = np.float32) -> str:
         name = f"c{len(self.tensors)}"
@@ -43,20 +49,38 @@ class Draft:
         return f"{name}_out"
 
     def fq(
-        self, x: str, scale: Array = 0.1, back: Array = None, zero: Array = 0, dtype: Any = np.int8, **attrs: Any
+        self,
+        x: str,
+        scale: Array = 0.1,
+        back: Array = None,
+        zero: Array = 0,
+        dtype: Any = np.int8,
+        **attrs: Any,
     ) -> str:
         s, z = self.const(scale), self.const(zero, dtype)
         codes = self.op("QuantizeLinear", x, s, z, **attrs)
-        return self.op("DequantizeLinear", codes, s if back is None else self.const(back), z, **attrs)
+        return self.op(
+            "DequantizeLinear", codes, s if back is None else self.const(back), z, **attrs
+        )
 
     def codes(self, shape: Sequence[int], axis: int | None = 0, **attrs: Any) -> str:
         """An integer constant and its DQ, a scale a channel along the axis, or one scale."""
         n = () if axis is None else (shape[axis],)
         scale, zero = self.const(np.full(n, 0.01)), self.const(np.zeros(n), np.int8)
         given = {} if axis is None or self.opset < 13 else {"axis": axis}
-        return self.op("DequantizeLinear", self.const(np.ones(shape), np.int8), scale, zero, **given, **attrs)
+        return self.op(
+            "DequantizeLinear", self.const(np.ones(shape), np.int8), scale, zero, **given, **attrs
+        )
 
-    def conv(self, x: str, out: int = 8, kernel: int = 1, axis: int | None = 0, inputs: int = 8, group: int = 1) -> str:
+    def conv(
+        self,
+        x: str,
+        out: int = 8,
+        kernel: int = 1,
+        axis: int | None = 0,
+        inputs: int = 8,
+        group: int = 1,
+    ) -> str:
         """A quantized convolution; `x` must be from a DQ."""
         w = self.codes((out, inputs // group, kernel, kernel), axis)
         return self.op("Conv", x, w, self.const(np.ones(out)), pads=[kernel // 2] * 4, group=group)
@@ -74,10 +98,16 @@ class Draft:
                 t.name = f"{name}_{t.name}"
             graphs.append(
                 helper.make_graph(
-                    inner.nodes, name, [], [helper.make_empty_tensor_value_info(f"{name}_{y}")], inner.tensors
+                    inner.nodes,
+                    name,
+                    [],
+                    [helper.make_empty_tensor_value_info(f"{name}_{y}")],
+                    inner.tensors,
                 )
             )
-        return self.op("If", self.const(True, np.bool_), then_branch=graphs[0], else_branch=graphs[1])
+        return self.op(
+            "If", self.const(True, np.bool_), then_branch=graphs[0], else_branch=graphs[1]
+        )
 
     def gemm(self, x: str) -> str:
         return self.op("Gemm", self.op("Flatten", x), self.const(np.ones((4, 512))), transB=1)
@@ -89,7 +119,9 @@ class Draft:
 
 
 def clean() -> onnx.ModelProto:
-    """A residual block, pools, a grouped and a depthwise convolution, a concat and a head, as TensorRT wants them."""
+    """A residual block, pools, a grouped and a depthwise convolution, a concat and a head, as
+    TensorRT wants them.
+    """
     d = Draft()
     x = d.fq(d.op("Relu", d.conv(d.fq("x"), kernel=3)))
     y = d.fq(d.op("Relu", d.conv(x)))
@@ -106,7 +138,9 @@ FOUND: dict[str, str] = {}  # how bad TensorRT, ONNX Runtime and OpenVINO find i
 TARGETS = ("tensorrt", "onnxruntime", "openvino")
 
 
-def breaks(name: str, found: str) -> Callable[[Callable[[], onnx.ModelProto]], Callable[[], onnx.ModelProto]]:
+def breaks(
+    name: str, found: str
+) -> Callable[[Callable[[], onnx.ModelProto]], Callable[[], onnx.ModelProto]]:
     def enter(make: Callable[[], onnx.ModelProto]) -> Callable[[], onnx.ModelProto]:
         CASES[f"{name} {make.__name__}"], FOUND[f"{name} {make.__name__}"] = make, found
         return make
@@ -225,7 +259,13 @@ def opset_21() -> onnx.ModelProto:
 @breaks("Q08", "E..")
 def int32_bias() -> onnx.ModelProto:
     d = Draft()
-    bias = d.op("DequantizeLinear", d.const([1] * 8, np.int32), d.const([0.1] * 8), d.const([0] * 8, np.int32), axis=0)
+    bias = d.op(
+        "DequantizeLinear",
+        d.const([1] * 8, np.int32),
+        d.const([0.1] * 8),
+        d.const([0] * 8, np.int32),
+        axis=0,
+    )
     return d.model(d.op("Conv", d.fq("x"), d.codes((8, 8, 1, 1)), bias))
 
 
@@ -233,7 +273,9 @@ def int32_bias() -> onnx.ModelProto:
 def clip_before_dq() -> onnx.ModelProto:
     d = Draft()
     s, z = d.const(0.1), d.const(0, np.int8)
-    codes = d.op("Clip", d.op("QuantizeLinear", "x", s, z), d.const(-127, np.int8), d.const(127, np.int8))
+    codes = d.op(
+        "Clip", d.op("QuantizeLinear", "x", s, z), d.const(-127, np.int8), d.const(127, np.int8)
+    )
     return d.model(d.conv(d.op("DequantizeLinear", codes, s, z)))
 
 
@@ -241,7 +283,9 @@ def clip_before_dq() -> onnx.ModelProto:
 def transposed_codes() -> onnx.ModelProto:
     d = Draft()
     w = d.op("Transpose", d.const(np.ones((8, 5)), np.int8))
-    return d.model(d.op("MatMul", d.fq("x"), d.op("DequantizeLinear", d.op("Transpose", w), d.const(0.1))))
+    return d.model(
+        d.op("MatMul", d.fq("x"), d.op("DequantizeLinear", d.op("Transpose", w), d.const(0.1)))
+    )
 
 
 @breaks("Q10", "EWW")
@@ -405,7 +449,17 @@ def convolution_of_integers() -> onnx.ModelProto:
 def convolution_of_codes() -> onnx.ModelProto:
     d = Draft()
     s, z = d.const(0.1), d.const(0, np.int8)
-    y = d.op("QLinearConv", d.op("QuantizeLinear", "x", s, z), s, z, d.const(np.ones((8, 8, 1, 1)), np.int8), s, z, s, z)
+    y = d.op(
+        "QLinearConv",
+        d.op("QuantizeLinear", "x", s, z),
+        s,
+        z,
+        d.const(np.ones((8, 8, 1, 1)), np.int8),
+        s,
+        z,
+        s,
+        z,
+    )
     return d.model(d.op("Relu", d.op("DequantizeLinear", y, s, z)))
 
 
@@ -441,24 +495,33 @@ def test_a_rule_finds_its_fault_alone(case: str, target: str) -> None:
     found = lint(CASES[case](), target)
     # most cases have convolutions as TensorRT wants them
     own = [f for f in found if case[:3] == "Q26" or f.rule != "Q26"]
-    assert {(f.severity, f.rule) for f in own} == ({(letter, case[:3])} if letter else set()), "\n".join(map(str, found))
+    assert {(f.severity, f.rule) for f in own} == ({(letter, case[:3])} if letter else set()), (
+        "\n".join(map(str, found))
+    )
     for f in found:
         assert f.node and f.message and f.cure
         assert str(f).startswith(f"{f.severity} {f.rule} ") and "\n" not in str(f)
-        assert target == "tensorrt" or not re.search("TensorRT|parser|engine|builder|profile", str(f)), f
+        assert target == "tensorrt" or not re.search(
+            "TensorRT|parser|engine|builder|profile", str(f)
+        ), f
 
 
 def test_every_rule_has_a_case_for_each_of_its_targets() -> None:
     assert {case[:3] for case in CASES} == set(RULES)
     for name, (severity, description) in RULES.items():
         letters = [FOUND[case] for case in CASES if case[:3] == name]
-        assert set(severity) == {t for i, t in enumerate(TARGETS) if any(found[i] != "." for found in letters)}, name
+        assert set(severity) == {
+            t for i, t in enumerate(TARGETS) if any(found[i] != "." for found in letters)
+        }, name
         assert set(severity.values()) <= set("EWI") and description
     assert RULES["Q08"][0] == {"tensorrt": "E"} and "bias" in RULES["Q08"][1]
 
 
 def test_an_unknown_target_names_the_known_ones() -> None:
-    with pytest.raises(repfx.InputError, match="unknown target 'coreml'; choose one of: onnxruntime, openvino, tensorrt"):
+    with pytest.raises(
+        repfx.InputError,
+        match="unknown target 'coreml'; choose one of: onnxruntime, openvino, tensorrt",
+    ):
         lint(clean(), "coreml")
 
 
@@ -469,7 +532,9 @@ def test_what_makes_an_output_need_not_give_codes() -> None:
 
 
 def test_onnxruntime_runs_in_float_what_q26_says(tmp_path: Path) -> None:
-    """A convolution before a ReLU, one code type at a time: in integers only where rounding does the ReLU."""
+    """A convolution before a ReLU, one code type at a time: in integers only where rounding does
+    the ReLU.
+    """
     for dtype, zero in ((np.int8, 0), (np.int8, -128), (np.uint8, 128), (np.uint8, 0)):
         d = Draft()
         y = d.fq(d.op("Relu", d.conv(d.fq("x", dtype=dtype, zero=zero))), dtype=dtype, zero=zero)
@@ -480,12 +545,17 @@ def test_onnxruntime_runs_in_float_what_q26_says(tmp_path: Path) -> None:
         model.ir_version = 9
         onnx.save(model, tmp_path / "m.onnx")
         in_float = kernels("onnxruntime", tmp_path / "m.onnx").floats
-        assert [f.node for f in lint(model, "onnxruntime") if f.rule == "Q26"] == list(in_float), (dtype, zero)
+        assert [f.node for f in lint(model, "onnxruntime") if f.rule == "Q26"] == list(in_float), (
+            dtype,
+            zero,
+        )
 
 
 def test_a_clean_file_is_clean(tmp_path: Path) -> None:
     model = clean()
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, [1, 5]))
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, [1, 5])
+    )
     onnx.checker.check_model(model, full_check=True)
     assert lint(model) == []
     onnx.save(model, tmp_path / "m.onnx")
@@ -493,9 +563,16 @@ def test_a_clean_file_is_clean(tmp_path: Path) -> None:
 
 
 def test_constants_are_initializers_or_nodes() -> None:
-    for make in (clean, CASES["Q08 int32_bias"], CASES["Q06 conv_along_its_inputs"], CASES["Q04 negative_scale"]):
+    for make in (
+        clean,
+        CASES["Q08 int32_bias"],
+        CASES["Q06 conv_along_its_inputs"],
+        CASES["Q04 negative_scale"],
+    ):
         model = make()
-        nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+        nodes = [
+            helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer
+        ]
         want = lint(model)
         del model.graph.initializer[:]
         for node in reversed(nodes):
@@ -520,7 +597,13 @@ def test_bad_input_says_what_is_wrong(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(repfx.InputError, match="is not an ONNX"):
             lint(tmp_path / name)
-    onnx.save(clean(), tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        clean(),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     assert lint(tmp_path / "m.onnx") == []
     with pytest.raises(repfx.InputError, match=r"lacks its weights, which are in weights\.bin"):
         lint(onnx.load(tmp_path / "m.onnx", load_external_data=False))
@@ -539,12 +622,19 @@ def test_scales_of_a_scalar_are_a_finding() -> None:
     scale, zero = d.const(np.ones(8)), d.const(np.zeros(8), np.int8)
     w = d.op("DequantizeLinear", d.const(1, np.int8), scale, zero, axis=0)
     found = lint(d.model(d.op("Conv", d.fq("x"), w)))
-    assert ("Q04", "8 scales for axis 0 of a tensor of shape ()") in {(f.rule, f.message) for f in found}
+    assert ("Q04", "8 scales for axis 0 of a tensor of shape ()") in {
+        (f.rule, f.message) for f in found
+    }
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
-    [("Conv", "group", "four"), ("DequantizeLinear", "axis", 0.5), ("ReduceMean", "axes", 2), ("Transpose", "perm", [0.5])],
+    [
+        ("Conv", "group", "four"),
+        ("DequantizeLinear", "axis", 0.5),
+        ("ReduceMean", "axes", 2),
+        ("Transpose", "perm", [0.5]),
+    ],
 )
 def test_an_attribute_of_another_type_names_its_node(kind: str, name: str, value: Any) -> None:
     d = Draft()
@@ -556,13 +646,18 @@ def test_an_attribute_of_another_type_names_its_node(kind: str, name: str, value
     kept = [a for a in node.attribute if a.name != name]
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
-    with pytest.raises(repfx.InputError, match=rf"the model is malformed; Q\d\d .*{name} of {node.name} \({kind}\) is "):
+    with pytest.raises(
+        repfx.InputError,
+        match=rf"the model is malformed; Q\d\d .*{name} of {node.name} \({kind}\) is ",
+    ):
         lint(model)
 
 
 def test_a_rule_that_fails_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lint_module.Index, "one_scale", lambda *_: 1 // 0)
-    with pytest.raises(repfx.InputError, match=r"malformed; Q\d\d \(.*cannot be checked: integer division"):
+    with pytest.raises(
+        repfx.InputError, match=r"malformed; Q\d\d \(.*cannot be checked: integer division"
+    ):
         lint(clean())
 
 
@@ -575,14 +670,29 @@ def test_a_dimension_of_minus_one_is_dynamic() -> None:
 def test_odd_graphs_do_not_crash() -> None:
     """Cycles, absent inputs, unknown operators, no types, wrong axes."""
     kinds = (
-        "QuantizeLinear DequantizeLinear Conv ConvTranspose Gemm MatMul Add Concat BatchNormalization MaxPool ReduceMean"
+        "QuantizeLinear DequantizeLinear Conv ConvTranspose Gemm MatMul Add Concat "
+        "BatchNormalization MaxPool ReduceMean"
     )
     for kind in (*kinds.split(), "Identity", "Constant", "Unheard"):
-        for inputs in ([], [""], ["x"], ["y"], ["x", "y"], ["c", "c"], ["x", "c", "c"], ["c", "x", "", "c"]):
-            nodes = [helper.make_node(kind, inputs, ["y"], axis=7), helper.make_node("DequantizeLinear", ["y", "c"], ["z"])]
+        for inputs in (
+            [],
+            [""],
+            ["x"],
+            ["y"],
+            ["x", "y"],
+            ["c", "c"],
+            ["x", "c", "c"],
+            ["c", "x", "", "c"],
+        ):
+            nodes = [
+                helper.make_node(kind, inputs, ["y"], axis=7),
+                helper.make_node("DequantizeLinear", ["y", "c"], ["z"]),
+            ]
             constant = numpy_helper.from_array(np.ones((2, 2), np.float32), "c")
             info = [helper.make_empty_tensor_value_info("x")]
-            graph = helper.make_graph(nodes, "odd", info, [helper.make_empty_tensor_value_info("z")], [constant])
+            graph = helper.make_graph(
+                nodes, "odd", info, [helper.make_empty_tensor_value_info("z")], [constant]
+            )
             assert all(isinstance(f, Finding) for f in lint(helper.make_model(graph)))
 
 
@@ -593,7 +703,11 @@ def lowered(model: nn.Module, tmp_path: Path) -> list[Finding]:
 
 
 def test_our_own_file_is_clean(tmp_path: Path) -> None:
-    layers = (m for i, o, g in ((3, 8, 1), (8, 16, 2), (16, 16, 16)) for m in (RepVGG(i, o, 3, 1, 1, groups=g), nn.ReLU()))
+    layers = (
+        m
+        for i, o, g in ((3, 8, 1), (8, 16, 2), (16, 16, 16))
+        for m in (RepVGG(i, o, 3, 1, 1, groups=g), nn.ReLU())
+    )
     net = nn.Sequential(*layers, nn.Conv2d(16, 4, 1))
     found = lowered(net, tmp_path)
     assert [f.rule for f in found] == ["Q24"], "\n".join(map(str, found))
@@ -621,7 +735,10 @@ def test_what_onnxruntime_quantizes(tmp_path: Path) -> None:
 
     class Data(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            self.left = [{"x": np.random.default_rng(i).standard_normal((1, 8, 8, 8), np.float32)} for i in range(2)]
+            self.left = [
+                {"x": np.random.default_rng(i).standard_normal((1, 8, 8, 8), np.float32)}
+                for i in range(2)
+            ]
 
         def get_next(self) -> dict[str, Any] | None:
             return self.left.pop() if self.left else None

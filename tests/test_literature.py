@@ -1,11 +1,14 @@
-"""Blocks of the literature, written as their papers train them: each becomes the one convolution its formula implies.
+"""Blocks of the literature, written as their papers train them: each becomes the one convolution
+its formula implies.
 
-    RepVGG     relu(se(B[C3 x] + B[C1 x] + B[x]))      MobileOne   relu(se(sum_i B[Ck x] + B[C1 x] + B[x]))
-    QARepVGG   relu(B[B[C3 x] + C1 x + x])             RepOpt      relu(B[s3*C3 x + s1*C1 x + sid*x])
+    RepVGG     relu(se(B[C3 x] + B[C1 x] + B[x]))
+    MobileOne   relu(se(sum_i B[Ck x] + B[C1 x] + B[x]))
+    QARepVGG   relu(B[B[C3 x] + C1 x + x])
+    RepOpt      relu(B[s3*C3 x + s1*C1 x + sid*x])
     ACNet      relu(B[Ck x] + B[C(k,1) x] + B[C(1,k) x])
 
-Groups, strides and every number that trains are away from their defaults; a gate, and the norm behind it, stay.
-"""
+Groups, strides and every number that trains are away from their defaults; a gate, and the norm
+behind it, stay."""
 
 from __future__ import annotations
 
@@ -24,17 +27,28 @@ import repfx
 from repfx.testing import assert_same
 
 shared = itemgetter("DropPath", "Net", "Ran", "X", "check", "conv", "conv_bn", "ready")
-DropPath, Net, Ran, X, check, conv, conv_bn, ready = shared(runpy.run_path(str(Path(__file__).with_name("literature.py"))))
+DropPath, Net, Ran, X, check, conv, conv_bn, ready = shared(
+    runpy.run_path(str(Path(__file__).with_name("literature.py")))
+)
 
 
 class SE(nn.Module):
     def __init__(self, c: int, fixed: bool = False) -> None:
         super().__init__()
-        self.down, self.up, self.c, self.fixed = nn.Conv2d(c, c // 4, 1), nn.Conv2d(c // 4, c, 1), c, fixed
+        self.down, self.up, self.c, self.fixed = (
+            nn.Conv2d(c, c // 4, 1),
+            nn.Conv2d(c // 4, c, 1),
+            c,
+            fixed,
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         _, _, h, w = inputs.size()
-        x = F.avg_pool2d(inputs, kernel_size=[h, w]) if self.fixed else F.adaptive_avg_pool2d(inputs, output_size=(1, 1))
+        x = (
+            F.avg_pool2d(inputs, kernel_size=[h, w])
+            if self.fixed
+            else F.adaptive_avg_pool2d(inputs, output_size=(1, 1))
+        )
         x = torch.sigmoid(self.up(F.relu(self.down(x))))
         return inputs * x.view(-1, self.c, 1, 1)
 
@@ -56,7 +70,9 @@ class RepVGG(nn.Module):
 class QARepVGG(nn.Module):
     """S4 by default: a norm behind the dense branch and one behind the sum."""
 
-    def __init__(self, o=8, s=1, g=1, inner=True, every=False, affine=True, se=False, avg=False, drop=0.0) -> None:
+    def __init__(
+        self, o=8, s=1, g=1, inner=True, every=False, affine=True, se=False, avg=False, drop=0.0
+    ) -> None:
         super().__init__()
         same = o == 8 and s == 1
         self.rbr_dense, self.rbr_1x1 = (conv_bn(8, o, k, s, g=g, affine=affine) for k in (3, 1))
@@ -64,7 +80,9 @@ class QARepVGG(nn.Module):
             self.rbr_dense = self.rbr_dense[0]
         if not every:
             self.rbr_1x1 = self.rbr_1x1[0]
-        self.rbr_identity = (nn.BatchNorm2d(o, affine=affine) if every else nn.Identity()) if same else None
+        self.rbr_identity = (
+            (nn.BatchNorm2d(o, affine=affine) if every else nn.Identity()) if same else None
+        )
         self.rbr_avg = nn.AvgPool2d(kernel_size=3, stride=s, padding=1) if avg and same else None
         self.bn, self.se = nn.BatchNorm2d(o, affine=affine), SE(o) if se else nn.Identity()
         self.act, self.drop_path = nn.ReLU(), DropPath(drop)
@@ -79,22 +97,33 @@ class QARepVGG(nn.Module):
 class ScaleLayer(nn.Module):
     def __init__(self, c: int, frozen: bool) -> None:
         super().__init__()
-        self.num_features, self.weight = c, nn.Parameter(torch.rand(c) + 0.5, requires_grad=not frozen)
+        self.num_features, self.weight = (
+            c,
+            nn.Parameter(torch.rand(c) + 0.5, requires_grad=not frozen),
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs * self.weight.view(1, self.num_features, 1, 1)
 
 
 class RepOpt(nn.Module):
-    """The linear-add block the optimizer is derived from; csla freezes the scales of its convolutions."""
+    """The linear-add block the optimizer is derived from; csla freezes the scales of its
+    convolutions.
+    """
 
-    def __init__(self, o: int = 8, s: int = 1, g: int = 1, csla: bool = False, se: bool = False) -> None:
+    def __init__(
+        self, o: int = 8, s: int = 1, g: int = 1, csla: bool = False, se: bool = False
+    ) -> None:
         super().__init__()
         self.conv, self.conv_1x1 = conv(8, o, 3, s, g=g), conv(8, o, 1, s, g=g)
         self.scale_conv, self.scale_1x1 = ScaleLayer(o, csla), ScaleLayer(o, csla)
         if o == 8 and s == 1:
             self.scale_identity = ScaleLayer(o, False)
-        self.bn, self.relu, self.post_se = nn.BatchNorm2d(o), nn.ReLU(), SE(o) if se else nn.Identity()
+        self.bn, self.relu, self.post_se = (
+            nn.BatchNorm2d(o),
+            nn.ReLU(),
+            SE(o) if se else nn.Identity(),
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         out = self.scale_conv(self.conv(inputs)) + self.scale_1x1(self.conv_1x1(inputs))
@@ -107,7 +136,9 @@ class ACBlock(nn.Module):
     def __init__(self, k: int, p: int, s: int, g: int, affine: bool = True) -> None:
         super().__init__()
         self.crop = max(k // 2 - p, 0)
-        ver_padding, hor_padding = ([p, p - k // 2], [p - k // 2, p]) if p >= k // 2 else ([p, 0], [0, p])
+        ver_padding, hor_padding = (
+            ([p, p - k // 2], [p - k // 2, p]) if p >= k // 2 else ([p, 0], [0, p])
+        )
         self.square = conv_bn(8, 8, k, s, p, g, affine=affine)
         self.ver = conv_bn(8, 8, (k, 1), s, ver_padding, g, affine=affine)
         self.hor = conv_bn(8, 8, (1, k), s, hor_padding, g, affine=affine)
@@ -123,7 +154,11 @@ class ACBlock(nn.Module):
 class MobileOne(nn.Module):
     def __init__(self, o=8, k=3, s=1, g=8, branches=1, skip=True, scale=True, se=False) -> None:
         super().__init__()
-        self.num_conv_branches, self.se, self.activation = branches, SE(o, fixed=True) if se else nn.Identity(), nn.ReLU()
+        self.num_conv_branches, self.se, self.activation = (
+            branches,
+            SE(o, fixed=True) if se else nn.Identity(),
+            nn.ReLU(),
+        )
         self.rbr_skip = nn.BatchNorm2d(8) if skip and o == 8 and s == 1 else None
         self.rbr_conv = nn.ModuleList(conv_bn(8, o, k, s, g=g) for _ in range(branches))
         self.rbr_scale = conv_bn(8, o, 1, s, g=g) if scale and k > 1 else None
@@ -146,7 +181,10 @@ class Summed(nn.Module):
 
     def __init__(self, *branches: nn.Module, post: bool = False) -> None:
         super().__init__()
-        self.branches, self.post = nn.ModuleList(branches), nn.BatchNorm2d(8) if post else nn.Identity()
+        self.branches, self.post = (
+            nn.ModuleList(branches),
+            nn.BatchNorm2d(8) if post else nn.Identity(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardswish(self.post(sum(branch(x) for branch in self.branches)))
@@ -173,7 +211,14 @@ def preactivation() -> nn.Module:
 
 
 SE_MAPS, SE_GATE = 2, 1
-SHAPES = [(8, 1, 1), (8, 1, 2), (8, 1, 8), (8, 2, 8), (12, 1, 1), (12, 2, 2)]  # outputs, stride, groups
+SHAPES = [
+    (8, 1, 1),
+    (8, 1, 2),
+    (8, 1, 8),
+    (8, 2, 8),
+    (12, 1, 1),
+    (12, 2, 2),
+]  # outputs, stride, groups
 CASES: dict[str, Callable[[], nn.Module]] = {
     "QARepVGG without inner norm": partial(QARepVGG, inner=False),
     "QARepVGG norms everywhere": partial(QARepVGG, every=True),
@@ -189,8 +234,12 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "MobileOne k5": partial(MobileOne, k=5, branches=2),
     "MobileOne without scale": partial(MobileOne, branches=2, scale=False),
     "MobileOne without skip": partial(MobileOne, branches=3, skip=False, scale=False),
-    "sum of a list": lambda: Summed(conv_bn(), conv(k=1, bias=True), nn.BatchNorm2d(8), nn.Identity(), post=True),
-    "sum of a list depthwise": lambda: Summed(*(conv_bn(k=k, g=8) for k in (1, 3, 5)), nn.Identity()),
+    "sum of a list": lambda: Summed(
+        conv_bn(), conv(k=1, bias=True), nn.BatchNorm2d(8), nn.Identity(), post=True
+    ),
+    "sum of a list depthwise": lambda: Summed(
+        *(conv_bn(k=k, g=8) for k in (1, 3, 5)), nn.Identity()
+    ),
 }
 CASES |= {
     f"{kind.__name__} o{o} s{s} g{g}": partial(kind, o=o, s=s, g=g)
@@ -200,7 +249,9 @@ CASES |= {
 CASES |= {
     f"ACNet k{k} p{p} s{s} g{g}": partial(ACBlock, k, p, s, g, affine=g != 2)
     for s in (1, 2)
-    for (k, p), g in zip(((3, 1), (3, 0), (3, 2), (5, 2), (5, 1), (5, 0)), (1, 2, 8) * 2, strict=True)
+    for (k, p), g in zip(
+        ((3, 1), (3, 0), (3, 2), (5, 2), (5, 1), (5, 0)), (1, 2, 8) * 2, strict=True
+    )
 }
 GATED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the norm behind a gate stays
     "RepVGG": (partial(RepVGG, se=True), 0),
@@ -209,16 +260,33 @@ GATED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the norm behind a g
     "RepOpt": (partial(RepOpt, se=True), 0),
     "MobileOne": (partial(MobileOne, se=True), 0),
 }
-ORDINARY: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {  # maps, norms and arithmetic left
+ORDINARY: dict[
+    str, tuple[Callable[[], nn.Module], int, int, int]
+] = {  # maps, norms and arithmetic left
     "ResNet": (resnet, 3, 0, 1),
     "MBConv": (mbconv, 3 + SE_MAPS, 0, 1 + SE_GATE),
     "pre-activation": (preactivation, 2, 1, 0),
     "linear bottleneck": (lambda: nn.Sequential(conv_bn(8, 2, 1), conv_bn(2, 8, 1)), 2, 0, 0),
-    "depthwise, pointwise": (lambda: nn.Sequential(conv_bn(g=8), conv_bn(8, 16, 1), nn.ReLU()), 2, 0, 0),
+    "depthwise, pointwise": (
+        lambda: nn.Sequential(conv_bn(g=8), conv_bn(8, 16, 1), nn.ReLU()),
+        2,
+        0,
+        0,
+    ),
     "11x1 of 1x11": (lambda: nn.Sequential(conv(k=(1, 11)), conv(k=(11, 1), bias=True)), 2, 0, 0),
-    "norms alone": (lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), conv(k=1), nn.ReLU()), 1, 1, 0),
+    "norms alone": (
+        lambda: nn.Sequential(
+            nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), conv(k=1), nn.ReLU()
+        ),
+        1,
+        1,
+        0,
+    ),
 }
-DIMENSIONS = {"1d": (nn.Conv1d, nn.BatchNorm1d, (11,)), "3d": (nn.Conv3d, nn.BatchNorm3d, (5, 8, 7))}
+DIMENSIONS = {
+    "1d": (nn.Conv1d, nn.BatchNorm1d, (11,)),
+    "3d": (nn.Conv3d, nn.BatchNorm3d, (5, 8, 7)),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -237,7 +305,8 @@ def test_a_gate_ends_the_block(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["RepVGG o8 s1 g1", "QARepVGG drop path", "RepOpt csla", "ACNet k5 p1 s2 g2", "MobileOne k5"]
+    "name",
+    ["RepVGG o8 s1 g1", "QARepVGG drop path", "RepOpt csla", "ACNet k5 p1 s2 g2", "MobileOne k5"],
 )
 def test_given_in_train_mode(name: str) -> None:
     model = ready(CASES[name]()).train()
@@ -250,7 +319,12 @@ def test_given_in_train_mode(name: str) -> None:
 def test_blocks_in_a_row() -> None:
     """Each block ends at its activation; one of them is used twice and stays one."""
     shared = RepVGG()
-    check(nn.Sequential(QARepVGG(), shared, MobileOne(se=True), shared, RepOpt(o=12, s=2)), 5 + SE_MAPS, 0, SE_GATE)
+    check(
+        nn.Sequential(QARepVGG(), shared, MobileOne(se=True), shared, RepOpt(o=12, s=2)),
+        5 + SE_MAPS,
+        0,
+        SE_GATE,
+    )
 
 
 @pytest.mark.parametrize("name", ORDINARY)

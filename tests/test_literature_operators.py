@@ -1,9 +1,11 @@
-"""What a net does between its convolutions: cat, slices, shuffles, permutes, pads and transposed convolutions.
+"""What a net does between its convolutions: cat, slices, shuffles, permutes, pads and transposed
+convolutions.
 
-    cat(A x, B x) = [A; B] x       (W x)[:, :k] = W[:k] x       S(W x) = (S W) x       pad(u - c) + c = pad u with c
+    cat(A x, B x) = [A; B] x     (W x)[:, :k] = W[:k] x     S(W x) = (S W) x
+    pad(u - c) + c = pad u with c
 
-What would cost more as one stays in its parts, what the algebra does not cover as well, and then the report says why.
-"""
+What would cost more as one stays in its parts, what the algebra does not cover as well, and then
+the report says why."""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ import repfx
 from repfx.testing import assert_same
 
 shared = itemgetter("Net", "Ran", "X", "check", "conv", "conv_bn", "param", "ready")
-Net, Ran, X, check, conv, conv_bn, param, ready = shared(runpy.run_path(str(Path(__file__).with_name("literature.py"))))
+Net, Ran, X, check, conv, conv_bn, param, ready = shared(
+    runpy.run_path(str(Path(__file__).with_name("literature.py")))
+)
 
 
 def shuffle(x: Tensor, groups: int = 2) -> Tensor:
@@ -46,12 +50,20 @@ def swapped(x: Tensor) -> Tensor:
 
 def space_to_depth(x: Tensor) -> Tensor:
     b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+    return (
+        x.view(b, c, h // 2, 2, w // 2, 2)
+        .permute(0, 1, 3, 5, 2, 4)
+        .reshape(b, 4 * c, h // 2, w // 2)
+    )
 
 
-def between(move: Callable[[Tensor], Tensor], first: nn.Module, last: nn.Module | None = None) -> nn.Module:
+def between(
+    move: Callable[[Tensor], Tensor], first: nn.Module, last: nn.Module | None = None
+) -> nn.Module:
     """A function of channels between two layers."""
-    return Net(lambda m, x: F.relu(m.last(move(m.first(x)))), first=first, last=last or conv_bn(8, 8, 1))
+    return Net(
+        lambda m, x: F.relu(m.last(move(m.first(x)))), first=first, last=last or conv_bn(8, 8, 1)
+    )
 
 
 def joined(a: nn.Module, b: nn.Module, last: nn.Module, dim: int = 1) -> nn.Module:
@@ -73,9 +85,13 @@ def norm_shift(n: nn.BatchNorm2d) -> Tensor:
 
 
 class Border(nn.Module):
-    """C(p0)(pad(B[C1 x])) whose `write` fills the border: y padded by `pad`, c the norm's shift, d another one's."""
+    """C(p0)(pad(B[C1 x])) whose `write` fills the border: y padded by `pad`, c the norm's shift, d
+    another one's.
+    """
 
-    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], None], pad: int | list[int] = 1) -> None:
+    def __init__(
+        self, write: Callable[[Tensor, Tensor, Tensor], None], pad: int | list[int] = 1
+    ) -> None:
         super().__init__()
         self.write, self.sides = write, [pad] * 4 if isinstance(pad, int) else pad
         self.first, self.last, self.other = conv_bn(k=1), conv_bn(p=0), nn.BatchNorm2d(8)
@@ -107,7 +123,12 @@ BN = nn.BatchNorm2d
 CASES: dict[str, tuple[nn.Module, int, int, int]] = {  # maps, norms and arithmetic left
     "transposed, norm": (nn.Sequential(UP(bias=False), BN(16), nn.ReLU()), 1, 0, 0),
     "transposed g2, norm": (nn.Sequential(UP(groups=2), BN(16), nn.ReLU()), 1, 0, 0),
-    "transposed depthwise k3, norm": (nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 8), BN(8)), 1, 0, 0),
+    "transposed depthwise k3, norm": (
+        nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 8), BN(8)),
+        1,
+        0,
+        0,
+    ),
     "transposed, norm, 1x1": (nn.Sequential(UP(), BN(16), *conv_bn(16, 8, 1), nn.ReLU()), 1, 0, 0),
     "shuffle": (between(shuffle, conv_bn(k=1, g=2)), 1, 0, 0),
     "shuffle 4, 3x3": (between(partial(shuffle, groups=4), conv_bn(s=2)), 1, 0, 0),
@@ -118,7 +139,12 @@ CASES: dict[str, tuple[nn.Module, int, int, int]] = {  # maps, norms and arithme
     "slice": (between(lambda y: y[:, 2:7], conv(8, 12), BN(5)), 1, 0, 0),
     "narrow": (between(lambda y: y.narrow(1, 0, 6), conv(8, 12, s=2), BN(6)), 1, 0, 0),
     "cat, norm": (joined(conv(8, 4, 1), conv(8, 8, 1, bias=True), BN(12)), 1, 0, 0),
-    "cat, norm, 1x1": (joined(conv_bn(8, 4, 1), conv(8, 8, 1), nn.Sequential(BN(12), conv(12, 8, 1))), 1, 0, 0),
+    "cat, norm, 1x1": (
+        joined(conv_bn(8, 4, 1), conv(8, 8, 1), nn.Sequential(BN(12), conv(12, 8, 1))),
+        1,
+        0,
+        0,
+    ),
     "cat of 3x3, norm": (joined(conv_bn(8, 4, s=2), conv(8, 6, s=2), BN(10), -3), 1, 0, 0),
     "linear on (N, H, W, C)": (
         Net(lambda m, x: F.relu(tokens(m.l, x) + m.c(x)), l=nn.Linear(8, 12), c=conv_bn(8, 12, 1)),
@@ -126,8 +152,18 @@ CASES: dict[str, tuple[nn.Module, int, int, int]] = {  # maps, norms and arithme
         0,
         0,
     ),
-    "linear on (N, H, W, C), norm": (Net(lambda m, x: m.n(tokens(m.l, x)), l=nn.Linear(8, 12), n=BN(12)), 1, 0, 0),
-    "pad with the bias": (Net(lambda m, x: padded(m, x, m.a.bias), a=conv(k=1, bias=True), b=conv(p=0)), 1, 0, 0),
+    "linear on (N, H, W, C), norm": (
+        Net(lambda m, x: m.n(tokens(m.l, x)), l=nn.Linear(8, 12), n=BN(12)),
+        1,
+        0,
+        0,
+    ),
+    "pad with the bias": (
+        Net(lambda m, x: padded(m, x, m.a.bias), a=conv(k=1, bias=True), b=conv(p=0)),
+        1,
+        0,
+        0,
+    ),
     "pad with the shift": (
         Net(lambda m, x: padded(m, x, norm_shift(m.a[1])), a=conv_bn(k=1), b=conv_bn(s=2, p=0)),
         1,
@@ -163,21 +199,56 @@ def test_what_is_left(name: str) -> None:
 REFLECTED = partial(nn.Conv2d, 8, 8, 3, padding=1, padding_mode="reflect")
 # maps and norms left, and what the report must say; None where nothing linear was left alone
 DECLINED: dict[str, tuple[nn.Module, int | None, int | None, str | None]] = {
-    "ETDS": (Net(lambda m, x: m.b(F.relu(m.a(x))) + m.r(x), a=conv(), b=conv(), r=conv()), 3, 0, "relu"),
-    "adaptive pool": (Net(lambda m, x: m.n(F.adaptive_avg_pool2d(m.a(x), 3)), a=conv(), n=BN(8)), 1, 1, "adaptive"),
-    "pixel shuffle": (Net(lambda m, x: m.n(F.pixel_shuffle(m.a(x), 2)), a=conv(8, 32), n=BN(8)), 1, 1, "shuffle"),
-    "two sources": (Net(lambda m, x: m.a(F.relu(x)) + m.b(x.sigmoid()), a=conv(), b=conv(k=1)), 2, 0, "different sources"),
+    "ETDS": (
+        Net(lambda m, x: m.b(F.relu(m.a(x))) + m.r(x), a=conv(), b=conv(), r=conv()),
+        3,
+        0,
+        "relu",
+    ),
+    "adaptive pool": (
+        Net(lambda m, x: m.n(F.adaptive_avg_pool2d(m.a(x), 3)), a=conv(), n=BN(8)),
+        1,
+        1,
+        "adaptive",
+    ),
+    "pixel shuffle": (
+        Net(lambda m, x: m.n(F.pixel_shuffle(m.a(x), 2)), a=conv(8, 32), n=BN(8)),
+        1,
+        1,
+        "shuffle",
+    ),
+    "two sources": (
+        Net(lambda m, x: m.a(F.relu(x)) + m.b(x.sigmoid()), a=conv(), b=conv(k=1)),
+        2,
+        0,
+        "different sources",
+    ),
     "cat of two sources": (
-        Net(lambda m, x: m.n(torch.cat([m.a(F.relu(x)), m.b(x.sigmoid())], 1)), a=conv(), b=conv(), n=BN(16)),
+        Net(
+            lambda m, x: m.n(torch.cat([m.a(F.relu(x)), m.b(x.sigmoid())], 1)),
+            a=conv(),
+            b=conv(),
+            n=BN(16),
+        ),
         2,
         None,
         "",
     ),
     "reflect, reflect": (nn.Sequential(REFLECTED(), REFLECTED()), 2, 0, "reflect"),
-    "reflect beside zeros": (Net(lambda m, x: m.a(x) + m.b(x), a=conv(), b=REFLECTED()), 2, 0, "pad"),
+    "reflect beside zeros": (
+        Net(lambda m, x: m.a(x) + m.b(x), a=conv(), b=REFLECTED()),
+        2,
+        0,
+        "pad",
+    ),
     "biased 1x1, padded 3x3": (nn.Sequential(conv(8, 4, 1, bias=True), conv(4, 8)), 2, 0, "bias"),
     "norm, padded 3x3": (nn.Sequential(conv_bn(8, 4, 1), conv(4, 8)), 2, 0, "bias"),
-    "biased 1x1, transposed": (nn.Sequential(conv(k=1, bias=True), UP(bias=False)), 2, 0, "bias|transpos"),
+    "biased 1x1, transposed": (
+        nn.Sequential(conv(k=1, bias=True), UP(bias=False)),
+        2,
+        0,
+        "bias|transpos",
+    ),
     "another's shift": (
         Net(lambda m, x: padded(m, x, m.c), a=conv(k=1, bias=True), b=conv(p=0), c=param(8)),
         2,
@@ -198,7 +269,12 @@ DECLINED: dict[str, tuple[nn.Module, int | None, int | None, str | None]] = {
         0,
         None,
     ),
-    "height and width swapped": (between(lambda y: y.transpose(2, 3), conv(), conv_bn(8, 8, 1)), 2, 0, None),
+    "height and width swapped": (
+        between(lambda y: y.transpose(2, 3), conv(), conv_bn(8, 8, 1)),
+        2,
+        0,
+        None,
+    ),
     "one picture of the batch": (between(lambda y: y[:1], conv(), conv_bn(8, 8, 1)), 2, 0, None),
     "flipped": (between(lambda y: y.flip(3), conv(), conv_bn(8, 8, 1)), 2, 0, None),
     "every second row": (between(lambda y: y[:, :, ::2], conv(), conv_bn(8, 8, 1)), None, 0, None),
@@ -212,12 +288,16 @@ def test_declined_with_its_reason(name: str) -> None:
     even = torch.randn(2, 8, 10, 14).double()
     declined = check(copy.deepcopy(model), maps, norms, None, even, step=2).meta["repfx"].declined
     assert all(d.where and d.reason for d in declined)
-    assert words is None or any(re.search(words, f"{d.where}: {d.reason}", re.IGNORECASE) for d in declined), declined
+    assert words is None or any(
+        re.search(words, f"{d.where}: {d.reason}", re.IGNORECASE) for d in declined
+    ), declined
 
 
 def test_an_equal_value_is_not_the_same_constant() -> None:
     """Padded with a copy of the bias: exact today, wrong after a step of training."""
-    model = ready(Net(lambda m, x: padded(m, x, m.c), a=conv(k=1, bias=True), b=conv(p=0), c=param(8)))
+    model = ready(
+        Net(lambda m, x: padded(m, x, m.c), a=conv(k=1, bias=True), b=conv(p=0), c=param(8))
+    )
     with torch.no_grad():
         model.c.copy_(model.a.bias)
     result = repfx.transform(model, ["fuse"], example=X)

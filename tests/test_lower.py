@@ -32,7 +32,9 @@ def net() -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.stem = block(3, 16)
-            self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16))
+            self.depthwise = nn.Sequential(
+                nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+            )
             self.point = nn.Conv2d(16, 16, 1, bias=False)
             self.down = block(16, 32, stride=2, groups=4)
             self.gate = nn.Conv2d(32, 32, 1)
@@ -61,13 +63,18 @@ def test_the_file_computes_the_same_codes(target: str, tmp_path: Path) -> None:
     beyond = 1.5 * pictures()  # past the calibrated range: both must clip at the same codes
     artifact = repfx.lower(model, tmp_path / "model.onnx", example=beyond, target=target)
     parity = artifact.parity
-    # one an input; for ONNX Runtime also what a convolution gives and what is added, multiplied or passed to SiLU
-    assert len(parity.quantizers) == (13 if target == "onnxruntime" else 8) and parity.codes > 50_000
+    # one an input; for ONNX Runtime also what a convolution gives and what is added, multiplied or
+    # passed to SiLU
+    assert (
+        len(parity.quantizers) == (13 if target == "onnxruntime" else 8) and parity.codes > 50_000
+    )
     assert all(q.largest <= 1 for q in parity.quantizers.values())
     assert parity.different <= 5, str(parity)  # rounding ties
     assert parity.sqnr > 25
     assert f"{parity.different} of {parity.codes:,} codes differ on equal inputs" in str(parity)
-    assert str(parity).endswith(f"against float {parity.after.sqnr:.1f} dB, fake-quant {parity.before.sqnr:.1f} dB")
+    assert str(parity).endswith(
+        f"against float {parity.after.sqnr:.1f} dB, fake-quant {parity.before.sqnr:.1f} dB"
+    )
     assert abs(parity.after.sqnr - parity.before.sqnr) < 1
 
 
@@ -106,18 +113,40 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
         assert values.min() >= -127 and values.max() == 127
         if len(node.input) > 2:
             assert constants[node.input[2]].data_type == onnx.TensorProto.FLOAT
-    zeros = [onnx.numpy_helper.to_array(constants[n.input[2]]) for n in made.values() if "Quantize" in n.op_type]
+    zeros = [
+        onnx.numpy_helper.to_array(constants[n.input[2]])
+        for n in made.values()
+        if "Quantize" in n.op_type
+    ]
     assert all((z == 0).all() for z in zeros)
-    assert {n.op_type for n in proto.graph.node} & {"BatchNormalization", "QLinearConv", "Clip"} == set()
+    assert {n.op_type for n in proto.graph.node} & {
+        "BatchNormalization",
+        "QLinearConv",
+        "Clip",
+    } == set()
 
 
 def test_onnx_runtime_runs_every_layer_in_integers(tmp_path: Path) -> None:
-    layers = [block(3, 16), block(16, 32, 2), nn.MaxPool2d(2), block(32, 32, groups=4), nn.Flatten(), nn.Linear(512, 7)]
-    model = repfx.transform(randomise(nn.Sequential(*layers).eval()), ["ptq"], target="onnxruntime", example=pictures())
+    layers = [
+        block(3, 16),
+        block(16, 32, 2),
+        nn.MaxPool2d(2),
+        block(32, 32, groups=4),
+        nn.Flatten(),
+        nn.Linear(512, 7),
+    ]
+    model = repfx.transform(
+        randomise(nn.Sequential(*layers).eval()), ["ptq"], target="onnxruntime", example=pictures()
+    )
     repfx.calibrate(model, [pictures()])
-    path = repfx.lower(model, tmp_path / "model.onnx", example=pictures(), target="onnxruntime").onnx
+    path = repfx.lower(
+        model, tmp_path / "model.onnx", example=pictures(), target="onnxruntime"
+    ).onnx
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    options.optimized_model_filepath, options.log_severity_level = (
+        str(tmp_path / "optimized.onnx"),
+        3,
+    )
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("QLinearConv") == 3 and kinds.count("QGemm") == 1
@@ -134,20 +163,30 @@ def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:
 
 
 def test_a_float_model_lowers_too(tmp_path: Path) -> None:
-    artifact = repfx.lower(repfx.transform(net(), ["fuse"]), tmp_path / "f.onnx", example=pictures())
+    artifact = repfx.lower(
+        repfx.transform(net(), ["fuse"]), tmp_path / "f.onnx", example=pictures()
+    )
     assert not artifact.parity.quantizers and artifact.parity.output.relative < 1e-5
     int8 = repfx.lower(quantized("tensorrt"), tmp_path / "q.onnx", example=pictures())
     ops = {n.op_type for n in onnx.load(artifact.onnx).graph.node}
     assert "QuantizeLinear" not in ops and int8.onnx.stat().st_size < artifact.onnx.stat().st_size
 
 
-@pytest.mark.parametrize(("opset", "kind"), [(20, onnx.TensorProto.INT8), (21, onnx.TensorProto.INT4)])
+@pytest.mark.parametrize(
+    ("opset", "kind"), [(20, onnx.TensorProto.INT8), (21, onnx.TensorProto.INT4)]
+)
 @pytest.mark.parametrize("bits", [4, 2])
-def test_narrow_weights_are_int4_where_the_standard_has_it(bits: int, opset: int, kind: int, tmp_path: Path) -> None:
+def test_narrow_weights_are_int4_where_the_standard_has_it(
+    bits: int, opset: int, kind: int, tmp_path: Path
+) -> None:
     model = quantized("tensorrt", f"ptq(bits=8, weight_bits={bits})")
     artifact = repfx.lower(model, tmp_path / "narrow.onnx", example=pictures(), opset=opset)
     assert artifact.parity.different <= 5
-    weights = {t.name: t for t in onnx.load(artifact.onnx).graph.initializer if t.name.endswith("weight_quant.codes")}
+    weights = {
+        t.name: t
+        for t in onnx.load(artifact.onnx).graph.initializer
+        if t.name.endswith("weight_quant.codes")
+    }
     assert len(weights) == 6 and {t.data_type for t in weights.values()} == {kind}
     quant, weight = model.get_submodule("gate.weight_quant"), model.get_parameter("gate.weight")
     held = onnx.numpy_helper.to_array(weights["gate.weight_quant.codes"]).astype("float32")
@@ -159,10 +198,13 @@ def test_float16_is_all_that_is_not_an_integer(opset: int, tmp_path: Path) -> No
     model, x = quantized("tensorrt", "ptq(wide=gate, wide_bits=32)"), pictures()
     paths = tmp_path / "float32.onnx", tmp_path / "float16.onnx"
     plain, halved = (
-        repfx.lower(model, p, example=x, opset=opset, float16=h).parity for p, h in zip(paths, (False, True), strict=True)
+        repfx.lower(model, p, example=x, opset=opset, float16=h).parity
+        for p, h in zip(paths, (False, True), strict=True)
     )
     assert plain.agrees and halved.agrees and halved.float16
-    assert 0 < halved.different < 0.01 * halved.codes  # float16's last bit; not the float32 file by mistake
+    assert (
+        0 < halved.different < 0.01 * halved.codes
+    )  # float16's last bit; not the float32 file by mistake
     proto = onnx.load(paths[1])
     assert not [t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
     ends = [*proto.graph.input, *proto.graph.output]
@@ -178,7 +220,11 @@ class Spread(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, bias=False), nn.Linear(5, 3)
+        self.one, self.two, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 5, 3, bias=False),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.two(torch.relu(self.one(x))))
@@ -191,28 +237,42 @@ def test_float16_of_small_nets(seed: int, tmp_path: Path) -> None:
     model, x = Spread().eval(), torch.randn(2, 3, 8, 8)
     for target in ("tensorrt", "onnxruntime"):
         int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
-        assert repfx.lower(int8, tmp_path / "half.onnx", example=x, target=target, float16=True).parity.agrees
+        assert repfx.lower(
+            int8, tmp_path / "half.onnx", example=x, target=target, float16=True
+        ).parity.agrees
 
 
 def _without_biases(seed: int) -> nn.Module:
-    """Convolutions, depthwise ones among them, activations and averages in random order: (N, 3, 32, 32) -> (N, 4)."""
+    """Convolutions, depthwise ones among them, activations and averages in random order: (N, 3, 32,
+    32) -> (N, 4).
+    """
     draw = random.Random(seed)
     channels = draw.choice([8, 16, 20, 36])
     layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1)]
     for _ in range(5):
-        kernel, stride, groups = draw.choice([1, 3, 5]), draw.choice([1, 1, 2]), draw.choice([1, channels])
-        layers.append(nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False))
+        kernel, stride, groups = (
+            draw.choice([1, 3, 5]),
+            draw.choice([1, 1, 2]),
+            draw.choice([1, channels]),
+        )
+        layers.append(
+            nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        )
         layers.append(draw.choice([nn.Identity, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Hardswish])())
         layers += [nn.AvgPool2d(3, 1, 1)] if draw.random() < 0.4 else []
     for m in layers:
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)).eval()
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+    ).eval()
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_openvino_computes_what_the_file_says(seed: int, tmp_path: Path) -> None:
-    """With unsigned codes around a zero point OpenVINO computes zeros for some convolutions without a bias."""
+    """With unsigned codes around a zero point OpenVINO computes zeros for some convolutions without
+    a bias.
+    """
     torch.manual_seed(seed)
     model, x = _without_biases(seed), torch.randn(4, 3, 32, 32)
     int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target="openvino"), [x])
@@ -229,16 +289,22 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True)
     model = quantized("tensorrt")
     model.get_submodule("gate.weight_quant").scale[0] = 2.1e-7
-    with pytest.raises(repfx.InputError, match=r"a scale of gate.weight_quant, 2.1e-07, is .*% off in float16"):
+    with pytest.raises(
+        repfx.InputError, match=r"a scale of gate.weight_quant, 2.1e-07, is .*% off in float16"
+    ):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True)
     loud = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
     with torch.no_grad():
         loud[0].weight.fill_(3e4)
     with pytest.raises(repfx.InputError, match=r"reaches .* float16 ends at 65504"):
-        repfx.lower(repfx.transform(loud, [], example=x), tmp_path / "a.onnx", example=x, float16=True)
+        repfx.lower(
+            repfx.transform(loud, [], example=x), tmp_path / "a.onnx", example=x, float16=True
+        )
     with pytest.raises(repfx.InputError, match=r"torch.float64: lower the model in float32"):
         repfx.lower(nn.Conv2d(3, 4, 1).double(), tmp_path / "a.onnx", example=x.double())
-    with pytest.raises(repfx.InputError, match="opset is a whole number from 19 to 23 with float16, not 18"):
+    with pytest.raises(
+        repfx.InputError, match="opset is a whole number from 19 to 23 with float16, not 18"
+    ):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True, opset=18)
     with pytest.raises(repfx.InputError, match="opset is a whole number from 13 to 23, not 9"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, opset=9)
@@ -248,7 +314,9 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
 def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     raw = repfx.transform(net(), ["ptq"])
-    with pytest.raises(repfx.InputError, match=r"8 quantizers are not calibrated \(stem.*run repfx.calibrate"):
+    with pytest.raises(
+        repfx.InputError, match=r"8 quantizers are not calibrated \(stem.*run repfx.calibrate"
+    ):
         repfx.lower(raw, path, example=pictures())
     with pytest.raises(repfx.InputError, match="rounds activations to 6 bits"):
         repfx.lower(quantized("tensorrt", "ptq(bits=6)"), path, example=pictures())
@@ -261,7 +329,9 @@ def test_what_cannot_be_lowered_says_why(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match="cannot write"):
         repfx.lower(quantized("tensorrt"), tmp_path / "no" / "folder.onnx", example=pictures())
     with pytest.raises(repfx.InputError, match="cannot write"):
-        repfx.lower(quantized("tensorrt"), "/sys/model.onnx", example=pictures())  # read-only, for root too
+        repfx.lower(
+            quantized("tensorrt"), "/sys/model.onnx", example=pictures()
+        )  # read-only, for root too
     assert not list(tmp_path.iterdir())
 
 
@@ -270,7 +340,10 @@ def test_a_net_in_training_form_is_merged_first(tmp_path: Path) -> None:
     for spec in ("repq(bits=8)", "repq(bits=8, bn=frozen)"):
         model = repfx.transform(nn.Sequential(block(3, 8), block(8, 8)), [spec], example=x).train()
         model(x)
-        with pytest.raises(repfx.InputError, match=r"0.0.main.conv.weight_quant.* run repfx.transform.*fuse.* first"):
+        with pytest.raises(
+            repfx.InputError,
+            match=r"0.0.main.conv.weight_quant.* run repfx.transform.*fuse.* first",
+        ):
             repfx.lower(model.eval(), tmp_path / "model.onnx", example=x)
         fused = repfx.transform(model, ["fuse"], example=x)
         assert repfx.lower(fused, tmp_path / "model.onnx", example=x).parity.agrees
@@ -279,10 +352,17 @@ def test_a_net_in_training_form_is_merged_first(tmp_path: Path) -> None:
 def test_an_exported_program(tmp_path: Path) -> None:
     x, batch = pictures(), torch.export.Dim("batch")
     model = net()
-    fixed, any_batch = (torch.export.export(model, (x,), dynamic_shapes=d) for d in (None, ({0: batch},)))
+    fixed, any_batch = (
+        torch.export.export(model, (x,), dynamic_shapes=d) for d in (None, ({0: batch},))
+    )
     for program in (fixed, any_batch):
         path = repfx.lower(program, tmp_path / "model.onnx", example=x).onnx
-        assert repfx.rewrite.difference.difference(model(x[:3]), session("onnxruntime", path)((x[:3],))).relative < 1e-4
+        assert (
+            repfx.rewrite.difference.difference(
+                model(x[:3]), session("onnxruntime", path)((x[:3],))
+            ).relative
+            < 1e-4
+        )
 
 
 class Odd(nn.Module):
@@ -298,10 +378,15 @@ class Odd(nn.Module):
 
 REFUSED = {
     r"outputs of an ONNX file must be tensors, and the model gives 5": lambda y: (y, 5),
-    r"outputs of an ONNX file must be tensors, and the model gives 8": lambda y: {"y": y, "n": y.shape[0]},
+    r"outputs of an ONNX file must be tensors, and the model gives 8": lambda y: {
+        "y": y,
+        "n": y.shape[0],
+    },
     r"cannot export the model: .*No ONNX function found for .*linalg_svd": torch.linalg.svdvals,
     r"cannot export the model: .*data-dependent": lambda y: y if y.sum() > 0 else -y,
-    r"cannot export the model: it computes with a fixed number of pictures": lambda y: y.view(8, -1),
+    r"cannot export the model: it computes with a fixed number of pictures": lambda y: y.view(
+        8, -1
+    ),
 }
 
 
@@ -310,7 +395,11 @@ def test_what_cannot_be_exported_says_why_in_one_line(said: str, tmp_path: Path)
     with pytest.raises(repfx.InputError, match=said) as found:
         repfx.lower(Odd(REFUSED[said]).eval(), tmp_path / "model.onnx", example=pictures())
     message = str(found.value)
-    assert message.isprintable() and len(message) < 500 and not re.search("step|Next|more information|TORCH_LOGS", message)
+    assert (
+        message.isprintable()
+        and len(message) < 500
+        and not re.search("step|Next|more information|TORCH_LOGS", message)
+    )
 
 
 def test_nan_in_the_example_or_on_the_way(tmp_path: Path) -> None:
@@ -321,7 +410,9 @@ def test_nan_in_the_example_or_on_the_way(tmp_path: Path) -> None:
             repfx.lower(model, tmp_path / "model.onnx", example=x)
     model = repfx.transform(Roots().eval(), ["ptq"], example=pictures())
     repfx.calibrate(model, [pictures().abs()])
-    with pytest.raises(repfx.InputError, match=r"head.input_quant is given NaN, which no code stands for"):
+    with pytest.raises(
+        repfx.InputError, match=r"head.input_quant is given NaN, which no code stands for"
+    ):
         repfx.lower(model, tmp_path / "model.onnx", example=-pictures().abs())
     assert not list(tmp_path.iterdir())
 
@@ -362,13 +453,19 @@ def test_a_wrong_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def off_by_one(*args):
         proto = real(*args)
-        weight = next(t for t in proto.graph.initializer if t.name.endswith("stem.0.main.conv.weight_quant.codes"))
+        weight = next(
+            t
+            for t in proto.graph.initializer
+            if t.name.endswith("stem.0.main.conv.weight_quant.codes")
+        )
         values = onnx.numpy_helper.to_array(weight).copy()
         values[0, 0, 1, 1] -= 1
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         return proto
 
     monkeypatch.setattr(lowering, "_export", off_by_one)
-    with pytest.raises(repfx.CheckError, match="ONNX Runtime does not compute what the model computes"):
+    with pytest.raises(
+        repfx.CheckError, match="ONNX Runtime does not compute what the model computes"
+    ):
         repfx.lower(quantized("tensorrt"), tmp_path / "model.onnx", example=pictures())
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""Opsets 13 to 17: the same numbers in the operators of the time, under the same names, or a word on what has no form."""
+"""Opsets 13 to 17: the same numbers in the operators of the time, under the same names, or a word
+on what has no form.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,19 @@ OLD = range(13, 18)
 
 
 class Everything(nn.Module):
-    """What changed between opset 13 and 18: axes, parts of shapes and of values, paddings, young operators."""
+    """What changed between opset 13 and 18: axes, parts of shapes and of values, paddings, young
+    operators.
+    """
 
     layers = 3
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.LayerNorm(8)
+        self.one, self.two, self.norm = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3),
+            nn.LayerNorm(8),
+        )
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +83,11 @@ def test_the_same_numbers_under_the_same_names(opset: int, written: onnx.ModelPr
             before, after = (session("onnxruntime", p, optimize)((x,))[0] for p in (written, found))
             assert torch.allclose(before, after, atol=1e-5), optimize
     kinds = {n.op_type for n in found.graph.node}
-    assert ("LayerNormalization" in kinds, "HardSwish" in kinds, "Mish" in kinds) == (opset >= 17, opset >= 14, False)
+    assert ("LayerNormalization" in kinds, "HardSwish" in kinds, "Mish" in kinds) == (
+        opset >= 17,
+        opset >= 14,
+        False,
+    )
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
@@ -90,15 +102,27 @@ def test_a_quantized_net_in_opset_13(target: str, tmp_path: Path) -> None:
         assert kernels(target, artifact.onnx).integers == Everything.layers
 
 
-def graph(kind: str, *constants: Any, shape: Any = (2, 3, 4, 5), outputs: int = 1, **attrs: Any) -> onnx.ModelProto:
-    """One operator of opset 18 on an input and constants; where a constant is a name, on a further input."""
-    tensors = [numpy_helper.from_array(c, f"c{i}") for i, c in enumerate(constants) if isinstance(c, np.ndarray)]
+def graph(
+    kind: str, *constants: Any, shape: Any = (2, 3, 4, 5), outputs: int = 1, **attrs: Any
+) -> onnx.ModelProto:
+    """One operator of opset 18 on an input and constants; where a constant is a name, on a further
+    input.
+    """
+    tensors = [
+        numpy_helper.from_array(c, f"c{i}")
+        for i, c in enumerate(constants)
+        if isinstance(c, np.ndarray)
+    ]
     inputs = [c if isinstance(c, str) else f"c{i}" for i, c in enumerate(constants)]
     infos = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
-    infos += [helper.make_tensor_value_info(i, TensorProto.INT64, [2]) for i in inputs if i == "more"]
+    infos += [
+        helper.make_tensor_value_info(i, TensorProto.INT64, [2]) for i in inputs if i == "more"
+    ]
     made = [f"y{i}" for i in range(outputs)]
     node = helper.make_node(kind, ["x", *inputs], made, name="op", **attrs)
-    draft = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info(m) for m in made], tensors)
+    draft = helper.make_graph(
+        [node], "g", infos, [helper.make_empty_tensor_value_info(m) for m in made], tensors
+    )
     model = helper.make_model(draft, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     return onnx.shape_inference.infer_shapes(model)
 
@@ -122,7 +146,9 @@ KEPT = {
     "its start": graph("Shape", end=1),
     "a reshape": graph("Reshape", ints(2, -1), allowzero=1),
     "a norm without a bias": graph("LayerNormalization", ONES, epsilon=0.1),
-    "a norm along two axes": graph("LayerNormalization", np.ones((4, 5), np.float32), np.ones((4, 5), np.float32), axis=2),
+    "a norm along two axes": graph(
+        "LayerNormalization", np.ones((4, 5), np.float32), np.ones((4, 5), np.float32), axis=2
+    ),
     "a resize": graph("Resize", "", np.array([1, 1, 2, 2], np.float32), mode="linear", antialias=0),
 }
 
@@ -133,17 +159,28 @@ def test_one_operator(kind: str, opset: int) -> None:
     found, x = rewritten(KEPT[kind], opset), torch.randn(2, 3, 4, 5)
     before, after = (session("onnxruntime", p)((x,)) for p in (KEPT[kind], found))
     assert len(before) == len(after)
-    assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in zip(before, after, strict=True))
+    assert all(
+        a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(before, after, strict=True)
+    )
 
 
-INNER = helper.make_graph([], "inner", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)])
+INNER = helper.make_graph(
+    [], "inner", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
+)
 REFUSED = {
-    "Col2Im came with opset 18 and has no form in opset 17 (op)": graph("Col2Im", ints(4, 4), ints(2, 2), shape=(1, 4, 9)),
-    "Resize with antialias=1 has no form": graph("Resize", "", np.ones(4, np.float32), mode="linear", antialias=1),
+    "Col2Im came with opset 18 and has no form in opset 17 (op)": graph(
+        "Col2Im", ints(4, 4), ints(2, 2), shape=(1, 4, 9)
+    ),
+    "Resize with antialias=1 has no form": graph(
+        "Resize", "", np.ones(4, np.float32), mode="linear", antialias=1
+    ),
     "Reshape with allowzero=1 has no form": graph("Reshape", ints(0, 5), allowzero=1, shape=(0, 5)),
     "ReduceMean whose input 1 is computed": graph("ReduceMean", "more"),
     "ReduceMean with noop_with_empty_axes=1": graph("ReduceMean", noop_with_empty_axes=1),
-    "Split of a dynamic dimension": graph("Split", axis=0, num_outputs=2, outputs=2, shape=("n", 3)),
+    "Split of a dynamic dimension": graph(
+        "Split", axis=0, num_outputs=2, outputs=2, shape=("n", 3)
+    ),
     "LayerNormalization with more than one output": graph("LayerNormalization", ONES, outputs=2),
     "If with a graph inside it": graph("If", then_branch=INNER, else_branch=INNER),
 }
@@ -162,7 +199,9 @@ def test_what_cannot_be_lowered_to_an_opset_leaves_no_file(tmp_path: Path) -> No
             return F.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2], align_corners=False)
 
     net, x = nn.Sequential(nn.Conv2d(3, 4, 1), Sample()).eval(), torch.randn(2, 3, 8, 8)
-    with pytest.raises(repfx.InputError, match="GridSample came with opset 16 and has no form in opset 13"):
+    with pytest.raises(
+        repfx.InputError, match="GridSample came with opset 16 and has no form in opset 13"
+    ):
         repfx.lower(net, tmp_path / "13.onnx", example=x, opset=13)
     assert not list(tmp_path.iterdir())
 
@@ -174,4 +213,13 @@ def test_the_file_format_is_that_of_the_opset() -> None:
         model.opset_import[0].version = opset
         older.to_opset(model, opset)
         found[opset] = model.ir_version
-    assert found == {13: 7, 14: 7, **dict.fromkeys(range(15, 19), 8), 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+    assert found == {
+        13: 7,
+        14: 7,
+        **dict.fromkeys(range(15, 19), 8),
+        19: 9,
+        20: 9,
+        21: 10,
+        22: 10,
+        23: 11,
+    }

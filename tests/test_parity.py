@@ -1,4 +1,6 @@
-"""Parity: a wrong file is found whatever stands beside what is wrong, a right one is not refused for ties or infinities."""
+"""Parity: a wrong file is found whatever stands beside what is wrong, a right one is not refused
+for ties or infinities.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def test_outputs_are_judged_one_by_one() -> None:
     assert found.relative == pytest.approx(0.8 / 0.9)
     assert found.sqnr == pytest.approx(difference(scores, scores.flip(0)).sqnr)
     assert difference((boxes, scores), (boxes, scores)) == Difference(0, 0, INF)
-    assert difference([], []) == difference(torch.zeros(0, 4), torch.zeros(0, 4)) == Difference(0, 0, INF)
+    assert (
+        difference([], [])
+        == difference(torch.zeros(0, 4), torch.zeros(0, 4))
+        == Difference(0, 0, INF)
+    )
 
 
 def test_integers_are_right_or_wrong() -> None:
@@ -62,7 +68,9 @@ def test_integers_are_right_or_wrong() -> None:
 def test_equal_infinities_are_equal(want: list[float], got: list[float], relative: float) -> None:
     found = difference(torch.tensor(want), torch.tensor(got))
     assert found.relative == relative
-    assert found.sqnr == (INF if relative == 0 else pytest.approx(10 * math.log10(17)) if relative == 0.25 else -INF)
+    assert found.sqnr == (
+        INF if relative == 0 else pytest.approx(10 * math.log10(17)) if relative == 0.25 else -INF
+    )
 
 
 def test_verify_names_the_wrong_output() -> None:
@@ -81,11 +89,16 @@ def test_verify_names_the_wrong_output() -> None:
 
 
 class Detector(nn.Module):
-    """Boxes in pixels, scores in 0..1 and the best place; torch's exporter drops the pool's divisor without a word."""
+    """Boxes in pixels, scores in 0..1 and the best place; torch's exporter drops the pool's divisor
+    without a word.
+    """
 
     def __init__(self, divisor: int | None) -> None:
         super().__init__()
-        self.stem, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(2, 2, divisor_override=divisor)
+        self.stem, self.pool = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.AvgPool2d(2, 2, divisor_override=divisor),
+        )
         self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +155,9 @@ def test_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_counts_as_wrong() -> None:
     same = Difference(0, 0, INF)
 
-    def agrees(*outputs: Difference, errors: tuple[float, ...] = (), **quantizers: CodeDifference) -> bool:
+    def agrees(
+        *outputs: Difference, errors: tuple[float, ...] = (), **quantizers: CodeDifference
+    ) -> bool:
         return Parity(same, outputs, quantizers, errors=errors).agrees
 
     def indices(different: int, entries: int) -> Difference:
@@ -152,17 +167,31 @@ def test_what_counts_as_wrong() -> None:
     assert not agrees(indices(1, 1)) and not agrees(indices(2, 2)) and not agrees(indices(11, 1000))
     loud = Difference(1, 1e-4, 80)
     assert agrees(loud, same, errors=(2e-5, 0.0)) and not agrees(same, loud, errors=(2e-5, 0.0))
-    assert agrees(q=CodeDifference(100, 100, 1)) and not agrees(q=CodeDifference(1_000_000, 1, 1, wrong=1))
-    found = Parity(same, (same, loud), {"a": CodeDifference(9, 3, 1, 1), "b": CodeDifference(9, 3, 1)})
-    assert found.wrong == ("1 of 9 codes of a, by up to 1", "output 1: max abs 1, relative 0.0001, SQNR 80.0 dB")
+    assert agrees(q=CodeDifference(100, 100, 1)) and not agrees(
+        q=CodeDifference(1_000_000, 1, 1, wrong=1)
+    )
+    found = Parity(
+        same, (same, loud), {"a": CodeDifference(9, 3, 1, 1), "b": CodeDifference(9, 3, 1)}
+    )
+    assert found.wrong == (
+        "1 of 9 codes of a, by up to 1",
+        "output 1: max abs 1, relative 0.0001, SQNR 80.0 dB",
+    )
     assert str(found).startswith(
-        "6 of 18 codes differ on equal inputs, 1 of them by more than rounding; end to end max abs 0"
+        "6 of 18 codes differ on equal inputs, 1 of them by more than rounding; end to end "
+        "max abs 0"
     )
 
 
 def test_codes_that_only_a_session_showing_them_gets_wrong() -> None:
-    """OpenVINO may choose other kernels for a file whose codes are outputs; what is deployed gives what torch gives."""
-    codes, near, far = {"a": CodeDifference(2048, 8, 12, 8)}, Difference(1e-7, 1e-7, 140), Difference(0.1, 0.01, 40)
+    """OpenVINO may choose other kernels for a file whose codes are outputs; what is deployed gives
+    what torch gives.
+    """
+    codes, near, far = (
+        {"a": CodeDifference(2048, 8, 12, 8)},
+        Difference(1e-7, 1e-7, 140),
+        Difference(0.1, 0.01, 40),
+    )
     assert Parity(near, (far,), codes, optimized=True).agrees
     assert not Parity(near, (far,), codes).agrees
     assert not Parity(far, (near,), codes, optimized=True).agrees
@@ -170,7 +199,9 @@ def test_codes_that_only_a_session_showing_them_gets_wrong() -> None:
 
 
 class Averages(nn.Module):
-    """Averages of four values: over 0.3 of their step, every sixth lies between two codes but for the last bit."""
+    """Averages of four values: over 0.3 of their step, every sixth lies between two codes but for
+    the last bit.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,14 +214,18 @@ class Averages(nn.Module):
 def between_codes(tmp_path: Path) -> tuple[nn.Module, Tensor, onnx.ModelProto]:
     x = pictures(32, 2)
     model = int8(Averages(), x)
-    model.get_submodule("head.input_quant").set_scale(model.get_submodule("mean.input_quant").scale * 0.3)
+    model.get_submodule("head.input_quant").set_scale(
+        model.get_submodule("mean.input_quant").scale * 0.3
+    )
     return model, x, onnx.load(repfx.lower(model, tmp_path / "model.onnx", example=x).onnx)
 
 
 def after_average(proto: onnx.ModelProto, operator: str, value: float) -> onnx.ModelProto:
     """The file with one more operator after its average."""
     (mean,) = [n for n in proto.graph.node if n.op_type == "ReduceMean"]
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(value).numpy(), "nudge"))
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(torch.tensor(value).numpy(), "nudge")
+    )
     after = onnx.helper.make_node(operator, ["average", "nudge"], [mean.output[0]])
     mean.output[0] = "average"
     proto.graph.node.insert([*proto.graph.node].index(mean) + 1, after)
@@ -199,9 +234,16 @@ def after_average(proto: onnx.ModelProto, operator: str, value: float) -> onnx.M
 
 def test_many_ties_are_no_error(tmp_path: Path) -> None:
     model, x, proto = between_codes(tmp_path)
-    found = compare(model, after_average(proto, "Mul", 1 + 2**-22), (x,))  # as if it added in another order
+    found = compare(
+        model, after_average(proto, "Mul", 1 + 2**-22), (x,)
+    )  # as if it added in another order
     ties = found.quantizers["head.input_quant"]
-    assert found.agrees and ties.different > 0.03 * ties.codes and ties.largest == 1 and ties.wrong == 0
+    assert (
+        found.agrees
+        and ties.different > 0.03 * ties.codes
+        and ties.largest == 1
+        and ties.wrong == 0
+    )
     assert ", all ties; " in str(found)
 
 
@@ -218,7 +260,11 @@ def test_one_code_that_is_no_tie_is_one_too_many(tmp_path: Path) -> None:
         if wrong.different:
             break
     assert 1 <= wrong.different == wrong.wrong < 1e-3 * wrong.codes and wrong.largest == 1
-    assert not found.agrees and found.wrong[0] == f"{wrong.wrong} of {wrong.codes} codes of mean.input_quant, by up to 1"
+    assert (
+        not found.agrees
+        and found.wrong[0]
+        == f"{wrong.wrong} of {wrong.codes} codes of mean.input_quant, by up to 1"
+    )
 
 
 class Block(nn.Module):
@@ -231,11 +277,18 @@ class Block(nn.Module):
 
 
 class Repeated(nn.Module):
-    """Calls one block several times, in a forward that cannot be traced; `twice`: also on one value."""
+    """Calls one block several times, in a forward that cannot be traced; `twice`: also on one
+    value.
+    """
 
     def __init__(self, times: int, twice: bool) -> None:
         super().__init__()
-        self.block, self.stem, self.times, self.twice = Block(8), nn.Conv2d(3, 8, 3, padding=1), times, twice
+        self.block, self.stem, self.times, self.twice = (
+            Block(8),
+            nn.Conv2d(3, 8, 3, padding=1),
+            times,
+            twice,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.stem(x))
@@ -260,7 +313,11 @@ def test_every_call_of_a_quantizer_is_compared(twice: bool, tmp_path: Path) -> N
     assert parity.codes == 2 * calls * 4 * 8 * 32 * 32
     assert parity.forced.relative < 1e-6
     proto = onnx.load(tmp_path / "model.onnx")
-    named = [n.output[0] for n in proto.graph.node if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]]
+    named = [
+        n.output[0]
+        for n in proto.graph.node
+        if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]
+    ]
     assert named[:2] == ["block.one.input_quant.codes", "block.one.input_quant.codes_1"]
     assert len(named) == (5 if twice else 4)
 
@@ -269,7 +326,9 @@ def test_one_wrong_call_of_many(tmp_path: Path) -> None:
     x = pictures(4, 32)
     model = int8(Repeated(4, False), x)
     proto = onnx.load(repfx.lower(model, tmp_path / "model.onnx", example=x).onnx)
-    third = [n for n in proto.graph.node if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]][2]
+    third = [
+        n for n in proto.graph.node if n.op_type == "QuantizeLinear" and "block.one" in n.output[0]
+    ][2]
     scale = next(t for t in proto.graph.initializer if t.name == third.input[1])
     other = onnx.numpy_helper.from_array(1.05 * onnx.numpy_helper.to_array(scale), "other")
     proto.graph.initializer.append(other)
@@ -277,14 +336,17 @@ def test_one_wrong_call_of_many(tmp_path: Path) -> None:
     found = compare(model, proto, (x,))
     assert not found.agrees
     assert [w.partition(" codes of ")[2] for w in found.wrong if "codes" in w] == [
-        f"block.one.input_quant, call 3, by up to {found.quantizers['block.one.input_quant, call 3'].largest}"
+        "block.one.input_quant, call 3, by up to "
+        f"{found.quantizers['block.one.input_quant, call 3'].largest}"
     ]
 
 
 @pytest.mark.parametrize("opset", [20, 21, 23])
 def test_int8_behind_a_pool_loads_in_every_opset(opset: int, tmp_path: Path) -> None:
     x = pictures()
-    model = int8(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)), x)
+    model = int8(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)), x
+    )
     assert repfx.lower(model, tmp_path / "model.onnx", example=x, opset=opset).parity.agrees
 
 
@@ -296,7 +358,10 @@ def test_what_a_runtime_says_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(parity, "session", lambda *_, **__: fails)
     model = repfx.transform(nn.Conv2d(3, 4, 1).eval(), ["fuse"], example=pictures())
-    with pytest.raises(repfx.CheckError, match=r"^onnxruntime does not run the file: \S+ : 1 : FAIL : no such kernel$"):
+    with pytest.raises(
+        repfx.CheckError,
+        match=r"^onnxruntime does not run the file: \S+ : 1 : FAIL : no such kernel$",
+    ):
         repfx.lower(model, tmp_path / "model.onnx", example=pictures())
 
 
@@ -312,4 +377,7 @@ def test_masked_outputs(tmp_path: Path) -> None:
 
     for value in (-INF, NAN):
         model = repfx.transform(Masked(value).eval(), ["fuse"], example=pictures())
-        assert repfx.lower(model, tmp_path / "model.onnx", example=pictures()).parity.output.relative < 1e-5
+        assert (
+            repfx.lower(model, tmp_path / "model.onnx", example=pictures()).parity.output.relative
+            < 1e-5
+        )

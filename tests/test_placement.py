@@ -1,4 +1,6 @@
-"""Where quantizers stand: every layer of a stretch in integers in the runtime that a file is made for."""
+"""Where quantizers stand: every layer of a stretch in integers in the runtime that a file is made
+for.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ from repfx.quant import FakeQuant
 from repfx.testing import randomise
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, act: type[nn.Module] = nn.ReLU) -> nn.Module:
+def conv(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, act: type[nn.Module] = nn.ReLU
+) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), act()
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        act(),
     )
 
 
@@ -61,7 +67,9 @@ class Split(Ended):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = conv(8, 8, 1, act=nn.SiLU), conv(16, 8, 1, act=nn.SiLU)
-        self.steps = nn.ModuleList(nn.Sequential(conv(4, 4, act=nn.SiLU), conv(4, 4, act=nn.SiLU)) for _ in range(2))
+        self.steps = nn.ModuleList(
+            nn.Sequential(conv(4, 4, act=nn.SiLU), conv(4, 4, act=nn.SiLU)) for _ in range(2)
+        )
 
     def body(self, x: Tensor) -> Tensor:
         y = list(self.first(x).chunk(2, 1))
@@ -87,7 +95,9 @@ class Gate(Ended):
 
 
 class Clip(Ended):
-    """Activations with ends on both sides of zero, and one that only exported programs call by this name."""
+    """Activations with ends on both sides of zero, and one that only exported programs call by this
+    name.
+    """
 
     layers = 4
 
@@ -107,7 +117,8 @@ class Dense(Ended):
     def __init__(self) -> None:
         super().__init__()
         self.steps = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1, bias=False)) for n in (8, 12, 16)
+            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1, bias=False))
+            for n in (8, 12, 16)
         )
 
     def body(self, x: Tensor) -> Tensor:
@@ -167,7 +178,9 @@ def test_the_lint_finds_nothing(kind: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("kind", NETS)
-def test_training_and_calibration_quantize_the_same_places(kind: Any, target: str, tmp_path: Path) -> None:
+def test_training_and_calibration_quantize_the_same_places(
+    kind: Any, target: str, tmp_path: Path
+) -> None:
     _, ready, x = made(kind, target)
     _, trained, _ = made(kind, target, "repq(bn=frozen)")
     assert _places(ready) == _places(trained)
@@ -183,7 +196,12 @@ def test_what_moves_integers_changes_none(target: str) -> None:
         _, model, x = made(kind, target)
         repfx.calibrate(model, [x], method="mse")
         calls = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
-        acts = [c for c in calls if isinstance(model.get_submodule(c), FakeQuant) and not model.get_submodule(c).of_weight]
+        acts = [
+            c
+            for c in calls
+            if isinstance(model.get_submodule(c), FakeQuant)
+            and not model.get_submodule(c).of_weight
+        ]
         assert (len(acts) > len(set(acts))) == (target == "onnxruntime")
         again = {c for c in acts if acts.count(c) > 1}
         changed: list[bool] = []
@@ -192,7 +210,11 @@ def test_what_moves_integers_changes_none(target: str) -> None:
         def watch(name: str, changed: list[bool] = changed, seen: set[str] = seen) -> Any:
             def hook(m: FakeQuant, inputs: tuple[Tensor], y: Tensor) -> None:
                 if name in seen:
-                    changed.append(not torch.allclose(inputs[0], y, rtol=0, atol=1e-6 * float(y.detach().abs().max())))
+                    changed.append(
+                        not torch.allclose(
+                            inputs[0], y, rtol=0, atol=1e-6 * float(y.detach().abs().max())
+                        )
+                    )
                 seen.add(name)
 
             return hook
@@ -205,19 +227,28 @@ def test_what_moves_integers_changes_none(target: str) -> None:
 
 @pytest.mark.parametrize("kind", [Fire, Split, Dense, Neck])
 def test_joins_stand_between_integers(kind: Any) -> None:
-    """For operators from integers to integers what goes into joins is rounded, and what comes out."""
+    """For operators from integers to integers what goes into joins is rounded, and what comes
+    out."""
     _, model, _ = made(kind, "onnxruntime")
-    joins = [n for n in model.graph.nodes if n.target in (torch.cat, torch.add, operator.add, torch.mul)]
+    joins = [
+        n for n in model.graph.nodes if n.target in (torch.cat, torch.add, operator.add, torch.mul)
+    ]
     assert joins
     for join in joins:
         assert all(_rounds(model, n) for n in join.all_input_nodes), join
-        after = [join] if len(join.users) > 1 else [join, *join.users]  # or a ReLU that rounding does as well
+        after = (
+            [join] if len(join.users) > 1 else [join, *join.users]
+        )  # or a ReLU that rounding does as well
         assert any(all(_rounds(model, u) for u in n.users) for n in after), join
 
 
-@pytest.mark.parametrize(("kind", "inputs", "whole"), [(Fire, 0, 2), (Split, 0, 1), (Dense, 6, 2), (Neck, 0, 1)])
+@pytest.mark.parametrize(
+    ("kind", "inputs", "whole"), [(Fire, 0, 2), (Split, 0, 1), (Dense, 6, 2), (Neck, 0, 1)]
+)
 def test_a_concatenation_is_rounded_once(kind: Any, inputs: int, whole: int) -> None:
-    """In OpenVINO, which moves that to what goes in: itself where a layer reads it, else what goes in, as before a norm."""
+    """In OpenVINO, which moves that to what goes in: itself where a layer reads it, else what goes
+    in, as before a norm.
+    """
     _, model, _ = made(kind, "openvino")
     joins = [n for n in model.graph.nodes if n.target is torch.cat]
     readers = [u for n in joins for u in n.users]
@@ -231,8 +262,8 @@ def _rounds(model: Any, node: Any) -> bool:
 
 
 class Ways(nn.Module):
-    """Concatenations: one that the model gives, one that a layer reads, one that both do, through another, and one of what
-    no layer made."""
+    """Concatenations: one that the model gives, one that a layer reads, one that both do, through
+    another, and one of what no layer made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +274,13 @@ class Ways(nn.Module):
         read, given = torch.cat([a, b], 1), torch.cat([b, a], 1)
         both = torch.cat([torch.abs(a), b], 1)
         inputs = torch.cat([torch.tanh(x), x, x[:, :2]], 1)
-        return self.c(torch.selu(read)), given, self.c(both), torch.cat([both, both], 1), self.c(inputs)
+        return (
+            self.c(torch.selu(read)),
+            given,
+            self.c(both),
+            torch.cat([both, both], 1),
+            self.c(inputs),
+        )
 
 
 @pytest.mark.parametrize("passes", ["ptq", "repq(bn=frozen)"])
@@ -267,9 +304,13 @@ def test_a_product_reads_what_is_rounded_for_another() -> None:
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
 def test_what_a_dropout_gives_in_training_is_what_is_rounded(target: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3))
-    model: Any = repfx.transform(net.eval(), ["repq(bn=frozen)"], example=torch.randn(2, 3, 9, 9), target=target)
+    model: Any = repfx.transform(
+        net.eval(), ["repq(bn=frozen)"], example=torch.randn(2, 3, 9, 9), target=target
+    )
     (dropout,) = [n for n in model.graph.nodes if n.target == "2"]
-    assert all(_rounds(model, n) for n in dropout.users) and not _rounds(model, dropout.all_input_nodes[0])
+    assert all(_rounds(model, n) for n in dropout.users) and not _rounds(
+        model, dropout.all_input_nodes[0]
+    )
 
 
 ZEROS = [(Dense, "onnxruntime", {0, 128}), (Dense, "openvino", {0}), (Dense, "tensorrt", {0})]
@@ -277,7 +318,9 @@ ZEROS += [(Split, "onnxruntime", {0, 128}), (Split, "openvino", {0, 128}), (Spli
 
 
 @pytest.mark.parametrize(("kind", "target", "zeros"), ZEROS)
-def test_codes_of_signed_values_are_what_the_kernels_take(kind: Any, target: str, zeros: set[int], tmp_path: Path) -> None:
+def test_codes_of_signed_values_are_what_the_kernels_take(
+    kind: Any, target: str, zeros: set[int], tmp_path: Path
+) -> None:
     """Around 128 in ONNX Runtime, and in OpenVINO where they are a concatenation's."""
     import onnx
 
@@ -299,7 +342,9 @@ def sum_of(pieces: tuple[Tensor, ...]) -> Tensor:
 
 
 class Pieces(nn.Module):
-    """Halves of one value: both read by layers, one of them by something else as well, or one alone."""
+    """Halves of one value: both read by layers, one of them by something else as well, or one
+    alone.
+    """
 
     def __init__(self, all_read: bool, how: str = "chunk") -> None:
         super().__init__()
@@ -321,7 +366,9 @@ class Pieces(nn.Module):
 @pytest.mark.parametrize("passes", ["ptq", "repq(bn=frozen)"])
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
 @pytest.mark.parametrize("all_read", [True, False])
-def test_a_quantizer_goes_before_what_moves_values(all_read: bool, target: str, passes: str, tmp_path: Path) -> None:
+def test_a_quantizer_goes_before_what_moves_values(
+    all_read: bool, target: str, passes: str, tmp_path: Path
+) -> None:
     net, x = Pieces(all_read).eval(), torch.randn(2, 3, 8, 8)
     model: Any = repfx.transform(net, [passes], example=x, target=target)
     if passes == "ptq":
@@ -331,7 +378,11 @@ def test_a_quantizer_goes_before_what_moves_values(all_read: bool, target: str, 
         model = repfx.transform(model.eval(), ["fuse"], example=x, target=target)
     (chunk,) = [n for n in model.graph.nodes if n.target == "chunk"]
     assert _rounds(model, chunk.all_input_nodes[0]) == all_read
-    acts = [n for n in model.graph.nodes if _rounds(model, n) and not model.get_submodule(str(n.target)).of_weight]
+    acts = [
+        n
+        for n in model.graph.nodes
+        if _rounds(model, n) and not model.get_submodule(str(n.target)).of_weight
+    ]
     assert len(acts) == (2 if all_read else 3)
     assert repfx.verify(net, model, x).sqnr > 25
     assert repfx.lower(model, tmp_path / "m.onnx", example=x, target=target).parity.agrees
@@ -349,7 +400,9 @@ def test_a_quantizer_stays_after_what_does_not_move_all_values(how: str) -> None
 def test_only_what_moves_values_takes_their_quantizer(mode: str, shared: bool) -> None:
     class Resize(Neck):
         def body(self, x: Tensor) -> Tensor:
-            return self.up(torch.cat([x, F.interpolate(self.deep(self.down(x)), None, 2.0, mode)], 1))[:, :8]
+            return self.up(
+                torch.cat([x, F.interpolate(self.deep(self.down(x)), None, 2.0, mode)], 1)
+            )[:, :8]
 
     _, model, _ = made(Resize, "onnxruntime")
     (resize,) = [n for n in model.graph.nodes if n.target is F.interpolate]
@@ -358,12 +411,18 @@ def test_only_what_moves_values_takes_their_quantizer(mode: str, shared: bool) -
 
 
 def test_outputs_of_the_model_stay_as_they_are(tmp_path: Path) -> None:
-    """A map that the model gives is not rounded, whoever else reads it, so the layer that makes it runs in float."""
+    """A map that the model gives is not rounded, whoever else reads it, so the layer that makes it
+    runs in float.
+    """
 
     class Maps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two, self.three = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+            self.one, self.two, self.three = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 4, 3),
+                nn.Conv2d(4, 2, 1),
+            )
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             y = torch.relu(self.two(torch.relu(self.one(x))))
@@ -373,9 +432,13 @@ def test_outputs_of_the_model_stay_as_they_are(tmp_path: Path) -> None:
     model = repfx.transform(net, ["ptq"], example=x, target="onnxruntime")
     repfx.calibrate(model, [x])
     assert all(t.unique().numel() > 300 for t in model(x))  # 256 codes would be fewer
-    found = kernels("onnxruntime", repfx.lower(model, tmp_path / "m.onnx", example=x, target="onnxruntime").onnx)
+    found = kernels(
+        "onnxruntime", repfx.lower(model, tmp_path / "m.onnx", example=x, target="onnxruntime").onnx
+    )
     assert (found.integers, len(found.floats)) == (1, 2)
-    assert str(found).startswith("1 of 3 layers run in integers, ") and str(found).endswith(" in float")
+    assert str(found).startswith("1 of 3 layers run in integers, ") and str(found).endswith(
+        " in float"
+    )
 
 
 def test_swish_is_written_out_where_its_parts_run_in_integers() -> None:
@@ -385,7 +448,9 @@ def test_swish_is_written_out_where_its_parts_run_in_integers() -> None:
         names = {}
         for target in ("onnxruntime", "tensorrt"):
             model = repfx.transform(net, ["ptq"], example=x, target=target)
-            names[target] = {getattr(n.target, "__name__", str(n.target)) for n in model.graph.nodes}
+            names[target] = {
+                getattr(n.target, "__name__", str(n.target)) for n in model.graph.nodes
+            }
             repfx.calibrate(model, [x])
             assert repfx.verify(net, model, x).sqnr > 25
         assert "sigmoid" in names["onnxruntime"] and "1" not in names["onnxruntime"]
@@ -435,7 +500,9 @@ def _in(runtime: str, path: Path) -> nn.Module:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_what_is_learned_about_chunks_and_joins(target: str, tmp_path: Path) -> None:
-    """Ranges, bias correction, learning and sensitivity, in ONNX Runtime with quantizers that are called twice."""
+    """Ranges, bias correction, learning and sensitivity, in ONNX Runtime with quantizers that are
+    called twice.
+    """
     pictures, found = torch.randn(128, 3, 16, 16), {}
     for name in ("ranges", "bias", "learned"):
         net, model, x = made(Split, target, "ptq(weights=mse)")

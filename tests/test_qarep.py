@@ -1,4 +1,6 @@
-"""qarep: every variant computes what the block did, keeps its norms where the paper has them, and still merges to one."""
+"""qarep: every variant computes what the block did, keeps its norms where the paper has them, and
+still merges to one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ X = torch.randn(2, 8, 9, 12, dtype=torch.float64, generator=torch.Generator().ma
 
 def net(shape: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return randomise(nn.Sequential(RepVGG(*SHAPES[shape]), nn.ReLU()).double().eval()), X[:, : SHAPES[shape][0]]
+    return randomise(nn.Sequential(RepVGG(*SHAPES[shape]), nn.ReLU()).double().eval()), X[
+        :, : SHAPES[shape][0]
+    ]
 
 
 def count(model: nn.Module, kind: type) -> int:
@@ -51,7 +55,9 @@ def test_trained_weights_are_kept_exactly(variant: str, shape: str) -> None:
 
 
 def test_the_post_norm_has_the_statistics_that_the_branches_imply() -> None:
-    """Where the branches' inputs are white and their norms have seen them, the post norm sees mean 0 and variance 1."""
+    """Where the branches' inputs are white and their norms have seen them, the post norm sees mean
+    0 and variance 1.
+    """
     model = nn.Sequential(RepVGG(8, 8, 3, padding=1), nn.ReLU()).train()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -65,7 +71,9 @@ def test_the_post_norm_has_the_statistics_that_the_branches_imply() -> None:
     result(torch.randn(64, 8, 12, 12))
     mean, std = seen[0].mean((0, 2, 3)), seen[0].std((0, 2, 3))
     assert float((mean - post.running_mean).abs().max()) < 0.15
-    assert float((std / post.running_var.sqrt() - 1).abs().max()) < 0.5  # branches are not independent
+    assert (
+        float((std / post.running_var.sqrt() - 1).abs().max()) < 0.5
+    )  # branches are not independent
 
 
 def test_an_identity_without_a_1x1_branch_gets_one() -> None:
@@ -96,24 +104,35 @@ def test_what_is_left_alone_and_bad_options() -> None:
         assert not result.meta["repfx"].results[0].inserted
         assert "no sum of a kxk branch" in result.meta["repfx"].declined[0].reason
         assert set(result.state_dict()) == set(model.state_dict())
-    with pytest.raises(repfx.InputError, match=r"unknown variant 'S9'; choose one of: BN excl\. Id"):
+    with pytest.raises(
+        repfx.InputError, match=r"unknown variant 'S9'; choose one of: BN excl\. Id"
+    ):
         repfx.transform(net("same")[0], ["qarep(variant=S9)"])
     fresh = repfx.transform(net("same")[0], ["qarep(init=reset)"])
-    assert all(float(m.weight.detach().std()) == 0 for m in fresh.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(
+        float(m.weight.detach().std()) == 0
+        for m in fresh.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 def test_shared_groups_that_differ_are_declined() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1, groups=2, bias=False)
+            self.a, self.b = (
+                nn.Conv2d(4, 4, 3, padding=1, bias=False),
+                nn.Conv2d(4, 4, 1, groups=2, bias=False),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.relu(self.a(x) + self.b(x))
 
     model = Mixed().double().eval()
     result = repfx.transform(model, ["qarep"], example=X[:, :4])
-    assert [d.reason for d in result.meta["repfx"].declined] == ["its branches have different groups"]
+    assert [d.reason for d in result.meta["repfx"].declined] == [
+        "its branches have different groups"
+    ]
     assert_same(model, result, X[:, :4], 1e-12)
 
 
@@ -122,12 +141,18 @@ def test_the_custom_decay_and_its_repair() -> None:
     custom, repaired = CustomL2.of(model, x), CustomL2.of(model, x, denominator=False)
     block = model[0]
     k3, k1 = block.main.conv.weight, custom.blocks[0][2].weight
-    t3, t1 = (n.weight * torch.rsqrt(n.running_var + n.eps) for n in (custom.blocks[0][1], custom.blocks[0][3]))
+    t3, t1 = (
+        n.weight * torch.rsqrt(n.running_var + n.eps)
+        for n in (custom.blocks[0][1], custom.blocks[0][3])
+    )
     want, ring = 0.0, torch.ones(3, 3, dtype=k3.dtype)
     ring[1, 1] = 0
     for o in range(4):
         want += float((k3[o] * ring).square().sum())
-        want += float((k3[o, :, 1, 1] * t3[o] + k1[o, :, 0, 0] * t1[o]).square().sum() / (t3[o] ** 2 + t1[o] ** 2))
+        want += float(
+            (k3[o, :, 1, 1] * t3[o] + k1[o, :, 0, 0] * t1[o]).square().sum()
+            / (t3[o] ** 2 + t1[o] ** 2)
+        )
     assert abs(float(custom.penalty().detach()) - want) < 1e-9
     for penalty in (custom, repaired):
         model.zero_grad()

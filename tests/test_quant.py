@@ -26,7 +26,9 @@ def error(v: Tensor, scale: Tensor, grid: Grid, power: float) -> float:
     return float((grid.quantize(v, scale) - v).abs().pow(power).sum())
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(8, signed=False), Grid(2), Grid(8, full=True)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(8), Grid(4), Grid(8, signed=False), Grid(2), Grid(8, full=True)], ids=str
+)
 def test_codes_stay_in_range_and_quantizing_is_idempotent(grid: Grid) -> None:
     v, scale = torch.randn(1000) * 3, torch.tensor(0.037)
     codes = grid.codes(v, scale)
@@ -45,20 +47,31 @@ def test_the_straight_through_gradient_is_one_inside_and_zero_outside() -> None:
 
 
 def test_ties_round_to_even() -> None:
-    assert Grid(8).codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0)).tolist() == [0, 2, 2, 0]
+    assert Grid(8).codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0)).tolist() == [
+        0,
+        2,
+        2,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("bits", [16, 10, 8, 6, 4])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("method", "power"), POWERS.items())
-def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, signed: bool, bits: int) -> None:
-    """The histogram's choice has at most 1 % more error than the best of 2000 scales tried on the values themselves."""
+def test_streamed_ranges_are_as_good_as_exact_ones(
+    method: str, power: float, signed: bool, bits: int
+) -> None:
+    """The histogram's choice has at most 1 % more error than the best of 2000 scales tried on the
+    values themselves.
+    """
     generator = torch.Generator().manual_seed(bits)
     grid = Grid(bits, signed)
     v = torch.randn(40000, generator=generator) * torch.rand(40000, generator=generator)
     v = v if signed else v.relu()
     observer = Observer(grid)
-    for part in v[v.abs().argsort()].split([100, 1000, 8900, 30000]):  # growing, so that the histogram widens often
+    for part in v[v.abs().argsort()].split(
+        [100, 1000, 8900, 30000]
+    ):  # growing, so that the histogram widens often
         observer.see(part)
     top = v.abs().max() / grid.high
     best = min(error(v, top * i / 2000, grid, power) for i in range(20, 2001, 4))
@@ -66,7 +79,9 @@ def test_streamed_ranges_are_as_good_as_exact_ones(method: str, power: float, si
     assert torch.isclose(observer.scale("max"), top)
     small = Observer(grid)
     small.see(v * 1e-25)
-    assert float(small.scale(method)) * 1e25 == pytest.approx(float(observer.scale(method)), rel=0.03)
+    assert float(small.scale(method)) * 1e25 == pytest.approx(
+        float(observer.scale(method)), rel=0.03
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -75,7 +90,9 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
     """Channels of different sizes, side by side in memory: the sample sees each of them alike."""
     generator = torch.Generator().manual_seed(channels)
     sizes = torch.arange(1, channels + 1) / channels
-    x = torch.randn(2**21 // (channels * 64), channels, 8, 8, generator=generator) * sizes.reshape(1, -1, 1, 1)
+    x = torch.randn(2**21 // (channels * 64), channels, 8, 8, generator=generator) * sizes.reshape(
+        1, -1, 1, 1
+    )
     sampled, whole = Observer(Grid(6)), Observer(Grid(6))
     sampled.see(x.to(memory_format=torch.channels_last))
     for part in x.split((LARGE - 1) // (channels * 64)):
@@ -96,11 +113,16 @@ def test_a_sample_of_a_large_tensor_stands_for_all_of_it(method: str, channels: 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("method", ["percentile", "mse", "mae"])
 def test_the_tail_of_a_large_tensor_is_counted(method: str, signed: bool) -> None:
-    """A sample would miss large values, or count one of them for many; here channels and pictures differ as well."""
+    """A sample would miss large values, or count one of them for many; here channels and pictures
+    differ as well.
+    """
     torch.manual_seed(0)
     shape, grid = (30, 24, 40, 41), Grid(8, signed)
     sizes = torch.exp(torch.randn(1, 24, 1, 1))
-    batches = [torch.randn(shape) / torch.rand(shape).sqrt() * sizes * torch.exp(torch.randn(30, 1, 1, 1)) for _ in "abc"]
+    batches = [
+        torch.randn(shape) / torch.rand(shape).sqrt() * sizes * torch.exp(torch.randn(30, 1, 1, 1))
+        for _ in "abc"
+    ]
     counted, exact = Observer(grid), Observer(grid)
     for x in batches:
         x = -x.abs() if signed and x is batches[0] else x
@@ -110,17 +132,23 @@ def test_the_tail_of_a_large_tensor_is_counted(method: str, signed: bool) -> Non
             exact.see(picture)
     assert counted.histogram is not None and exact.histogram is not None
     assert float(counted.scale("max")) == float(exact.scale("max"))
-    assert float(counted.histogram.counts().sum()) == pytest.approx(float(exact.histogram.counts().sum()), rel=0.01)
+    assert float(counted.histogram.counts().sum()) == pytest.approx(
+        float(exact.histogram.counts().sum()), rel=0.01
+    )
     if method == "percentile":
         assert float(counted.scale(method)) == pytest.approx(float(exact.scale(method)), rel=0.01)
     else:
-        all_of = [sum(error(x, o.scale(method), grid, POWERS[method]) for x in batches) for o in (counted, exact)]
+        all_of = [
+            sum(error(x, o.scale(method), grid, POWERS[method]) for x in batches)
+            for o in (counted, exact)
+        ]
         assert all_of[0] <= 1.02 * all_of[1]
 
 
 @pytest.mark.parametrize("pictures", [4, 8])
 def test_large_values_at_one_place_of_every_picture_are_counted(pictures: int) -> None:
-    """As in a token of a transformer. Blocks that find it in several pictures would count it once."""
+    """As in a token of a transformer. Blocks that find it in several pictures would count it
+    once."""
     torch.manual_seed(0)
     observer, large = Observer(Grid(8)), 0
     for _ in range(4):
@@ -130,7 +158,9 @@ def test_large_values_at_one_place_of_every_picture_are_counted(pictures: int) -
         large += int((x > 90).sum())
     assert observer.histogram is not None
     counts = observer.histogram.counts()
-    assert float(counts[int(90 / observer.histogram.limit * len(counts)) :].sum()) == pytest.approx(large, rel=0.35)
+    assert float(counts[int(90 / observer.histogram.limit * len(counts)) :].sum()) == pytest.approx(
+        large, rel=0.35
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -144,14 +174,20 @@ def test_pictures_may_differ_in_size(method: str, bits: int) -> None:
         sampled.see(x)
         for part in x.flatten().split(LARGE - 1):
             whole.see(part)
-    errors = [sum(error(x, o.scale(method), Grid(bits), POWERS[method]) for x in batches) for o in (sampled, whole)]
+    errors = [
+        sum(error(x, o.scale(method), Grid(bits), POWERS[method]) for x in batches)
+        for o in (sampled, whole)
+    ]
     assert errors[0] <= 1.2 * errors[1]
 
 
 def test_the_best_range_may_be_a_small_share_of_the_largest_value() -> None:
     """Between coarse steps of the search, where all but one value would round to 0."""
     v = torch.cat(
-        [torch.randint(-3, 4, (50000,), generator=torch.Generator().manual_seed(0)).float(), torch.tensor([2000.0])]
+        [
+            torch.randint(-3, 4, (50000,), generator=torch.Generator().manual_seed(0)).float(),
+            torch.tensor([2000.0]),
+        ]
     )
     observer, grid = Observer(Grid(4)), Grid(4)
     observer.see(v)
@@ -162,18 +198,28 @@ def test_the_best_range_may_be_a_small_share_of_the_largest_value() -> None:
 @pytest.mark.parametrize("bits", [4, 8, 10])
 @pytest.mark.parametrize("outlier", [1e3, 1e4, 1e5, 1e7])
 def test_most_values_may_lie_in_the_first_bin(outlier: float, bits: int) -> None:
-    """Where they fill little of it, no clip does them good: to give up the outlier would be for nothing."""
-    v = torch.cat([torch.randn(40000, generator=torch.Generator().manual_seed(0)), torch.tensor([outlier])])
+    """Where they fill little of it, no clip does them good: to give up the outlier would be for
+    nothing.
+    """
+    v = torch.cat(
+        [torch.randn(40000, generator=torch.Generator().manual_seed(0)), torch.tensor([outlier])]
+    )
     for method, power in POWERS.items():
         observer, grid = Observer(Grid(bits)), Grid(bits)
         observer.see(v)
-        best = min(error(v, torch.tensor(outlier / grid.high * i / 256), grid, power) for i in range(1, 257, 5))
+        best = min(
+            error(v, torch.tensor(outlier / grid.high * i / 256), grid, power)
+            for i in range(1, 257, 5)
+        )
         assert error(v, observer.scale(method), grid, power) <= 1.02 * best
 
 
 @pytest.mark.parametrize("histogram", [True, False])
 def test_whole_numbers_are_values_too(histogram: bool) -> None:
-    for x in (torch.tensor([3, 200], dtype=torch.uint8), torch.full((3 * LARGE,), 200, dtype=torch.uint8)):
+    for x in (
+        torch.tensor([3, 200], dtype=torch.uint8),
+        torch.full((3 * LARGE,), 200, dtype=torch.uint8),
+    ):
         observer = Observer(Grid(8), histogram)
         observer.see(x)
         assert float(observer.scale("max")) * 127 == pytest.approx(200)
@@ -190,7 +236,9 @@ def test_a_large_channel_is_spread_over_the_blocks(pictures: int) -> None:
     counts = observer.histogram.counts()
     for size in (30, 100, 200, 300):
         above = counts[int(size / observer.histogram.limit * len(counts)) :].sum()
-        assert float(above) == pytest.approx(float((x.abs() > size).sum()), rel=0.15), size  # the body is a sample
+        assert float(above) == pytest.approx(float((x.abs() > size).sum()), rel=0.15), (
+            size
+        )  # the body is a sample
 
 
 def test_a_large_place_in_every_picture_is_spread_over_the_blocks() -> None:
@@ -204,7 +252,9 @@ def test_a_large_place_in_every_picture_is_spread_over_the_blocks() -> None:
 
 
 def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> None:
-    """Rows of different size, where a regular step would read some rows only; a small tensor beside a large one."""
+    """Rows of different size, where a regular step would read some rows only; a small tensor beside
+    a large one.
+    """
     torch.manual_seed(0)
     large = torch.randn(32, 64, 56, 56) * torch.linspace(0.3, 2, 56).reshape(-1, 1)
     for batches in ([large], [large[:8], large[:8, :, :14, :14] * 8, large[8:16]]):
@@ -214,7 +264,10 @@ def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> 
                 sampled.see(x)
                 for part in x.flatten().split(LARGE - 1):
                     whole.see(part)
-            errors = [sum(error(x, o.scale(method), Grid(4), POWERS[method]) for x in batches) for o in (sampled, whole)]
+            errors = [
+                sum(error(x, o.scale(method), Grid(4), POWERS[method]) for x in batches)
+                for o in (sampled, whole)
+            ]
             assert errors[0] <= 1.01 * errors[1]
 
 
@@ -223,14 +276,18 @@ def test_the_body_is_sampled_at_all_places_and_sizes_weigh_by_their_values() -> 
 def test_parts_of_a_tensor_are_values_too(size: int, histogram: bool) -> None:
     """What lies between them in memory, and past their end, is not."""
     whole = torch.full((8, 64, size, 2 * size), 9.0)
-    for part in (whole[:, ::2], whole[..., ::2], whole[:, 4:20, :, 1:].to(memory_format=torch.channels_last)[:, 1:]):
+    for part in (
+        whole[:, ::2],
+        whole[..., ::2],
+        whole[:, 4:20, :, 1:].to(memory_format=torch.channels_last)[:, 1:],
+    ):
         part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(size)))
         observer = Observer(Grid(8), histogram)
         observer.see(part)
         assert float(observer.scale("max")) * 127 == pytest.approx(float(part.max()))
-        assert observer.histogram is None or float(observer.histogram.counts().sum()) == pytest.approx(
-            part.numel(), rel=1e-3
-        )
+        assert observer.histogram is None or float(
+            observer.histogram.counts().sum()
+        ) == pytest.approx(part.numel(), rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [300, 3 * LARGE])
@@ -251,7 +308,11 @@ def test_a_lone_peak_in_a_large_tensor_is_not_missed(method: str) -> None:
         observer = Observer(Grid(8, signed=False))
         observer.see(x)
         scale = float(observer.scale(method))
-        assert (scale < 3 / 254) if method == "percentile" else scale == pytest.approx(3 / 255, rel=0.01)
+        assert (
+            (scale < 3 / 254)
+            if method == "percentile"
+            else scale == pytest.approx(3 / 255, rel=0.01)
+        )
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -332,7 +393,9 @@ def test_search_per_channel_beats_the_largest_value() -> None:
 
 def model() -> nn.Module:
     blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()
-    return randomise(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval())
+    return randomise(
+        nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    )
 
 
 def pictures(n: int = 4) -> list[Tensor]:
@@ -347,7 +410,9 @@ def test_ptq_adds_quantizers_and_keeps_every_key() -> None:
     assert set(fused.state_dict()) <= keys
     extra = {k.rpartition(".")[0].rpartition(".")[2] for k in keys - set(fused.state_dict())}
     assert extra == {"input_quant", "weight_quant"}
-    assert len(keys - set(fused.state_dict())) == 7  # an input and a weight for each layer, and the input of the pool
+    assert (
+        len(keys - set(fused.state_dict())) == 7
+    )  # an input and a weight for each layer, and the input of the pool
     assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"]).meta["repfx"].results)
 
 
@@ -362,16 +427,28 @@ def test_eight_bits_are_close(method: str) -> None:
     quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), pictures(), method=method)
     assert repfx.verify(net, quantized, pictures()[0]).sqnr > 28
     narrow = repfx.calibrate(repfx.transform(net, ["ptq(bits=4)"]), pictures(), method=method)
-    assert repfx.verify(net, narrow, pictures()[0]).sqnr < repfx.verify(net, quantized, pictures()[0]).sqnr
+    assert (
+        repfx.verify(net, narrow, pictures()[0]).sqnr
+        < repfx.verify(net, quantized, pictures()[0]).sqnr
+    )
 
 
 def test_targets_choose_number_formats() -> None:
     signs = {}
     for target in ("tensorrt", "onnxruntime"):
         quantized = repfx.transform(model(), ["ptq"], target=target)
-        signs[target] = [m.grid.signed for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight]
+        signs[target] = [
+            m.grid.signed
+            for m in quantized.modules()
+            if isinstance(m, FakeQuant) and not m.of_weight
+        ]
     assert signs["tensorrt"] == [True, True, True, True]  # the average pool runs in integers, too
-    assert signs["onnxruntime"] == [True, False, False, False]  # the input may be negative, what follows a ReLU may not
+    assert signs["onnxruntime"] == [
+        True,
+        False,
+        False,
+        False,
+    ]  # the input may be negative, what follows a ReLU may not
 
 
 def test_layers_that_read_one_value_share_its_quantizer() -> None:
@@ -391,7 +468,10 @@ def test_fake_quant_computes_what_it_says() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), nn.ReLU())
     quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), pictures(1))
     x = pictures(1)[0]
-    inputs, weights = quantized.get_submodule("0.input_quant"), quantized.get_submodule("0.weight_quant")
+    inputs, weights = (
+        quantized.get_submodule("0.input_quant"),
+        quantized.get_submodule("0.weight_quant"),
+    )
     assert torch.isclose(inputs.scale, x.abs().max() / 127)
     assert torch.allclose(weights.scale, net[0].weight.abs().amax((1, 2, 3)) / 127)
     by_hand = torch.nn.functional.pad(inputs.codes(x) * inputs.scale, (1, 1, 1, 1), "reflect")
@@ -415,18 +495,28 @@ def test_ranges_see_both_signs_unless_structure_rules_one_out(method: str) -> No
     torch.manual_seed(0)
     net, x = Bent().eval().requires_grad_(False), torch.randn(64, 4, 20, 20)
     quantized = repfx.calibrate(repfx.transform(net, ["ptq"]), [x], method=method)
-    scales = {n: float(m.scale) for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    scales = {
+        n: float(m.scale)
+        for n, m in quantized.named_modules()
+        if isinstance(m, FakeQuant) and not m.of_weight
+    }
     bent = net.a(x).clamp(max=0)
     tops = {"b.input_quant": -bent.amin(), "c.input_quant": (net.b(bent) + x.relu()).abs().amax()}
     assert scales.keys() >= tops.keys()
     for name, top in tops.items():
-        assert float(top) / 127 * (0.4 if method == "mse" else 0.9999) < scales[name] < float(top) / 127 * 1.0001, name
+        assert (
+            float(top) / 127 * (0.4 if method == "mse" else 0.9999)
+            < scales[name]
+            < float(top) / 127 * 1.0001
+        ), name
 
 
 def test_ranges_are_those_of_the_float_model() -> None:
     net = model()
     fused, seen = repfx.transform(net, ["fuse"]).eval(), []
-    fused.get_submodule("2.main.conv").register_forward_pre_hook(lambda m, args: seen.append(float(args[0].abs().max())))
+    fused.get_submodule("2.main.conv").register_forward_pre_hook(
+        lambda m, args: seen.append(float(args[0].abs().max()))
+    )
     for batch in pictures():
         fused(batch)
     quantized = repfx.transform(net, ["ptq(bits=4)"])
@@ -439,7 +529,9 @@ def test_ranges_are_those_of_the_float_model() -> None:
 def alive() -> int:
     """Bytes of the tensors that are still referred to; fake ones have no memory."""
     gc.collect()
-    found = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu"]
+    found = [
+        o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu"
+    ]
     return sum({o.data_ptr(): o.untyped_storage().nbytes() for o in found}.values())
 
 
@@ -459,7 +551,9 @@ def test_memory_is_flat_in_the_number_of_batches(method: str) -> None:
 
 def test_calibration_refuses_what_it_cannot_use() -> None:
     quantized = repfx.transform(model(), ["ptq"])
-    with pytest.raises(repfx.InputError, match=r"unknown method 'mad'; choose one of: entropy, mae"):
+    with pytest.raises(
+        repfx.InputError, match=r"unknown method 'mad'; choose one of: entropy, mae"
+    ):
         repfx.calibrate(quantized, pictures(), method="mad")
     with pytest.raises(repfx.InputError, match="calibration set is empty"):
         repfx.calibrate(quantized, [])
@@ -469,7 +563,9 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
         repfx.calibrate(quantized, [torch.full((1, 3, 8, 8), float("nan"))])
     with pytest.raises(repfx.InputError, match="no quantizers"):
         repfx.calibrate(model(), pictures())
-    assert not any(m.calibrated for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight)
+    assert not any(
+        m.calibrated for m in quantized.modules() if isinstance(m, FakeQuant) and not m.of_weight
+    )
     assert repfx.verify(quantized, repfx.transform(quantized, []), pictures()[0]).max_abs == 0
 
 
@@ -500,7 +596,13 @@ class Residual(nn.Module):
 
 def test_biases_take_off_what_rounding_adds() -> None:
     net = randomise(
-        nn.Sequential(RepVGG(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        nn.Sequential(
+            RepVGG(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        )
     )
     net = net.eval()
     xs = [torch.randn(16, 3, 12, 12) for _ in range(3)]
@@ -513,7 +615,9 @@ def test_biases_take_off_what_rounding_adds() -> None:
     bias = [(y - want).mean((0, 2, 3)).abs().max() for y in (before, after)]
     assert bias[1] < 1e-3 * bias[0] and bias[0] > 1e-3
     assert correct_biases(fixed, xs) == ("2",), "it has no bias to correct"
-    held = {n: b for n, b in plain.state_dict().items() if not torch.equal(b, fixed.state_dict()[n])}
+    held = {
+        n: b for n, b in plain.state_dict().items() if not torch.equal(b, fixed.state_dict()[n])
+    }
     assert set(held) == {"0.main.conv.bias", "4.bias"}
     with pytest.raises(repfx.InputError, match="at least one batch"):
         correct_biases(fixed, [])
@@ -529,7 +633,12 @@ def test_biases_are_corrected_through_an_affine() -> None:
     repfx.calibrate(plain, [x])
     repfx.calibrate(fixed, [x], bias=True)
     with torch.no_grad():
-        want, before, after, folded = net(x), plain(x), fixed(x), repfx.transform(fixed, ["fuse"])(x)
+        want, before, after, folded = (
+            net(x),
+            plain(x),
+            fixed(x),
+            repfx.transform(fixed, ["fuse"])(x),
+        )
     off = [float((y - want).mean((0, 2, 3)).abs().max()) for y in (before, after, folded)]
     assert off[1] < 1e-3 * off[0] and off[2] < 1e-3 * off[0] and off[0] > 1e-3
     assert correct_biases(fixed, [x]) == ()
@@ -567,7 +676,11 @@ def test_a_model_that_overwrites_its_input_leaves_the_pictures_alone(method: str
     class Shifts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)
+            self.conv, self.norm, self.last = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 3, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.norm(torch.relu(self.conv(x.sub_(0.5)))))
@@ -623,7 +736,9 @@ def test_quantizers_stand_before_a_max_pool_that_only_layers_read(name: str, oth
         quantized.train()(x)
         quantized.eval()
     nodes = {n.name: n for n in quantized.graph.nodes}
-    names = {n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    names = {
+        n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
+    }
     assert names == {"stem.input_quant", "a.input_quant" if other else "pool.input_quant"}
     before = nodes["pool"].args[0]
     assert str(before.target).endswith("pool.input_quant") != other
@@ -638,12 +753,16 @@ def test_a_pool_called_by_keyword_and_one_that_a_block_reads() -> None:
     class Keyword(Pooled):
         def forward(self, x: Tensor) -> Tensor:
             y = self.pool(input=self.stem(x))
-            return self.a(y) + self.b(nn.functional.pad(y, (1, 1, 1, 1)))  # one convolution, a RepVGG block's
+            return self.a(y) + self.b(
+                nn.functional.pad(y, (1, 1, 1, 1))
+            )  # one convolution, a RepVGG block's
 
     net, x = Keyword(False).eval(), pictures()[0]
     for name in ("ptq", "repq"):
         quantized = repfx.transform(net, [name], example=x)
-        names = {n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+        names = {
+            n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
+        }
         assert names == {"stem.input_quant", "pool.input_quant"}, name
 
 
@@ -662,8 +781,12 @@ def test_values_that_pile_up_at_the_end(method: str) -> None:
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
 def test_training_quantizes_the_places_that_ptq_does(target: str, tmp_path: Path) -> None:
     net, x = Residual().eval(), pictures()[0]
-    ready, trained = (repfx.transform(net, [name], target=target, example=x) for name in ("ptq", "repq"))
-    places = [{n for n, m in g.named_modules() if isinstance(m, FakeQuant)} for g in (ready, trained)]
+    ready, trained = (
+        repfx.transform(net, [name], target=target, example=x) for name in ("ptq", "repq")
+    )
+    places = [
+        {n for n, m in g.named_modules() if isinstance(m, FakeQuant)} for g in (ready, trained)
+    ]
     assert places[0] == places[1]
     y = trained.train()(x)
     y.square().mean().backward()
@@ -683,7 +806,9 @@ def test_a_learned_scale_that_a_step_took_past_zero() -> None:
     assert again.calibrated, "or it would pass values through"
     quant.train()(x).square().sum().backward()
     assert quant.scale.grad is not None and quant.scale.grad != 0, "it finds its way back"
-    (quant.eval()(x).sum() + quant.train()(x).sum()).backward()  # training leaves what eval saved as it was
+    (
+        quant.eval()(x).sum() + quant.train()(x).sum()
+    ).backward()  # training leaves what eval saved as it was
 
 
 def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
@@ -691,10 +816,15 @@ def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
     for target, more in (
         ("tensorrt", {"add_1.input_quant", "mean.input_quant"}),
         ("openvino", {"add_1.input_quant", "mean.input_quant"}),
-        ("onnxruntime", {"add.input_quant", "add_1.input_quant", "add_1.input_quant_1", "mean.input_quant"}),
+        (
+            "onnxruntime",
+            {"add.input_quant", "add_1.input_quant", "add_1.input_quant_1", "mean.input_quant"},
+        ),
     ):
         quantized = repfx.transform(net, ["ptq"], target=target)
-        names = {n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+        names = {
+            n for n, m in quantized.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
+        }
         layers = {f"{n}.input_quant" for n in ("stem", "a", "b", "c", "d", "head")}
         assert names == layers | more, names  # x is quantized for `a`, and for the sum by it
         nodes = {n.name: n for n in quantized.graph.nodes}
@@ -705,7 +835,10 @@ def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
             assert [str(n.target) for n in later] == ["add_1.input_quant"]
         repfx.calibrate(quantized, pictures(2))
         assert repfx.verify(net, quantized, pictures()[0]).sqnr > 25
-        assert not any(r.inserted for r in repfx.transform(quantized, ["ptq"], target=target).meta["repfx"].results)
+        assert not any(
+            r.inserted
+            for r in repfx.transform(quantized, ["ptq"], target=target).meta["repfx"].results
+        )
 
 
 NEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {

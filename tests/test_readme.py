@@ -12,9 +12,15 @@ from repfx.cli.main import app
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_snippet_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Block" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "class Block" in block
+    )
     exec(compile(code, "README", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     assert "3 blocks merge, 0 left alone" in shown and "codes differ on equal inputs" in shown
@@ -23,7 +29,11 @@ def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_expand_and_back(capsys: pytest.CaptureFixture[str]) -> None:
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "expand(" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "expand(" in block
+    )
     exec(compile(code, "README", "exec"), {"__name__": "readme"})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("4 max abs") and second.startswith("2 max abs")

@@ -1,4 +1,6 @@
-"""qprep folds into integers; reconstruct learns blocks in order, resumes, and says what it cannot take."""
+"""qprep folds into integers; reconstruct learns blocks in order, resumes, and says what it cannot
+take.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ from repfx.testing import randomise
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.one, self.two = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.Conv2d(width, width, 3, 1, 1)
+        self.one, self.two = (
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.Conv2d(width, width, 3, 1, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.two(torch.relu(self.one(x))))
@@ -34,7 +39,11 @@ class Residual(nn.Module):
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     layers = [RepVGG(3, 8, 3, 1, 1), nn.ReLU(), RepVGG(8, 8, 3, 2, 1), nn.ReLU(), Residual(8)]
-    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).to(dtype).eval())
+    return randomise(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        .to(dtype)
+        .eval()
+    )
 
 
 def pictures(n: int = 48, seed: int = 1) -> Tensor:
@@ -68,7 +77,10 @@ def test_the_affine_is_nothing_at_first_and_folds_into_the_codes(bits: int, tmp_
     before = copy.deepcopy(dict(model.state_dict()))
     wanted = {}
     for path, affine in affines.items():
-        layer, quant = path.rpartition(".")[0], model.get_submodule(f"{path.rpartition('.')[0]}.weight_quant")
+        layer, quant = (
+            path.rpartition(".")[0],
+            model.get_submodule(f"{path.rpartition('.')[0]}.weight_quant"),
+        )
         codes = quant.codes(model.get_parameter(f"{layer}.weight"))
         wanted[layer] = codes * affine.eta.sign().reshape(-1, *(1,) * (codes.dim() - 1))
     folded = repfx.transform(model, ["fuse"])
@@ -76,7 +88,9 @@ def test_the_affine_is_nothing_at_first_and_folds_into_the_codes(bits: int, tmp_
     for layer, codes in wanted.items():
         quant = folded.get_submodule(f"{layer}.weight_quant")
         assert torch.equal(quant.codes(folded.get_parameter(f"{layer}.weight")), codes), layer
-        assert torch.equal(quant.scale, before[f"{layer}.weight_quant.scale"] * before[f"{layer}.affine.eta"].abs())
+        assert torch.equal(
+            quant.scale, before[f"{layer}.weight_quant.scale"] * before[f"{layer}.affine.eta"].abs()
+        )
     assert repfx.verify(model, folded, x).relative < 2e-6
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     repfx.save(model, tmp_path / "m.pt")
@@ -107,10 +121,16 @@ def test_the_affine_refuses_what_cannot_fold() -> None:
             self.one, self.two = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(torch.relu(F.conv2d(x, self.one.weight, self.one.bias)), self.two.weight, self.one.bias)
+            return F.conv2d(
+                torch.relu(F.conv2d(x, self.one.weight, self.one.bias)),
+                self.two.weight,
+                self.one.bias,
+            )
 
     tied = repfx.transform(Tied().eval(), ["ptq", "qprep"], example=pictures(2))
-    assert len(layers(tied, Affine)) == 0 and any("read elsewhere" in str(d) for d in tied.meta["repfx"].declined)
+    assert len(layers(tied, Affine)) == 0 and any(
+        "read elsewhere" in str(d) for d in tied.meta["repfx"].declined
+    )
     shared = repfx.transform(Twice().eval(), ["ptq", "qprep"], example=pictures(2))
     assert not layers(shared, Affine)
     assert any("read more than once" in str(d) for d in shared.meta["repfx"].declined)
@@ -161,15 +181,26 @@ def test_learning_beats_ranges_on_other_pictures(options: dict[str, Any]) -> Non
     affine, x, other = options.pop("affine", True), pictures(), pictures(64, seed=7)
     base = repfx.calibrate(quantized(affine=False), [x], method="mse")
     model = quantized(affine=affine)
-    state = {n: (p.requires_grad, type(p)) for n, p in (*model.named_parameters(), *model.named_buffers())}
-    assert repfx.reconstruct(model, [x[:20], (x[20:], None)], iterations=60, batch=24, **options) is model
-    assert {n: (p.requires_grad, type(p)) for n, p in (*model.named_parameters(), *model.named_buffers())} == state
+    state = {
+        n: (p.requires_grad, type(p))
+        for n, p in (*model.named_parameters(), *model.named_buffers())
+    }
+    assert (
+        repfx.reconstruct(model, [x[:20], (x[20:], None)], iterations=60, batch=24, **options)
+        is model
+    )
+    assert {
+        n: (p.requires_grad, type(p))
+        for n, p in (*model.named_parameters(), *model.named_buffers())
+    } == state
     done = model.meta["reconstruct"]
     assert [b.stage for b in done] == [0, 1, 1, 2, 2] and all(b.after <= b.before for b in done)
     assert sum(b.after for b in done[:3]) < 0.95 * sum(b.before for b in done[:3])
     deployed = repfx.transform(model, ["fuse"])
     assert repfx.verify(net(), deployed, other).sqnr > repfx.verify(net(), base, other).sqnr + 1
-    assert all(bool((q.scale > 0).all()) and q.calibrated for q in layers(deployed, FakeQuant).values())
+    assert all(
+        bool((q.scale > 0).all()) and q.calibrated for q in layers(deployed, FakeQuant).values()
+    )
 
 
 def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
@@ -180,14 +211,20 @@ def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
         repfx.reconstruct(model, [x], iterations=40, batch=16, **options)
         return dict(model.state_dict())
 
-    without, alone = learned(stage=0.0), learned(stages=["1", "3", "relu_1", "6"])  # a stage for each block: i = n
+    without, alone = (
+        learned(stage=0.0),
+        learned(stages=["1", "3", "relu_1", "6"]),
+    )  # a stage for each block: i = n
     assert all(torch.equal(without[k], alone[k]) for k in without)
     joined = learned(stages=[])
     assert not torch.equal(joined["0.main.conv.affine.eta"], without["0.main.conv.affine.eta"])
     assert torch.equal(
-        learned(stages=["3"], reading="all")["0.main.conv.weight"], learned(stages=["3"])["0.main.conv.weight"]
+        learned(stages=["3"], reading="all")["0.main.conv.weight"],
+        learned(stages=["3"])["0.main.conv.weight"],
     )
-    assert not torch.equal(learned(stages=[], reading="all")["0.main.conv.weight"], joined["0.main.conv.weight"])
+    assert not torch.equal(
+        learned(stages=[], reading="all")["0.main.conv.weight"], joined["0.main.conv.weight"]
+    )
 
 
 def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +238,13 @@ def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(code.Run, "_learn", noted)
     repfx.reconstruct(quantized(), [pictures(4)], iterations=1, stage=2.0, stages=["1"])
-    assert seen == [(0, 0.0), (3, 0.5), (2, 1.0), (1, 1.5), (0, 0.0)]  # lambda i / n, without rest nothing
+    assert seen == [
+        (0, 0.0),
+        (3, 0.5),
+        (2, 1.0),
+        (1, 1.5),
+        (0, 0.0),
+    ]  # lambda i / n, without rest nothing
 
 
 @pytest.mark.parametrize("rounding", ["straight", "adaround"])
@@ -212,14 +255,18 @@ def test_adaround_keeps_steps_and_settles_weights_on_codes(rounding: str) -> Non
     for name, scale in before.items():
         weight, quant = model.get_parameter(name.replace("_quant", "")), model.get_submodule(name)
         settled = torch.allclose(weight, quant(weight), rtol=0, atol=1e-6)
-        assert (settled, torch.equal(quant.scale, scale)) == ((True, True) if rounding == "adaround" else (False, False))
+        assert (settled, torch.equal(quant.scale, scale)) == (
+            (True, True) if rounding == "adaround" else (False, False)
+        )
 
 
 class Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, same = pictures(), {"iterations": 12, "batch": 16, "drop": 0.5, "rounding": "adaround"}
     whole = repfx.reconstruct(quantized(), [x], **same)
     on_disk = repfx.reconstruct(quantized(), x.split(10), **same, cache=tmp_path / "cache")
@@ -308,7 +355,10 @@ def test_adaround_settles_on_the_codes_it_learned() -> None:
     quant = FakeQuant(grid, grid.amax(weight) / grid.high, of_weight=True)
     soft = AdaRound(quant, weight)
     torch.testing.assert_close(
-        soft(weight), weight.clamp(-grid.amax(weight).max(), grid.amax(weight).max()), atol=1e-3, rtol=0
+        soft(weight),
+        weight.clamp(-grid.amax(weight).max(), grid.amax(weight).max()),
+        atol=1e-3,
+        rtol=0,
     )
     flip = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     soft.v.data = soft.v.data.sign() * torch.where(flip, -40.0, 40.0)
@@ -320,8 +370,17 @@ def test_adaround_settles_on_the_codes_it_learned() -> None:
 
 def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     torch.manual_seed(0)
-    blocks = [RepVGG(3, 8, 3, 1, 1), nn.ReLU(), RepVGG(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
-    model = randomise(nn.Sequential(*blocks, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)).eval())
+    blocks = [
+        RepVGG(3, 8, 3, 1, 1),
+        nn.ReLU(),
+        RepVGG(8, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+    ]
+    model = randomise(
+        nn.Sequential(*blocks, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)).eval()
+    )
     x = pictures()
     q = repfx.calibrate(repfx.transform(model, [Ptq(3)], example=x[:2]), [x])
     found = repfx.sensitivity(q, [x[:16], (x[16:], None)])
@@ -329,7 +388,10 @@ def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     assert [r.layer for r in found.rows] == names
     whole = repfx.verify(repfx.transform(model, ["fuse"], example=x[:2]), q, x).sqnr
     assert found.rows[-1].together == pytest.approx(whole, abs=0.1)
-    assert found.rows[0].alone == pytest.approx(found.rows[0].together) and sum(r.alone > whole for r in found.rows) >= 4
+    assert (
+        found.rows[0].alone == pytest.approx(found.rows[0].together)
+        and sum(r.alone > whole for r in found.rows) >= 4
+    )
     only = repfx.calibrate(
         repfx.transform(model, [Ptq(3, wide=tuple(n for n in names if n != "6"), wide_bits=32)]),
         [x],
@@ -339,7 +401,11 @@ def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
     gains = {}
     for chosen in (found.worst(2), tuple(n for n in names if n not in found.worst(3))):
         mixed = repfx.calibrate(repfx.transform(model, [Ptq(3, wide=chosen)], example=x[:2]), [x])
-        bits = {n.rpartition(".")[0]: m.grid.bits for n, m in layers(mixed, FakeQuant).items() if m.of_weight}
+        bits = {
+            n.rpartition(".")[0]: m.grid.bits
+            for n, m in layers(mixed, FakeQuant).items()
+            if m.of_weight
+        }
         assert {n for n, b in bits.items() if b == 8} == set(chosen)
         gains[chosen] = repfx.verify(model, mixed, x).sqnr
     assert gains[found.worst(2)] == max(gains.values()) > whole

@@ -1,4 +1,6 @@
-"""The report: its numbers are the model's, its page is one inert file, its warnings name what was done to the layer."""
+"""The report: its numbers are the model's, its page is one inert file, its warnings name what was
+done to the layer.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,22 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 
 def net(block: type[nn.Module] = RepVGG) -> nn.Module:
-    layers = [m for i, o, s in ((3, 16, 1), (16, 16, 1), (16, 24, 2)) for m in (block(i, o, 3, s, 1), nn.ReLU())]
-    return randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)).eval())
+    layers = [
+        m
+        for i, o, s in ((3, 16, 1), (16, 16, 1), (16, 24, 2))
+        for m in (block(i, o, 3, s, 1), nn.ReLU())
+    ]
+    return randomise(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)).eval()
+    )
 
 
 def batches(n: int = 2) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(3)
-    return [(torch.randn(8, 3, 12, 12, generator=draw), torch.randint(0, 5, (8,), generator=draw)) for _ in range(n)]
+    return [
+        (torch.randn(8, 3, 12, 12, generator=draw), torch.randint(0, 5, (8,), generator=draw))
+        for _ in range(n)
+    ]
 
 
 def test_the_numbers_are_those_of_the_model() -> None:
@@ -38,23 +49,40 @@ def test_the_numbers_are_those_of_the_model() -> None:
     x = torch.cat([b[0] for b in data])
     written, merged, int8 = found.forms
     assert (written.convs, merged.convs, int8.convs) == (7, 4, 4)
-    assert written.params == sum(p.numel() for p in model.parameters()) > merged.params == int8.params
+    assert (
+        written.params == sum(p.numel() for p in model.parameters()) > merged.params == int8.params
+    )
     assert merged.size == 4 * merged.params and int8.size < 0.3 * merged.size
     assert merged.macs == 12 * 12 * (16 * 27 + 16 * 144) + 6 * 6 * 24 * 144 + 24 * 5
     assert int8.sqnr == pytest.approx(repfx.verify(model, deployed, x).sqnr, abs=1e-3)
     with torch.no_grad():
         right = model(x).argmax(1) == torch.cat([b[1] for b in data])
     assert written.top1 == pytest.approx(100 * right.float().mean().item())
-    assert [r.becomes for r in found.regions] == ["conv 3x3, 3 → 16", "conv 3x3, 16 → 16", "conv 3x3, 16 → 24, stride 2"]
+    assert [r.becomes for r in found.regions] == [
+        "conv 3x3, 3 → 16",
+        "conv 3x3, 16 → 16",
+        "conv 3x3, 16 → 24, stride 2",
+    ]
     layer = found.layers[1]
     weight = repfx.transform(model, ["fuse"], example=x).get_parameter("2.main.conv.weight")
-    assert (layer.weight.low, layer.weight.std) == pytest.approx((float(weight.min()), float(weight.std(correction=0))))
-    assert {b.name for b in layer.branches} == {"2.main.conv", "2.point.conv"} and len(layer.norms) == 3
+    assert (layer.weight.low, layer.weight.std) == pytest.approx(
+        (float(weight.min()), float(weight.std(correction=0)))
+    )
+    assert {b.name for b in layer.branches} == {"2.main.conv", "2.point.conv"} and len(
+        layer.norms
+    ) == 3
     with torch.no_grad():
         inside = model[:2](x)
-    assert layer.input is not None and layer.input.values.std == pytest.approx(float(inside.std(correction=0)), rel=1e-4)
-    assert layer.input.values.high == pytest.approx(float(inside.max()), rel=1e-4) and layer.input.clipped == 0
-    assert layer.input.channels == 16 and 0.3 < layer.input.used <= 0.51  # of a signed grid, after ReLU
+    assert layer.input is not None and layer.input.values.std == pytest.approx(
+        float(inside.std(correction=0)), rel=1e-4
+    )
+    assert (
+        layer.input.values.high == pytest.approx(float(inside.max()), rel=1e-4)
+        and layer.input.clipped == 0
+    )
+    assert (
+        layer.input.channels == 16 and 0.3 < layer.input.used <= 0.51
+    )  # of a signed grid, after ReLU
 
 
 def test_errors_alone_and_together() -> None:
@@ -71,12 +99,17 @@ def test_errors_alone_and_together() -> None:
         weight = quant["2.main.conv.weight_quant"](conv.weight)
         alone = torch.conv2d(quant["2.main.conv.input_quant"](given), weight, conv.bias, 1, 1)
         seen: list[Tensor] = []
-        quant["4.main.conv.input_quant"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        quant["4.main.conv.input_quant"].register_forward_pre_hook(
+            lambda m, args: seen.append(args[0])
+        )
         deployed(x)
     want = 10 * torch.log10(exact.square().sum() / (exact - alone).square().sum()).item()
     assert found.layers[1].alone == pytest.approx(want, abs=1e-3)
     assert found.layers[0].alone == pytest.approx(found.layers[0].together)
-    after = 10 * torch.log10(exact.relu().square().sum() / (exact.relu() - seen[0]).square().sum()).item()
+    after = (
+        10
+        * torch.log10(exact.relu().square().sum() / (exact.relu() - seen[0]).square().sum()).item()
+    )
     together = found.layers[1].together
     assert together is not None and abs(together - after) < 3 and together < found.layers[1].alone
 
@@ -96,7 +129,11 @@ def spoiled(what: str) -> nn.Module:
 
 @pytest.mark.parametrize(("what", "text"), [("input", "its input"), ("weight", "its weight")])
 def test_a_spoiled_layer_is_named_with_a_cure(what: str, text: str) -> None:
-    told = [w for w in measure(spoiled(what), batches()).warnings if w.layer == "2.main.conv" and text in w.what]
+    told = [
+        w
+        for w in measure(spoiled(what), batches()).warnings
+        if w.layer == "2.main.conv" and text in w.what
+    ]
     assert len(told) == 1 and "on 1 of 16 channels" in told[0].what and "qprep" in told[0].cure
     assert not any("channels" in w.what for w in measure(net(), batches()).warnings)
 
@@ -131,7 +168,11 @@ class Hostile(nn.Module):
 def test_the_page_is_one_inert_file(tmp_path: Path) -> None:
     page, numbers = tmp_path / "report.html", tmp_path / "numbers.json"
     found = repfx.report(
-        randomise(Hostile().eval()), page, data=[torch.randn(2, 3, 8, 8)], titles=["<i>title</i>"], json=numbers
+        randomise(Hostile().eval()),
+        page,
+        data=[torch.randn(2, 3, 8, 8)],
+        titles=["<i>title</i>"],
+        json=numbers,
     )
     parsed = Page(page.read_text())
     tags = {t for t, _ in parsed.tags}
@@ -142,34 +183,61 @@ def test_the_page_is_one_inert_file(tmp_path: Path) -> None:
     assert policy is not None and policy.startswith("default-src 'none'")
     assert any("<img src=x onerror=alert(1)>" in text for text in parsed.text), "shown as text"
     charts = [a for _, a in parsed.tags if "chart" in (a.get("class") or "")]
-    assert len(charts) >= 10 and all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in charts)
+    assert len(charts) >= 10 and all(
+        a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in charts
+    )
     told = json.loads(numbers.read_text())
-    assert told["format"] == "repfx.report 1" and len(told["models"][0]["layers"]) == len(found[0].layers) == 2
+    assert (
+        told["format"] == "repfx.report 1"
+        and len(told["models"][0]["layers"]) == len(found[0].layers) == 2
+    )
     assert page.stat().st_size < 15e6
 
 
 def test_without_data_the_weights_are_there(tmp_path: Path) -> None:
     (found,) = repfx.report(net(), tmp_path / "report.html", example=torch.randn(1, 3, 12, 12))
-    assert all(x.input is None and x.alone is None and x.weight.std > 0 and x.weight_sqnr > 20 for x in found.layers)
-    assert "No data was given" in (tmp_path / "report.html").read_text() and found.forms[2].sqnr is None
+    assert all(
+        x.input is None and x.alone is None and x.weight.std > 0 and x.weight_sqnr > 20
+        for x in found.layers
+    )
+    assert (
+        "No data was given" in (tmp_path / "report.html").read_text()
+        and found.forms[2].sqnr is None
+    )
 
 
 def test_two_models_side_by_side(tmp_path: Path) -> None:
-    both = repfx.report(net(), tmp_path / "report.html", data=batches(), against=net(QARepVGG), titles=["before", "after"])
+    both = repfx.report(
+        net(),
+        tmp_path / "report.html",
+        data=batches(),
+        against=net(QARepVGG),
+        titles=["before", "after"],
+    )
     text = (tmp_path / "report.html").read_text()
-    assert [b.title for b in both] == ["before", "after"] and "before, merged" in text and "after, merged" in text
+    assert (
+        [b.title for b in both] == ["before", "after"]
+        and "before, merged" in text
+        and "after, merged" in text
+    )
 
 
 def test_each_pass_has_its_form() -> None:
     found = measure(net(), batches(1), passes=["qarep", "ptq(bits=6)"])
     assert [f.name for f in found.forms] == ["as written", "after qarep", "merged", "INT6"]
-    assert found.forms[1].convs == found.forms[0].convs and found.forms[1].sqnr > 90 > found.forms[3].sqnr
+    assert (
+        found.forms[1].convs == found.forms[0].convs
+        and found.forms[1].sqnr > 90 > found.forms[3].sqnr
+    )
 
 
 def test_each_region_has_its_program() -> None:
     found = measure(net(), batches(1))
     for region in found.regions:
-        assert re.search(r"main.conv.weight|main\.conv\.weight", region.program) and "return (" in region.program
+        assert (
+            re.search(r"main.conv.weight|main\.conv\.weight", region.program)
+            and "return (" in region.program
+        )
         compile(region.program, "program", "exec")
 
 
@@ -185,11 +253,23 @@ class Tokens(nn.Module):
 
 def test_other_shapes() -> None:
     x = torch.randn(6, 3, 10)
-    found = measure(Tokens().eval(), [(x, torch.zeros(6, dtype=torch.long))], passes=["ptq", "qprep"])
+    found = measure(
+        Tokens().eval(), [(x, torch.zeros(6, dtype=torch.long))], passes=["ptq", "qprep"]
+    )
     one, two = found.layers
-    assert (one.macs, two.macs) == (10 * 8 * 9, 10 * 4 * 8) and found.forms[0].macs == one.macs + two.macs
-    assert one.input is not None and two.input is not None and (one.input.channels, two.input.channels) == (3, 8)
-    assert one.alone is not None and two.together is not None and found.forms[2].params == found.forms[1].params
+    assert (one.macs, two.macs) == (10 * 8 * 9, 10 * 4 * 8) and found.forms[
+        0
+    ].macs == one.macs + two.macs
+    assert (
+        one.input is not None
+        and two.input is not None
+        and (one.input.channels, two.input.channels) == (3, 8)
+    )
+    assert (
+        one.alone is not None
+        and two.together is not None
+        and found.forms[2].params == found.forms[1].params
+    )
     assert all(f.top1 is None for f in found.forms), "which of the outputs would it be of"
     assert found.forms[2].sqnr is not None and found.forms[2].sqnr > 20
 
@@ -214,7 +294,11 @@ def test_bad_input(tmp_path: Path) -> None:
         repfx.report(net(), tmp_path / "no" / "a.html", data=[x])
     with pytest.raises(repfx.InputError, match="NaN"):
         repfx.report(net(), tmp_path / "a.html", data=[x * float("nan")])
-    for data, text in (([{"x": x}], "begins with one"), (5, "iterable"), ([(x, torch.zeros(1))], "2 inputs comes with 1")):
+    for data, text in (
+        ([{"x": x}], "begins with one"),
+        (5, "iterable"),
+        ([(x, torch.zeros(1))], "2 inputs comes with 1"),
+    ):
         with pytest.raises(repfx.InputError, match=text):
             repfx.report(net(), tmp_path / "a.html", data=data)
     for passes in (["fuse"], ["repq"]):
@@ -225,7 +309,10 @@ def test_bad_input(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif("REPFX_BROWSER" not in os.environ, reason="a real browser: REPFX_BROWSER=1, chromium, playwright")
+@pytest.mark.skipif(
+    "REPFX_BROWSER" not in os.environ,
+    reason="a real browser: REPFX_BROWSER=1, chromium, playwright",
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
 def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
@@ -235,7 +322,9 @@ def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
     repfx.report(net(), page, data=batches(), against=net(QARepVGG), titles=["RepVGG", "QARepVGG"])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        view = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+        view = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        ).new_page()
         said: list[str] = []
         asked: list[str] = []
         view.on("console", lambda m: said.append(m.text))
@@ -245,7 +334,9 @@ def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
         for key in view.evaluate("[...document.querySelectorAll('.chart')].map(c => c.id)"):
             view.locator(f"#{key}").scroll_into_view_if_needed()
             view.locator(f"#{key}.drawn").wait_for()
-        assert not said and [u for u in asked if not u.startswith(("file:", "blob:", "data:"))] == []
+        assert (
+            not said and [u for u in asked if not u.startswith(("file:", "blob:", "data:"))] == []
+        )
         assert view.evaluate("document.documentElement.scrollWidth <= innerWidth")
         table = view.locator("#blocks-0")
         cells = lambda: table.locator("tbody td:nth-child(5)").all_inner_texts()  # noqa: E731
@@ -263,9 +354,9 @@ def test_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
         graph = view.locator("#graph-before-0")
         graph.scroll_into_view_if_needed()
         place = graph.evaluate(
-            """g => { const t = g._fullData[1], i = t.customdata.findIndex(r => r >= 0), l = g._fullLayout,
-            b = g.getBoundingClientRect();
-            return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[i]), b.y + l.yaxis._offset + l.yaxis.d2p(t.y[i])]; }"""
+            """g => { const t = g._fullData[1], i = t.customdata.findIndex(r => r >= 0),
+            {xaxis: x, yaxis: y} = g._fullLayout, b = g.getBoundingClientRect();
+            return [b.x + x._offset + x.d2p(t.x[i]), b.y + y._offset + y.d2p(t.y[i])]; }"""
         )
         view.mouse.move(*place)
         view.wait_for_timeout(200)

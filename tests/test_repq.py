@@ -1,4 +1,6 @@
-"""repq: training on the merged weight is the training of the block, the deployed weight is the one trained, to the bit."""
+"""repq: training on the merged weight is the training of the block, the deployed weight is the one
+trained, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,23 @@ from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid
 from repfx.testing import assert_same, random_block, randomise
 
-PADS_WITH_RUNNING = {"dbb"}  # its training form pads with running statistics while it normalises by the batch's
+PADS_WITH_RUNNING = {
+    "dbb"
+}  # its training form pads with running statistics while it normalises by the batch's
 
 
 def net(block: str, stride: int = 1, dtype: torch.dtype = torch.float64) -> nn.Module:
     groups = 4 if block == "repmixer" else 1
     make = BLOCKS[block](4, 4, 3, stride, 1, groups=groups)
-    parts = [make, nn.ReLU(), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+    parts = [
+        make,
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 1),
+        nn.BatchNorm2d(6),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    ]
     return randomise(nn.Sequential(*parts).to(dtype).eval())
 
 
@@ -45,14 +57,20 @@ def test_batch_mode_without_rounding_is_the_multi_branch_training(block: str) ->
     (got * toward).sum().backward()
     mine = dict(merged.named_parameters())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(mine[name].grad, p.grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name].grad, p.grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name, buffer in model.named_buffers():
-        torch.testing.assert_close(merged.state_dict().get(name, buffer), buffer, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            merged.state_dict().get(name, buffer), buffer, rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_block_trains_and_deploys_what_it_trained(block: str, mode: str, tmp_path: Path) -> None:
+def test_every_block_trains_and_deploys_what_it_trained(
+    block: str, mode: str, tmp_path: Path
+) -> None:
     bits = {"batch": 4, "sampled": 4}.get(mode, 8)
     model, x = net(block, dtype=torch.float32), pictures(torch.float32)
     trained = repfx.transform(model, [RepQ(bits=bits, bn=mode)], example=x)
@@ -71,7 +89,9 @@ def test_every_block_trains_and_deploys_what_it_trained(block: str, mode: str, t
     seen: dict[str, Tensor] = {}
     for name, m in trained.named_modules():
         if isinstance(m, FakeQuant) and m.of_weight:
-            m.register_forward_hook(lambda m, given, out, n=name: seen.update({n: m.codes(given[0]).detach().clone()}))
+            m.register_forward_hook(
+                lambda m, given, out, n=name: seen.update({n: m.codes(given[0]).detach().clone()})
+            )
     with torch.no_grad():
         trained(x)  # the last step's forward, in training mode
     last = dict(seen)
@@ -80,12 +100,16 @@ def test_every_block_trains_and_deploys_what_it_trained(block: str, mode: str, t
     fused = repfx.transform(trained.eval(), ["fuse"], example=x)
     assert_same(trained, fused, x, 0.0)
     assert not any(isinstance(m, (nn.BatchNorm2d, KernelNorm, Moments)) for m in fused.modules())
-    quantizers = {n: m for n, m in fused.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
+    quantizers = {
+        n: m for n, m in fused.named_modules() if isinstance(m, FakeQuant) and m.of_weight
+    }
     assert len(quantizers) == len(last) == 3
     for node in fused.graph.nodes:
         if node.op == "call_module" and node.target in quantizers and mode in ("running", "frozen"):
             weight = fused.get_parameter(str(node.args[0].target))
-            assert torch.equal(quantizers[node.target].codes(weight), last[node.target]), node.target
+            assert torch.equal(quantizers[node.target].codes(weight), last[node.target]), (
+                node.target
+            )
     if mode == "running":
         assert repfx.lower(fused, tmp_path / "int8.onnx", example=x).parity.agrees
 
@@ -96,26 +120,38 @@ def test_the_given_order_of_an_optimiser_by_name_still_fits() -> None:
     trained = repfx.transform(model, ["repq"], example=x)
     after = dict(trained.named_parameters())
     assert set(before) <= set(after)
-    assert all(after[n].shape == p.shape and after[n].requires_grad for n, p in model.named_parameters())
+    assert all(
+        after[n].shape == p.shape and after[n].requires_grad for n, p in model.named_parameters()
+    )
     extra = set(after) - set(before)
     assert extra and all(n.endswith("_quant.scale") for n in extra)
     trained.load_state_dict(model.state_dict(), strict=False)
     again = repfx.transform(trained, ["fuse"], example=x)
     plain = repfx.transform(model, ["fuse"], example=x)
-    ours, theirs = again.get_parameter("0.main.conv.weight"), plain.get_parameter("0.main.conv.weight")
+    ours, theirs = (
+        again.get_parameter("0.main.conv.weight"),
+        plain.get_parameter("0.main.conv.weight"),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
     x = pictures() + 0.7
-    for g in (Geometry.conv(4, 6, (3, 3), (2, 2), (1, 1)), Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)):
+    for g in (
+        Geometry.conv(4, 6, (3, 3), (2, 2), (1, 1)),
+        Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2),
+    ):
         norm = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").train()
         weight = torch.randn(6, 4 // g.groups, *(a.taps for a in g.axes), dtype=torch.float64)
         scale, shift = norm(Moments(True, True).train()(x), weight)
-        u = F.conv2d(x, weight, None, [a.stride for a in g.axes], [a.before for a in g.axes], groups=g.groups)
+        u = F.conv2d(
+            x, weight, None, [a.stride for a in g.axes], [a.before for a in g.axes], groups=g.groups
+        )
         torch.testing.assert_close(shift / scale, -u.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)
     flat = torch.randn(4, 4000, dtype=torch.float64)
-    flat = torch.linalg.solve_triangular(torch.linalg.cholesky(flat.cov()), flat - flat.mean(1, keepdim=True), upper=False)
+    flat = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(flat.cov()), flat - flat.mean(1, keepdim=True), upper=False
+    )
     white = flat.reshape(1, 4, 40, 100)
     point = Geometry.conv(4, 6, (1, 1))
     weight = torch.randn(6, 4, 1, 1, dtype=torch.float64)
@@ -123,7 +159,9 @@ def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
     exact = KernelNorm(nn.BatchNorm2d(6).double(), point, "batch").train()(seen, weight)
     for mode in ("estimate", "estimate_paper"):
         guess = KernelNorm(nn.BatchNorm2d(6).double(), point, mode).train()(seen, weight)
-        torch.testing.assert_close(guess[0], exact[0], rtol=2e-4, atol=0)  # 3999 against 4000 in the covariance
+        torch.testing.assert_close(
+            guess[0], exact[0], rtol=2e-4, atol=0
+        )  # 3999 against 4000 in the covariance
         torch.testing.assert_close(guess[1], exact[1], rtol=2e-4, atol=1e-10)
 
 
@@ -134,7 +172,9 @@ def test_the_variance_is_that_of_what_the_kernel_gives(whole: bool) -> None:
     g = Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)
     u = F.conv2d(x, weight, None, (1, 2), (2, 0), groups=2)
     seen = Moments(True, True, whole).train()(x)
-    assert seen[0].is_contiguous(memory_format=torch.channels_last) == whole and torch.equal(seen[0], x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == whole and torch.equal(
+        seen[0], x
+    )
     kept = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").measure(seen, weight, None)[2]
     torch.testing.assert_close(kept, u.var((0, 2, 3)), rtol=1e-10, atol=0)
     part = (u[::8] - u.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
@@ -145,7 +185,11 @@ def test_the_variance_is_that_of_what_the_kernel_gives(whole: bool) -> None:
 @pytest.mark.parametrize("grid", [Grid(4, axis=0), Grid(3, signed=False), Grid(8, full=True)])
 def test_the_learned_step_has_the_gradient_of_lsq(grid: Grid) -> None:
     v = torch.randn(3, 50, dtype=torch.float64, requires_grad=True)
-    scale = torch.full((3,), 0.21, dtype=torch.float64) if grid.axis == 0 else torch.tensor(0.21, dtype=torch.float64)
+    scale = (
+        torch.full((3,), 0.21, dtype=torch.float64)
+        if grid.axis == 0
+        else torch.tensor(0.21, dtype=torch.float64)
+    )
     quant = FakeQuant(grid, scale, learned=True).double().train()
     quant.set_scale(scale)
     out = quant(v)
@@ -163,11 +207,15 @@ def test_the_learned_step_has_the_gradient_of_lsq(grid: Grid) -> None:
 
 
 def test_random_graphs_train_merged() -> None:
-    """Regions of any kind: float training on the merged weight equals the graph's own, in eval, and deploys."""
+    """Regions of any kind: float training on the merged weight equals the graph's own, in eval, and
+    deploys.
+    """
     merged = 0
     for seed in range(40):
         block, x = random_block(seed, nonlinear=True)
-        if not any(getattr(m, "weight", None) is not None and m.weight.dim() > 2 for m in block.modules()):
+        if not any(
+            getattr(m, "weight", None) is not None and m.weight.dim() > 2 for m in block.modules()
+        ):
             continue
         trained = repfx.transform(block, [RepQ(bits=32)], example=x)
         assert_same(block, trained, x, 1e-9)
@@ -194,7 +242,9 @@ class Topped(nn.Module):
 
 
 def test_random_regions_train_and_deploy(tmp_path: Path) -> None:
-    """A dozen regions that nobody has named: the loss falls; eval, fused and ONNX Runtime's outputs are the same."""
+    """A dozen regions that nobody has named: the loss falls; eval, fused and ONNX Runtime's outputs
+    are the same.
+    """
     tried = 0
     for seed in range(200):
         block, one = random_block(seed, nonlinear=False)
@@ -203,7 +253,9 @@ def test_random_regions_train_and_deploy(tmp_path: Path) -> None:
             model = Topped(block.float(), x).eval()
             model(x).square().sum().backward()
             fits = tried < 12 and model.top(x).shape[0] == 16
-        except RuntimeError:  # it holds a constant of another batch, or changes what its own gradient needs
+        except (
+            RuntimeError
+        ):  # it holds a constant of another batch, or changes what its own gradient needs
             fits = False
         if not fits:
             continue
@@ -254,6 +306,11 @@ def test_it_is_saved_compiled_and_trained_on(mode: str, tmp_path: Path) -> None:
     repfx.save(trained, tmp_path / "trained.pt")
     again = repfx.load(tmp_path / "trained.pt")
     assert_same(trained, again, x, 0.0)
-    assert_same(repfx.transform(trained, ["fuse"], example=x), repfx.transform(again, ["fuse"], example=x), x, 0.0)
+    assert_same(
+        repfx.transform(trained, ["fuse"], example=x),
+        repfx.transform(again, ["fuse"], example=x),
+        x,
+        0.0,
+    )
     compiled = torch.compile(copy.deepcopy(trained), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), again.train()(x), rtol=1e-4, atol=1e-4)

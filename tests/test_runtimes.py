@@ -1,4 +1,6 @@
-"""What the runtimes on a CPU compute: the file's numbers, in the session that is deployed, on every instruction set."""
+"""What the runtimes on a CPU compute: the file's numbers, in the session that is deployed, on every
+instruction set.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from repfx.testing.random_net import random_net
 RUNTIMES = ("openvino", "onnxruntime")
 
 
-def made(net: nn.Module, x: Tensor, target: str, path: Path, spec: str = "ptq") -> tuple[nn.Module, Path]:
+def made(
+    net: nn.Module, x: Tensor, target: str, path: Path, spec: str = "ptq"
+) -> tuple[nn.Module, Path]:
     int8 = repfx.calibrate(repfx.transform(net.eval(), [spec], example=x, target=target), [x])
     artifact = repfx.lower(int8, path / "int8.onnx", example=x, target=target)
     assert artifact.there is not None and artifact.there.agrees
@@ -49,7 +53,11 @@ class Adversary(nn.Module):
     def __init__(self, signed: bool) -> None:
         super().__init__()
         self.signed = signed
-        self.one, self.two, self.three = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 8)
+        self.one, self.two, self.three = (
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 1),
+            nn.Linear(16, 8),
+        )
         with torch.no_grad():
             for m in (self.one, self.two, self.three):
                 m.weight.copy_(m.weight.sign() * (0.9 + 0.1 * torch.rand_like(m.weight)))
@@ -64,7 +72,9 @@ class Adversary(nn.Module):
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_sums_that_16_bits_do_not_hold(runtime: str, signed: bool, tmp_path: Path) -> None:
-    """Right on each instruction set; full-range weights are wrong on those without VNNI, which shows that it is a test."""
+    """Right on each instruction set; full-range weights are wrong on those without VNNI, which
+    shows that it is a test.
+    """
     torch.manual_seed(0)
     net, x = Adversary(signed), torch.randn(2, 8, 9, 9).clamp(-1, 1).sign()
     for target in (runtime, f"{runtime}-vnni"):
@@ -75,20 +85,33 @@ def test_sums_that_16_bits_do_not_hold(runtime: str, signed: bool, tmp_path: Pat
         int8, file = made(net, x, target, tmp_path)
         for isa in isas(runtime):
             found = deployed(int8, file, x, target, isa)
-            vnni = target == runtime or "VNNI" in isa.name or isa.name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16")
-            vnni |= isa.name in ("AVX512_CORE_AMX", "SSE4.2 (emulated)")  # which adds in 32 bits too
+            vnni = (
+                target == runtime
+                or "VNNI" in isa.name
+                or isa.name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16")
+            )
+            vnni |= isa.name in (
+                "AVX512_CORE_AMX",
+                "SSE4.2 (emulated)",
+            )  # which adds in 32 bits too
             assert found.agrees == vnni, f"{target} on {isa.name}: {found}"
             assert found.sqnr > 100 or not vnni
 
 
 def test_what_targets_promise_of_weights() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=8)
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, groups=8),
     )
     reach = {}
     for target in ("tensorrt", "openvino", "openvino-vnni", "onnxruntime", "onnxruntime-vnni"):
         for spec in ("ptq", "repq(bn=frozen)"):
-            model = repfx.transform(net.eval(), [spec], target=target, example=torch.randn(2, 3, 9, 9))
+            model = repfx.transform(
+                net.eval(), [spec], target=target, example=torch.randn(2, 3, 9, 9)
+            )
             layers = [m for m in model.modules() if hasattr(m, "of_weight") and m.of_weight]
             reach[target, spec] = [m.grid.high for m in layers]
     for (target, spec), found in reach.items():
@@ -101,7 +124,9 @@ def test_a_model_for_vnni_is_not_written_for_all(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 9, 9)
     int8 = repfx.transform(nn.Conv2d(3, 8, 3).eval(), ["ptq"], example=x, target="openvino-vnni")
     repfx.calibrate(int8, [x])
-    with pytest.raises(repfx.InputError, match=r"weight_quant.* beyond 64.*without VNNI.*target='openvino-vnni'"):
+    with pytest.raises(
+        repfx.InputError, match=r"weight_quant.* beyond 64.*without VNNI.*target='openvino-vnni'"
+    ):
         repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino")
 
 
@@ -109,7 +134,9 @@ def test_a_model_for_vnni_is_not_written_for_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(0, 24, 2))
 def test_random_nets(seed: int, runtime: str, tmp_path: Path) -> None:
     net, x = random_net(seed + (runtime == "openvino"))
-    int8, file = made(net, x, runtime, tmp_path)  # raises where a code is wrong in the deployed session
+    int8, file = made(
+        net, x, runtime, tmp_path
+    )  # raises where a code is wrong in the deployed session
     found = deployed(int8, file, x, runtime)
     assert found.before is not None and found.after is not None
     assert found.after.sqnr > found.before.sqnr - 1, found
@@ -141,9 +168,13 @@ def test_a_process_that_fails_says_why() -> None:
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-9, 1e-7])
 def test_biases_that_products_cannot_reach(tiny: float, tmp_path: Path) -> None:
-    """Channels whose weights are tiny or zero: 32 bits hold no bias of 0.5 in steps of 1e-10, and zeros have no step."""
+    """Channels whose weights are tiny or zero: 32 bits hold no bias of 0.5 in steps of 1e-10, and
+    zeros have no step.
+    """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
     x = 20 * torch.randn(4, 3, 12, 12)
     with torch.no_grad():
         net[2].weight[:4] *= tiny
@@ -154,7 +185,9 @@ def test_biases_that_products_cannot_reach(tiny: float, tmp_path: Path) -> None:
     assert found.after is not None and found.after.sqnr > fused.sqnr - 0.5 and found.sqnr > 100
     held = [m for m in reference(int8, "onnxruntime").modules() if isinstance(m, IntegerBias)]
     assert float((held[1]() - net[2].bias).detach().abs().max()) < 1e-3
-    assert kernels("onnxruntime", file).integers == 2  # all but the last, whose output is the model's
+    assert (
+        kernels("onnxruntime", file).integers == 2
+    )  # all but the last, whose output is the model's
 
 
 class Islands(nn.Module):
@@ -162,8 +195,16 @@ class Islands(nn.Module):
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.one, self.up, self.two = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2, 2, bias=bias), nn.Conv2d(8, 8, 3)
-        self.wide, self.three, self.last = nn.Conv2d(8, 8, 3, bias=bias), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+        self.one, self.up, self.two = (
+            nn.Conv2d(3, 8, 3),
+            nn.ConvTranspose2d(8, 8, 2, 2, bias=bias),
+            nn.Conv2d(8, 8, 3),
+        )
+        self.wide, self.three, self.last = (
+            nn.Conv2d(8, 8, 3, bias=bias),
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.two(F.relu(self.up(F.relu(self.one(x))))))
@@ -184,10 +225,14 @@ def test_layers_in_float_stay_in_float(bias: bool, tmp_path: Path) -> None:
 
 def test_float16_files_keep_their_biases(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()
     x = torch.randn(4, 3, 12, 12)
     int8 = repfx.calibrate(repfx.transform(net, ["ptq"], example=x, target="onnxruntime"), [x])
-    parity = repfx.lower(int8, tmp_path / "half.onnx", example=x, target="onnxruntime", float16=True).parity
+    parity = repfx.lower(
+        int8, tmp_path / "half.onnx", example=x, target="onnxruntime", float16=True
+    ).parity
     assert parity.agrees and parity.sqnr > 45
 
 
@@ -196,11 +241,23 @@ class Padded(nn.Module):
 
     def __init__(self, both: bool, joined: bool) -> None:
         super().__init__()
-        self.a, self.b, self.both, self.joined = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), both, joined
-        self.one, self.two = nn.Conv2d(8 if joined else 4, 8, 3, padding=1), nn.Conv2d(8 if joined else 4, 8, 1)
+        self.a, self.b, self.both, self.joined = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(3, 4, 1),
+            both,
+            joined,
+        )
+        self.one, self.two = (
+            nn.Conv2d(8 if joined else 4, 8, 3, padding=1),
+            nn.Conv2d(8 if joined else 4, 8, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.cat([torch.tanh(self.a(x)), self.b(x)], 1) if self.joined else torch.tanh(self.a(x))
+        y = (
+            torch.cat([torch.tanh(self.a(x)), self.b(x)], 1)
+            if self.joined
+            else torch.tanh(self.a(x))
+        )
         z = F.relu(self.two(F.avg_pool2d(y, 3, 1, 1)))
         return z + F.relu(self.one(F.max_pool2d(y, 3, 1, 1))) if self.both else z
 
@@ -215,7 +272,9 @@ def test_padded_averages_of_signed_values(both: bool, joined: bool, tmp_path: Pa
 
 
 class Pooled(nn.Module):
-    """A signed value goes through a pool to convolutions whose outputs are concatenated: CSP stages."""
+    """A signed value goes through a pool to convolutions whose outputs are concatenated: CSP
+    stages.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +297,13 @@ def reordered(y: Tensor, how: str) -> Tensor:
         return y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
     if how == "reshape":
         return y.flatten(2).unflatten(2, (27, 3))
-    return F.interpolate(y, scale_factor=2.0) if how == "resize" else torch.cat([y, y], 2) if how == "rows" else y[:, 2:]
+    return (
+        F.interpolate(y, scale_factor=2.0)
+        if how == "resize"
+        else torch.cat([y, y], 2)
+        if how == "rows"
+        else y[:, 2:]
+    )
 
 
 @pytest.mark.parametrize("how", ["shuffle", "reshape", "resize", "rows", "part"])
@@ -259,9 +324,13 @@ def test_concatenations_that_are_moved(how: str, tmp_path: Path) -> None:
 
 
 def test_grouped_3d_convolutions_of_signed_values(tmp_path: Path) -> None:
-    """OpenVINO halves their weights on CPUs without VNNI: they stay in float, and the report says so."""
+    """OpenVINO halves their weights on CPUs without VNNI: they stay in float, and the report says
+    so.
+    """
     x = torch.randn(2, 4, 6, 6, 6)
-    net = nn.Sequential(nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=2)).eval()
+    net = nn.Sequential(
+        nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=2)
+    ).eval()
     for spec in ("ptq", "repq(bn=frozen)"):
         model: Any = repfx.transform(net, [spec], example=x, target="openvino")
         declined = [d for d in model.meta["repfx"].declined if "halves the weights" in d.reason]

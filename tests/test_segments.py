@@ -1,4 +1,6 @@
-"""Segments: together they are the model; a long skip, a U-Net and a detector fall into small blocks."""
+"""Segments: together they are the model; a long skip, a U-Net and a detector fall into small
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,12 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((3, 4), (4, 6), (6, 8), (8, 8)))
-        self.up = nn.ModuleList(nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((16, 8), (14, 6), (10, 4)))
+        self.down = nn.ModuleList(
+            nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((3, 4), (4, 6), (6, 8), (8, 8))
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((16, 8), (14, 6), (10, 4))
+        )
         self.out = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +85,9 @@ class Detector(nn.Module):
         small = self.stem(x)
         deep = self.deep(small)
         both = self.neck(torch.cat([small, F.interpolate(deep, scale_factor=2.0)], 1))
-        fine, coarse = (end(head(v)) for end, head, v in zip(self.ends, self.heads, (both, deep), strict=True))
+        fine, coarse = (
+            end(head(v)) for end, head, v in zip(self.ends, self.heads, (both, deep), strict=True)
+        )
         return {"boxes": [fine, coarse], "feature": deep}
 
 
@@ -104,7 +112,9 @@ def pictures(n: int = 24, channels: int = 3) -> Tensor:
 def quantized(kind: type[nn.Module], *passes: str, bits: int = 4, **inputs: Tensor) -> Any:
     torch.manual_seed(0)
     return repfx.transform(
-        kind().eval(), [f"ptq(bits={bits}, weights=mse)", *passes], example=tuple(inputs.values()) or pictures(2)
+        kind().eval(),
+        [f"ptq(bits={bits}, weights=mse)", *passes],
+        example=tuple(inputs.values()) or pictures(2),
     )
 
 
@@ -114,7 +124,9 @@ def leaves(y: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def through(found: list[Segment], *values: Tensor) -> tuple[Tensor, ...]:
-    """What the segments give, one after the other; copied, as a cache does, so that no alias goes from one to the next."""
+    """What the segments give, one after the other; copied, as a cache does, so that no alias goes
+    from one to the next.
+    """
     for s in found:
         values = tuple(v.clone() for v in s(*values))
     return values
@@ -136,13 +148,16 @@ def test_the_segments_are_the_model_and_small(name: str) -> None:
     for end in [s.name for s in found[:-1]] + (["cat"] if name != "long skip" else []):
         parts = segments(model, (x,), [end])
         assert [s.name for s in parts] == [end, "output"]
-        assert all(torch.equal(a, b) for a, b in zip(through(parts, x), leaves(model(x)), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(through(parts, x), leaves(model(x)), strict=True)
+        )
 
 
 def test_residual_blocks_beside_a_long_skip_stay_whole() -> None:
     x = pictures()
     found = segments(quantized(LongSkip), (x,))
-    # The first block's skip is the long one too, so that a place inside it is as narrow as one beside it.
+    # The first block's skip is the long one too, so that a place inside it is as narrow as one
+    # beside it.
     assert [len(s.passed) for s in found] == [0, 0, 1, 1, 1, 1, 0, 0]
     counts = [sum(m.of_weight for m in s.modules(FakeQuant).values()) for s in found]  # type: ignore[misc]
     assert counts == [1, 1, 1, 2, 2, 2, 1, 1]
@@ -195,7 +210,10 @@ def test_learning_a_block_at_a_time(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     net = MODELS[name]().eval()
     wanted = leaves(net(x))
-    off = [sum(float((a - b).abs().mean()) for a, b in zip(leaves(m(x)), wanted, strict=True)) for m in (model, ranges)]
+    off = [
+        sum(float((a - b).abs().mean()) for a, b in zip(leaves(m(x)), wanted, strict=True))
+        for m in (model, ranges)
+    ]
     assert off[0] < off[1]
 
 
@@ -203,7 +221,9 @@ def test_a_named_block_of_nothing_to_learn() -> None:
     model = quantized(Detector)
     repfx.reconstruct(model, [pictures()], iterations=2, batch=8, blocks=["deep.1.1", "cat"])
     done = model.meta["reconstruct"]
-    assert [b.name for b in done] == ["deep.1.1", "cat", "output"] and done[1].before == done[1].after
+    assert [b.name for b in done] == ["deep.1.1", "cat", "output"] and done[1].before == done[
+        1
+    ].after
 
 
 def test_several_inputs_come_by_name() -> None:
@@ -234,7 +254,9 @@ class Pixels(nn.Module):
 
 
 class Three(nn.Module):
-    """Values whose first dimension is 3 for any number of pictures, and in one place the rows of a map."""
+    """Values whose first dimension is 3 for any number of pictures, and in one place the rows of a
+    map.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +275,9 @@ class Outputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Sequential(conv(3, 4), conv(4, 4))
-        self.register_buffer("anchors", torch.randn(16, 4))  # as many as a batch of the test has pictures
+        self.register_buffer(
+            "anchors", torch.randn(16, 4)
+        )  # as many as a batch of the test has pictures
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.conv(x)
@@ -287,12 +311,16 @@ def test_models_that_ask_for_care(kind: type[nn.Module]) -> None:
     x = pictures(49)  # the last batch has one
     torch.manual_seed(0)
     net = kind().eval()
-    for m in net.modules():  # else little of the picture is left after nine layers, and a rounding decides the rest
+    for m in (
+        net.modules()
+    ):  # else little of the picture is left after nine layers, and a rounding decides the rest
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
     kept, off = x.clone(), {}
     for name in ("ranges", "adaround", "straight"):
-        model: Any = repfx.transform(net, ["ptq(bits=4, weights=mse)", "qprep"], example=pictures(2))
+        model: Any = repfx.transform(
+            net, ["ptq(bits=4, weights=mse)", "qprep"], example=pictures(2)
+        )
         if name == "ranges":
             repfx.calibrate(model, [x], method="max")
         else:
@@ -340,7 +368,11 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 4, 3, 1, 1),
+            nn.Conv2d(4, 4, 3, 1, 1),
+            nn.Conv2d(4, 4, 3, 1, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x))))))
@@ -355,13 +387,20 @@ def in_float(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("rounding", ["straight", "adaround"])
-def test_what_blocks_share_is_learned_once(rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, options = pictures(), {"iterations": 15, "batch": 8, "lr": 1e-2, "rounding": rounding, "stage": 0.0}
+def test_what_blocks_share_is_learned_once(
+    rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, options = (
+        pictures(),
+        {"iterations": 15, "batch": 8, "lr": 1e-2, "rounding": rounding, "stage": 0.0},
+    )
     whole = repfx.reconstruct(quantized(Shared, bits=3), [x], **options)  # type: ignore[arg-type]
     found = segments(whole, (x,))
     assert len({s.name for s in found}) == len(found) == 5
     torch.manual_seed(0)
-    plain = segments(in_float(repfx.transform(Shared().eval(), ["ptq(bits=3)"], example=pictures(2))), (x,))
+    plain = segments(
+        in_float(repfx.transform(Shared().eval(), ["ptq(bits=3)"], example=pictures(2))), (x,)
+    )
     ours = theirs = (x,)
     for mine, block, said in zip(found, plain, whole.meta["reconstruct"], strict=True):
         with torch.no_grad():
@@ -413,7 +452,9 @@ def test_nothing_is_left_half_set(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="NaN or infinite"):
         repfx.reconstruct(model, [pictures()], iterations=1)
     found = [m for m in model.modules() if isinstance(m, FakeQuant)]
-    assert all(m.observer is None for m in found) and all(m.calibrated for m in found if m.of_weight)
+    assert all(m.observer is None for m in found) and all(
+        m.calibrated for m in found if m.of_weight
+    )
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -431,7 +472,9 @@ def test_bfloat16_goes_through_files(tmp_path: Path) -> None:
     states = []
     for cache in (None, tmp_path):
         model = repfx.transform(net, ["ptq(bits=4)"], example=x[:2])
-        states.append(repfx.reconstruct(model, [x], iterations=2, batch=8, cache=cache).state_dict())
+        states.append(
+            repfx.reconstruct(model, [x], iterations=2, batch=8, cache=cache).state_dict()
+        )
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
@@ -475,7 +518,10 @@ def test_what_a_block_changes_in_place_stays_as_it_was_in_the_cache() -> None:
             return self.convs[-1](y + z)
 
     torch.manual_seed(0)
-    model, x = repfx.transform(randomise(InPlace().eval()), ["ptq(bits=4)"], example=pictures(2)), pictures()
+    model, x = (
+        repfx.transform(randomise(InPlace().eval()), ["ptq(bits=4)"], example=pictures(2)),
+        pictures(),
+    )
     repfx.calibrate(model, [x])
     parts = segments(model, (x,))
     assert torch.equal(through(parts, x.clone())[0], model(x))

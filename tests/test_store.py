@@ -25,15 +25,24 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.norm, self.linear = RepVGG(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.block, self.norm, self.linear = (
+            RepVGG(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 4),
+        )
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
         self.register_buffer("seen", torch.tensor(3), persistent=False)
         self.tied = self.linear
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = F.hardtanh(self.norm(F.relu(self.block(x))) * self.scale, -1.0, float("inf"))
-        y = F.dropout(F.interpolate(y, scale_factor=2.0, mode="nearest")[:, :, 1:-1], 0.1, self.training)
-        return {"logits": self.tied(self.linear.weight.t().shape[0] * y.mean((2, 3)) / 8), "size": y.shape[2]}
+        y = F.dropout(
+            F.interpolate(y, scale_factor=2.0, mode="nearest")[:, :, 1:-1], 0.1, self.training
+        )
+        return {
+            "logits": self.tied(self.linear.weight.t().shape[0] * y.mean((2, 3)) / 8),
+            "size": y.shape[2],
+        }
 
 
 def picture() -> Tensor:
@@ -75,7 +84,9 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     repfx.save(repfx.transform(RepVGG(3, 8, 3, padding=1), ["fuse"]), path)
     inode = path.stat().st_ino
     repfx.save(repfx.transform(RepVGG(3, 8, 3, padding=1), ["fuse"]), path)
-    assert path.stat().st_ino != inode  # a new file took the name: the old one was never open for writing
+    assert (
+        path.stat().st_ino != inode
+    )  # a new file took the name: the old one was never open for writing
     before = path.read_bytes()
 
     def interrupted(*args, **kwargs):
@@ -90,7 +101,9 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def graph_file(path: Path, nodes: list, **tree) -> Path:
     model = {"class": "torch.fx.GraphModule", "training": False, "path": "", "graph": nodes, **tree}
-    save_file({"t": torch.zeros(1)}, path, metadata={"repfx": json.dumps({"format": "1", "model": model})})
+    save_file(
+        {"t": torch.zeros(1)}, path, metadata={"repfx": json.dumps({"format": "1", "model": model})}
+    )
     return path
 
 
@@ -101,9 +114,21 @@ def node(name: str, op: str, target: str, args: list, kwargs: list | None = None
 X, OUT = node("x", "placeholder", "x", []), node("output", "output", "output", [{"node": "y"}])
 EVIL = "__import__('pathlib').Path(r'{flag}').touch()"
 HOSTILE = {
-    "a function that loads pickles": [X, node("y", "call_function", "torch.load", ["/etc/passwd"]), OUT],
-    "a method that is no tensor's": [X, node("y", "call_method", "__reduce__", [{"node": "x"}]), OUT],
-    "an attribute that leads out": [X, node("y", "call_function", "getattr", [{"node": "x"}, "__class__"]), OUT],
+    "a function that loads pickles": [
+        X,
+        node("y", "call_function", "torch.load", ["/etc/passwd"]),
+        OUT,
+    ],
+    "a method that is no tensor's": [
+        X,
+        node("y", "call_method", "__reduce__", [{"node": "x"}]),
+        OUT,
+    ],
+    "an attribute that leads out": [
+        X,
+        node("y", "call_function", "getattr", [{"node": "x"}, "__class__"]),
+        OUT,
+    ],
     "code in an argument's name": [
         X,
         node("y", "call_function", "torch.relu", [], [["p=1) or (EVIL", {"node": "x"}]]),
@@ -119,7 +144,11 @@ HOSTILE = {
         node("y", "call_function", "torch.relu", []),
         OUT,
     ],
-    "an operator that opens files": [X, node("y", "call_function", "aten:from_file.default", ["/tmp/x", True, 8]), OUT],
+    "an operator that opens files": [
+        X,
+        node("y", "call_function", "aten:from_file.default", ["/tmp/x", True, 8]),
+        OUT,
+    ],
     "code in a path": [X, node("y", "call_module", 'a"]; EVIL; ["', [{"node": "x"}]), OUT],
     "a maker of callables": [X, node("y", "call_function", "operator.methodcaller", ["eval"]), OUT],
     "a node that is not there": [X, node("y", "call_function", "torch.relu", [{"node": "z"}]), OUT],
@@ -129,7 +158,9 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
     flag = tmp_path / "ran"
-    nodes = json.loads(json.dumps(HOSTILE[name]).replace("EVIL", json.dumps(EVIL.format(flag=flag))[1:-1]))
+    nodes = json.loads(
+        json.dumps(HOSTILE[name]).replace("EVIL", json.dumps(EVIL.format(flag=flag))[1:-1])
+    )
     with pytest.raises(repfx.InputError, match="is damaged"):
         repfx.load(graph_file(tmp_path / "model.pt", nodes))(torch.zeros(2))
     assert not flag.exists()
@@ -141,7 +172,9 @@ def test_a_hostile_class_is_refused(tmp_path: Path) -> None:
         repfx.load(graph_file(tmp_path / "model.pt", [X], children={"a": child}))
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, pickle.dumps({"a": 1})], ids=["empty", "noise", "pickle"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 100, pickle.dumps({"a": 1})], ids=["empty", "noise", "pickle"]
+)
 def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
@@ -191,7 +224,9 @@ def test_exported_programs_are_read_by_content(tmp_path: Path) -> None:
     "change",
     [
         lambda text: text.replace("torch.ops.aten.relu.default", "torch.os.system"),
-        lambda text: text.replace("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"),
+        lambda text: text.replace(
+            "torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"
+        ),
         lambda text: text.replace('"name": "input"', '"name": "input=print()"'),
         lambda text: text.replace('"expr_str": "', '"expr_str": "Max(\\"print()\\", 1) + '),
     ],

@@ -1,4 +1,6 @@
-"""Tasks and pictures: PSNR, distillation, class folders, zips of them, and the command that trains on them."""
+"""Tasks and pictures: PSNR, distillation, class folders, zips of them, and the command that trains
+on them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ from repfx.training.tasks import psnr
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(4),
     )
 
 
@@ -34,7 +41,14 @@ def test_super_resolution_and_distillation() -> None:
     low = nn.functional.avg_pool2d(high, 2)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.PixelShuffle(2))
     history = fit(
-        model, SuperResolution(scale=2), (low, high), valid=(low, high), preset="ecbsr", epochs=8, batch=4, lr=0.02
+        model,
+        SuperResolution(scale=2),
+        (low, high),
+        valid=(low, high),
+        preset="ecbsr",
+        epochs=8,
+        batch=4,
+        lr=0.02,
     )
     assert history[-1].metrics["psnr"] > history[0].metrics["psnr"] + 1
     a, b = high[:2], high[:2].clone()
@@ -48,8 +62,19 @@ def test_super_resolution_and_distillation() -> None:
     teacher, pupil = net(), net()
     teacher(x), pupil(x)
     fit(teacher, "classification", (x, y), epochs=5, batch=16, lr=0.05)
-    fit(pupil, "classification", (x, y * 0), epochs=5, batch=16, lr=0.05, teacher=teacher, distill=1.0)
-    assert float((pupil(x).argmax(1) == y).float().mean()) > 0.8, "the labels were all 0: it learned from the teacher"
+    fit(
+        pupil,
+        "classification",
+        (x, y * 0),
+        epochs=5,
+        batch=16,
+        lr=0.05,
+        teacher=teacher,
+        distill=1.0,
+    )
+    assert float((pupil(x).argmax(1) == y).float().mean()) > 0.8, (
+        "the labels were all 0: it learned from the teacher"
+    )
 
 
 def class_folders(root: Path) -> Path:
@@ -57,7 +82,9 @@ def class_folders(root: Path) -> Path:
         for value, name in ((40, "dark"), (200, "light")):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (16, 16), (value + i,) * 3).save(root / part / name / f"{i:02}.png")
+                Image.new("RGB", (16, 16), (value + i,) * 3).save(
+                    root / part / name / f"{i:02}.png"
+                )
     return root
 
 
@@ -69,7 +96,10 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
     there, zipped = Pictures(root, "train", augment=True), Pictures(archive, "train", augment=True)
     assert there.classes == ("dark", "light") and len(there) == 24
     for index in (0, 23):
-        assert torch.equal(there[index][0], zipped[index][0]) and there[index][1] == zipped[index][1] == index // 12
+        assert (
+            torch.equal(there[index][0], zipped[index][0])
+            and there[index][1] == zipped[index][1] == index // 12
+        )
     cached = Pictures(root, "train", augment=True, cache=True)
     assert torch.equal(cached[3][0], there[3][0]) and torch.equal(cached[3][0], there[3][0])
     first = there[0][0]
@@ -83,14 +113,29 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
         "nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))\n"
     )
     sys.path.insert(0, str(tmp_path))
-    args = ["train", "m:make", "--data", str(archive), "--epochs", "4", "--lr", "0.1", "--batch", "8", "--passes", "repq"]
+    args = [
+        "train",
+        "m:make",
+        "--data",
+        str(archive),
+        "--epochs",
+        "4",
+        "--lr",
+        "0.1",
+        "--batch",
+        "8",
+        "--passes",
+        "repq",
+    ]
     result = runner.invoke(app, [*args, "-o", str(out), "--checkpoint", str(tmp_path / "ck")])
     sys.path.remove(str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "top1" in result.output and (tmp_path / "ck").exists()
     assert isinstance(repfx.load(out), nn.Module)
     (root / "train" / "dark" / "03.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"train/dark/03\.png is not a readable picture; skip_broken=True"):
+    with pytest.raises(
+        InputError, match=r"train/dark/03\.png is not a readable picture; skip_broken=True"
+    ):
         fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), "classification", root, epochs=1)
     skipped = Pictures(root, "train", skip_broken=True)
     assert len(skipped) == 23 and skipped.broken == ("train/dark/03.png",)
@@ -107,7 +152,9 @@ def high_pictures(root: Path, count: int = 3) -> Path:
         (root / part).mkdir(parents=True)
         for i in range(names):
             coarse = random.integers(0, 256, (5, 6 + i, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((41 + 4 * i, 37), Image.Resampling.BICUBIC).save(root / part / f"{i}.png")
+            Image.fromarray(coarse).resize((41 + 4 * i, 37), Image.Resampling.BICUBIC).save(
+                root / part / f"{i}.png"
+            )
     (root / "test/lr_x2").mkdir()
     for i in range(2):
         Image.new("RGB", (20 + 2 * i, 18), (255, 0, 0)).save(root / "test/lr_x2" / f"{i}.png")
@@ -128,7 +175,9 @@ def test_pairs_are_read_or_made(tmp_path: Path) -> None:
     assert torch.equal(cut[5][1], cut[5][1]) and not torch.equal(cut[5][1], cut[8][1])
     for index in range(12):  # low and high are turned and flipped together
         low, high = cut[index]
-        assert (F.avg_pool2d(high[None], 2)[0] - low)[..., 1:-1, 1:-1].abs().mean() < 0.1 * high.std()
+        assert (F.avg_pool2d(high[None], 2)[0] - low)[
+            ..., 1:-1, 1:-1
+        ].abs().mean() < 0.1 * high.std()
     cut.set_epoch(0, 1)
     moved = cut[5][1]
     cut.set_epoch(0, 0)
@@ -144,12 +193,16 @@ def test_pairs_are_read_or_made(tmp_path: Path) -> None:
     assert Pairs(root, "train", skip_broken=True).broken == ("train/set/1.png",)
 
 
-def test_the_command_trains_super_resolution_and_packaged_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trains_super_resolution_and_packaged_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = high_pictures(tmp_path / "sr")
     (tmp_path / "made.py").write_text(
         "from torch import nn\n"
-        "def sr():\n    return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1), nn.PixelShuffle(2))\n"
-        "def digits():\n    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))\n"
+        "def sr():\n    return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, "
+        "1, 1), nn.PixelShuffle(2))\n"
+        "def digits():\n    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), "
+        "nn.Flatten(), nn.Linear(288, 10))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     runner, out = CliRunner(), ["-o", str(tmp_path / "out.pt"), "--epochs", "1"]

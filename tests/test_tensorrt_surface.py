@@ -1,9 +1,9 @@
-"""Every name of TensorRT that repfx uses, looked up in the real bindings of 10.13 and 11.4, without TensorRT itself.
+"""Every name of TensorRT that repfx uses, looked up in the real bindings of 10.13 and 11.4, without
+TensorRT itself.
 
-Opt-in, as it fetches the bindings (1 MB each) from PyPI into a temporary folder: REPFX_TENSORRT_SURFACE=1. The bindings
-load against three stub libraries that hold the nine functions they link to. The wheels are NVIDIA's: no part of them is
-kept or committed.
-"""
+Opt-in, as it fetches the bindings (1 MB each) from PyPI into a temporary folder:
+REPFX_TENSORRT_SURFACE=1. The bindings load against three stub libraries that hold the nine
+functions they link to. The wheels are NVIDIA's: no part of them is kept or committed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ import ctypes, json, sys
 from pathlib import Path
 
 folder, used = Path(sys.argv[1]), json.loads(sys.argv[2])
-kept = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in sorted(folder.glob("lib*.so.*"))]
+libraries = sorted(folder.glob("lib*.so.*"))
+kept = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in libraries]
 sys.path.insert(0, str(folder))
 import tensorrt_bindings as trt
 
@@ -65,9 +66,11 @@ try:
     refused = False
 except TypeError:
     refused = True
-signatures = {f"{h}.{n}": str(getattr(getattr(getattr(trt, h), n), "__doc__", "")) for h, ns in used.items() if h
+signatures = {f"{h}.{n}": str(getattr(getattr(getattr(trt, h), n), "__doc__", ""))
+              for h, ns in used.items() if h
               for n in ns if hasattr(getattr(trt, h, None), n)}
-print(json.dumps({"version": trt.__version__, "missing": missing, "flags": flags, "refused": refused,
+print(json.dumps({"version": trt.__version__, "missing": missing, "flags": flags,
+                  "refused": refused,
                   "signatures": signatures}))
 """
 # what the calls pass by position, as the real bindings spell it
@@ -91,7 +94,9 @@ CALLS = {
 
 
 def _surface() -> dict[str, list[str]]:
-    spec = importlib.util.spec_from_file_location("fake_tensorrt_names", Path(__file__).parent / "fake_tensorrt.py")
+    spec = importlib.util.spec_from_file_location(
+        "fake_tensorrt_names", Path(__file__).parent / "fake_tensorrt.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -103,7 +108,17 @@ def _bindings(major: str, folder: Path) -> None:
     """The bindings and their stubs in the folder; skips where they cannot be had."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc, which builds the stub libraries, is not here")
-    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    fetch = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(folder),
+    ]
     got = subprocess.run([*fetch, WHEELS[major]], capture_output=True, text=True, timeout=300)
     wheels = list(folder.glob("*.whl"))
     if got.returncode or not wheels:
@@ -113,13 +128,19 @@ def _bindings(major: str, folder: Path) -> None:
         source = folder / f"{name}.c"
         source.write_text("".join(f"void *{f}(void) {{ return 0; }}\n" for f in functions))
         out = f"{name}.so.{major}"
-        subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{out}", "-o", str(folder / out), str(source)], check=True)
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{out}", "-o", str(folder / out), str(source)],
+            check=True,
+        )
 
 
 @pytest.mark.parametrize("major", sorted(WHEELS))
 def test_every_name_exists_in_the_real_bindings(major: str, tmp_path: Path) -> None:
     if os.environ.get("REPFX_TENSORRT_SURFACE") != "1":
-        pytest.skip("fetches NVIDIA's bindings: REPFX_TENSORRT_SURFACE=1 pytest tests/test_tensorrt_surface.py")
+        pytest.skip(
+            "fetches NVIDIA's bindings: REPFX_TENSORRT_SURFACE=1 pytest "
+            "tests/test_tensorrt_surface.py"
+        )
     _bindings(major, tmp_path)
     used = _surface()
     got = subprocess.run(

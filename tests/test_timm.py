@@ -1,4 +1,6 @@
-"""The public zoo, with random statistics: counts of timm's own reparameterize_model or better, and nothing changed."""
+"""The public zoo, with random statistics: counts of timm's own reparameterize_model or better, and
+nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,23 @@ PLAIN = [
         "lcnet_050",
         "rexnet_100",
     ),
-    *("mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv4_conv_small", "regnetx_002", "regnety_002", "gernet_s"),
-    *("convnext_atto", "inception_v3", "xception41", "hrnet_w18_small", "ghostnet_100", "mixnet_s", "edgenext_xx_small"),
+    *(
+        "mobilenetv2_100",
+        "mobilenetv3_small_100",
+        "mobilenetv4_conv_small",
+        "regnetx_002",
+        "regnety_002",
+        "gernet_s",
+    ),
+    *(
+        "convnext_atto",
+        "inception_v3",
+        "xception41",
+        "hrnet_w18_small",
+        "ghostnet_100",
+        "mixnet_s",
+        "edgenext_xx_small",
+    ),
 ]
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -73,7 +90,10 @@ def count(model: nn.Module, *kinds: type) -> int:
 
 
 def adds(model: nn.Module) -> int:
-    return sum(n.op == "call_function" and "add" in getattr(n.target, "__name__", "") for n in model.graph.nodes)
+    return sum(
+        n.op == "call_function" and "add" in getattr(n.target, "__name__", "")
+        for n in model.graph.nodes
+    )
 
 
 def picture(dtype: torch.dtype = torch.float32, size: int = 64) -> torch.Tensor:
@@ -92,7 +112,9 @@ def test_counts_and_errors(name: str) -> None:
         assert not adds(result)
     report = result.meta["repfx"]
     assert all(m.error <= 1e-12 and m.macs_after <= m.macs_before for m in report.merged)
-    assert_same(model, result, picture(), 1e-5)  # whole nets amplify; the regions themselves are checked below
+    assert_same(
+        model, result, picture(), 1e-5
+    )  # whole nets amplify; the regions themselves are checked below
     assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items())
     assert not repfx.transform(result, ["fuse"]).meta["repfx"].merged
     double = model.double()
@@ -101,7 +123,9 @@ def test_counts_and_errors(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPARAMETERIZABLE)
 def test_single_precision_region_by_region(name: str) -> None:
-    """Each merged layer in float32 is as near to the float64 one as its region in float32 is, on what the region sees."""
+    """Each merged layer in float32 is as near to the float64 one as its region in float32 is, on
+    what the region sees.
+    """
     before = repfx.transform(make(name), []).eval()
     after = repfx.transform(before, ["fuse"]).eval()
     exact = repfx.transform(copy.deepcopy(before).double(), ["fuse"]).eval()
@@ -140,7 +164,9 @@ def test_plain_nets_compute_the_same_and_cost_no_more(name: str) -> None:
     assert count(result, nn.Conv2d) <= count(model, nn.Conv2d)
     size = 96 if name in ("inception_v3", "vgg11_bn") else 64
     assert max(m.error for m in report.merged) <= 1e-12
-    assert_same(model, result, picture(torch.float64, size), 1e-7)  # some nets amplify a last bit a million times
+    assert_same(
+        model, result, picture(torch.float64, size), 1e-7
+    )  # some nets amplify a last bit a million times
 
 
 def test_names_of_a_zoo_model_survive() -> None:

@@ -1,8 +1,10 @@
-"""Do bias correction and cross-layer equalization pay beside ranges and learning? On the nets of study (e).
+"""Do bias correction and cross-layer equalization pay beside ranges and learning? On the nets of
+study (e).
 
 python examples/study/classics.py --data cifar10.zip
 
-equalized    W1 / s, b1 / s, W2 s for two layers with a ReLU between; s = sqrt(r1 / r2) of their channels' largest weights
+equalized    W1 / s, b1 / s, W2 s for two layers with a ReLU between; s = sqrt(r1 / r2),
+             r a channel's largest weight
 corrected    repfx.calibrate(bias=True)
 """
 
@@ -31,10 +33,18 @@ def equalized(merged: fx.GraphModule) -> fx.GraphModule:
             torch.nn.functional.relu,
         )
         second = layers.get(str(readers[0].target)) if len(readers) == 1 else None
-        if not relu or not isinstance(second, nn.Conv2d) or second.groups != 1 or first.bias is None:
+        if (
+            not relu
+            or not isinstance(second, nn.Conv2d)
+            or second.groups != 1
+            or first.bias is None
+        ):
             continue
         with torch.no_grad():
-            r1, r2 = first.weight.abs().flatten(1).amax(1), second.weight.abs().transpose(0, 1).flatten(1).amax(1)
+            r1, r2 = (
+                first.weight.abs().flatten(1).amax(1),
+                second.weight.abs().transpose(0, 1).flatten(1).amax(1),
+            )
             s = (r1 / r2).sqrt().clamp(1e-3, 1e3)
             first.weight /= s.reshape(-1, 1, 1, 1)
             first.bias /= s
@@ -49,13 +59,30 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
     accuracy, batches, results = Accuracy(test), calibration(args.data), Results(args.results)
-    for (bits, weight_bits), seed, name in [(b, s, n) for b in BITS for s in args.seeds for n in args.nets]:
+    for (bits, weight_bits), seed, name in [
+        (b, s, n) for b in BITS for s in args.seeds for n in args.nets
+    ]:
         make, l2 = NETS[name]
         net = trained(
-            args.runs / "mini", name, make, "classification", train, seed, epochs=8, lr=0.1, batch=128, l2=l2
-        )  # fmt: skip
+            args.runs / "mini",
+            name,
+            make,
+            "classification",
+            train,
+            seed,
+            epochs=8,
+            lr=0.1,
+            batch=128,
+            l2=l2,
+        )
         for method in ("mse", "equalized", "corrected", "both"):
-            key = {"net": name, "seed": seed, "bits": bits, "weight_bits": weight_bits, "method": method}
+            key = {
+                "net": name,
+                "seed": seed,
+                "bits": bits,
+                "weight_bits": weight_bits,
+                "method": method,
+            }
             if results.has(**key):
                 continue
             merged = repfx.transform(net, ["fuse"])

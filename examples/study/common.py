@@ -20,7 +20,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 def command(doc: str | None, name: str, seeds: list[int] | None = None) -> argparse.ArgumentParser:
     """The options that every study has; `--seeds` where it is run with several."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("out/study"), help="checkpoints")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / f"{name}.jsonl")
@@ -42,12 +44,17 @@ def mini(
     classes: int = 10,
     **options: Any,
 ) -> nn.Module:
-    """Stages of 3x3 blocks and ReLU, all but the first begin with a stride of 2: (N, 3, 32, 32) -> (N, classes)."""
+    """Stages of 3x3 blocks and ReLU, all but the first begin with a stride of 2: (N, 3, 32, 32) ->
+    (N, classes).
+    """
     layers: list[nn.Module] = []
     inputs = 3
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         for i in range(depth):
-            layers += [block(inputs, width, 3, 2 if stage and not i else 1, 1, **options), nn.ReLU()]
+            layers += [
+                block(inputs, width, 3, 2 if stage and not i else 1, 1, **options),
+                nn.ReLU(),
+            ]
             inputs = width
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
     return net.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
@@ -56,7 +63,9 @@ def mini(
 def pictures(path: Path, limit: int | None = None) -> tuple[Pictures, Pictures]:
     """CIFAR-10 as `train/<class>/*.jpg` and `test/<class>/*.jpg`, in a folder or zip."""
     same: dict[str, Any] = {"mean": MEAN, "std": STD, "cache": True}
-    return Pictures(path, "train", augment=True, limit=limit, **same), Pictures(path, "test", **same)
+    return Pictures(path, "train", augment=True, limit=limit, **same), Pictures(
+        path, "test", **same
+    )
 
 
 def calibration(path: Path, count: int = 1024) -> list[torch.Tensor]:
@@ -70,7 +79,8 @@ class Accuracy:
 
     def __init__(self, test: Any) -> None:
         self.batches = [
-            (x.to(memory_format=torch.channels_last), y) for x, y in DataLoader(Subset(test, range(len(test))), 500)
+            (x.to(memory_format=torch.channels_last), y)
+            for x, y in DataLoader(Subset(test, range(len(test))), 500)
         ]
 
     @torch.no_grad()
@@ -86,7 +96,9 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
@@ -98,11 +110,24 @@ class Results:
         print(json.dumps(row), flush=True)
 
 
-def trained(folder: Path, name: str, make: Any, task: Any, data: Any, seed: int, **options: Any) -> nn.Module:
-    """The net of this name and seed, from its finished checkpoint or trained now; a cut run goes on where it was."""
+def trained(
+    folder: Path, name: str, make: Any, task: Any, data: Any, seed: int, **options: Any
+) -> nn.Module:
+    """The net of this name and seed, from its finished checkpoint or trained now; a cut run goes on
+    where it was.
+    """
     torch.manual_seed(seed)
     model: nn.Module = make()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{seed}.ck"
-    repfx.fit(model, task, data, seed=seed, checkpoint=file, log=file.with_suffix(".jsonl"), device="cpu", **options)
+    repfx.fit(
+        model,
+        task,
+        data,
+        seed=seed,
+        checkpoint=file,
+        log=file.with_suffix(".jsonl"),
+        device="cpu",
+        **options,
+    )
     return model.eval()

@@ -1,12 +1,12 @@
-"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime and OpenVINO, beside their own tools.
+"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime and OpenVINO,
+beside their own tools.
 
     pip install nncf openvino
     python examples/study/cpu.py --data cifar10.zip
 
-Such a net runs in integers only where what its convolutions give, and what goes on from there, is rounded too: more places
-to lose accuracy than the inputs of layers. 1 024 training pictures without labels calibrate. A tool that is not installed
-is named and left out.
-"""
+Such a net runs in integers only where what its convolutions give, and what goes on from there, is
+rounded too: more places to lose accuracy than the inputs of layers. 1 024 training pictures without
+labels calibrate. A tool that is not installed is named and left out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 
 class Act(nn.Module):
-    """A convolution, its batch norm and a swish: (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
+    """A convolution, its batch norm and a swish: (N, inputs, H, W) -> (N, outputs, H / stride, W /
+    stride).
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -51,13 +53,17 @@ class Act(nn.Module):
 
 
 class Joined(nn.Module):
-    """Half goes on through residual steps, all is concatenated and gated: (N, c, H, W) -> (N, c, H, W)."""
+    """Half goes on through residual steps, all is concatenated and gated: (N, c, H, W) -> (N, c, H,
+    W).
+    """
 
     def __init__(self, width: int, steps: int = 2) -> None:
         super().__init__()
         half = width // 2
         self.first, self.last = Act(width, width, 1), Act(width + steps * half, width, 1)
-        self.steps = nn.ModuleList(nn.Sequential(Act(half, half), Act(half, half)) for _ in range(steps))
+        self.steps = nn.ModuleList(
+            nn.Sequential(Act(half, half), Act(half, half)) for _ in range(steps)
+        )
         self.down, self.up = nn.Conv2d(width, half, 1), nn.Conv2d(half, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +80,9 @@ def joined() -> nn.Module:
     return nn.Sequential(*body, *head).to(memory_format=torch.channels_last)
 
 
-def ours(net: nn.Module, method: str, runtime: str, batches: list[Tensor], iterations: int, folder: Path) -> Path:
+def ours(
+    net: nn.Module, method: str, runtime: str, batches: list[Tensor], iterations: int, folder: Path
+) -> Path:
     passes, options = OURS[method]
     model: Any = repfx.transform(net, passes, target=runtime)
     if "qprep" in passes:
@@ -95,7 +103,15 @@ def main() -> None:
     accuracy, batches, results = Accuracy(test), calibration(args.data), Results(args.results)
     for seed in args.seeds:
         net = trained(
-            args.runs / "cpu", "joined", joined, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128
+            args.runs / "cpu",
+            "joined",
+            joined,
+            "classification",
+            train,
+            seed,
+            epochs=args.epochs,
+            lr=0.1,
+            batch=128,
         )
         if not results.has(seed=seed, method="float"):
             results.add(seed=seed, method="float", top1=accuracy(net))

@@ -1,11 +1,11 @@
-"""Other tools on the nets of study (e), W8A8, each on the merged net and the same 1 024 pictures, beside ours.
+"""Other tools on the nets of study (e), W8A8, each on the merged net and the same 1 024 pictures,
+beside ours.
 
     pip install nvidia-modelopt requests torchao nncf openvino aimet-torch
     python examples/study/peers.py --data cifar10.zip
 
-ONNX Runtime's quantizer and ours run in ONNX Runtime, NNCF's in OpenVINO, the others' in torch as they simulate it. A tool
-that is not installed is named and left out.
-"""
+ONNX Runtime's quantizer and ours run in ONNX Runtime, NNCF's in OpenVINO, the others' in torch as
+they simulate it. A tool that is not installed is named and left out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from typing import Any
 import onnx
 import torch
 from common import Accuracy, Results, calibration, command, pictures, trained
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
 from ptq import NETS
 from torch import Tensor, nn
 
@@ -52,13 +58,21 @@ def in_runtime(path: Path, runtime: str = "onnxruntime") -> nn.Module:
     return Call(lambda x: run((x,))[0])
 
 
-def onnxruntime(method: CalibrationMethod, merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+def onnxruntime(
+    method: CalibrationMethod, merged: nn.Module, batches: list[Tensor], folder: Path
+) -> nn.Module:
     plain = repfx.lower(merged, folder / "float.onnx", example=batches[0]).onnx
     source = onnx.load(plain).graph.input[0].name
     quantize_static(
-        str(plain), str(folder / "theirs.onnx"), Reader(source, batches), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
-    )  # fmt: skip
+        str(plain),
+        str(folder / "theirs.onnx"),
+        Reader(source, batches),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=method,
+    )
     return in_runtime(folder / "theirs.onnx")
 
 
@@ -68,7 +82,9 @@ def nncf(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
 
     plain = repfx.lower(merged, folder / "float.onnx", example=batches[0]).onnx
     model = openvino.Core().read_model(str(plain))
-    quantized = nncf.quantize(model, nncf.Dataset([x.numpy() for b in batches for x in b.split(1)]), subset_size=1024)
+    quantized = nncf.quantize(
+        model, nncf.Dataset([x.numpy() for b in batches for x in b.split(1)]), subset_size=1024
+    )
     compiled = openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return Call(lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy()))
 
@@ -76,17 +92,22 @@ def nncf(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
 def modelopt(config: str, merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
-    return mtq.quantize(copy.deepcopy(merged), getattr(mtq, config), forward_loop=lambda m: [m(x) for x in batches])
+    return mtq.quantize(
+        copy.deepcopy(merged), getattr(mtq, config), forward_loop=lambda m: [m(x) for x in batches]
+    )
 
 
 def torchao(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer = x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config()
+    )
     shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
     merged = copy.deepcopy(merged).to(memory_format=torch.contiguous_format)
-    # Strict, or the quantizer finds no convolution: it looks for them by what only that export notes.
+    # Strict, or the quantizer finds no convolution: it looks for them by what only that export
+    # notes.
     exported = torch.export.export(merged, (batches[0],), dynamic_shapes=shapes, strict=True)
     prepared = prepare_pt2e(exported.module(), quantizer)
     with torch.no_grad():
@@ -102,16 +123,22 @@ def torchao(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module
 def aimet(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
     from aimet_torch.quantsim import QuantizationSimModel
 
-    sim = QuantizationSimModel(copy.deepcopy(merged), dummy_input=batches[0], default_param_bw=8, default_output_bw=8)
+    sim = QuantizationSimModel(
+        copy.deepcopy(merged), dummy_input=batches[0], default_param_bw=8, default_output_bw=8
+    )
     sim.compute_encodings(lambda model, _: [model(x) for x in batches], None)
     return sim.model
 
 
-def ours(seed: int, iterations: int, net: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+def ours(
+    seed: int, iterations: int, net: nn.Module, batches: list[Tensor], folder: Path
+) -> nn.Module:
     model = repfx.transform(net, [Ptq(weights="mse"), "qprep"], target="onnxruntime")
     repfx.reconstruct(model, batches, iterations=iterations, seed=seed)
     model = repfx.transform(model, ["fuse"], target="onnxruntime")
-    return in_runtime(repfx.lower(model, folder / "ours.onnx", example=batches[0], target="onnxruntime").onnx)
+    return in_runtime(
+        repfx.lower(model, folder / "ours.onnx", example=batches[0], target="onnxruntime").onnx
+    )
 
 
 PEERS: dict[str, Callable[[nn.Module, list[Tensor], Path], nn.Module]] = {
@@ -146,7 +173,11 @@ def main() -> None:
                 continue
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    top1 = accuracy(run(net if run is methods["repfx repapq"] else merged, batches, Path(folder)))
+                    top1 = accuracy(
+                        run(
+                            net if run is methods["repfx repapq"] else merged, batches, Path(folder)
+                        )
+                    )
             except ImportError as error:
                 print(f"{method} is left out: {error}")
                 continue

@@ -1,10 +1,10 @@
 """Study (e), RepAPQ: every method of post-training quantization on the same nets and pictures.
 
-    python examples/study/variants.py --data cifar10.zip        trains S0 and S4 (or this script does)
+    python examples/study/variants.py --data cifar10.zip   trains S0 and S4 (or this script does)
     python examples/study/ptq.py --data cifar10.zip
 
-Weights have one step a channel, of least squared error. 1 024 training pictures without labels calibrate.
-"""
+Weights have one step a channel, of least squared error. 1 024 training pictures without labels
+calibrate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from repfx.passes import Ptq
 BITS = ((6, 6), (8, 4), (8, 8))  # of activations and of weights
 RANGES = ("max", "percentile", "entropy", "mse", "mae")
 LEARNED: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "block mse, adaround, drop": ([], {"loss": "mse", "rounding": "adaround", "drop": 0.5, "stage": 0.0}),
+    "block mse, adaround, drop": (
+        [],
+        {"loss": "mse", "rounding": "adaround", "drop": 0.5, "stage": 0.0},
+    ),
     "block mse": ([], {"loss": "mse", "stage": 0.0}),
     "block mae": ([], {"stage": 0.0}),
     "block mae, qprep": (["qprep"], {"stage": 0.0}),
@@ -33,12 +36,15 @@ LEARNED: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 class Residual(nn.Module):
-    """The basic block of a plain ResNet: (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
+    """The basic block of a plain ResNet: (N, inputs, H, W) -> (N, outputs, H / stride, W /
+    stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.one, self.two = plain(inputs, outputs, 3, stride, 1), plain(outputs, outputs, 3, 1, 1)
-        self.short = plain(inputs, outputs, 1, stride) if stride > 1 or inputs != outputs else nn.Identity()
+        self.short = (
+            plain(inputs, outputs, 1, stride) if stride > 1 or inputs != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.short(x) + self.two(torch.relu(self.one(x))))
@@ -47,7 +53,9 @@ class Residual(nn.Module):
 def resnet() -> nn.Module:
     stages = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 32, 1), Residual(32, 64, 2)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(plain(3, 16, 3, 1, 1), nn.ReLU(), *stages, *head).to(memory_format=torch.channels_last)
+    return nn.Sequential(plain(3, 16, 3, 1, 1), nn.ReLU(), *stages, *head).to(
+        memory_format=torch.channels_last
+    )
 
 
 NETS = {
@@ -67,12 +75,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
-    accuracy, batches, results = Accuracy(test), calibration(args.data, args.pictures), Results(args.results)
+    accuracy, batches, results = (
+        Accuracy(test),
+        calibration(args.data, args.pictures),
+        Results(args.results),
+    )
     for (bits, weight_bits), seed, name in product(BITS, args.seeds, args.nets):
         make, l2 = NETS[name]
         net = trained(
-            args.runs / "mini", name, make, "classification", train, seed, epochs=args.epochs, lr=0.1, batch=128, l2=l2
-        )  # fmt: skip
+            args.runs / "mini",
+            name,
+            make,
+            "classification",
+            train,
+            seed,
+            epochs=args.epochs,
+            lr=0.1,
+            batch=128,
+            l2=l2,
+        )
         if not results.has(net=name, seed=seed, method="float"):
             results.add(net=name, seed=seed, method="float", top1=accuracy(net))
         same = {"net": name, "seed": seed, "bits": bits, "weight_bits": weight_bits}
@@ -83,7 +104,9 @@ def main() -> None:
             passes, options = LEARNED.get(method, ([], {}))
             quantized = repfx.transform(net, [Ptq(bits, weight_bits, weights="mse"), *passes])
             if method in LEARNED:
-                repfx.reconstruct(quantized, batches, iterations=args.iterations, seed=seed, **options)
+                repfx.reconstruct(
+                    quantized, batches, iterations=args.iterations, seed=seed, **options
+                )
                 quantized = repfx.transform(quantized, ["fuse"])
             else:
                 repfx.calibrate(quantized, batches, method=method)

@@ -22,9 +22,13 @@ class Plain(nn.Conv2d):
 
 
 class ECBSR(nn.Module):
-    """Zhang et al., 2021: blocks of `width` channels with PReLU, the picture added to each of the scale^2 phases."""
+    """Zhang et al., 2021: blocks of `width` channels with PReLU, the picture added to each of the
+    scale^2 phases.
+    """
 
-    def __init__(self, block: type[nn.Module], depth: int = 4, width: int = 8, scale: int = 2) -> None:
+    def __init__(
+        self, block: type[nn.Module], depth: int = 4, width: int = 8, scale: int = 2
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(depth + 1):
@@ -38,7 +42,9 @@ class ECBSR(nn.Module):
 
 def main() -> None:
     parser = command(__doc__, "sr", seeds=[0])
-    parser.add_argument("--epochs", type=int, default=160, help="of float training, 16 patches a picture each")
+    parser.add_argument(
+        "--epochs", type=int, default=160, help="of float training, 16 patches a picture each"
+    )
     parser.add_argument("--qat-epochs", type=int, default=25)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--patch", type=int, default=64)
@@ -61,11 +67,19 @@ def main() -> None:
     for seed in args.seeds:
         floats = {
             name: trained(
-                args.runs, f"sr-{name}", lambda b=block: ECBSR(b), "super-resolution", train, seed,
-                epochs=args.epochs, preset="ecbsr", batch=32, schedule="cosine",
+                args.runs,
+                f"sr-{name}",
+                lambda b=block: ECBSR(b),
+                "super-resolution",
+                train,
+                seed,
+                epochs=args.epochs,
+                preset="ecbsr",
+                batch=32,
+                schedule="cosine",
             )
             for name, block in (("plain", Plain), ("ecb", ECB))
-        }  # fmt: skip
+        }
         for name, net in floats.items():
             if not results.has(net=name, seed=seed, bits=32):
                 results.add(net=name, seed=seed, bits=32, strategy="float", **psnr(net))
@@ -76,11 +90,24 @@ def main() -> None:
                 net = floats["plain" if strategy == "Plain" else "ecb"]
                 passes = [*(["fuse"] if strategy == "Merged" else []), RepQ(bits=bits)]
                 quantized = trained(
-                    args.runs, f"sr-{strategy}-{bits}", lambda n=net, p=passes: repfx.transform(n, p),
-                    "super-resolution", train, seed, epochs=args.qat_epochs, preset="ecbsr", batch=32, lr=1e-4,
+                    args.runs,
+                    f"sr-{strategy}-{bits}",
+                    lambda n=net, p=passes: repfx.transform(n, p),
+                    "super-resolution",
+                    train,
+                    seed,
+                    epochs=args.qat_epochs,
+                    preset="ecbsr",
+                    batch=32,
+                    lr=1e-4,
                     schedule="cosine",
-                )  # fmt: skip
-                results.add(seed=seed, bits=bits, strategy=strategy, **psnr(repfx.transform(quantized, ["fuse"])))
+                )
+                results.add(
+                    seed=seed,
+                    bits=bits,
+                    strategy=strategy,
+                    **psnr(repfx.transform(quantized, ["fuse"])),
+                )
 
 
 if __name__ == "__main__":

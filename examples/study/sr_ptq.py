@@ -19,7 +19,13 @@ from repfx.data import Pairs
 from repfx.passes import Ptq
 from repfx.training import SuperResolution
 
-LAYERS = ["body.1", "body.3", "body.5", "body.7", "body.9"]  # where a block may end, each beside the skip
+LAYERS = [
+    "body.1",
+    "body.3",
+    "body.5",
+    "body.7",
+    "body.9",
+]  # where a block may end, each beside the skip
 MORE = {  # at 6 bits: cut, and whole with as many steps in all
     "repapq, a block a layer": (["qprep"], {"blocks": LAYERS}),
     "repapq, 1200 steps": (["qprep"], {"iterations": 1200}),
@@ -53,11 +59,17 @@ def main() -> None:
             passes, options = learned.get(method, ([], {}))
             quantized = repfx.transform(net.eval(), [Ptq(bits, weights="mse"), *passes])
             if method in learned:
-                repfx.reconstruct(quantized, batches, **{"iterations": args.iterations, "batch": 32, **options})
+                repfx.reconstruct(
+                    quantized, batches, **{"iterations": args.iterations, "batch": 32, **options}
+                )
                 quantized = repfx.transform(quantized, ["fuse"])
             else:
                 repfx.calibrate(quantized, batches, method=method)
-            results.add(bits=bits, method=method, **{name: psnr(quantized, test) for name, test in tests.items()})
+            results.add(
+                bits=bits,
+                method=method,
+                **{name: psnr(quantized, test) for name, test in tests.items()},
+            )
 
 
 if __name__ == "__main__":

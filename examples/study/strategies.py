@@ -1,4 +1,5 @@
-"""Study (b), RepQ: Plain, Merged and RepQ in its modes, at 8 and 4 bits, for RepVGG- and ACNet-style nets.
+"""Study (b), RepQ: Plain, Merged and RepQ in its modes, at 8 and 4 bits, for RepVGG- and
+ACNet-style nets.
 
     python examples/study/strategies.py --data cifar10.zip
 
@@ -34,28 +35,50 @@ def main() -> None:
     for seed in args.seeds:
         floats = {
             name: trained(
-                args.runs, name, lambda b=block: mini(b), "classification", train, seed,
-                epochs=args.epochs, lr=0.1, batch=128,
+                args.runs,
+                name,
+                lambda b=block: mini(b),
+                "classification",
+                train,
+                seed,
+                epochs=args.epochs,
+                lr=0.1,
+                batch=128,
             )
             for name, block in NETS.items()
-        }  # fmt: skip
+        }
         for name, net in floats.items():
             if not results.has(net=name, seed=seed, bits=32):
                 results.add(net=name, seed=seed, bits=32, strategy="float", top1=accuracy(net))
-            ways = {"Plain": ["running"]} if name == "plain" else {"Merged": ["running"], "RepQ": MODES}
-            for bits, strategy, mode in [(b, s, m) for b in args.bits for s, modes in ways.items() for m in modes]:
+            ways = (
+                {"Plain": ["running"]}
+                if name == "plain"
+                else {"Merged": ["running"], "RepQ": MODES}
+            )
+            for bits, strategy, mode in [
+                (b, s, m) for b in args.bits for s, modes in ways.items() for m in modes
+            ]:
                 if results.has(net=name, seed=seed, bits=bits, strategy=strategy, mode=mode):
                     continue
                 passes = [*(["fuse"] if strategy == "Merged" else []), RepQ(bits=bits, bn=mode)]
 
-                def start(n: torch.nn.Module = net, p: list[object] = passes, m: str = mode) -> torch.nn.Module:
+                def start(
+                    n: torch.nn.Module = net, p: list[object] = passes, m: str = mode
+                ) -> torch.nn.Module:
                     made = repfx.transform(n, p)
                     return match_statistics(made, batches) if m == "estimate" else made
 
                 quantized = trained(
-                    args.runs, f"{name}-{strategy}-{mode}-{bits}", start, "classification", train, seed,
-                    epochs=args.qat_epochs, lr=0.01, batch=128,
-                )  # fmt: skip
+                    args.runs,
+                    f"{name}-{strategy}-{mode}-{bits}",
+                    start,
+                    "classification",
+                    train,
+                    seed,
+                    epochs=args.qat_epochs,
+                    lr=0.01,
+                    batch=128,
+                )
                 top1 = accuracy(repfx.transform(quantized, ["fuse"]))
                 results.add(net=name, seed=seed, bits=bits, strategy=strategy, mode=mode, top1=top1)
 

@@ -27,7 +27,11 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
 
 
 def table(
-    found: list[dict[str, Any]], row: Callable[..., str], column: Callable[..., str], value: str, digits: int = 1
+    found: list[dict[str, Any]],
+    row: Callable[..., str],
+    column: Callable[..., str],
+    value: str,
+    digits: int = 1,
 ) -> str:
     cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     columns: dict[str, None] = {}
@@ -35,7 +39,10 @@ def table(
         cells[row(r)][column(r)].append(r[value])
         columns.setdefault(column(r))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(spread(line[c], digits) for c in columns) + " |" for name, line in cells.items()]
+    lines += [
+        f"| {name} | " + " | ".join(spread(line[c], digits) for c in columns) + " |"
+        for name, line in cells.items()
+    ]
     return "\n".join(lines)
 
 
@@ -47,12 +54,16 @@ def bits_of(r: dict[str, Any]) -> str:
 def drops(found: list[dict[str, Any]]) -> str:
     """What each seed's net loses against its own float accuracy."""
     whole = {(r["variant"], r["seed"]): r["top1"] for r in found if r["bits"] == 32}
-    lost = [r | {"drop": whole[r["variant"], r["seed"]] - r["top1"]} for r in found if r["bits"] != 32]
+    lost = [
+        r | {"drop": whole[r["variant"], r["seed"]] - r["top1"]} for r in found if r["bits"] != 32
+    ]
     return table(lost, lambda r: r["variant"], bits_of, "drop")
 
 
 def lead(found: list[dict[str, Any]], own: str) -> str:
-    """By how much `own` is above each other method on the same net of the same seed: mean, standard error, extremes."""
+    """By how much `own` is above each other method on the same net of the same seed: mean, standard
+    error, extremes.
+    """
     at = {(r["method"], r["net"], r["seed"]): r["top1"] for r in found}
     lines = ["| | nets | mean ± standard error | least | most |", "|---|---|---|---|---|"]
     for method in dict.fromkeys(r["method"] for r in found if r["method"] not in (own, "float")):
@@ -72,23 +83,45 @@ def main() -> None:
         print(f"(a) {size}\n" + table(some, lambda r: r["variant"], bits_of, "top1") + "\n")
         print("drops\n" + drops(some) + "\n")
     found = rows("strategies")
-    print("\n(b)\n" + table(found, lambda r: f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip(), bits_of, "top1"))
+    print(
+        "\n(b)\n"
+        + table(
+            found,
+            lambda r: f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip(),
+            bits_of,
+            "top1",
+        )
+    )
     found = rows("sr")
     for name in ("set5", "set14"):
         print(
             f"\n(c) {name}\n"
-            + table(found, lambda r: r["strategy"] + (f" {r['net']}" if "net" in r else ""), bits_of, name, 2)
+            + table(
+                found,
+                lambda r: r["strategy"] + (f" {r['net']}" if "net" in r else ""),
+                bits_of,
+                name,
+                2,
+            )
         )
     found = rows("sr_ptq")
     for name in ("set5", "set14"):
         print(f"\n(f) {name}\n" + table(found, lambda r: r["method"], bits_of, name, 2))
     order = ["float", "max", "percentile", "entropy", "mse", "mae"]  # and then what is learned
-    found = sorted(rows("ptq"), key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
+    found = sorted(
+        rows("ptq"), key=lambda r: order.index(r["method"]) if r["method"] in order else len(order)
+    )
     for bits in ((6, 6), (8, 4), (8, 8)):
         some = [r for r in found if r["method"] == "float" or (r["bits"], r["weight_bits"]) == bits]
-        print(f"\n(e) W{bits[1]}A{bits[0]}\n" + table(some, lambda r: r["method"], lambda r: r["net"], "top1"))
+        print(
+            f"\n(e) W{bits[1]}A{bits[0]}\n"
+            + table(some, lambda r: r["method"], lambda r: r["net"], "top1")
+        )
         print("\nlead of repapq\n" + lead(some, "repapq"))
-    print("\n(e) other tools, W8A8\n" + table(rows("peers"), lambda r: r["method"], lambda r: r["net"], "top1"))
+    print(
+        "\n(e) other tools, W8A8\n"
+        + table(rows("peers"), lambda r: r["method"], lambda r: r["net"], "top1")
+    )
     print("\nlead of ours\n" + lead(rows("peers"), "repfx repapq"))
     bits = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
     print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], bits, "top1"))

@@ -16,12 +16,17 @@ from repfx.blocks import QARepVGG
 from repfx.passes import Ptq
 
 L2 = {"S0": "custom", "Eq6": "eq6"}  # the others decay plainly
-SIZES: dict[str, dict[str, Any]] = {"mini": {}, "large": {"widths": (32, 64, 128), "depths": (4, 3, 3)}}
+SIZES: dict[str, dict[str, Any]] = {
+    "mini": {},
+    "large": {"widths": (32, 64, 128), "depths": (4, 3, 3)},
+}
 
 
 def main() -> None:
     parser = command(__doc__, "variants", seeds=[0, 1, 2])
-    parser.add_argument("--size", choices=list(SIZES), default="mini", help="133 000 or 600 000 parameters")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="mini", help="133 000 or 600 000 parameters"
+    )
     parser.add_argument("--variants", nargs="+", default=["S0", "S4", "S2", "S1", "Eq6", "S3"])
     parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
@@ -33,10 +38,17 @@ def main() -> None:
         if results.has(**net_of, bits=4, per_channel=False):
             continue
         net = trained(
-            args.runs / args.size, variant, lambda v=variant: mini(QARepVGG, variant=v, **SIZES[args.size]),
-            "classification", train, seed,
-            epochs=args.epochs, lr=0.1, batch=128, l2=L2.get(variant, "plain"),
-        )  # fmt: skip
+            args.runs / args.size,
+            variant,
+            lambda v=variant: mini(QARepVGG, variant=v, **SIZES[args.size]),
+            "classification",
+            train,
+            seed,
+            epochs=args.epochs,
+            lr=0.1,
+            batch=128,
+            l2=L2.get(variant, "plain"),
+        )
         results.add(**net_of, bits=32, top1=accuracy(net))
         for bits in (8, 6, 5, 4):
             for per_channel in (True, False):

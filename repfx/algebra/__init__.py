@@ -1,4 +1,6 @@
-"""Affine, shift-invariant maps as values: what a convolution is, when two of them compose exactly, and into what."""
+"""Affine, shift-invariant maps as values: what a convolution is, when two of them compose exactly,
+and into what.
+"""
 
 from repfx.algebra.axis import Axis
 from repfx.algebra.geometry import Geometry

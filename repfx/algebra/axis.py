@@ -3,7 +3,8 @@
     y[o, n] = b[o] + sum_{i, t < taps} K[o, i, t] * x0[i, stride * n + t - before]
     size(y) = floor((size(x) + before + after - taps) / stride) + 1
 
-`before` and `after` are paddings; negative ones crop. A transposed map writes where the other reads:
+`before` and `after` are paddings; negative ones crop. A transposed map writes where the other
+reads:
 
     y[o, stride * n + t - before] += K[o, i, t] * x[i, n]
 """
@@ -16,10 +17,11 @@ from math import gcd
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis of a map: `taps` positions read per output, `stride`, zeros `before` and `after` (in pixels).
+    """One spatial axis of a map: `taps` positions read per output, `stride`, zeros `before` and
+    `after` (in pixels).
 
-    Of the taps only every `gap`-th, from the first on, may differ from zero: the dilation of a convolution.
-    """
+    Of the taps only every `gap`-th, from the first on, may differ from zero: the dilation of a
+    convolution."""
 
     taps: int = 1
     stride: int = 1
@@ -56,7 +58,9 @@ class Axis:
         )
 
     def plus(self, other: Axis) -> Axis:
-        """The axis that holds both maps, aligned at their pixel of origin. Assumes equal strides and sizes."""
+        """The axis that holds both maps, aligned at their pixel of origin. Assumes equal strides
+        and sizes.
+        """
         before = max(self.before, other.before)
         end = max(self.taps - self.before, other.taps - other.before)
         gap = _gap(self, other, self.before - other.before)
@@ -64,7 +68,9 @@ class Axis:
 
     @property
     def surplus(self) -> int:
-        """p + q - T: two axes of one stride give equal sizes for every input exactly when these are equal."""
+        """p + q - T: two axes of one stride give equal sizes for every input exactly when these are
+        equal.
+        """
         return self.before + self.after - self.taps
 
     @property

@@ -1,7 +1,8 @@
-"""The shape of an affine, shift-invariant map, and the exact conditions under which two of them are one.
+"""The shape of an affine, shift-invariant map, and the exact conditions under which two of them are
+one.
 
-Everything here is integers and flags: legality and cost are decided without touching a weight, so a zero-valued bias is
-still a bias. What a map does along one spatial axis is in `repfx.algebra.axis`.
+Everything here is integers and flags: legality and cost are decided without touching a weight, so a
+zero-valued bias is still a bias. What a map does along one spatial axis is in `repfx.algebra.axis`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from repfx.errors import Inexact
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a map: channels, groups, axes, whether it has a bias, how it pads, where its channels stand.
+    """The shape of a map: channels, groups, axes, whether it has a bias, how it pads, where its
+    channels stand.
 
-    `mode`: "zeros", a mode of F.pad, or "own": the padding is the constant that the padded value has everywhere.
-    `channel_axis`: 1 for images (N, C, ...), -1 for linears (..., C), whose axes, if given, are points; `turned` where
-    it is not that of the source. `links` where the channels read are not plain groups, which `groups` then encloses.
+    `mode`: "zeros", a mode of F.pad, or "own": the padding is the constant that the padded value
+    has everywhere. `channel_axis`: 1 for images (N, C, ...), -1 for linears (..., C), whose axes,
+    if given, are points; `turned` where it is not that of the source. `links` where the channels
+    read are not plain groups, which `groups` then encloses.
 
     >>> a = Geometry.conv(8, 8, taps=(1, 1), bias=True)
     >>> a.then(Geometry.conv(8, 4, taps=(3, 3), pad=(1, 1)))
@@ -113,7 +116,9 @@ class Geometry:
 
     @property
     def turn(self) -> tuple[int, ...]:
-        """The permutation that brings a layer's output, laid out as the source, to where `turned` channels stand."""
+        """The permutation that brings a layer's output, laid out as the source, to where `turned`
+        channels stand.
+        """
         n = len(self.axes)
         return (0, *range(2, n + 2), 1) if self.channel_axis == -1 else (0, n + 1, *range(1, n + 1))
 
@@ -127,7 +132,8 @@ class Geometry:
 
     @property
     def pad_steps(self) -> list[tuple[list[int], str]]:
-        """The padding as calls of F.pad, (sides, mode): what wraps or mirrors comes before what crops.
+        """The padding as calls of F.pad, (sides, mode): what wraps or mirrors comes before what
+        crops.
 
         >>> Geometry(1, 1, 1, (Axis(3, 2, -1, 1),), mode="circular").pad_steps
         [([0, 1], 'circular'), ([-1, 0], 'constant')]
@@ -139,7 +145,9 @@ class Geometry:
         return [(s, mode) for s, mode in steps if any(s)]
 
     def then(self, outer: Geometry) -> Geometry:
-        """The geometry of `outer(self(x))`. Raises Inexact where that is not one map for every input size."""
+        """The geometry of `outer(self(x))`. Raises Inexact where that is not one map for every
+        input size.
+        """
         self._same_space(outer)
         if self.outputs != outer.inputs:
             raise Inexact(f"{self.outputs} channels meet a map of {outer.inputs}")
@@ -149,7 +157,10 @@ class Geometry:
             self._paddable_by(outer)
         modes = [g.mode for g in (self, outer) if g.pads]
         if len(modes) == 2 and (modes[0] != "zeros" or modes[1] not in ("zeros", "own")):
-            raise Inexact(f"two paddings in a row, {modes[0]!r} and {modes[1]!r}", "only zero paddings compose")
+            raise Inexact(
+                f"two paddings in a row, {modes[0]!r} and {modes[1]!r}",
+                "only zero paddings compose",
+            )
         return replace(
             self,
             outputs=outer.outputs,
@@ -164,7 +175,9 @@ class Geometry:
         return self
 
     def moved(self, rows: Rows) -> Geometry:
-        """The geometry of y[o] = self(x)[rows[o]]: channels taken, repeated, reordered, or zeros where a row is -1."""
+        """The geometry of y[o] = self(x)[rows[o]]: channels taken, repeated, reordered, or zeros
+        where a row is -1.
+        """
         if rows == tuple(range(self.outputs)):
             return self
         if not rows:
@@ -179,11 +192,15 @@ class Geometry:
     def turned_to(self, channel_axis: int) -> Geometry:
         """The same map with the channels of its output moved to another axis."""
         return (
-            self if channel_axis == self.channel_axis else replace(self, channel_axis=channel_axis, turned=not self.turned)
+            self
+            if channel_axis == self.channel_axis
+            else replace(self, channel_axis=channel_axis, turned=not self.turned)
         )
 
     def __add__(self, other: Geometry) -> Geometry:
-        """The geometry of `self(x) + other(x)`. Raises Inexact where the two differ in size, stride or padding mode."""
+        """The geometry of `self(x) + other(x)`. Raises Inexact where the two differ in size, stride
+        or padding mode.
+        """
         self._same_space(other)
         if self.outputs != other.outputs or self.inputs != other.inputs:
             raise Inexact(f"the operands have {self.outputs} and {other.outputs} channels")
@@ -196,7 +213,10 @@ class Geometry:
                 raise Inexact("the operands have different sizes")
         modes = {g.mode for g in (self, other) if g.pads}
         if len(modes) > 1:
-            raise Inexact(f"the branches pad in different ways: {', '.join(sorted(modes))}", "use one padding mode")
+            raise Inexact(
+                f"the branches pad in different ways: {', '.join(sorted(modes))}",
+                "use one padding mode",
+            )
         return replace(
             self,
             **self._linked(self.outputs, gcd(self.groups, other.groups), other, Links.plus),
@@ -205,32 +225,44 @@ class Geometry:
             mode=modes.pop() if modes else "zeros",
         )
 
-    def _linked(self, outputs: int, groups: int, other: Geometry, join: Callable[[Links, Links], Links]) -> dict[str, Any]:
+    def _linked(
+        self, outputs: int, groups: int, other: Geometry, join: Callable[[Links, Links], Links]
+    ) -> dict[str, Any]:
         if self.links is None and other.links is None:
             return {"groups": groups, "links": None}
         a, b = (g.links or Links.regular(g.inputs, g.outputs, g.groups) for g in (self, other))
         return _canonical(join(a, b))
 
     def _scattered_by(self, outer: Geometry) -> None:
-        """A transposed map composes with 1x1 maps only; a bias before it is spread unevenly by it."""
+        """A transposed map composes with 1x1 maps only; a bias before it is spread unevenly by
+        it."""
         if (self.transposed and not outer.is_point) or not self.is_point:
-            raise Inexact("a transposed convolution beside a map that is not 1x1", "only 1x1 maps merge with it")
+            raise Inexact(
+                "a transposed convolution beside a map that is not 1x1",
+                "only 1x1 maps merge with it",
+            )
         if outer.transposed and self.bias:
-            raise Inexact("a value with a bias goes into a transposed convolution", "put the bias after it")
+            raise Inexact(
+                "a value with a bias goes into a transposed convolution", "put the bias after it"
+            )
 
     def _same_space(self, other: Geometry) -> None:
         if len(self.axes) != len(other.axes) or self.channel_axis != other.channel_axis:
             raise Inexact("maps over different axes (a linear and a convolution, or 1d and 2d)")
 
     def _paddable_by(self, outer: Geometry) -> None:
-        """A pad sees the end of y; the single map sees K reach past the end of x. Equal where K finds only zeros there.
+        """A pad sees the end of y; the single map sees K reach past the end of x. Equal where K
+        finds only zeros there.
 
-        Left: K's last tap at position -1 reads pixel -s + T - 1 - p, beyond the source iff p >= T - s.
-        Right: the worst remainder of the division puts the first position past the end at H - q + T - 1: q >= T - 1.
-        """
+        Left: K's last tap at position -1 reads pixel -s + T - 1 - p, beyond the source iff p >= T -
+        s. Right: the worst remainder of the division puts the first position past the end at H - q
+        + T - 1: q >= T - 1."""
         if outer.mode not in ("zeros", "own"):
             if not all(a.is_point for a in self.axes):
-                raise Inexact(f"a {outer.mode!r} padding after a map that is not 1x1", "only zero paddings compose")
+                raise Inexact(
+                    f"a {outer.mode!r} padding after a map that is not 1x1",
+                    "only zero paddings compose",
+                )
             return
         if self.bias and outer.mode != "own":
             raise Inexact(
@@ -238,9 +270,12 @@ class Geometry:
                 "drop the bias, remove the second padding, or pad with the bias as DBB does",
             )
         for a, b in zip(self.axes, outer.axes, strict=True):
-            if (b.before > 0 and a.before < a.taps - a.stride) or (b.after > 0 and a.after < a.taps - 1):
+            if (b.before > 0 and a.before < a.taps - a.stride) or (
+                b.after > 0 and a.after < a.taps - 1
+            ):
                 raise Inexact(
-                    f"a padding after a map of {a.taps} taps that is itself padded by {a.before} and {a.after}",
+                    f"a padding after a map of {a.taps} taps that is itself padded by "
+                    f"{a.before} and {a.after}",
                     "pad once, before the first map",
                 )
 
@@ -248,4 +283,7 @@ class Geometry:
 def _canonical(links: Links) -> dict[str, Any]:
     """The groups that enclose the links, and the links where they are finer than those."""
     groups, inputs, outputs = links.groups, len(links.inputs), len(links.outputs)
-    return {"groups": groups, "links": None if links == Links.regular(inputs, outputs, groups) else links}
+    return {
+        "groups": groups,
+        "links": None if links == Links.regular(inputs, outputs, groups) else links,
+    }

@@ -1,10 +1,10 @@
-"""The impulse response: the kernel of anything known to be affine and shift-invariant, read off by running it.
+"""The impulse response: the kernel of anything known to be affine and shift-invariant, read off by
+running it.
 
     b = f(0),    K[:, i, t] = f(delta_(i, t)) - f(0)
 
-It needs no formula, so it serves the operators that have none here, and it shares no code with `Kernel`, so it checks
-it. It is differentiable in whatever f closes over.
-"""
+It needs no formula, so it serves the operators that have none here, and it shares no code with
+`Kernel`, so it checks it. It is differentiable in whatever f closes over."""
 
 from __future__ import annotations
 
@@ -20,24 +20,34 @@ from repfx.algebra.kernel import Kernel
 
 
 def impulse_response(
-    f: Callable[[Tensor], Tensor], geometry: Geometry, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    f: Callable[[Tensor], Tensor],
+    geometry: Geometry,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> Kernel:
     """The Kernel of f, whose geometry is known. f takes (N, in, ...) or, for a linear, (N, in).
 
     All groups are probed at once: one run of batch 1 + in / groups * taps.
     """
     width = geometry.inputs // geometry.groups
-    # The first output position that reads no padding, and an input just large enough to hold what it reads.
+    # The first output position that reads no padding, and an input just large enough to hold what
+    # it reads.
     first = [max(0, -(-a.before // a.stride)) for a in geometry.axes]
     start = [n * a.stride - a.before for n, a in zip(first, geometry.axes, strict=True)]
     sizes = [s + a.taps + max(0, -a.after) for s, a in zip(start, geometry.axes, strict=True)]
     probes = list(product(range(width), *(range(a.taps) for a in geometry.axes)))
     x = torch.zeros((1 + len(probes), geometry.inputs, *sizes), dtype=dtype, device=device)
     for row, (channel, *taps) in enumerate(probes, start=1):
-        where: Any = (row, slice(channel, None, width), *(s + t for s, t in zip(start, taps, strict=True)))
+        where: Any = (
+            row,
+            slice(channel, None, width),
+            *(s + t for s, t in zip(start, taps, strict=True)),
+        )
         x[where] = 1
     y = f(x)
     middle: Any = (slice(None), slice(None), *first)
     at = y[middle]
-    weight = (at[1:] - at[:1]).t().reshape((geometry.outputs, width, *(a.taps for a in geometry.axes)))
+    weight = (
+        (at[1:] - at[:1]).t().reshape((geometry.outputs, width, *(a.taps for a in geometry.axes)))
+    )
     return Kernel(geometry, weight, at[0] if geometry.bias else None)

@@ -3,9 +3,9 @@
     (a + b)(x)     == a(x) + b(x)
     a.then(b)(x)   == b(a(x))
 
-Both raise `Inexact` where no single map equals that for every input size; `Geometry` decides, this file computes.
-Every operation is a plain differentiable torch expression of the weights with static shapes.
-"""
+Both raise `Inexact` where no single map equals that for every input size; `Geometry` decides, this
+file computes. Every operation is a plain differentiable torch expression of the weights with static
+shapes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Kernel:
 
     @staticmethod
     def identity(geometry: Geometry, like: Tensor) -> Kernel:
-        """The map y = x with the channels and axes of a diagonal `geometry`, in the dtype and on the device of `like`."""
+        """The map y = x with the channels and axes of a diagonal `geometry`, in the dtype and on
+        the device of `like`.
+        """
         shape = (geometry.outputs, 1) + (1,) * len(geometry.axes)
         return Kernel(geometry, torch.ones(shape, dtype=like.dtype, device=like.device))
 
@@ -58,7 +60,9 @@ class Kernel:
         if g.transposed:
             before, extra = [a.before for a in g.axes], [a.before - a.after for a in g.axes]
             weight = swapped(self.packed, g.groups)
-            return _TRANSPOSED[len(g.axes)](x, weight, self.bias, strides, before, extra, g.groups, gaps)
+            return _TRANSPOSED[len(g.axes)](
+                x, weight, self.bias, strides, before, extra, g.groups, gaps
+            )
         for sides, mode in g.pad_steps:
             x = F.pad(x, sides, mode)
         if _is_depthwise(g):
@@ -70,10 +74,14 @@ class Kernel:
         """The weight without the zeros between its taps, as layers with a dilation hold it."""
         if all(a.gap == 1 for a in self.geometry.axes):
             return self.weight
-        return self.weight[(slice(None), slice(None), *(slice(None, None, a.gap) for a in self.geometry.axes))]
+        return self.weight[
+            (slice(None), slice(None), *(slice(None, None, a.gap) for a in self.geometry.axes))
+        ]
 
     def _tap_by_tap(self, x: Tensor) -> Tensor:
-        """A depthwise map as the sum it is: torch runs one convolution a channel in float64, many times slower."""
+        """A depthwise map as the sum it is: torch runs one convolution a channel in float64, many
+        times slower.
+        """
         g = self.geometry
         y: Tensor | None = None
         for at in product(*(a.places for a in g.axes)):
@@ -88,7 +96,9 @@ class Kernel:
         return y if self.bias is None else y + self.bias.reshape((-1,) + (1,) * len(g.axes))
 
     def __add__(self, other: Kernel) -> Kernel:
-        """The map x -> self(x) + other(x). Raises Inexact where sizes, strides or padding modes differ."""
+        """The map x -> self(x) + other(x). Raises Inexact where sizes, strides or padding modes
+        differ.
+        """
         geometry = self.geometry + other.geometry
         a, b = self._embedded(geometry), other._embedded(geometry)
         if self.bias is None or other.bias is None:
@@ -100,7 +110,9 @@ class Kernel:
     def scaled(self, factor: float) -> Kernel:
         if factor == 1:
             return self
-        return Kernel(self.geometry, self.weight * factor, None if self.bias is None else self.bias * factor)
+        return Kernel(
+            self.geometry, self.weight * factor, None if self.bias is None else self.bias * factor
+        )
 
     def moved(self, rows: Rows) -> Kernel:
         """The map y[o] = self(x)[rows[o]], zeros where a row is -1."""
@@ -109,7 +121,9 @@ class Kernel:
             return self
         weight = _taken(dense(self), rows)
         return Kernel(
-            geometry, _regroup(weight, 1, geometry.groups), None if self.bias is None else _taken(self.bias, rows)
+            geometry,
+            _regroup(weight, 1, geometry.groups),
+            None if self.bias is None else _taken(self.bias, rows),
         )
 
     def cropped(self, axes: tuple[Axis, ...]) -> Kernel:
@@ -128,9 +142,15 @@ class Kernel:
         """
         geometry = self.geometry.then(outer.geometry)
         weight = _regroup(
-            _compose(self, outer, geometry), gcd(self.geometry.groups, outer.geometry.groups), geometry.groups
+            _compose(self, outer, geometry),
+            gcd(self.geometry.groups, outer.geometry.groups),
+            geometry.groups,
         )
-        shift = None if self.bias is None else _over_inputs(outer.weight * _per_input(self.bias, outer.geometry))
+        shift = (
+            None
+            if self.bias is None
+            else _over_inputs(outer.weight * _per_input(self.bias, outer.geometry))
+        )
         if shift is None or outer.bias is None:
             bias = outer.bias if shift is None else shift
         else:
@@ -148,7 +168,9 @@ class Kernel:
 
 
 def _per_input(values: Tensor, g: Geometry) -> Tensor:
-    """Values (in, *taps) of a map's inputs, shaped to multiply its weight: (out, in / groups, *taps or 1s)."""
+    """Values (in, *taps) of a map's inputs, shaped to multiply its weight: (out, in / groups, *taps
+    or 1s).
+    """
     width = g.inputs // g.groups
     rows = values.reshape(g.groups, 1, width, *values.shape[1:])
     rows = rows.expand(g.groups, g.outputs // g.groups, width, *values.shape[1:])
@@ -166,7 +188,9 @@ def dense(kernel: Kernel) -> Tensor:
 
 
 def swapped(weight: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, *taps) as the (in, out / groups, *taps) that transposed convolutions take, and back."""
+    """(out, in / groups, *taps) as the (in, out / groups, *taps) that transposed convolutions take,
+    and back.
+    """
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return blocks.transpose(1, 2).flatten(0, 1)
 
@@ -181,29 +205,37 @@ def _taken(rows: Tensor, index: Rows) -> Tensor:
 
 
 def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
-    """The weight (out, in / wanted, *taps) of the one of (out, in / groups, *taps): blocks of zeros put in or left out."""
+    """The weight (out, in / wanted, *taps) of the one of (out, in / groups, *taps): blocks of zeros
+    put in or left out.
+    """
     if groups == wanted:
         return weight
     taps, inner = weight.shape[2:], weight.shape[1]
     if wanted % groups == 0:  # finer: what stands off the diagonal is zero by structure
         blocks = wanted // groups
-        spread = weight.reshape((groups, blocks, weight.shape[0] // wanted, blocks, inner // blocks, *taps))
+        spread = weight.reshape(
+            (groups, blocks, weight.shape[0] // wanted, blocks, inner // blocks, *taps)
+        )
         at = list(range(blocks))
-        return spread[:, at, :, at].transpose(0, 1).reshape((weight.shape[0], inner // blocks, *taps))
+        return (
+            spread[:, at, :, at].transpose(0, 1).reshape((weight.shape[0], inner // blocks, *taps))
+        )
     if groups % wanted:
         return _regroup(_regroup(weight, groups, 1), 1, wanted)
     blocks, out = groups // wanted, weight.shape[0] // groups
-    eye = torch.eye(blocks, dtype=weight.dtype, device=weight.device).reshape((1, blocks, 1, blocks, 1) + (1,) * len(taps))
+    eye = torch.eye(blocks, dtype=weight.dtype, device=weight.device).reshape(
+        (1, blocks, 1, blocks, 1) + (1,) * len(taps)
+    )
     spread = weight.reshape((wanted, blocks, out, 1, inner, *taps)) * eye
     return spread.reshape((wanted * blocks * out, blocks * inner, *taps))
 
 
 def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
-    """Sum over middle channels and outer taps, each tap of `outer` shifting `inner` by its position times the stride.
-    In gcd(inner groups, outer groups) groups.
+    """Sum over middle channels and outer taps, each tap of `outer` shifting `inner` by its position
+    times the stride. In gcd(inner groups, outer groups) groups.
 
-    Where either map keeps its channels apart (depthwise, batch norm, identity) the sum over channels is one product.
-    """
+    Where either map keeps its channels apart (depthwise, batch norm, identity) the sum over
+    channels is one product."""
     a, b = inner.geometry, outer.geometry
     groups = gcd(a.groups, b.groups)
     if _is_depthwise(b):

@@ -1,7 +1,8 @@
-"""Links: which inputs each output of a map may read, where that is not the plain blocks of a grouped convolution.
+"""Links: which inputs each output of a map may read, where that is not the plain blocks of a
+grouped convolution.
 
-Inputs and outputs carry labels; an output reads only inputs of its own label. Slices, concatenations and shuffles of
-channels make such maps on the way from one convolution to the next:
+Inputs and outputs carry labels; an output reads only inputs of its own label. Slices,
+concatenations and shuffles of channels make such maps on the way from one convolution to the next:
 
     labels of depthwise:     inputs 0 1 2 3    outputs 0 1 2 3
     its second half:         inputs 0 1 2 3    outputs 2 3
@@ -13,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
-Rows = tuple[int, ...]  # for each output channel the channel it is taken from, -1 for a channel of zeros
+Rows = tuple[
+    int, ...
+]  # for each output channel the channel it is taken from, -1 for a channel of zeros
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Links:
     def regular(inputs: int, outputs: int, groups: int) -> Links:
         """The links of a grouped convolution."""
         wide, high = inputs // groups, outputs // groups
-        return Links(tuple(i // wide for i in range(inputs)), tuple(o // high for o in range(outputs)))
+        return Links(
+            tuple(i // wide for i in range(inputs)), tuple(o // high for o in range(outputs))
+        )
 
     @property
     def groups(self) -> int:
@@ -54,18 +59,25 @@ class Links:
 
     def plus(self, other: Links) -> Links:
         """The links of `self(x) + other(x)`."""
-        pairs = [*zip(self.inputs, other.inputs, strict=True), *zip(self.outputs, other.outputs, strict=True)]
+        pairs = [
+            *zip(self.inputs, other.inputs, strict=True),
+            *zip(self.outputs, other.outputs, strict=True),
+        ]
         same = _joined(pairs)
         return _numbered([same((0, v)) for v in self.inputs], [same((0, v)) for v in self.outputs])
 
     def moved(self, rows: Rows) -> Links:
         """The links with output channels taken from `rows`."""
-        labels = [("none", at) if row < 0 else ("row", self.outputs[row]) for at, row in enumerate(rows)]
+        labels = [
+            ("none", at) if row < 0 else ("row", self.outputs[row]) for at, row in enumerate(rows)
+        ]
         return _numbered([("row", v) for v in self.inputs], labels)
 
 
 def _joined(pairs: object) -> Callable[[tuple[int, int]], tuple[int, int]]:
-    """Union-find over labels (side, label): what each stands for once the pairs of (left, right) are one."""
+    """Union-find over labels (side, label): what each stands for once the pairs of (left, right)
+    are one.
+    """
     parent: dict[tuple[int, int], tuple[int, int]] = {}
 
     def root(v: tuple[int, int]) -> tuple[int, int]:

@@ -1,10 +1,12 @@
-"""KernelNorm: a batch norm seen from its kernel. Its input is u = K x + b, so its statistics follow from K and x:
+"""KernelNorm: a batch norm seen from its kernel. Its input is u = K x + b, so its statistics follow
+from K and x:
 
     B[u] = scale * u + shift,    scale = gamma / sqrt(var + eps),    shift = beta - mean * scale
 
-and a map followed by it is the map (scale * K, scale * b + shift) without u being computed, but for what a mode needs:
+and a map followed by it is the map (scale * K, scale * b + shift) without u being computed, but for
+what a mode needs:
 
-    running          mean from E[x] (exact, differentiable); var the moving average, this batch's u in it, detached
+    running          mean from E[x] (exact, differentiable); var: the moving average, detached
     batch            mean and biased variance of u, with their gradients: nn.BatchNorm2d itself
     estimate         mean = sum K E, var = sum K^2 V; E and V of the padded input, a tap at a time
     estimate_paper   mean = E[x] sum K, var = V[x] sum K^2
@@ -32,9 +34,10 @@ Seen = tuple[Tensor, Tensor | None, Tensor | None]  # x and its moments
 
 
 class Moments(nn.Module):
-    """x, and in training its mean over the batch and that of its square where `second`, each (1, channels, ...): what
-    every KernelNorm that reads x needs of it, computed once. `whole`: each will run its kernel on all of x, which is then
-    laid out with channels last, where convolutions on a CPU take two thirds of the time."""
+    """x, and in training its mean over the batch and that of its square where `second`, each (1,
+    channels, ...): what every KernelNorm that reads x needs of it, computed once. `whole`: each
+    will run its kernel on all of x, which is then laid out with channels last, where convolutions
+    on a CPU take two thirds of the time."""
 
     is_graph_leaf = True
 
@@ -52,13 +55,13 @@ class Moments(nn.Module):
 
 
 class KernelNorm(nn.Module):
-    """Takes the place and all that hangs on a batch norm, parameters, buffers and children: (x, K, b) -> (scale, shift),
-    each (channels,).
+    """Takes the place and all that hangs on a batch norm, parameters, buffers and children: (x, K,
+    b) -> (scale, shift), each (channels,).
 
-    x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every `sample`-th of a batch.
-    `exact`: K has taps that are not learned, a mean or a filter for edges. What neighbours have in common is then all
-    that counts, and the estimates, which leave it out, are off by factors: they take the variance of u instead.
-    """
+    x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every
+    `sample`-th of a batch. `exact`: K has taps that are not learned, a mean or a filter for edges.
+    What neighbours have in common is then all that counts, and the estimates, which leave it out,
+    are off by factors: they take the variance of u instead."""
 
     is_graph_leaf = True
     weight: Tensor | None
@@ -67,16 +70,24 @@ class KernelNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False, sample: int = 8) -> None:
+    def __init__(
+        self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False, sample: int = 8
+    ) -> None:
         super().__init__()
-        self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
+        self._parameters, self._buffers, self._modules = (
+            norm._parameters,
+            norm._buffers,
+            norm._modules,
+        )
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
         self.eps: float = norm.eps  # type: ignore[assignment]
         self.momentum: float | None = norm.momentum  # type: ignore[assignment]
         self.geometry, self.mode, self.exact, self.sample = geometry, mode, exact, sample
         self.training = norm.training
 
-    def forward(self, seen: Seen, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, seen: Seen, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         mean, var = self._statistics(seen, weight, bias)
         scale = torch.rsqrt(var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
@@ -84,7 +95,9 @@ class KernelNorm(nn.Module):
         return scale, shift if self.bias is None else shift + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.geometry.outputs}, eps={self.eps}, momentum={self.momentum}, mode={self.mode}"
+        return (
+            f"{self.geometry.outputs}, eps={self.eps}, momentum={self.momentum}, mode={self.mode}"
+        )
 
     def _statistics(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.training or self.mode == "frozen":
@@ -96,11 +109,18 @@ class KernelNorm(nn.Module):
             self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
             self.running_var.lerp_(unbiased.detach().to(self.running_var), share)
         if self.mode == "running":
-            return mean, self.running_var.clone()  # the next step moves it; backward must not see that
+            return (
+                mean,
+                self.running_var.clone(),
+            )  # the next step moves it; backward must not see that
         return mean, var
 
-    def measure(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the mode says of this batch, each (channels,): mean, variance, and the variance that is kept."""
+    def measure(
+        self, seen: Seen, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the mode says of this batch, each (channels,): mean, variance, and the variance that
+        is kept.
+        """
         x, first, second = seen
         if self.mode == "batch":
             u = Kernel(self.geometry, weight, bias)(x)
@@ -109,7 +129,9 @@ class KernelNorm(nn.Module):
         assert first is not None
         paper = self.mode == "estimate_paper"
         taps = self._taps(first, paper)
-        level = (weight * self._per_weight(taps)).flatten(1).sum(1)  # the mean of u without its constant
+        level = (
+            (weight * self._per_weight(taps)).flatten(1).sum(1)
+        )  # the mean of u without its constant
         mean = level if bias is None else level + bias
         if self.mode in ("estimate", "estimate_paper") and not self.exact:
             assert second is not None
@@ -124,11 +146,17 @@ class KernelNorm(nn.Module):
         var, _ = self._variance(part, weight, level, taps)
         return mean, var, var
 
-    def _variance(self, x: Tensor, weight: Tensor, level: Tensor, taps: Tensor) -> tuple[Tensor, int]:
-        """Of u on x about its known mean, and over how many values. Where K is a scale by channel, x itself is read."""
+    def _variance(
+        self, x: Tensor, weight: Tensor, level: Tensor, taps: Tensor
+    ) -> tuple[Tensor, int]:
+        """Of u on x about its known mean, and over how many values. Where K is a scale by channel,
+        x itself is read.
+        """
         if self.geometry.is_diagonal:
             mean = taps.flatten()
-            u = x - (mean.reshape(-1, *(1,) * (x.dim() - 2)) if self.geometry.channel_axis == 1 else mean)
+            u = x - (
+                mean.reshape(-1, *(1,) * (x.dim() - 2)) if self.geometry.channel_axis == 1 else mean
+            )
         else:
             u = Kernel(self.geometry, weight, -level)(x)
         count = u.numel() // u.shape[self.geometry.channel_axis]
@@ -139,8 +167,8 @@ class KernelNorm(nn.Module):
         return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
     def _taps(self, x: Tensor, everywhere: bool) -> Tensor:
-        """The mean under each tap of the padded x, a mean over the batch (1, in, ...), over the output positions: (in,
-        *taps), 1s where `everywhere`."""
+        """The mean under each tap of the padded x, a mean over the batch (1, in, ...), over the
+        output positions: (in, *taps), 1s where `everywhere`."""
         g = self.geometry
         if g.channel_axis == -1:
             return x.flatten(0, -2).mean(0).reshape(-1, *(1,) * len(g.axes))
@@ -153,7 +181,9 @@ class KernelNorm(nn.Module):
         for at in product(*(range(a.taps) for a in g.axes)):
             part = x[0]
             for axis, (t, a, n) in enumerate(zip(at, g.axes, sizes, strict=True), start=1):
-                part = part[(slice(None),) * axis + (slice(t, t + a.stride * (n - 1) + 1, a.stride),)]
+                part = part[
+                    (slice(None),) * axis + (slice(t, t + a.stride * (n - 1) + 1, a.stride),)
+                ]
             found.append(part.flatten(1).mean(1))
         return torch.stack(found, 1).reshape(-1, *(a.taps for a in g.axes))
 

@@ -1,4 +1,5 @@
-"""pad_with: a padding with one constant a channel, which commutes with a map whose constant it is."""
+"""pad_with: a padding with one constant a channel, which commutes with a map whose constant it
+is."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Trainable re-parameterizable blocks: drop-ins for nn.Conv2d that equal one in eval mode.
 
-Each takes the arguments of nn.Conv2d and is affine, without an activation: it equals ONE convolution of exactly that kernel
-size, stride, zero padding, dilation and groups, with a bias, at every input size. Two class attributes name parameters:
-`kernel`, (out, in / groups, kh, kw), and `shift`, (out,); the merged convolution is `scale[o] * kernel + rest` and
-`scale'[o] * shift + rest'`, no scale zero, and its weight does not depend on `shift`.
-In the equations, Ck is a k x k convolution, B a batch norm, dw depthwise.
-"""
+Each takes the arguments of nn.Conv2d and is affine, without an activation: it equals ONE
+convolution of exactly that kernel size, stride, zero padding, dilation and groups, with a bias, at
+every input size. Two class attributes name parameters: `kernel`, (out, in / groups, kh, kw), and
+`shift`, (out,); the merged convolution is `scale[o] * kernel + rest` and `scale'[o] * shift +
+rest'`, no scale zero, and its weight does not depend on `shift`. In the equations, Ck is a k x k
+convolution, B a batch norm, dw depthwise."""
 
 from torch import nn
 
@@ -29,4 +29,15 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "largekernel": LargeKernel,
 }
 
-__all__ = ["BLOCKS", "DBB", "ECB", "OREPA", "ACNet", "LargeKernel", "MobileOne", "QARepVGG", "RepMixer", "RepVGG"]
+__all__ = [
+    "BLOCKS",
+    "DBB",
+    "ECB",
+    "OREPA",
+    "ACNet",
+    "LargeKernel",
+    "MobileOne",
+    "QARepVGG",
+    "RepMixer",
+    "RepVGG",
+]

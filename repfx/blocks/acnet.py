@@ -13,7 +13,9 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class ACNet(Block):
-    """y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d."""
+    """y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x]: (N, in, H, W) -> (N, out, H', W') as
+    nn.Conv2d.
+    """
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"

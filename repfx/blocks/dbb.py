@@ -2,10 +2,9 @@
 
     y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]
 
-A is the k x k average, C1 + I a 1x1 kernel that starts as the identity. P pads with what its batch norm B[u] = a u + c
-makes of a zero, the shift c = beta - mean a. Only so is the sequence one convolution at the borders, too: it equals
-B[C1 .] of the zero padded input.
-"""
+A is the k x k average, C1 + I a 1x1 kernel that starts as the identity. P pads with what its batch
+norm B[u] = a u + c makes of a zero, the shift c = beta - mean a. Only so is the sequence one
+convolution at the borders, too: it equals B[C1 .] of the zero padded input."""
 
 from __future__ import annotations
 
@@ -19,15 +18,18 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 def shift_of(norm: nn.BatchNorm2d) -> Tensor:
-    """beta - mean gamma / sqrt(var + eps), what the norm makes of a zero in eval mode: (channels,)."""
+    """beta - mean gamma / sqrt(var + eps), what the norm makes of a zero in eval mode:
+    (channels,)."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
-    # Divided first, so that backward does not need the statistics, which the next forward in training changes in place.
+    # Divided first, so that backward does not need the statistics, which the next forward in
+    # training changes in place.
     return norm.bias - norm.weight * (mean / torch.sqrt(var + norm.eps))
 
 
 class PointNorm(nn.Module):
-    """P(B[W x]), W 1x1 or, with `identity`, W + I: (N, in, H, W) -> (N, width, H + 2 ph, W + 2 pw), padded with the shift.
+    """P(B[W x]), W 1x1 or, with `identity`, W + I: (N, in, H, W) -> (N, width, H + 2 ph, W + 2 pw),
+    padded with the shift.
 
     The shift is that of the running statistics, in training as well.
     """
@@ -39,7 +41,11 @@ class PointNorm(nn.Module):
         self.groups, self.border = frame.groups, frame.border
         self.conv = nn.Conv2d(frame.inputs, width, 1, groups=frame.groups, bias=False)
         self.norm = nn.BatchNorm2d(width)
-        eye = torch.eye(width // frame.groups).repeat(frame.groups, 1)[:, :, None, None] if identity else None
+        eye = (
+            torch.eye(width // frame.groups).repeat(frame.groups, 1)[:, :, None, None]
+            if identity
+            else None
+        )
         self.register_buffer("eye", eye, persistent=False)
         if identity:
             nn.init.zeros_(self.conv.weight)
@@ -54,29 +60,34 @@ class PointNorm(nn.Module):
 
 
 class Average(nn.Module):
-    """The mean under the frame's kernel, channel by channel: (N, out, H, W) -> (N, out, H', W'), without padding."""
+    """The mean under the frame's kernel, channel by channel: (N, out, H, W) -> (N, out, H', W'),
+    without padding.
+    """
 
     ones: Tensor
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame, self.taps = frame, frame.kernel[0] * frame.kernel[1]
-        # A convolution, since pooling has no dilation; with ones, since 1/9 is exact in no precision.
+        # A convolution, since pooling has no dilation; with ones, since 1/9 is exact in no
+        # precision.
         self.register_buffer("ones", torch.ones(frame.outputs, 1, *frame.kernel), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.ones, None, self.frame.stride, 0, self.frame.dilation, self.frame.outputs)
+        y = F.conv2d(
+            x, self.ones, None, self.frame.stride, 0, self.frame.dilation, self.frame.outputs
+        )
         return y / self.taps
 
 
 class DBB(Block):
-    """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d.
+    """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]: (N, in, H, W) -> (N, out,
+    H', W') as nn.Conv2d.
 
-    `internal` is the width between the 1x1 and the k x k of the last branch: in_channels if not given, 2 in_channels for
-    a depthwise block. There is no + I where it differs from in_channels. A depthwise 1x1 is a mere scale, so a depthwise
-    block has none: y = B[Ck x] + B[A P0 x] + B[Ck P(B[C1 x])], P0 with zeros.
-    Raises ValueError where groups do not divide `internal`.
-    """
+    `internal` is the width between the 1x1 and the k x k of the last branch: in_channels if not
+    given, 2 in_channels for a depthwise block. There is no + I where it differs from in_channels. A
+    depthwise 1x1 is a mere scale, so a depthwise block has none: y = B[Ck x] + B[A P0 x] + B[Ck
+    P(B[C1 x])], P0 with zeros. Raises ValueError where groups do not divide `internal`."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
@@ -87,10 +98,23 @@ class DBB(Block):
             raise ValueError(f"groups={frame.groups} must divide internal={width}")
         self.main = ConvNorm(frame)
         self.point = None if frame.depthwise else ConvNorm(frame, 1)
-        self.before_average = nn.ZeroPad2d(frame.border) if frame.depthwise else PointNorm(frame, frame.outputs, False)
+        self.before_average = (
+            nn.ZeroPad2d(frame.border)
+            if frame.depthwise
+            else PointNorm(frame, frame.outputs, False)
+        )
         self.average, self.average_norm = Average(frame), nn.BatchNorm2d(frame.outputs)
         self.before_deep = PointNorm(frame, width, identity=width == frame.inputs)
-        self.deep = nn.Conv2d(width, frame.outputs, frame.kernel, frame.stride, 0, frame.dilation, frame.groups, bias=False)
+        self.deep = nn.Conv2d(
+            width,
+            frame.outputs,
+            frame.kernel,
+            frame.stride,
+            0,
+            frame.dilation,
+            frame.groups,
+            bias=False,
+        )
         self.deep_norm = nn.BatchNorm2d(frame.outputs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The place of a branch: a small kernel sits on the centre taps of the one convolution that the block must equal.
+"""The place of a branch: a small kernel sits on the centre taps of the one convolution that the
+block must equal.
 
-A k-tap convolution reads x[s n + d t - p], t < k. A branch of m taps, r of those steps apart, spans e = r (m - 1) + 1
-of the k taps; centred, it skips o = (k - e) // 2 of them on the left and k - e - o on the right, so that its own padding is
+A k-tap convolution reads x[s n + d t - p], t < k. A branch of m taps, r of those steps apart, spans
+e = r (m - 1) + 1 of the k taps; centred, it skips o = (k - e) // 2 of them on the left and k - e -
+o on the right, so that its own padding is
 
     left = p - d o,    right = p - d (k - e - o)        (negative: a crop)
 
@@ -21,9 +23,15 @@ Size = int | Pair
 
 
 def pair(name: str, value: Size, least: int = 1) -> Pair:
-    """The value for both axes. Raises ValueError where it is no int or pair of ints, or is below `least`."""
+    """The value for both axes. Raises ValueError where it is no int or pair of ints, or is below
+    `least`.
+    """
     given = (value, value) if isinstance(value, int) else value
-    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(isinstance(v, int) for v in given):
+    if (
+        not isinstance(given, (tuple, list))
+        or len(given) != 2
+        or not all(isinstance(v, int) for v in given)
+    ):
         raise ValueError(f"{name} must be an int or a pair of ints, not {value!r}")
     if min(given) < least:
         raise ValueError(f"{name} must be at least {least}, not {value!r}")
@@ -32,7 +40,8 @@ def pair(name: str, value: Size, least: int = 1) -> Pair:
 
 @dataclass(frozen=True)
 class Frame:
-    """The arguments of nn.Conv2d that a block was given; sizes in taps and pixels, (rows, columns)."""
+    """The arguments of nn.Conv2d that a block was given; sizes in taps and pixels, (rows,
+    columns)."""
 
     inputs: int
     outputs: int
@@ -44,12 +53,27 @@ class Frame:
 
     @staticmethod
     def of(
-        inputs: int, outputs: int, kernel: Size, stride: Size = 1, padding: Size = 0, dilation: Size = 1, groups: int = 1
+        inputs: int,
+        outputs: int,
+        kernel: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
     ) -> Frame:
-        """Checks them. Raises ValueError where one is out of range or groups do not divide the channels."""
+        """Checks them. Raises ValueError where one is out of range or groups do not divide the
+        channels.
+        """
         if min(inputs, outputs, groups) < 1 or inputs % groups or outputs % groups:
-            raise ValueError(f"groups={groups} must divide in_channels={inputs} and out_channels={outputs}")
-        sizes = pair("kernel_size", kernel), pair("stride", stride), pair("padding", padding, 0), pair("dilation", dilation)
+            raise ValueError(
+                f"groups={groups} must divide in_channels={inputs} and out_channels={outputs}"
+            )
+        sizes = (
+            pair("kernel_size", kernel),
+            pair("stride", stride),
+            pair("padding", padding, 0),
+            pair("dilation", dilation),
+        )
         return Frame(inputs, outputs, *sizes, groups)
 
     @property
@@ -86,9 +110,8 @@ class Frame:
 class Block(nn.Module):
     """Base of every block: nn.Conv2d's arguments, and options of its own, which its `build` names.
 
-    `kernel` and `shift` are the parameters that the merged convolution follows, as repfx.blocks says.
-    Raises ValueError where the block has no form for the arguments.
-    """
+    `kernel` and `shift` are the parameters that the merged convolution follows, as repfx.blocks
+    says. Raises ValueError where the block has no form for the arguments."""
 
     kernel: ClassVar[str]
     shift: ClassVar[str]
@@ -105,7 +128,10 @@ class Block(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.build(Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups), **options)
+        self.build(
+            Frame.of(in_channels, out_channels, kernel_size, stride, padding, dilation, groups),
+            **options,
+        )
 
     def build(self, frame: Frame) -> None:
         """Makes the layers."""
@@ -113,21 +139,37 @@ class Block(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """B[C x]: a convolution without bias at the centre of a frame, then its batch norm: (N, in, H, W) -> (N, out, H', W').
+    """B[C x]: a convolution without bias at the centre of a frame, then its batch norm: (N, in, H,
+    W) -> (N, out, H', W').
 
-    `kernel` is its own size (the frame's if not given), `spread` the distance between its taps in taps of the frame.
-    The convolution pads what it can; a crop, and padding of which one side has more, go before it.
-    Raises ValueError where the branch spans more taps than the frame has.
-    """
+    `kernel` is its own size (the frame's if not given), `spread` the distance between its taps in
+    taps of the frame. The convolution pads what it can; a crop, and padding of which one side has
+    more, go before it. Raises ValueError where the branch spans more taps than the frame has."""
 
-    def __init__(self, frame: Frame, kernel: Size | None = None, spread: Size = 1, norm: bool = True) -> None:
+    def __init__(
+        self, frame: Frame, kernel: Size | None = None, spread: Size = 1, norm: bool = True
+    ) -> None:
         super().__init__()
-        small, apart = frame.kernel if kernel is None else pair("kernel", kernel), pair("spread", spread)
-        rows, columns = frame.margins((apart[0] * (small[0] - 1) + 1, apart[1] * (small[1] - 1) + 1))
+        small, apart = (
+            frame.kernel if kernel is None else pair("kernel", kernel),
+            pair("spread", spread),
+        )
+        rows, columns = frame.margins(
+            (apart[0] * (small[0] - 1) + 1, apart[1] * (small[1] - 1) + 1)
+        )
         native = max(0, min(rows)), max(0, min(columns))
         self.margins = (*(n - native[1] for n in columns), *(n - native[0] for n in rows))
         dilation = frame.dilation[0] * apart[0], frame.dilation[1] * apart[1]
-        self.conv = nn.Conv2d(frame.inputs, frame.outputs, small, frame.stride, native, dilation, frame.groups, bias=False)
+        self.conv = nn.Conv2d(
+            frame.inputs,
+            frame.outputs,
+            small,
+            frame.stride,
+            native,
+            dilation,
+            frame.groups,
+            bias=False,
+        )
         self.norm = nn.BatchNorm2d(frame.outputs) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class MobileOne(Block):
-    """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
+    """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as
+    nn.Conv2d of these arguments.
 
     Raises ValueError where branches is below 1.
     """
@@ -43,10 +44,9 @@ class MobileOne(Block):
 class RepMixer(Block):
     """y = x + l (M(x) - B[x]), M a depthwise MobileOne: (N, C, H, W) -> (N, C, H, W).
 
-    `branches` are M's. `layer_scale` is where l starts: 1, so that a trained convolution fits; the paper has 1e-5, at
-    which the block is almost the identity.
-    Raises ValueError where the convolution is not depthwise, or does not keep sizes.
-    """
+    `branches` are M's. `layer_scale` is where l starts: 1, so that a trained convolution fits; the
+    paper has 1e-5, at which the block is almost the identity. Raises ValueError where the
+    convolution is not depthwise, or does not keep sizes."""
 
     kernel: ClassVar[str] = "mixer.main.conv.weight"
     shift: ClassVar[str] = "mixer.main.norm.bias"
@@ -54,11 +54,13 @@ class RepMixer(Block):
     def build(self, frame: Frame, branches: int = 1, layer_scale: float = 1.0) -> None:
         if not frame.depthwise:
             raise ValueError(
-                f"RepMixer is depthwise: in_channels={frame.inputs}, out_channels={frame.outputs}, groups={frame.groups}"
+                f"RepMixer is depthwise: in_channels={frame.inputs}, "
+                f"out_channels={frame.outputs}, groups={frame.groups}"
             )
         if not frame.holds_identity:
             raise ValueError(
-                "RepMixer adds its input: stride must be 1, the kernel odd and the padding dilation * (kernel - 1) / 2"
+                "RepMixer adds its input: stride must be 1, the kernel odd and the padding "
+                "dilation * (kernel - 1) / 2"
             )
         self.mixer = MobileOne(*astuple(frame), branches=branches)
         self.norm = nn.BatchNorm2d(frame.outputs)

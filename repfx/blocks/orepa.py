@@ -1,10 +1,11 @@
-"""OREPA (Hu et al., 2022): the branches are added as kernels, so that training runs one convolution, too.
+"""OREPA (Hu et al., 2022): the branches are added as kernels, so that training runs one
+convolution, too.
 
-    y = B[ W * x ],    W = sum_i s_i W_i,    s_i one scale an output channel in place of branch i's batch norm
+    y = B[ W * x ],    W = sum_i s_i W_i,  s_i a scale per channel for branch i's batch norm
 
     W_i:  K                        k x k
           A M                      1x1, then the k x k average
-          D_o M                    1x1, then a fixed cosine of the output channel: the frequency prior
+          D_o M                    1x1, then a fixed cosine of the output channel (frequency prior)
           K (I + M)                1x1 that starts as the identity, then k x k
           M                        1x1 on the centre tap
           M Kdw                    depthwise k x k, then 1x1
@@ -33,23 +34,25 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
 def cosines(channels: int, kernel: Pair) -> Tensor:
     """D[o, 0, h, w] = cos(pi u (h + 1/2) / kh) cos(pi v (w + 1/2) / kw): (channels, 1, kh, kw).
 
-    (u, v) goes through the frequencies of a kh x kw patch in turn, without (0, 0), which is the average.
-    """
+    (u, v) goes through the frequencies of a kh x kw patch in turn, without (0, 0), which is the
+    average."""
     (rows, columns), channel = kernel, torch.arange(channels)
     frequency = 1 + channel % (rows * columns - 1)
 
     def wave(size: int, turns: Tensor) -> Tensor:
         return torch.cos(math.pi / size * turns[:, None] * (torch.arange(size) + 0.5))
 
-    return torch.einsum("oh,ow->ohw", wave(rows, frequency // columns), wave(columns, frequency % columns))[:, None]
+    return torch.einsum(
+        "oh,ow->ohw", wave(rows, frequency // columns), wave(columns, frequency % columns)
+    )[:, None]
 
 
 class OREPA(Block):
-    """y = B[W * x], W = sum_i s_i W_i: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
+    """y = B[W * x], W = sum_i s_i W_i: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these
+    arguments.
 
-    W is (out, in / groups, kh, kw); with kernel_size 1 it has the two 1x1 branches only. An input channel has `expand`
-    depthwise kernels. Raises ValueError where expand is below 1.
-    """
+    W is (out, in / groups, kh, kw); with kernel_size 1 it has the two 1x1 branches only. An input
+    channel has `expand` depthwise kernels. Raises ValueError where expand is below 1."""
 
     kernel: ClassVar[str] = "full"
     shift: ClassVar[str] = "norm.bias"
@@ -60,7 +63,11 @@ class OREPA(Block):
         if expand < 1:
             raise ValueError(f"expand={expand} must be at least 1")
         self.frame = frame
-        ins, outs, (rows, columns) = frame.inputs // frame.groups, frame.outputs // frame.groups, frame.kernel
+        ins, outs, (rows, columns) = (
+            frame.inputs // frame.groups,
+            frame.outputs // frame.groups,
+            frame.kernel,
+        )
         taps = rows * columns
         # Kernels that are composed carry the group as an axis of its own.
         self.full = uniform((frame.outputs, ins, rows, columns), ins * taps)
@@ -69,12 +76,16 @@ class OREPA(Block):
         self.register_buffer("eye", torch.eye(ins), persistent=False)
         starts = [0.25, 0.5]
         if taps > 1:
-            self.average_point, self.prior_point, self.point = (uniform((frame.outputs, ins, 1, 1), ins) for _ in range(3))
+            self.average_point, self.prior_point, self.point = (
+                uniform((frame.outputs, ins, 1, 1), ins) for _ in range(3)
+            )
             self.register_buffer("prior", cosines(frame.outputs, frame.kernel), persistent=False)
             self.depthwise = uniform((frame.groups, ins, expand, rows, columns), taps)
             self.depthwise_point = uniform((frame.groups, outs, ins, expand), ins * expand)
             starts += [0.25, 0.25, 1.0, 0.5]
-        self.scales = nn.Parameter(torch.tensor(starts)[:, None, None, None, None].repeat(1, frame.outputs, 1, 1, 1))
+        self.scales = nn.Parameter(
+            torch.tensor(starts)[:, None, None, None, None].repeat(1, frame.outputs, 1, 1, 1)
+        )
         self.norm = nn.BatchNorm2d(frame.outputs)
 
     def weight(self) -> Tensor:
@@ -86,10 +97,16 @@ class OREPA(Block):
         rows, columns = self.frame.kernel
         average = self.average_point.expand(-1, -1, rows, columns) / (rows * columns)
         point = F.pad(self.point, ((columns - 1) // 2, columns // 2, (rows - 1) // 2, rows // 2))
-        separable = torch.einsum("goie,giehw->goihw", self.depthwise_point, self.depthwise).flatten(0, 1)
-        weight = weight + self.scales[2] * average + self.scales[3] * (self.prior_point * self.prior)
+        separable = torch.einsum("goie,giehw->goihw", self.depthwise_point, self.depthwise).flatten(
+            0, 1
+        )
+        weight = (
+            weight + self.scales[2] * average + self.scales[3] * (self.prior_point * self.prior)
+        )
         return weight + self.scales[4] * point + self.scales[5] * separable
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.frame
-        return self.norm(F.conv2d(x, self.weight(), None, f.stride, f.padding, f.dilation, f.groups))
+        return self.norm(
+            F.conv2d(x, self.weight(), None, f.stride, f.padding, f.dilation, f.groups)
+        )

@@ -3,9 +3,9 @@
     RepVGG:        y = B[Ck x] + B[C1 x] + B[x]
     QARepVGG (S4): y = B[ B[Ck x] + C1 x + x ]
 
-Adding the branches after a batch norm each lets their variances diverge, which costs the merged kernel its precision in
-8 bits; QARepVGG norms fewer of them, and the sum. The identity stands where in == out, stride is 1 and sizes are kept.
-"""
+Adding the branches after a batch norm each lets their variances diverge, which costs the merged
+kernel its precision in 8 bits; QARepVGG norms fewer of them, and the sum. The identity stands where
+in == out, stride is 1 and sizes are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class RepVGG(Block):
-    """y = B[Ck x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments."""
+    """y = B[Ck x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these
+    arguments.
+    """
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
@@ -54,13 +56,15 @@ VARIANTS = {
 
 
 class QARepVGG(Block):
-    """y = B[B[Ck x] + C1 x + x] (variant S4): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these arguments.
+    """y = B[B[Ck x] + C1 x + x] (variant S4): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of
+    these arguments.
 
-    `variant` names a row of the paper's ablation; S0, Eq6 and S1 have one structure and differ in their weight decay:
+    `variant` names a row of the paper's ablation; S0, Eq6 and S1 have one structure and differ in
+    their weight decay:
 
-        S0, Eq6, S1   B[Ck x] + B[C1 x] + B[x]          all BN + post        B[B[Ck x] + B[C1 x] + B[x]]
+        S0, Eq6, S1   B[Ck x] + B[C1 x] + B[x]          all BN + post  B[B[Ck x] + B[C1 x] + B[x]]
         S2            B[Ck x] + B[C1 x] + x             no BN + post         B[Ck x + C1 x + x]
-        S3            B[Ck x] + C1 x + x                BN excl. Id + post   B[B[Ck x] + B[C1 x] + x]
+        S3            B[Ck x] + C1 x + x          BN excl. Id + post   B[B[Ck x] + B[C1 x] + x]
         S4            B[B[Ck x] + C1 x + x]
 
     Raises ValueError where the variant is none of these.
@@ -73,11 +77,16 @@ class QARepVGG(Block):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose one of: {', '.join(VARIANTS)}")
         norms = VARIANTS[variant]
-        # `norm` is the last one after the main branch: of the sum, or, where there is no post norm, of that branch alone.
+        # `norm` is the last one after the main branch: of the sum, or, where there is no post norm,
+        # of that branch alone.
         self.post = norms.post
         self.main = ConvNorm(frame, norm=norms.main and norms.post)
         self.point = ConvNorm(frame, 1, norm=norms.point)
-        self.skip = (nn.BatchNorm2d(frame.outputs) if norms.skip else nn.Identity()) if frame.holds_identity else None
+        self.skip = (
+            (nn.BatchNorm2d(frame.outputs) if norms.skip else nn.Identity())
+            if frame.holds_identity
+            else None
+        )
         self.norm = nn.BatchNorm2d(frame.outputs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""After training: ranges from data, biases, learned rounding and what each layer costs. It changes no graph."""
+"""After training: ranges from data, biases, learned rounding and what each layer costs. It changes
+no graph.
+"""
 
 from repfx.calibration.biases import correct_biases
 from repfx.calibration.ranges import calibrate
@@ -6,4 +8,11 @@ from repfx.calibration.reconstruction import reconstruct
 from repfx.calibration.sensitivities import Sensitivity, sensitivity
 from repfx.calibration.statistics import match_statistics
 
-__all__ = ["Sensitivity", "calibrate", "correct_biases", "match_statistics", "reconstruct", "sensitivity"]
+__all__ = [
+    "Sensitivity",
+    "calibrate",
+    "correct_biases",
+    "match_statistics",
+    "reconstruct",
+    "sensitivity",
+]

@@ -18,11 +18,11 @@ Values = tuple[Tensor, ...]
 
 
 class Rows:
-    """Tensors (N, ...), one for each value at a place, written a batch at a time and read on `device`.
+    """Tensors (N, ...), one for each value at a place, written a batch at a time and read on
+    `device`.
 
-    They stay on a GPU while they fit there, and are else kept in the machine's memory; with `folder`, each is a file there
-    that is gone when it is.
-    """
+    They stay on a GPU while they fit there, and are else kept in the machine's memory; with
+    `folder`, each is a file there that is gone when it is."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, device: torch.device) -> None:
         self.folder, self.device = None if folder is None else Path(folder), device
@@ -43,11 +43,19 @@ class Rows:
         return self
 
     def _column(self, of: int) -> _InMemory | _InFile:
-        return _InMemory(self.device, _room(self.device) // of) if self.folder is None else _InFile(self.folder)
+        return (
+            _InMemory(self.device, _room(self.device) // of)
+            if self.folder is None
+            else _InFile(self.folder)
+        )
 
     def after(self, block: Segment, batch: int) -> Rows:
-        """The rows after a block of these before it, run `batch` at a time; what it only passes on is not copied."""
-        found = Rows(self.folder, self.device).fill(block.made(block(*values)) for values in self.batches(batch))
+        """The rows after a block of these before it, run `batch` at a time; what it only passes on
+        is not copied.
+        """
+        found = Rows(self.folder, self.device).fill(
+            block.made(block(*values)) for values in self.batches(batch)
+        )
         found.data = (*found.data, *(self.data[i] for i in block.passed))
         return found
 
@@ -63,7 +71,9 @@ class Rows:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of a GPU that activations may take: a quarter of what is free, which leaves as much for those after a block."""
+    """Bytes of a GPU that activations may take: a quarter of what is free, which leaves as much for
+    those after a block.
+    """
     if device.type != "cuda":
         return 0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -99,8 +109,14 @@ class _InFile:
         self.dtype, self.count = torch.float32, 0
 
     def add(self, part: Tensor) -> None:
-        self.file.write(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
-        self.shape, self.dtype, self.count = tuple(part.shape[1:]), part.dtype, self.count + len(part)
+        self.file.write(
+            part.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )  # numpy knows no bfloat16
+        self.shape, self.dtype, self.count = (
+            tuple(part.shape[1:]),
+            part.dtype,
+            self.count + len(part),
+        )
 
     def whole(self) -> Tensor:
         self.file.flush()
@@ -109,5 +125,6 @@ class _InFile:
         return flat.reshape(self.count, *self.shape)
 
     def close(self) -> None:
-        self.file.close()  # what is mapped lives on without its name, so that no interruption leaves a file
+        # What is mapped lives on without its name, so an interruption leaves no file behind.
+        self.file.close()
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""Learning a block at a time: what is run, cached and kept while `reconstruct` goes through the model."""
+"""Learning a block at a time: what is run, cached and kept while `reconstruct` goes through the
+model.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,19 @@ from repfx.errors import InputError, unknown
 from repfx.files.store import write_whole
 from repfx.quant import FakeQuant, Observer
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"mae": lambda d: d.abs().mean(), "mse": lambda d: d.square().mean()}
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mae": lambda d: d.abs().mean(),
+    "mse": lambda d: d.square().mean(),
+}
 ROUNDING = ("straight", "adaround")
 READING = ("last", "all")
 
 
 @dataclass(frozen=True)
 class Block:
-    """What learning did to one block: the loss of its own output over all pictures before and after, and its stage."""
+    """What learning did to one block: the loss of its own output over all pictures before and
+    after, and its stage.
+    """
 
     name: str
     stage: int
@@ -55,13 +62,16 @@ class Options:
 class Run:
     """One reconstruction: the blocks, quantized and in float, and the activations between them."""
 
-    def __init__(self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, path: Any) -> None:
+    def __init__(
+        self, model: nn.Module, net: list[Segment], plain: list[Segment], o: Options, path: Any
+    ) -> None:
         self.model, self.net, self.plain, self.o = model, net, plain, o
         self.path = None if path is None else Path(path)
         self.same: list[Any] = []
 
     def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
-        """Learns every block. `inputs`: the pictures, a value for each input that the model reads."""
+        """Learns every block. `inputs`: the pictures, a value for each input that the model
+        reads."""
         ours = theirs = inputs
         done: list[Block] = []
         ends = self._stages(ours, stages)
@@ -134,7 +144,10 @@ class Run:
                 rows = torch.randperm(len(ours), generator=random, device="cpu")[: o.batch]
                 x, y = ours[rows], targets[rows]
                 if o.drop:
-                    keep = ((torch.rand(v.shape, generator=random, device="cpu") < o.drop).to(v.device) for v in x)
+                    keep = (
+                        (torch.rand(v.shape, generator=random, device="cpu") < o.drop).to(v.device)
+                        for v in x
+                    )
                     x = tuple(torch.where(*one) for one in zip(keep, theirs[rows], x, strict=True))
                 what.place()
                 given = block(*x)
@@ -147,7 +160,9 @@ class Run:
                 except RuntimeError as error:
                     if "inplace" not in str(error):
                         raise
-                    raise InputError(f"block {block.name} changes a value in place that its gradient needs") from error
+                    raise InputError(
+                        f"block {block.name} changes a value in place that its gradient needs"
+                    ) from error
                 optimizer.step()
                 fall.step()
                 tick(n + 1)
@@ -160,7 +175,9 @@ class Run:
     def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
         """How far what a block made is off: the mean over all of it."""
         off = [a - b for a, b in zip(block.made(given), block.made(y), strict=True)]
-        return LOSSES[self.o.loss](off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off]))
+        return LOSSES[self.o.loss](
+            off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off])
+        )
 
     def _rest(self, rest: list[Segment], given: Values, y: Values) -> Tensor:
         terms = []
@@ -172,13 +189,19 @@ class Run:
         return terms[-1] if self.o.reading == "last" else torch.stack(terms).mean()
 
     def _known(self, index: int) -> frozenset[int]:
-        """The ids of the tensors and quantizers of the blocks before: what a module called again brings is learned."""
+        """The ids of the tensors and quantizers of the blocks before: what a module called again
+        brings is learned.
+        """
         before = [s.module for s in self.net[:index]]
         tensors = (id(t) for m in before for t in (*m.parameters(), *m.buffers()))
-        return frozenset((*tensors, *(id(q) for m in before for q in m.modules() if isinstance(q, FakeQuant))))
+        return frozenset(
+            (*tensors, *(id(q) for m in before for q in m.modules() if isinstance(q, FakeQuant)))
+        )
 
     def _set_steps(self, block: Segment, inputs: Rows, known: frozenset[int]) -> None:
-        """Sets the steps of activations from what the quantized net before gives, the block itself in float."""
+        """Sets the steps of activations from what the quantized net before gives, the block itself
+        in float.
+        """
         quants: list[Any] = [m for m in block.modules(FakeQuant).values() if id(m) not in known]
         acts = [m for m in quants if not m.of_weight]
         on = [(m, m.calibrated) for m in quants if m.of_weight]
@@ -209,9 +232,19 @@ class Run:
     def _save(self, done: list[Block]) -> None:
         if self.path is not None:
             rows = [[b.name, b.stage, b.before, b.after] for b in done]
-            flags = {n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)}
-            content = {"run": self.same, "done": rows, "model": dict(self.model.state_dict()), "flags": flags}
-            write_whole(self.path, lambda part: torch.save({"format": "repfx.reconstruct 1", **content}, part))
+            flags = {
+                n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)
+            }
+            content = {
+                "run": self.same,
+                "done": rows,
+                "model": dict(self.model.state_dict()),
+                "flags": flags,
+            }
+            write_whole(
+                self.path,
+                lambda part: torch.save({"format": "repfx.reconstruct 1", **content}, part),
+            )
 
     def _restore(self, done: list[Block]) -> int:
         """Takes over what a checkpoint has; the number of blocks it did."""
@@ -221,10 +254,13 @@ class Run:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
             same, rows, state, flags = found["run"], found["done"], found["model"], found["flags"]
         except Exception as error:  # what the unpickler raises on strange bytes has no common class
-            raise InputError(f"{self.path} is not a checkpoint of repfx.reconstruct, or it is damaged") from error
+            raise InputError(
+                f"{self.path} is not a checkpoint of repfx.reconstruct, or it is damaged"
+            ) from error
         if same != self.same:
             raise InputError(
-                f"{self.path} is a checkpoint of another run: give the pictures and options that it was made with, and the "
+                f"{self.path} is a checkpoint of another run: give the pictures and options "
+                "that it was made with, and the "
                 "model as it was before that run; or another path"
             )
         self.model.load_state_dict(state)
@@ -235,7 +271,9 @@ class Run:
         return len(done)
 
     def _same(self, inputs: Rows, ends: list[int]) -> list[Any]:
-        """What tells this run from others: its options, blocks and stages, and a digest of the model and the pictures."""
+        """What tells this run from others: its options, blocks and stages, and a digest of the
+        model and the pictures.
+        """
         if self.path is None:
             return []
         digest = hashlib.sha256()

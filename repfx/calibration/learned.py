@@ -2,7 +2,7 @@
 
 step       s = s0 exp(t)                            t learned
 weight     straight through the rounding, or AdaRound (Nagel et al., 2020):
-           Q(W) = s clamp(floor(W / s) + h(v)),     h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1), in the end 0 or 1
+           Q(W) = s clamp(floor(W / s) + h(v)),  h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1) -> 0 or 1
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class AdaRound(nn.Module):
         return (1.2 * torch.sigmoid(self.v) - 0.1).clamp(0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return ((weight / self.step).floor() + self.share()).clamp(self.grid.low, self.grid.high) * self.step
+        return ((weight / self.step).floor() + self.share()).clamp(
+            self.grid.low, self.grid.high
+        ) * self.step
 
     def penalty(self, beta: float) -> Tensor:
         """sum 1 - |2 h - 1|^beta: nothing where all are 0 or 1."""
@@ -49,7 +51,9 @@ class AdaRound(nn.Module):
 
 
 class Drop(nn.Module):
-    """In the place of an activation's FakeQuant: a share of the values stays in float, at random (QDrop)."""
+    """In the place of an activation's FakeQuant: a share of the values stays in float, at random
+    (QDrop).
+    """
 
     is_graph_leaf = True
 
@@ -64,7 +68,9 @@ class Drop(nn.Module):
 
 @dataclass
 class Learned:
-    """The parameters of a block by kind; `place` puts the steps of now into the quantizers, before each forward."""
+    """The parameters of a block by kind; `place` puts the steps of now into the quantizers, before
+    each forward.
+    """
 
     weights: list[Tensor] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
@@ -82,26 +88,37 @@ class Learned:
         if not self.rounds or done < 0.2:
             return 0.0
         beta = 20 - 18 * (done - 0.2) / 0.8
-        return 0.01 * sum(r.penalty(beta) for r in self.rounds) / sum(r.v.numel() for r in self.rounds)
+        return (
+            0.01 * sum(r.penalty(beta) for r in self.rounds) / sum(r.v.numel() for r in self.rounds)
+        )
 
 
 @contextmanager
 def learned(
-    block: Segment, adaround: bool, drop: float, random: torch.Generator, known: frozenset[int] = frozenset()
+    block: Segment,
+    adaround: bool,
+    drop: float,
+    random: torch.Generator,
+    known: frozenset[int] = frozenset(),
 ) -> Iterator[Learned]:
-    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps as they were kept.
+    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps
+    as they were kept.
 
     `known`: the ids of what blocks before it share with it, and have learned; it stays.
     """
     what, module = Learned(), block.module
-    quants: dict[str, Any] = {path: m for path, m in block.modules(FakeQuant).items() if id(m) not in known}
+    quants: dict[str, Any] = {
+        path: m for path, m in block.modules(FakeQuant).items() if id(m) not in known
+    }
     read = {
         str(n.target): str(n.args[0].target)
         for n in module.graph.nodes
         if n.target in quants and quants[n.target].of_weight
     }
     found = {path: attrgetter(ref)(module) for path, ref in read.items()}
-    weights = {path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known}  # no buffers
+    weights = {
+        path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known
+    }  # no buffers
     soft: dict[int, AdaRound] = {}
     held: list[tuple[Any, str, Tensor]] = []
     grads = [(p, p.requires_grad) for p in module.parameters()]
@@ -126,7 +143,9 @@ def learned(
             if drop and not quant.of_weight:
                 module.set_submodule(path, Drop(quant, drop, random))
         if not adaround:
-            what.weights += [w.requires_grad_() for w in {id(w): w for w in weights.values()}.values()]
+            what.weights += [
+                w.requires_grad_() for w in {id(w): w for w in weights.values()}.values()
+            ]
         for affine in block.modules(Affine).values():
             what.affines += [p.requires_grad_() for p in affine.parameters() if id(p) not in known]
         taken = {*known, *map(id, found.values())}

@@ -19,19 +19,25 @@ from repfx.quant import METHODS, FakeQuant, Observer
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, method: str = "max", bias: bool = False, progress: bool = False
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    method: str = "max",
+    bias: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Sets the scales of the model's activation quantizers in place and returns the model.
 
-    `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a DataLoader of
-    (image, label) gives, or a dict of keyword arguments. Values are seen as the unquantized model computes them, in
-    eval mode; activations run in place where nothing else reads what they are given. Memory does not grow with the number
-    of batches. `method`: max, percentile, mse, mae or entropy. `bias`: whether biases then take off what rounding adds on
-    average (`correct_biases`), on the first 128 inputs.
+    `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a
+    DataLoader of (image, label) gives, or a dict of keyword arguments. Values are seen as the
+    unquantized model computes them, in eval mode; activations run in place where nothing else reads
+    what they are given. Memory does not grow with the number of batches. `method`: max, percentile,
+    mse, mae or entropy. `bias`: whether biases then take off what rounding adds on average
+    (`correct_biases`), on the first 128 inputs.
 
-    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives NaN, a model without
-    quantizers, and, with `bias`, one that was not traced whole. Whatever happens, no quantizer is left half set.
-    """
+    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives
+    NaN, a model without quantizers, and, with `bias`, one that was not traced whole. Whatever
+    happens, no quantizer is left half set."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if bias:
@@ -47,7 +53,10 @@ def calibrate(
     device = next(iter([*model.parameters(), *model.buffers()])).device
     seen, first = 0, list[Any]()
     views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
-    positive, in_place = _of_non_negative(views), _activations(views[0]) if isinstance(model, fx.GraphModule) else []
+    positive, in_place = (
+        _of_non_negative(views),
+        _activations(views[0]) if isinstance(model, fx.GraphModule) else [],
+    )
     try:
         model.eval()
         for activation in in_place:
@@ -88,12 +97,15 @@ def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
         for node in view.nodes:
             quant = view.modules[str(node.target)] if node.op == "call_module" else None
             if isinstance(quant, FakeQuant):
-                reads[quant] = reads.get(quant, True) and non_negative(view, node.all_input_nodes[0])
+                reads[quant] = reads.get(quant, True) and non_negative(
+                    view, node.all_input_nodes[0]
+                )
     return {quant for quant, positive in reads.items() if positive}
 
 
 def _activations(view: GraphView) -> list[Any]:
-    """The activations that may run in place, which saves time and memory: nothing else reads what they are given.
+    """The activations that may run in place, which saves time and memory: nothing else reads what
+    they are given.
 
     None in a model with code that was not traced, which may call them as well.
     """
@@ -102,7 +114,11 @@ def _activations(view: GraphView) -> list[Any]:
     for node in view.nodes:
         if node.op == "call_module":
             name = str(node.target)
-            hooked = any(_is_hooked(modules[str(n.target)]) for n in (node, *node.all_input_nodes) if n.op == "call_module")
+            hooked = any(
+                _is_hooked(modules[str(n.target)])
+                for n in (node, *node.all_input_nodes)
+                if n.op == "call_module"
+            )
             calls[name] = calls.get(name, True) and view.writes.may_write(node) and not hooked
     names: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
@@ -115,12 +131,18 @@ def _activations(view: GraphView) -> list[Any]:
 
 def _is_hooked(module: nn.Module) -> bool:
     every = nn.modules.module
-    hooks = module._forward_hooks, module._forward_pre_hooks, every._global_forward_hooks, every._global_forward_pre_hooks
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        every._global_forward_hooks,
+        every._global_forward_pre_hooks,
+    )
     return any(hooks)
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """What the model gives of a batch as `calibrate` takes them, run on a copy: some models overwrite their input.
+    """What the model gives of a batch as `calibrate` takes them, run on a copy: some models
+    overwrite their input.
 
     Raises InputError for one it does not take.
     """
@@ -129,7 +151,12 @@ def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
     try:
         if isinstance(batch, Mapping):
             with quiet():
-                return model(**{k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()})
+                return model(
+                    **{
+                        k: v.to(device, copy=True) if isinstance(v, Tensor) else v
+                        for k, v in batch.items()
+                    }
+                )
         elif isinstance(batch, Tensor):
             if batch.shape[:1] == (0,):
                 raise InputError("a calibration batch is empty")

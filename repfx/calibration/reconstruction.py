@@ -1,13 +1,15 @@
-"""reconstruct: post-training quantization that learns, a block at a time (RepAPQ, arXiv 2402.16121).
+"""reconstruct: post-training quantization that learns, a block at a time (RepAPQ, arXiv
+2402.16121).
 
-Blocks are learned in order: their input comes from the quantized net, their target from the float one. With F the frozen
-float rest of the stage (the blocks at one resolution), i the block's place among the n of its stage:
+Blocks are learned in order: their input comes from the quantized net, their target from the float
+one. With F the frozen float rest of the stage (the blocks at one resolution), i the block's place
+among the n of its stage:
 
-    L_i = |y^_i - y_i| + lambda (i / n) |F(y^_i) - F(y_i)|          means of absolute (mae) or squared (mse) differences
+    L_i = |y^_i - y_i| + lambda (i / n) |F(y^_i) - F(y_i)|     means of |.| (mae) or |.|^2 (mse)
 
-What is learned: weights and biases (straight through the rounding, or which way to round: AdaRound), steps, and the
-affines of `qprep`. Steps are learned as s = s0 exp(t), so that one rate fits steps of every size.
-"""
+What is learned: weights and biases (straight through the rounding, or which way to round:
+AdaRound), steps, and the affines of `qprep`. Steps are learned as s = s0 exp(t), so that one rate
+fits steps of every size."""
 
 from __future__ import annotations
 
@@ -51,25 +53,28 @@ def reconstruct(
 ) -> nn.Module:
     """Learns the quantized model to give what it gives in float, in place, and returns it.
 
-    `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`, calibrated or not: the steps of activations are
-    set here, before their block, by `loss`. `batches`: tensors (n, ...), tuples that begin with one, or dicts of them by
-    the names of the model's inputs; all are used.
-    `loss`: mae or mse. `stage`: lambda, 0 leaves the stage out. `reading`: "last" compares the stage's output, "all" the
-    mean over every block that follows in it. `rounding`: straight or adaround, whose steps of weights stay.
-    `drop`: share of activations left in float at random (QDrop; their paper: 0.5). `iterations` of Adam a block on
-    `batch` pictures, rates falling on a cosine to 0: `lr` of weights and biases, `lr_scale` of ln(step), `lr_affine`.
+    `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`, calibrated or not: the
+    steps of activations are set here, before their block, by `loss`. `batches`: tensors (n, ...),
+    tuples that begin with one, or dicts of them by the names of the model's inputs; all are used.
+    `loss`: mae or mse. `stage`: lambda, 0 leaves the stage out. `reading`: "last" compares the
+    stage's output, "all" the mean over every block that follows in it. `rounding`: straight or
+    adaround, whose steps of weights stay. `drop`: share of activations left in float at random
+    (QDrop; their paper: 0.5). `iterations` of Adam a block on `batch` pictures, rates falling on a
+    cosine to 0: `lr` of weights and biases, `lr_scale` of ln(step), `lr_affine`.
 
-    `blocks`: names of the values that blocks end with, `stages` those of them that stages end with; else blocks end where
-    one value that is quantized carries all (and where few do, if more than eight layers would stay together), stages where
-    the size changes. Memory: the activations between two blocks; in files under `cache` where it is given, else on a GPU
-    while they fit (a quarter of what is free there), else in the machine's. `checkpoint`: a file written after each block;
-    a run goes on from it to the result of a run that was never stopped.
+    `blocks`: names of the values that blocks end with, `stages` those of them that stages end with;
+    else blocks end where one value that is quantized carries all (and where few do, if more than
+    eight layers would stay together), stages where the size changes. Memory: the activations
+    between two blocks; in files under `cache` where it is given, else on a GPU while they fit (a
+    quarter of what is free there), else in the machine's. `checkpoint`: a file written after each
+    block; a run goes on from it to the result of a run that was never stopped.
     `model.meta["reconstruct"]` lists what each block gained.
 
-    Raises InputError for no picture, one with NaN, one that the model does not take, for names that are not there and
-    numbers out of range, and for a checkpoint of another run.
-    """
-    options = Options(loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed)
+    Raises InputError for no picture, one with NaN, one that the model does not take, for names that
+    are not there and numbers out of range, and for a checkpoint of another run."""
+    options = Options(
+        loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed
+    )
     _check(options)
     _check_paths(cache, checkpoint)
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
@@ -79,7 +84,9 @@ def reconstruct(
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
     training = [(m, m.training) for m in model.modules()]
     with torch.inference_mode(False), torch.enable_grad():
-        rows = Rows(cache, next(iter([*model.parameters(), *model.buffers()])).device).fill(_checked(batches, inputs))
+        rows = Rows(cache, next(iter([*model.parameters(), *model.buffers()])).device).fill(
+            _checked(batches, inputs)
+        )
         if not len(rows):
             raise InputError("the calibration set is empty: give at least one batch")
         model.eval()
@@ -103,10 +110,19 @@ def _check(o: Options) -> None:
     ):
         if value not in known:
             raise unknown(name, str(value), known)
-    for name, number, least in (("iterations", o.iterations, 1), ("batch", o.batch, 1), ("seed", o.seed, 0)):
+    for name, number, least in (
+        ("iterations", o.iterations, 1),
+        ("batch", o.batch, 1),
+        ("seed", o.seed, 0),
+    ):
         if not isinstance(number, int) or number < least:
             raise InputError(f"{name} is a whole number from {least}, not {number!r}")
-    for name, rate in (("stage", o.stage), ("lr", o.lr), ("lr_scale", o.lr_scale), ("lr_affine", o.lr_affine)):
+    for name, rate in (
+        ("stage", o.stage),
+        ("lr", o.lr),
+        ("lr_scale", o.lr_scale),
+        ("lr_affine", o.lr_affine),
+    ):
         if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
             raise InputError(f"{name} is a number from 0, not {rate!r}")
     if not (isinstance(o.drop, (int, float)) and 0 <= o.drop < 1):
@@ -118,7 +134,9 @@ def _check_paths(cache: Any, checkpoint: Any) -> None:
         try:
             Path(cache).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{cache} cannot be a folder for the cache: {error.strerror}") from error
+            raise InputError(
+                f"{cache} cannot be a folder for the cache: {error.strerror}"
+            ) from error
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise InputError(f"there is no folder {Path(checkpoint).parent} for the checkpoint")
 
@@ -132,10 +150,14 @@ def _checked(batches: Iterable[Any], inputs: list[str]) -> Iterator[tuple[Tensor
         for x in values:
             bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
             if bad:
-                raise InputError(f"picture {count + bad[0]} of the calibration set holds NaN or infinity")
+                raise InputError(
+                    f"picture {count + bad[0]} of the calibration set holds NaN or infinity"
+                )
         found = [tuple(x.shape[1:]) for x in values]
         if shape not in (None, found) or any(len(x) != rows for x in values):
-            raise InputError(f"pictures of {_listed(shape or [])} and {_listed(found)}: all must have one size")
+            raise InputError(
+                f"pictures of {_listed(shape or [])} and {_listed(found)}: all must have one size"
+            )
         shape, count = found, count + rows
         if rows:
             yield values
@@ -145,15 +167,24 @@ def _values(given: Any, inputs: list[str]) -> tuple[Tensor, ...]:
     if isinstance(given, Mapping):
         missing = [name for name in inputs if name not in given]
         if missing:
-            raise InputError(f"a batch has {', '.join(map(str, given))}, but no {missing[0]}, which the model reads")
+            raise InputError(
+                f"a batch has {', '.join(map(str, given))}, but no {missing[0]}, which the "
+                "model reads"
+            )
         values = tuple(given[name] for name in inputs)
     elif len(inputs) > 1:
-        raise InputError(f"the model has several inputs: a batch is a dict of {', '.join(inputs)}, not {type(given)}")
+        raise InputError(
+            f"the model has several inputs: a batch is a dict of {', '.join(inputs)}, not "
+            f"{type(given)}"
+        )
     else:
         values = (given[0] if isinstance(given, (tuple, list)) and given else given,)
     for x in values:
         if not isinstance(x, Tensor) or x.dim() < 1:
-            raise InputError(f"a calibration batch is a tensor (n, ...) or a tuple that begins with one, not {type(x)}")
+            raise InputError(
+                "a calibration batch is a tensor (n, ...) or a tuple that begins with one, "
+                f"not {type(x)}"
+            )
     return values
 
 

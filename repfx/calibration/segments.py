@@ -1,12 +1,13 @@
-"""Segments: a graph cut where few values carry all, so that it can be run, and learned, a piece at a time.
+"""Segments: a graph cut where few values carry all, so that it can be run, and learned, a piece at
+a time.
 
     x -> [Q conv relu] -> [Q conv relu Q conv + relu] -> [pool Q linear] -> y
 
-A cut is a place in the graph's order; what is alive there, read later, goes from one segment to the next. Cuts that one
-value carries are taken wherever a quantizer reads it. Where more than LARGEST layers stay together between two of them (a
-long skip, the levels of a U-Net, the neck of a detector) the narrowest cuts inside are taken too, and so on. Segments
-share the modules and tensors of the graph they are cut from.
-"""
+A cut is a place in the graph's order; what is alive there, read later, goes from one segment to the
+next. Cuts that one value carries are taken wherever a quantizer reads it. Where more than LARGEST
+layers stay together between two of them (a long skip, the levels of a U-Net, the neck of a
+detector) the narrowest cuts inside are taken too, and so on. Segments share the modules and tensors
+of the graph they are cut from."""
 
 from __future__ import annotations
 
@@ -31,10 +32,9 @@ LARGEST = 8  # layers: a residual block stays whole; parts this small learned be
 class Segment:
     """`name`: what a person calls the value it ends with. `module` takes the values before it.
 
-    Called, it gives the values after it, tensors of floats with a row for each picture (`kept` of the leaves that the
-    module gives): first what it made, then what only passes through, `passed` saying which of the values before it those
-    are.
-    """
+    Called, it gives the values after it, tensors of floats with a row for each picture (`kept` of
+    the leaves that the module gives): first what it made, then what only passes through, `passed`
+    saying which of the values before it those are."""
 
     name: str
     module: fx.GraphModule
@@ -58,7 +58,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The place after a node, and what is alive there: the node first, the others in the graph's order.
+    """The place after a node, and what is alive there: the node first, the others in the graph's
+    order.
 
     Named as the module that the node calls, where it is the first to call it, else as the node.
     """
@@ -71,17 +72,20 @@ class _Cut:
 def inputs_of(module: nn.Module) -> list[fx.Node]:
     """The inputs that a model reads. Raises InputError for one that is no GraphModule."""
     if not isinstance(module, fx.GraphModule):
-        raise InputError("blocks are found in a GraphModule, a model traced whole; repfx.calibrate takes any")
+        raise InputError(
+            "blocks are found in a GraphModule, a model traced whole; repfx.calibrate takes any"
+        )
     return [n for n in module.graph.nodes if n.op == "placeholder" and n.users]
 
 
-def segments(module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] | None = None) -> list[Segment]:
+def segments(
+    module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] | None = None
+) -> list[Segment]:
     """The segments of a model, in order. `values`: a batch (n, ...) for each input that it reads.
 
-    `ends` names the values they end with, all but the last, whatever else is alive there. Raises InputError for a model
-    that is no GraphModule or gives nothing to learn from, a batch it does not take, and for an end that is no cut, naming
-    those that are.
-    """
+    `ends` names the values they end with, all but the last, whatever else is alive there. Raises
+    InputError for a model that is no GraphModule or gives nothing to learn from, a batch it does
+    not take, and for an end that is no cut, naming those that are."""
     inputs = inputs_of(module)
     assert isinstance(module, fx.GraphModule)
     nodes = list(module.graph.nodes)
@@ -101,7 +105,9 @@ def segments(module: nn.Module, values: tuple[Tensor, ...], ends: Sequence[str] 
         chosen = sorted((known[end] for end in set(ends)), key=lambda c: c.place)
     found, before = list[Segment](), _Cut(-1, tuple(inputs))
     for cut in chosen:
-        cut = replace(cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values)))  # what is made first
+        cut = replace(
+            cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values))
+        )  # what is made first
         found.append(_between(module, nodes, before, cut))
         before = cut
     found.append(replace(_between(module, nodes, before, None), kept=outputs))
@@ -120,10 +126,11 @@ def _quantizer(module: nn.Module, node: fx.Node, of_weight: bool | None = None) 
 def _carried(
     module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor, ...]
 ) -> tuple[set[fx.Node], tuple[int, ...]]:
-    """The nodes whose value is a tensor of floats, a row for each picture: what can go from one segment to the next.
+    """The nodes whose value is a tensor of floats, a row for each picture: what can go from one
+    segment to the next.
 
-    And which of the model's outputs are, flat. Of two numbers of pictures, so that no other dimension is taken for theirs.
-    """
+    And which of the model's outputs are, flat. Of two numbers of pictures, so that no other
+    dimension is taken for theirs."""
     found, outputs = set(module.graph.nodes), list[set[int]]()
     for rows in (3, 5):
         seen = set(inputs)
@@ -143,7 +150,9 @@ def _carried(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shapes = ", ".join(str(tuple(v.shape[1:])) for v in values)
             why = str(error).partition("\n")[0]
-            raise InputError(f"the model does not take pictures of {shapes}, {rows} at a time: {why}") from error
+            raise InputError(
+                f"the model does not take pictures of {shapes}, {rows} at a time: {why}"
+            ) from error
         found &= seen
         outputs.append({i for i, value in enumerate(given) if _has_rows(value, rows)})
     return found, tuple(sorted(set.intersection(*outputs)))
@@ -162,7 +171,9 @@ def _data(nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _cuts(nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carried: set[fx.Node]) -> list[_Cut]:
+def _cuts(
+    nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carried: set[fx.Node]
+) -> list[_Cut]:
     """Every place where what is alive can be carried and the newest of it is made.
 
     Not where something alive is changed in place later: what shares its memory would not follow.
@@ -171,13 +182,22 @@ def _cuts(nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carri
     alive: dict[fx.Node, int] = {}
     found, named = [], set[str]()
     for i, node in enumerate(nodes[:-1]):
-        name = str(node.target) if node.op == "call_module" and str(node.target) not in named else node.name
+        name = (
+            str(node.target)
+            if node.op == "call_module" and str(node.target) not in named
+            else node.name
+        )
         named.add(name)
         if node in data and node.users:
             alive[node] = max(order[u] for u in node.users)
         alive = {n: last for n, last in alive.items() if last > i}
         fixed = all(order[w] <= i for n in alive for w in writes.of.get(n, ()))
-        if node in alive and node.op != "placeholder" and fixed and all(n in carried for n in alive):
+        if (
+            node in alive
+            and node.op != "placeholder"
+            and fixed
+            and all(n in carried for n in alive)
+        ):
             found.append(_Cut(i, (node, *(n for n in alive if n is not node)), name))
     return found
 
@@ -185,7 +205,9 @@ def _cuts(nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carri
 def _chosen(cuts: list[_Cut], nodes: list[fx.Node], module: nn.Module) -> list[_Cut]:
     steps = [i for i, n in enumerate(nodes) if _quantizer(module, n)]
     layers = [i for i in steps if _quantizer(module, nodes[i], of_weight=True)]
-    read = [c for c in cuts if any(_quantizer(module, u, of_weight=False) for u in c.values[0].users)]
+    read = [
+        c for c in cuts if any(_quantizer(module, u, of_weight=False) for u in c.values[0].users)
+    ]
 
     def inside(low: float, high: float, width: int) -> list[_Cut]:
         """The cuts to take between two places, from `width` values on."""
@@ -196,17 +218,25 @@ def _chosen(cuts: list[_Cut], nodes: list[fx.Node], module: nn.Module) -> list[_
         taken = [c for c in here if len(c.values) == width]
         places = [low, *(c.place for c in taken), high]
         finer = [inside(a, b, width + 1) for a, b in pairwise(places)]
-        return [c for part, end in zip(finer, [*taken, None], strict=True) for c in (*part, *([end] if end else []))]
+        return [
+            c
+            for part, end in zip(finer, [*taken, None], strict=True)
+            for c in (*part, *([end] if end else []))
+        ]
 
     kept: list[_Cut] = []
     for cut in inside(-1, float("inf"), 1):
         first = kept[-1].place if kept else -1
-        if any(first < i < cut.place for i in steps):  # a part with nothing to learn belongs to the next
+        if any(
+            first < i < cut.place for i in steps
+        ):  # a part with nothing to learn belongs to the next
             kept.append(cut)
     return kept
 
 
-def _between(module: fx.GraphModule, nodes: list[fx.Node], before: _Cut, after: _Cut | None) -> Segment:
+def _between(
+    module: fx.GraphModule, nodes: list[fx.Node], before: _Cut, after: _Cut | None
+) -> Segment:
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for i, node in enumerate(before.values):
         made[node] = graph.placeholder(f"x{i}")
@@ -228,4 +258,6 @@ def _between(module: fx.GraphModule, nodes: list[fx.Node], before: _Cut, after: 
         return Segment("output", fx.GraphModule(module, graph), ())
     graph.output(tuple(made[n] for n in after.values))
     passed = tuple(before.values.index(n) for n in after.values if n in before.values)
-    return Segment(after.name, fx.GraphModule(module, graph), tuple(range(len(after.values))), passed)
+    return Segment(
+        after.name, fx.GraphModule(module, graph), tuple(range(len(after.values))), passed
+    )

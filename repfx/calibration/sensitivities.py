@@ -1,4 +1,5 @@
-"""sensitivity: which layers quantization hurts, by the error of the model's output on a few batches (QARepVGG, Fig. 6).
+"""sensitivity: which layers quantization hurts, by the error of the model's output on a few batches
+(QARepVGG, Fig. 6).
 
 alone      only this layer quantized                 together    this layer and all before it
 SQNR = 10 log10( sum y^2 / sum (y^ - y)^2 )  in dB: lower is worse
@@ -25,7 +26,9 @@ from repfx.quant import FakeQuant
 
 @dataclass(frozen=True)
 class LayerError:
-    """A layer, and the SQNR in dB of the model's output with it quantized alone, and with all up to it."""
+    """A layer, and the SQNR in dB of the model's output with it quantized alone, and with all up to
+    it.
+    """
 
     layer: str
     alone: float
@@ -41,7 +44,9 @@ class Sensitivity:
     def worst(self, count: int) -> tuple[str, ...]:
         """The layers that cost most alone, for `repfx.passes.Ptq(bits=6, wide=...)`."""
         if not 0 <= count <= len(self.rows):
-            raise InputError(f"there are {len(self.rows)} layers; the worst {count} of them cannot be named")
+            raise InputError(
+                f"there are {len(self.rows)} layers; the worst {count} of them cannot be named"
+            )
         return tuple(r.layer for r in sorted(self.rows, key=lambda r: r.alone)[:count])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -55,15 +60,20 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Sensitivity:
-    """Measures every quantized layer of a calibrated model; 2 forwards a layer and batch. The model stays as it is.
+    """Measures every quantized layer of a calibrated model; 2 forwards a layer and batch. The model
+    stays as it is.
 
-    `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a model without quantizers or
-    with some that are not calibrated, where there is no batch, and for one that the model does not take or that gives NaN.
-    """
+    `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a
+    model without quantizers or with some that are not calibrated, where there is no batch, and for
+    one that the model does not take or that gives NaN."""
     quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
     raw = [name for name, m in quants.items() if not m.calibrated]
     if not quants or raw:
-        raise InputError(f"{raw[0]} is not calibrated" if raw else "the model has no quantizers: run the pass ptq first")
+        raise InputError(
+            f"{raw[0]} is not calibrated"
+            if raw
+            else "the model has no quantizers: run the pass ptq first"
+        )
     if not isinstance(batches, Iterable):
         raise InputError(f"batches is an iterable of inputs, not {batches!r}")
     inputs = list(batches)
@@ -77,12 +87,16 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
         layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
         for name in _in_order(model, list(quants), inputs[0]):
             layer = name.rpartition(".")[0]
-            last = next(reversed(groups), layer)  # what is quantized between layers goes with the one before
+            last = next(
+                reversed(groups), layer
+            )  # what is quantized between layers goes with the one before
             groups.setdefault(layer if layer in layers else last, []).append(quants[name])
         _switch(quants.values(), False)
         truth = [_output(model, x) for x in inputs]
         if not all(bool(torch.isfinite(t).all()) for t in truth):
-            raise InputError("the model gives NaN or infinity on a batch: check the batches and the model")
+            raise InputError(
+                "the model gives NaN or infinity on a batch: check the batches and the model"
+            )
         before: list[FakeQuant] = []
         for layer, own in track(groups.items(), "measuring", disable=not progress):
             before += own
@@ -119,7 +133,13 @@ def _in_order(model: nn.Module, names: list[str], batch: Any) -> list[str]:
 
 def _output(model: nn.Module, batch: Any) -> Tensor:
     device = next(iter([*model.parameters(), *model.buffers()])).device
-    return torch.cat([t.flatten().double() for t in tree_leaves(feed(model, batch, device)) if isinstance(t, Tensor)])
+    return torch.cat(
+        [
+            t.flatten().double()
+            for t in tree_leaves(feed(model, batch, device))
+            if isinstance(t, Tensor)
+        ]
+    )
 
 
 def _sqnr(truth: list[Tensor], found: list[Tensor]) -> float:

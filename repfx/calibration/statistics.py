@@ -1,10 +1,11 @@
-"""Statistics of another mode for a trained net: the norms take them over and compute what they computed.
+"""Statistics of another mode for a trained net: the norms take them over and compute what they
+computed.
 
-    gamma' = gamma sqrt(V' + eps) / sqrt(V + eps),    beta' = beta + gamma (mu' - mu) / sqrt(V + eps)
+    gamma' = gamma sqrt(V' + eps) / sqrt(V + eps),  beta' = beta + gamma (mu' - mu) / sqrt(V + eps)
 
-An estimated variance is another number than the true one, so a net trained with batch norm starts `repq(bn=estimate)` with
-a jump, each norm by its own factor. After this the first step continues the last one.
-"""
+An estimated variance is another number than the true one, so a net trained with batch norm starts
+`repq(bn=estimate)` with a jump, each norm by its own factor. After this the first step continues
+the last one."""
 
 from __future__ import annotations
 
@@ -21,18 +22,28 @@ from repfx.errors import InputError
 
 
 @torch.no_grad()
-def match_statistics(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> nn.Module:
-    """Gives each batch norm under `repq` the statistics that its mode sees on these batches, and the gamma and beta that
-    keep its eval output; in place, returns the model. `batches` as in `calibrate`.
+def match_statistics(
+    model: nn.Module, batches: Iterable[Any], *, progress: bool = False
+) -> nn.Module:
+    """Gives each batch norm under `repq` the statistics that its mode sees on these batches, and
+    the gamma and beta that keep its eval output; in place, returns the model. `batches` as in
+    `calibrate`.
 
-    Raises InputError for a model that `repq` has not rewritten, a norm without gamma and beta, and where there is no batch.
-    """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, KernelNorm) and m.mode != "frozen"}
+    Raises InputError for a model that `repq` has not rewritten, a norm without gamma and beta, and
+    where there is no batch."""
+    norms = {
+        n: m for n, m in model.named_modules() if isinstance(m, KernelNorm) and m.mode != "frozen"
+    }
     if not norms:
-        raise InputError("the model has no batch norm that repq sees from its kernel: transform it with repq first")
+        raise InputError(
+            "the model has no batch norm that repq sees from its kernel: transform it with "
+            "repq first"
+        )
     fixed = [n for n, m in norms.items() if m.weight is None or m.bias is None]
     if fixed:
-        raise InputError(f"{fixed[0]} has no gamma and beta (affine=False), so its output would change")
+        raise InputError(
+            f"{fixed[0]} has no gamma and beta (affine=False), so its output would change"
+        )
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     kept = [(m, m.training) for m in model.modules()]
     hooks = []

@@ -1,4 +1,5 @@
-"""A traced graph and the module it came from, put together as a GraphModule that has lost no name."""
+"""A traced graph and the module it came from, put together as a GraphModule that has lost no
+name."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from repfx.graph.modes import Mode, TrainOnly
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphModule:
-    """A GraphModule over the whole module tree of `root`, so that every key of its state_dict survives."""
+    """A GraphModule over the whole module tree of `root`, so that every key of its state_dict
+    survives.
+    """
     made: dict[int, nn.Module] = {}
     for path in tracer.plain_norms:
         module = root.get_submodule(path)
@@ -31,7 +34,9 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         result.__dict__[name] = plain_tree.__dict__[name]
     for name, value in root.__dict__.items():
-        if isinstance(value, Tensor):  # a constant that the tracer stowed away, or a tensor kept as a plain attribute
+        if isinstance(
+            value, Tensor
+        ):  # a constant that the tracer stowed away, or a tensor kept as a plain attribute
             result.__dict__[name] = value
     result.training = root.training
     result.graph = graph
@@ -42,7 +47,9 @@ def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Mo
     """The module tree with what the graph does not call reduced to plain holders of names."""
     if id(module) in memo:
         return memo[id(module)]
-    read_only = type(module).__module__.startswith("torch.nn.modules.") and not module._modules  # a layer nobody calls
+    read_only = (
+        type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+    )  # a layer nobody calls
     if path in called or (is_leaf(module) and not read_only):
         memo[id(module)] = module
         return module
@@ -55,5 +62,7 @@ def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Mo
         if isinstance(value, Tensor):
             holder.__dict__[name] = value
     for name, child in module._modules.items():
-        holder._modules[name] = None if child is None else _plain(child, f"{path}.{name}".lstrip("."), called, memo)
+        holder._modules[name] = (
+            None if child is None else _plain(child, f"{path}.{name}".lstrip("."), called, memo)
+        )
     return holder

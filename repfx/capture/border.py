@@ -1,9 +1,10 @@
-"""The graphs that spell a padding with a constant by writing the border of a zero padding, named as what they are.
+"""The graphs that spell a padding with a constant by writing the border of a zero padding, named as
+what they are.
 
-    y = F.pad(x, [p] * 4);  y[:, :, :p] = v;  y[:, :, -p:] = v;  ...        ->        y = pad_with(x, [p] * 4, v)
+    y = F.pad(x, [p] * 4);  y[:, :, :p] = v; y[:, :, -p:] = v; ...  ->  y = pad_with(x, [p] * 4, v)
 
-Which spellings mean it is not decided by their indices: they are run, on random values of several sizes.
-"""
+Which spellings mean it is not decided by their indices: they are run, on random values of several
+sizes."""
 
 from __future__ import annotations
 
@@ -21,15 +22,28 @@ from repfx.graph.view import GraphView
 
 aten = torch.ops.aten
 _PADS = {F.pad, aten.pad.default, aten.constant_pad_nd.default}
-_WRITES = {operator.setitem, aten.slice.Tensor, aten.copy_.default, aten.copy.default, aten.slice_scatter.default}
+_WRITES = {
+    operator.setitem,
+    aten.slice.Tensor,
+    aten.copy_.default,
+    aten.copy.default,
+    aten.slice_scatter.default,
+}
 _SPREADS = {aten.view.default, aten.expand.default, aten.reshape.default, aten.unsqueeze.default}
 
 
 def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
-    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, and says if there was one."""
+    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, and
+    says if there was one.
+    """
     changed = False
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _PADS and node.args and isinstance(node.args[0], fx.Node):
+        if (
+            node.op == "call_function"
+            and node.target in _PADS
+            and node.args
+            and isinstance(node.args[0], fx.Node)
+        ):
             found = _Border.of(node, view)
             if found is not None and found.is_pad_with(view):
                 found.rename(graph)
@@ -39,7 +53,9 @@ def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
 
 @dataclass
 class _Border:
-    """A padding `pad`, the operators that write its border, `end`, which holds the result, and the constant written."""
+    """A padding `pad`, the operators that write its border, `end`, which holds the result, and the
+    constant written.
+    """
 
     pad: fx.Node
     sides: list[int]
@@ -71,7 +87,9 @@ class _Border:
         return _Border(pad, list(sides), writes, read[0], value, 2 + len(sides) // 2, shape.numel())
 
     def is_pad_with(self, view: GraphView) -> bool:
-        """Whether it gives what pad_with gives, on the size it was seen with and on every other that it accepts."""
+        """Whether it gives what pad_with gives, on the size it was seen with and on every other
+        that it accepts.
+        """
         source: Any = self.pad.args[0]
         own = source.meta.get("shape")
         sizes = [(2, self.channels, *(n + i for i in range(self.rank - 2))) for n in (3, 6)]
@@ -84,7 +102,9 @@ class _Border:
         """Whether it agrees on one size; None where it does not run on it."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
-        value = torch.randn(view.tensor(self.value).shape, generator=generator, dtype=torch.float64, device="cpu")
+        value = torch.randn(
+            view.tensor(self.value).shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         values: dict[fx.Node, Any] = {self.value: value}
 
         def known(v: Any) -> Any:
@@ -93,13 +113,18 @@ class _Border:
         try:
             for node in (self.pad, *self.writes):
                 values[node] = call(node, lambda v: x if v is self.pad.args[0] else known(v))
-            return torch.equal(values[self.end], pad_with(x, self.sides, value.reshape(1, -1, *(1,) * (self.rank - 2))))
+            return torch.equal(
+                values[self.end],
+                pad_with(x, self.sides, value.reshape(1, -1, *(1,) * (self.rank - 2))),
+            )
         except (RuntimeError, IndexError, TypeError, KeyError):
             return None
 
     def rename(self, graph: fx.Graph) -> None:
         with graph.inserting_after(self.writes[-1]):
-            shaped = graph.call_function(torch.reshape, (self.value, [1, -1, *[1] * (self.rank - 2)]))
+            shaped = graph.call_function(
+                torch.reshape, (self.value, [1, -1, *[1] * (self.rank - 2)])
+            )
         with graph.inserting_after(shaped):
             named = graph.call_function(pad_with, (self.pad.args[0], self.sides, shaped))
         named.meta = dict(self.pad.meta)
@@ -111,6 +136,8 @@ class _Border:
 
 def _root(value: fx.Node, view: GraphView) -> fx.Node | None:
     """The constant that a written value is spread from; None where it is not a constant."""
-    while view.is_constant(value) and value.target in _SPREADS and isinstance(value.args[0], fx.Node):
+    while (
+        view.is_constant(value) and value.target in _SPREADS and isinstance(value.args[0], fx.Node)
+    ):
         value = value.args[0]
     return value if view.is_constant(value) else None

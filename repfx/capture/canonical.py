@@ -1,4 +1,5 @@
-"""canonical: long spellings of one operator replaced by the operator, once a graph has been run and checked.
+"""canonical: long spellings of one operator replaced by the operator, once a graph has been run and
+checked.
 
     F.pad and writes of its border         ->   pad_with(x, sides, value)
     view, transpose, view of channels      ->   channel_shuffle(x, groups)
@@ -23,14 +24,32 @@ from repfx.graph.view import GraphView
 
 _STORES = {operator.setitem, torch.ops.aten.copy_.default, torch.ops.aten.slice_scatter.default}
 _LAST = {"view", "reshape", torch.reshape, "flatten", torch.flatten}
-_LAST |= {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints}
-_MOVES = _LAST | {"transpose", torch.transpose, "permute", torch.permute, "contiguous", "swapaxes", torch.swapaxes, "clone"}
-_MOVES |= {torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
+_LAST |= {
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.flatten.using_ints,
+}
+_MOVES = _LAST | {
+    "transpose",
+    torch.transpose,
+    "permute",
+    torch.permute,
+    "contiguous",
+    "swapaxes",
+    torch.swapaxes,
+    "clone",
+}
+_MOVES |= {
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.clone.default,
+}
 _MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflatten.int}
 
 
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
-    """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns it."""
+    """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns
+    it."""
     graph, changed = module.graph, False
     if any(node.target in _STORES for node in graph.nodes):
         changed = name_border_writes(graph, GraphView(module))
@@ -46,7 +65,9 @@ def canonical(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
-    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of them do, and says so."""
+    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of
+    them do, and says so.
+    """
     moves, source = [last], last.args[0] if last.args else None
     while isinstance(source, fx.Node):
         groups = _groups_shuffled(moves, source) if len(moves) >= 3 else 0
@@ -64,7 +85,9 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
 
 
 def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
-    """The groups of the shuffle that the moves are on the source's sizes and every other that they accept; 0 if none."""
+    """The groups of the shuffle that the moves are on the source's sizes and every other that they
+    accept; 0 if none.
+    """
     shape = source.meta.get("shape", ())
     if shape != moves[0].meta["shape"]:
         return 0
@@ -75,15 +98,23 @@ def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
 
 
 def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
-    """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where they refuse those."""
+    """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where
+    they refuse those.
+    """
     n, channels, *space = source.meta["shape"]
-    x = torch.arange((n + more) * channels * prod(s + more for s in space), dtype=torch.float32, device="cpu")
+    x = torch.arange(
+        (n + more) * channels * prod(s + more for s in space), dtype=torch.float32, device="cpu"
+    )
     x = x.reshape(n + more, channels, *(s + more for s in space))
     try:
         y = _value(moves[0], source, x, {})
     except (RuntimeError, TypeError, ValueError):
         return None
-    return isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y, F.channel_shuffle(x, groups))
+    return (
+        isinstance(y, Tensor)
+        and y.shape == x.shape
+        and torch.equal(y, F.channel_shuffle(x, groups))
+    )
 
 
 def _value(node: fx.Node, source: fx.Node, x: Tensor, known: dict[fx.Node, Any]) -> Any:

@@ -1,4 +1,6 @@
-"""Copies that share storage, so that a rewrite costs little memory and can never reach the model it was given."""
+"""Copies that share storage, so that a rewrite costs little memory and can never reach the model it
+was given.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ _VALUES = {type(None), bool, int, float, str, torch.dtype, torch.device}
 
 
 def alias(model: nn.Module) -> nn.Module:
-    """A structural copy that shares storage with the model but no Python object, so tracing cannot change the model.
+    """A structural copy that shares storage with the model but no Python object, so tracing cannot
+    change the model.
 
-    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of every module.
-    """
+    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of
+    every module."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
@@ -30,7 +33,9 @@ def alias(model: nn.Module) -> nn.Module:
     plain: list[tuple[nn.Module, nn.Module]] = []
     try:
         for module in model.modules():
-            if (isinstance(module, fx.GraphModule) or hasattr(type(module), "__deepcopy__")) and id(module) not in memo:
+            if (isinstance(module, fx.GraphModule) or hasattr(type(module), "__deepcopy__")) and id(
+                module
+            ) not in memo:
                 copy.deepcopy(module, memo)
         for module in model.modules():
             if id(module) not in memo:
@@ -55,11 +60,16 @@ def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def own_tensors(model: nn.Module, original: nn.Module | torch.export.ExportedProgram) -> None:
-    """Gives every tensor that `model` still shares with `original` storage of its own, ties kept."""
+    """Gives every tensor that `model` still shares with `original` storage of its own, ties
+    kept."""
     if isinstance(original, nn.Module):
         theirs = list(_tensors(original))
     else:
-        theirs = [t for t in [*original.state_dict.values(), *original.constants.values()] if isinstance(t, Tensor)]
+        theirs = [
+            t
+            for t in [*original.state_dict.values(), *original.constants.values()]
+            if isinstance(t, Tensor)
+        ]
     shared = {t.untyped_storage().data_ptr() for t in theirs}
     done = set()
     for tensor in _tensors(model):

@@ -1,8 +1,8 @@
 """Reading torch.export's archives without running what is in them.
 
-`torch.export.load` trusts its file: it unpickles some entries, evaluates size expressions as Python, compiles guards
-and resolves operators by dotted name. So an archive is read here first, and loaded only where each of those is plain.
-"""
+`torch.export.load` trusts its file: it unpickles some entries, evaluates size expressions as
+Python, compiles guards and resolves operators by dotted name. So an archive is read here first, and
+loaded only where each of those is plain."""
 
 from __future__ import annotations
 
@@ -25,9 +25,23 @@ _ENTRIES = re.compile(
     r"(archive_format|archive_version|byteorder|version|\.data/\w+|models/\w+\.json"
     r"|data/(weights/(weight_\d+|\w+_config\.json)|constants/(tensor_\d+|\w+_config\.json)|sample_inputs/\w+\.pt))"
 )
-_TARGETS = re.compile(r"torch\.ops\.aten\.\w+(\.\w+)?|_operator\.(?!attrgetter|itemgetter|methodcaller|call)\w+|math\.\w+")
+_TARGETS = re.compile(
+    r"torch\.ops\.aten\.\w+(\.\w+)?|_operator\.(?!attrgetter|itemgetter|methodcaller|call)\w+|math\.\w+"
+)
 _NAMES = re.compile(r"L|[suz]\d+|[suz]f?\d+")
-_CALLS = {"FloorDiv", "CeilDiv", "Mod", "PythonMod", "ModularIndexing", "Max", "Min", "Integer", "Add", "Mul", "Pow"}
+_CALLS = {
+    "FloorDiv",
+    "CeilDiv",
+    "Mod",
+    "PythonMod",
+    "ModularIndexing",
+    "Max",
+    "Min",
+    "Integer",
+    "Add",
+    "Mul",
+    "Pow",
+}
 _CALLS |= {"Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "IntInfinity"}
 _READS = {"size", "stride", "storage_offset", "shape", "ndim", "dtype", "device"}
 
@@ -37,19 +51,26 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/archive_format") or name == "archive_format" for name in archive.namelist())
+        return any(
+            name.endswith("/archive_format") or name == "archive_format"
+            for name in archive.namelist()
+        )
 
 
-def load_exported(path: str | os.PathLike[str], trust: bool = False) -> torch.export.ExportedProgram:
+def load_exported(
+    path: str | os.PathLike[str], trust: bool = False
+) -> torch.export.ExportedProgram:
     """The program in an archive of `torch.export.save`.
 
-    Raises InputError where it is damaged or, unless `trust` is given, where loading it would run code from it.
-    """
+    Raises InputError where it is damaged or, unless `trust` is given, where loading it would run
+    code from it."""
     if not trust:
         try:
             with zipfile.ZipFile(path) as archive:
                 for why in _dangers(archive):
-                    raise InputError(f"{path} {why}; loading it would run code from it (--trust-pickle does so)")
+                    raise InputError(
+                        f"{path} {why}; loading it would run code from it (--trust-pickle does so)"
+                    )
         except (zipfile.BadZipFile, ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged: {error}") from error
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -59,7 +80,9 @@ def load_exported(path: str | os.PathLike[str], trust: bool = False) -> torch.ex
             os.environ[key] = "1"
         return torch.export.load(Path(path))
     except Exception as error:
-        raise InputError(f"torch.export cannot load {path}: {str(error).strip().splitlines()[0][:200]}") from error
+        raise InputError(
+            f"torch.export cannot load {path}: {str(error).strip().splitlines()[0][:200]}"
+        ) from error
     finally:
         if not trust:
             os.environ.pop(key, None) if before is None else os.environ.__setitem__(key, before)
@@ -107,7 +130,9 @@ def _in_json(value: Any, key: str) -> Iterator[str]:
 
 
 def _computes(target: str) -> bool:
-    """Whether an aten operator computes from tensors; other targets are arithmetic by their pattern."""
+    """Whether an aten operator computes from tensors; other targets are arithmetic by their
+    pattern.
+    """
     if not target.startswith("torch.ops.aten."):
         return True
     op, _, overload = target.removeprefix("torch.ops.aten.").partition(".")
@@ -116,7 +141,9 @@ def _computes(target: str) -> bool:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Whether an expression is sizes, integers and arithmetic, so that evaluating it can do nothing else."""
+    """Whether an expression is sizes, integers and arithmetic, so that evaluating it can do nothing
+    else.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):
@@ -126,22 +153,48 @@ def _is_arithmetic(text: str) -> bool:
 
 def _plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return isinstance(node.value, (int, float, bool))  # no text: torch would evaluate it as an expression again
+        return isinstance(
+            node.value, (int, float, bool)
+        )  # no text: torch would evaluate it as an expression again
     if isinstance(node, ast.Name):
         return bool(_NAMES.fullmatch(node.id))
     if isinstance(node, ast.Attribute):
         return node.attr in _READS and _plain(node.value)
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-        return isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value.isidentifier()
+    if (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
+    ):
+        return (
+            isinstance(node.value, ast.Name)
+            and node.value.id == "L"
+            and node.slice.value.isidentifier()
+        )
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name) and node.func.id == "Symbol":
-            named = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            flags = all(isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in node.keywords)
+            named = [
+                a.value
+                for a in node.args
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
+            flags = all(
+                isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool)
+                for k in node.keywords
+            )
             return flags and len(node.args) == len(named) == 1 and bool(_NAMES.fullmatch(named[0]))
         known = isinstance(node.func, ast.Name) and node.func.id in _CALLS
         method = isinstance(node.func, ast.Attribute) and _plain(node.func)
         return (known or method) and not node.keywords and all(_plain(a) for a in node.args)
-    allowed = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Subscript, ast.operator, ast.unaryop, ast.cmpop)
+    allowed = (
+        ast.BinOp,
+        ast.UnaryOp,
+        ast.Compare,
+        ast.BoolOp,
+        ast.Subscript,
+        ast.operator,
+        ast.unaryop,
+        ast.cmpop,
+    )
     if isinstance(node, (*allowed, ast.boolop, ast.expr_context, ast.Tuple)):
         return all(_plain(child) for child in ast.iter_child_nodes(node))
     return False

@@ -1,9 +1,11 @@
-"""capture: a module, a GraphModule or an exported program -> a private model whose traceable parts are GraphModules.
+"""capture: a module, a GraphModule or an exported program -> a private model whose traceable parts
+are GraphModules.
 
-The result has the names, the tensors' values and the modes of the model it was made from, and shares its storage until
-`own_tensors` gives it its own. It is checked against the model on an input before anything is rewritten:
+The result has the names, the tensors' values and the modes of the model it was made from, and
+shares its storage until `own_tensors` gives it its own. It is checked against the model on an input
+before anything is rewritten:
 
-    module M --trace--> graph G;   G(example) == M(example), or M stays as written and its children are tried alone.
+    module M --trace--> graph G;   G(example) == M(example), else its children are tried.
 """
 
 from __future__ import annotations
@@ -29,31 +31,43 @@ from repfx.errors import Declined, InputError
 
 @dataclass
 class Captured:
-    """`model`: a GraphModule, or the model's own class with GraphModules inside where its forward cannot be traced."""
+    """`model`: a GraphModule, or the model's own class with GraphModules inside where its forward
+    cannot be traced.
+    """
 
     model: nn.Module
     declined: list[Declined] = field(default_factory=list)
-    example: tuple[Any, ...] | None = None  # the input of the whole, given or guessed, and its output
+    example: tuple[Any, ...] | None = (
+        None  # the input of the whole, given or guessed, and its output
+    )
     expected: Any = None
     given: bool = False  # whether the input is the user's
-    sure: bool = False  # whether the input's dimensions are the user's word, or those an image must have
+    sure: bool = (
+        False  # whether the input's dimensions are the user's word, or those an image must have
+    )
     enter_opaque: bool = True
 
 
-def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bool = True) -> Captured:
+def capture(
+    model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bool = True
+) -> Captured:
     """Traces a private copy of the model, in eval meaning, keeping each module's own mode flag.
 
     With `enter_opaque` the children of a module that cannot be traced are traced on their own.
 
-    `example` is the tuple of positional arguments of a forward; without one an image or a feature batch is guessed from
-    the first layer. Raises InputError where the model holds NaN or infinity, or does not accept the given example.
-    """
+    `example` is the tuple of positional arguments of a forward; without one an image or a feature
+    batch is guessed from the first layer. Raises InputError where the model holds NaN or infinity,
+    or does not accept the given example."""
     if isinstance(model, torch.export.ExportedProgram):
         model = from_exported(model)
     if not isinstance(model, nn.Module):
-        raise InputError(f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}")
+        raise InputError(
+            f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}"
+        )
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("a scripted module has no Python forward to trace: give the module it was made from")
+        raise InputError(
+            "a scripted module has no Python forward to trace: give the module it was made from"
+        )
     if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
         raise InputError("the model is on the meta device: it has no weights yet")
     _refuse_non_finite(model)
@@ -65,8 +79,11 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
         try:
             expected = run_eval(skeleton, example)
         except Exception as error:
-            raise InputError(f"the model does not accept the example {describe(example)}: {error}") from error
-    # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an image.
+            raise InputError(
+                f"the model does not accept the example {describe(example)}: {error}"
+            ) from error
+    # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an
+    # image.
     sure = given or (example is not None and example[0].dim() > 2)
     captured = Captured(skeleton, [], example, expected, given, sure, enter_opaque)
     captured.model = _capture(skeleton, "", example, expected, captured)
@@ -74,13 +91,17 @@ def capture(model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bo
 
 
 def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The GraphModules of a captured model with their paths: the model itself, or those inside what stays opaque."""
+    """The GraphModules of a captured model with their paths: the model itself, or those inside what
+    stays opaque.
+    """
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             yield path, module
 
 
-def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured) -> nn.Module:
+def _capture(
+    module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured
+) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         normalise(module.graph)
         module.recompile()
@@ -107,13 +128,16 @@ def _capture(module: nn.Module, path: str, example: tuple[Any, ...] | None, expe
     swaps = _children(module, path, example, captured)
     if not _agrees(module, example, expected):
         _undo(swaps)
-        captured.declined[mark:] = [Declined(where, reason, "it reaches into its children, so they are left alone too")]
+        captured.declined[mark:] = [
+            Declined(where, reason, "it reaches into its children, so they are left alone too")
+        ]
     return module
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, fx.Graph]:
-    """The graph of a module. Where one inside branches on self.training, its training branch is taken if that computes
-    in eval mode what its eval branch does: then the one graph is right in both modes."""
+    """The graph of a module. Where one inside branches on self.training, its training branch is
+    taken if that computes in eval mode what its eval branch does: then the one graph is right in
+    both modes."""
     names = _names_of(module, example)
     asked: set[str] = set()
     training: set[str] = set()
@@ -122,11 +146,17 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
         failed: Exception | None = None
         try:
             graph = tracer.trace(module)
-        except Exception as error:  # whatever the forward raises; it may be the fault of the branch it took
+        except (
+            Exception
+        ) as error:  # whatever the forward raises; it may be the fault of the branch it took
             failed = error
         branching = {path: module.get_submodule(path) for path in tracer.branching - asked}
         asked |= set(branching)
-        seen = _record(module, [m for path, m in branching.items() if path], example) if branching else {}
+        seen = (
+            _record(module, [m for path, m in branching.items() if path], example)
+            if branching
+            else {}
+        )
         inputs = {path: seen.get(id(m)) if path else example for path, m in branching.items()}
         free = {path for path, m in branching.items() if _one_function(m, inputs[path])}
         if not free:
@@ -134,20 +164,25 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
         training |= free
     if failed is not None:
         raise failed
-    if "" in tracer.branching and signature(graph) != signature(Tracer(names, value=True).trace(module)):
+    if "" in tracer.branching and signature(graph) != signature(
+        Tracer(names, value=True).trace(module)
+    ):
         raise TraceError(BRANCHES)
     return tracer, graph
 
 
 def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
-    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch gives.
+    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch
+    gives.
 
-    Asked with the parameters that it has and with others, on the inputs and on larger and stronger ones; in float64,
-    where a difference is more than rounding, or, of a module that runs in its own precision only, in that.
-    """
+    Asked with the parameters that it has and with others, on the inputs and on larger and stronger
+    ones; in float64, where a difference is more than rounding, or, of a module that runs in its own
+    precision only, in that."""
     if inputs is None:
         return False
-    wide = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs)
+    wide = tuple(
+        v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs
+    )
     for give, tolerance in ((wide, 1e-9), (inputs, 1e-4)):
         try:
             twin = copy.deepcopy(module)
@@ -156,7 +191,9 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
         except Exception:  # it insists on its precision, or does not run at all
             continue
         try:
-            graph = (tracer := Tracer(_names_of(twin, inputs), training=frozenset({""}))).trace(twin)
+            graph = (tracer := Tracer(_names_of(twin, inputs), training=frozenset({""}))).trace(
+                twin
+            )
             traced = graph_module(twin, graph, tracer)
             if not agree(run_eval(traced, give), want, tolerance):
                 return False
@@ -166,8 +203,12 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
     return False
 
 
-def _agree_elsewhere(module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...], seed: int, tolerance: float) -> bool:
-    """Whether two forwards of the same parameters agree after those are drawn anew, on other inputs."""
+def _agree_elsewhere(
+    module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...], seed: int, tolerance: float
+) -> bool:
+    """Whether two forwards of the same parameters agree after those are drawn anew, on other
+    inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -198,7 +239,8 @@ def _undo(swaps: list[Swap]) -> None:
 
 
 def _agrees(module: nn.Module, example: tuple[Any, ...] | None, expected: Any) -> bool:
-    """Whether the module gives the expected output on the example; nothing can be said without one."""
+    """Whether the module gives the expected output on the example; nothing can be said without
+    one."""
     if example is None:
         return True
     try:
@@ -210,13 +252,19 @@ def _agrees(module: nn.Module, example: tuple[Any, ...] | None, expected: Any) -
 def _inside_opaque(
     result: fx.GraphModule, path: str, opaque: dict[str, Declined], example: Any, captured: Captured
 ) -> list[Swap]:
-    """Captures the children of each leaf that could not be traced, on the inputs they see in a run of the whole."""
+    """Captures the children of each leaf that could not be traced, on the inputs they see in a run
+    of the whole.
+    """
     swaps: list[Swap] = []
-    seen = _record(result, [result.get_submodule(name) for name in opaque], example) if opaque else {}
+    seen = (
+        _record(result, [result.get_submodule(name) for name in opaque], example) if opaque else {}
+    )
     for name, why in opaque.items():
         leaf = result.get_submodule(name)
         full = f"{path}.{name}".lstrip(".")
-        captured.declined.append(Declined(full, why.reason, "its children are transformed on their own"))
+        captured.declined.append(
+            Declined(full, why.reason, "its children are transformed on their own")
+        )
         inputs = seen.get(id(leaf))
         expected = None if inputs is None else run_eval(leaf, inputs)
         mine = _children(leaf, full, inputs, captured)
@@ -227,8 +275,12 @@ def _inside_opaque(
     return swaps
 
 
-def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured) -> list[Swap]:
-    """Replaces each child that can be traced by its graph and says what it replaced; containers are entered."""
+def _children(
+    module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured
+) -> list[Swap]:
+    """Replaces each child that can be traced by its graph and says what it replaced; containers are
+    entered.
+    """
     parts = list(_parts(module)) if captured.enter_opaque else []
     seen = _record(module, [child for _, _, child in parts], example)
     done: dict[int, nn.Module] = {}
@@ -238,7 +290,9 @@ def _children(module: nn.Module, path: str, example: tuple[Any, ...] | None, cap
             inputs = seen.get(id(child))
             plain = all(p.default is p.empty for p in parameters_of(child))
             if (example is not None and inputs is None) or (inputs is None and not plain):
-                done[id(child)] = child  # never called by the forward, or called in a way a graph could not take
+                done[id(child)] = (
+                    child  # never called by the forward, or called in a way a graph could not take
+                )
             else:
                 expected = None if inputs is None else run_eval(child, inputs)
                 full = ".".join(p for p in (path, _path_in(module, child)) if p)
@@ -253,7 +307,9 @@ def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for name, child in module._modules.items():
         if child is None or is_leaf(child):
             continue
-        if type(child).forward is nn.Module.forward or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if type(child).forward is nn.Module.forward or isinstance(
+            child, (nn.ModuleList, nn.ModuleDict)
+        ):
             yield from _parts(child)
         else:
             yield module, name, child
@@ -263,8 +319,12 @@ def _path_in(module: nn.Module, child: nn.Module) -> str:
     return next((name for name, m in module.named_modules() if m is child), "")
 
 
-def _record(module: nn.Module, children: list[nn.Module], example: tuple[Any, ...] | None) -> dict[int, tuple[Any, ...]]:
-    """The positional arguments each child is first called with; children called with keywords are left out."""
+def _record(
+    module: nn.Module, children: list[nn.Module], example: tuple[Any, ...] | None
+) -> dict[int, tuple[Any, ...]]:
+    """The positional arguments each child is first called with; children called with keywords are
+    left out.
+    """
     seen: dict[int, tuple[Any, ...]] = {}
     if example is None:
         return seen

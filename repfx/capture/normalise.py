@@ -1,4 +1,5 @@
-"""normalise: drop from a graph what only reads metadata to assert on it, so that values have their true readers.
+"""normalise: drop from a graph what only reads metadata to assert on it, so that values have their
+true readers.
 
 y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
 """
@@ -20,7 +21,9 @@ _ASSERTS = {
 
 
 def normalise(graph: fx.Graph) -> None:
-    """Erases assertions and everything that only they read, and dropouts that are off for good, in place."""
+    """Erases assertions and everything that only they read, and dropouts that are off for good, in
+    place.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTS and not node.users:
             graph.erase_node(node)

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 
 class Value(fx.Proxy):
-    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are, and knows how many pieces a chunk
-    or a split has, which `Tracer.iter` goes through."""
+    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are, and knows
+    how many pieces a chunk or a split has, which `Tracer.iter` goes through."""
 
     def __len__(self) -> int:
         count = pieces(self.node)
@@ -45,14 +45,21 @@ def pieces(node: fx.Node) -> int | None:
         return asked if isinstance(asked, int) else None
     if node.target in (torch.split, "split", "split_with_sizes"):
         asked = next(
-            (node.kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in node.kwargs), asked
+            (
+                node.kwargs[k]
+                for k in ("split_size_or_sections", "split_size", "split_sizes")
+                if k in node.kwargs
+            ),
+            asked,
         )
         return len(asked) if isinstance(asked, (list, tuple)) else None
     return None
 
 
 class ConstantProxy(Value):
-    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and type it really has."""
+    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and
+    type it really has.
+    """
 
     def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, value: Tensor) -> None:
         super().__init__(node, tracer)

@@ -1,4 +1,6 @@
-"""Running a model on an example: guessing one, keeping modes and random state, and telling whether outputs agree."""
+"""Running a model on an example: guessing one, keeping modes and random state, and telling whether
+outputs agree.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import Tensor, fx, nn
 
 
 class Noting(nn.Module):
-    """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is `sure`, its rank."""
+    """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is
+    `sure`, its rank.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, sure: bool, given: bool = True) -> None:
         super().__init__()
@@ -48,11 +52,16 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
             shapes: list[tuple[int, ...]] = [(2, module.in_features)]
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             axes = weight.dim() - 2
-            shapes = [(2, module.in_channels, *(size,) * axes) for size in ((64, 224) if axes == 2 else (32,))]
+            shapes = [
+                (2, module.in_channels, *(size,) * axes)
+                for size in ((64, 224) if axes == 2 else (32,))
+            ]
         else:
             continue
         for shape in shapes:
-            if shape in tried or len(tried) > 8:  # the first layer in the tree need not be the first that is called
+            if (
+                shape in tried or len(tried) > 8
+            ):  # the first layer in the tree need not be the first that is called
                 continue
             tried.add(shape)
             x = torch.randn(shape, generator=generator, device="cpu").to(weight)
@@ -77,7 +86,9 @@ def quiet() -> contextlib.redirect_stderr[io.StringIO]:
 
 
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The eval output. What the forward writes (modes, attributes, buffers, its input, the random state) is as before."""
+    """The eval output. What the forward writes (modes, attributes, buffers, its input, the random
+    state) is as before.
+    """
     kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
     given = tuple(v.clone() if isinstance(v, Tensor) else v for v in example)

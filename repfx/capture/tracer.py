@@ -3,9 +3,11 @@
 It differs from `torch.fx.Tracer` in what a rewrite needs:
 
 - a module whose forward cannot be traced becomes a leaf, and the reason is kept; the rest goes on;
-- parameters and buffers are proxies that know their concrete shape, so weight expressions stay expressions;
+- parameters and buffers are proxies that know their concrete shape, so weight expressions stay
+  expressions;
 - `self.training` is not baked in: see `repfx.graph.modes`;
-- a BatchNorm subclass that inlines `F.batch_norm` is seen as the batch norm it is; asserts are not recorded;
+- a BatchNorm subclass that inlines `F.batch_norm` is seen as the batch norm it is; asserts are not
+  recorded;
 - arguments with defaults keep their defaults unless the example names them.
 """
 
@@ -32,8 +34,12 @@ BRANCHES = "its forward branches on self.training"
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Modules a graph calls rather than enters: torch.nn's own, what torch has parametrized, and graphs themselves."""
-    if isinstance(module, (Mode, TrainOnly, fx.GraphModule)) or getattr(module, "is_graph_leaf", False):
+    """Modules a graph calls rather than enters: torch.nn's own, what torch has parametrized, and
+    graphs themselves.
+    """
+    if isinstance(module, (Mode, TrainOnly, fx.GraphModule)) or getattr(
+        module, "is_graph_leaf", False
+    ):
         return True
     if nn.utils.parametrize.is_parametrized(module):
         return True
@@ -45,11 +51,15 @@ def is_leaf(module: nn.Module) -> bool:
 class Tracer(fx.Tracer):
     """Traces one module. `opaque` collects the paths that became leaves, each with its reason.
 
-    `branching` collects those that became so because of an `if self.training`, "" for the root. Of the modules at the
-    paths `training`, the training branch is taken.
-    """
+    `branching` collects those that became so because of an `if self.training`, "" for the root. Of
+    the modules at the paths `training`, the training branch is taken."""
 
-    def __init__(self, example_names: frozenset[str], value: bool = False, training: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        example_names: frozenset[str],
+        value: bool = False,
+        training: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(param_shapes_constant=False)
         self.branching: set[str] = set()
         self.training = training
@@ -79,9 +89,13 @@ class Tracer(fx.Tracer):
             with torch.random.fork_rng(devices=[]):
                 graph = super().trace(root)
             stored = {
-                str(n.target): vars(root)[n.target] for n in graph.nodes if n.op == "get_attr" and n.target in vars(root)
+                str(n.target): vars(root)[n.target]
+                for n in graph.nodes
+                if n.op == "get_attr" and n.target in vars(root)
             }
-            kept[0][1].update(stored)  # tensors that are no parameters, which the tracer keeps on the root
+            kept[0][1].update(
+                stored
+            )  # tensors that are no parameters, which the tracer keeps on the root
             return graph
         finally:
             if self.asked.times:
@@ -95,7 +109,9 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.opaque or is_leaf(m)
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
         """Placeholders for the arguments without defaults, and for those of the example."""
         args: list[Any] = [self.root]
         for p in list(inspect.signature(root_fn).parameters.values())[1:]:
@@ -107,9 +123,13 @@ class Tracer(fx.Tracer):
                 raise TraceError(f"its forward has a required keyword-only argument {p.name!r}")
             wanted = p.default is p.empty or p.name in self.example_names
             if p.kind is not p.KEYWORD_ONLY:
-                args.append(self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default)
+                args.append(
+                    self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default
+                )
         if not any(isinstance(a, fx.Proxy) for a in args):
-            raise TraceError("its forward requires no argument; pass an example of those it is called with")
+            raise TraceError(
+                "its forward requires no argument; pass an example of those it is called with"
+            )
         return root_fn, args
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -140,25 +160,37 @@ class Tracer(fx.Tracer):
             return self.create_node("get_attr", self.names[id(a)], (), {})
         return super().create_arg(a)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
         if target is torch._assert:
             return None
-        if target is F.batch_norm and isinstance(self.stack[-1], _NormBase) and self._is_own_norm(args, kwargs):
+        if (
+            target is F.batch_norm
+            and isinstance(self.stack[-1], _NormBase)
+            and self._is_own_norm(args, kwargs)
+        ):
             path = self.path_of_module(self.stack[-1])
             self.plain_norms.add(path)
             self.asked.times = self.norm_asked  # its `if self.training` is the batch norm's own
-            return super().create_proxy("call_module", path, (args[0] if args else kwargs["input"],), {})
+            return super().create_proxy(
+                "call_module", path, (args[0] if args else kwargs["input"],), {}
+            )
         constants = _constants((args, kwargs)) if kind in ("call_function", "call_method") else None
         if constants:
             if writes_by_name(target, kwargs):
                 raise TraceError(f"it changes a parameter or buffer in place ({target})")
-            values = fx.node.map_aggregate((args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v)
+            values = fx.node.map_aggregate(
+                (args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v
+            )
             with torch.no_grad():
                 call_args, call_kwargs = values
                 f = target if kind == "call_function" else getattr(type(call_args[0]), target)
                 value = f(*call_args, **call_kwargs)
             if isinstance(value, Tensor):
-                node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+                node = self.create_node(
+                    kind, target, self.create_arg(args), self.create_arg(kwargs)
+                )
                 return ConstantProxy(node, self, value)
             if not isinstance(value, (tuple, list)):
                 return value
@@ -172,7 +204,9 @@ class Tracer(fx.Tracer):
         except NameError:
             if m.state_dict():
                 raise
-            return forward(*args, **kwargs)  # no part of the model, and without a state: a function like any other
+            return forward(
+                *args, **kwargs
+            )  # no part of the model, and without a state: a function like any other
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         mark = next(iter(reversed(self.graph.nodes)), None)
@@ -205,10 +239,27 @@ class Tracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _is_own_norm(self, args: Any, kwargs: Any) -> bool:
-        """Whether F.batch_norm was given the module's own state, mode and eps: then the call is the plain layer."""
+        """Whether F.batch_norm was given the module's own state, mode and eps: then the call is the
+        plain layer.
+        """
         m: Any = self.stack[-1]
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
+        names = (
+            "input",
+            "running_mean",
+            "running_var",
+            "weight",
+            "bias",
+            "training",
+            "momentum",
+            "eps",
+        )
+        given = {
+            "weight": None,
+            "bias": None,
+            "eps": 1e-5,
+            **dict(zip(names, args, strict=False)),
+            **kwargs,
+        }
         for name in names[1:5]:
             own = m._parameters.get(name, m._buffers.get(name))
             mine = given[name].value if isinstance(given[name], ConstantProxy) else given[name]
@@ -217,13 +268,19 @@ class Tracer(fx.Tracer):
         follows = isinstance(given.get("training"), ModeFlag) or self.asked.times > self.norm_asked
         return follows and given["eps"] == m.eps
 
-    def _same_in_training(self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any) -> bool:
-        """Whether the module's forward records the same operators again where `self.training` is true."""
+    def _same_in_training(
+        self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any
+    ) -> bool:
+        """Whether the module's forward records the same operators again where `self.training` is
+        true.
+        """
         end, asked = next(iter(reversed(self.graph.nodes)), None), self.asked.times
         self.asked.value = True
         try:
             again = forward(*args, **kwargs)
-            same = _signature(self.graph, mark, end, result) == _signature(self.graph, end, None, again)
+            same = _signature(self.graph, mark, end, result) == _signature(
+                self.graph, end, None, again
+            )
         except Exception:  # the training branch cannot be traced: then it is not the same
             same = False
         finally:
@@ -237,7 +294,9 @@ class Tracer(fx.Tracer):
                 break
             if node.op != "placeholder" and not is_mode(node) and not node.users:
                 self.graph.erase_node(node)
-        self.constants = {name: proxy for name, proxy in self.constants.items() if not proxy.node._erased}
+        self.constants = {
+            name: proxy for name, proxy in self.constants.items() if not proxy.node._erased
+        }
 
 
 def is_mode(node: fx.Node) -> bool:
@@ -245,24 +304,36 @@ def is_mode(node: fx.Node) -> bool:
 
 
 def signature(graph: fx.Graph) -> list[Any]:
-    """What a graph computes, free of node names: equal for two traces that recorded the same operators."""
+    """What a graph computes, free of node names: equal for two traces that recorded the same
+    operators.
+    """
     return _signature(graph, None, None, None)
 
 
-def _signature(graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, result: Any) -> list[Any]:
-    """The nodes in (after, until] by operator and position; values from before stand for themselves, as does MODE."""
+def _signature(
+    graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, result: Any
+) -> list[Any]:
+    """The nodes in (after, until] by operator and position; values from before stand for
+    themselves, as does MODE.
+    """
     position: dict[fx.Node, Any] = {}
     found: list[Any] = []
     inside = after is None
 
     def place(v: Any) -> Any:
         v = v.node if isinstance(v, fx.Proxy) else v
-        return repr(position.get(v, v.target if v.op == "get_attr" else v.name)) if isinstance(v, fx.Node) else v
+        return (
+            repr(position.get(v, v.target if v.op == "get_attr" else v.name))
+            if isinstance(v, fx.Node)
+            else v
+        )
 
     for node in graph.nodes:
         if inside and not is_mode(node) and node.op != "get_attr":
             position[node] = len(found)
-            found.append(repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place))))
+            found.append(
+                repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place)))
+            )
         if node is after:
             inside = True
         if node is until:

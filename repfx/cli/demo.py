@@ -1,4 +1,6 @@
-"""repfx demo: the main job on real data in a minute. Train, merge, calibrate, lower, run, and one table of what it gave."""
+"""repfx demo: the main job on real data in a minute. Train, merge, calibrate, lower, run, and one
+table of what it gave.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,15 @@ class Row:
 
 def small_repvgg(classes: int = 10) -> nn.Sequential:
     """Seven RepVGG blocks for 8x8 pictures of one channel."""
-    sizes = [(1, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    sizes = [
+        (1, 32, 1),
+        (32, 32, 1),
+        (32, 64, 2),
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+    ]
     return nn.Sequential(
         *(m for i, o, stride in sizes for m in (RepVGG(i, o, 3, stride, padding=1), nn.ReLU())),
         nn.AdaptiveAvgPool2d(1),
@@ -50,7 +60,9 @@ def small_repvgg(classes: int = 10) -> nn.Sequential:
 
 
 def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
-    """Runs the whole path and prints the table. Raises InputError where the folder cannot be written."""
+    """Runs the whole path and prints the table. Raises InputError where the folder cannot be
+    written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +93,10 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     _measure(rows, batch)
     report = merged.meta["repfx"]
     parity = artifact.parity
-    console.print(f"{len(report.merged)} blocks merged, largest error {max(m.error for m in report.merged):.0e} in float64")
+    console.print(
+        f"{len(report.merged)} blocks merged, largest error "
+        f"{max(m.error for m in report.merged):.0e} in float64"
+    )
     console.print(f"ONNX INT8 against fake-quant: {parity}")
     console.print(_table(rows, len(test_y), len(batch)))
     pages = folder / "report.html"
@@ -89,17 +104,23 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     (found,) = api.report(model, pages, data=batches, titles=["digits"], target=TARGET)
     for warning in found.warnings[:3]:
         console.print(f"warning: {warning.layer} {warning.what} ({warning.cure})", markup=False)
-    console.print(f"files are in {folder}, what was done and what it costs in {pages}", markup=False)
+    console.print(
+        f"files are in {folder}, what was done and what it costs in {pages}", markup=False
+    )
     return rows
 
 
 def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
     steps = epochs * -(-len(x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # 8x8 pictures: threads would mostly wait for each other, and for whatever else runs
+    torch.set_num_threads(
+        1
+    )  # 8x8 pictures: threads would mostly wait for each other, and for whatever else runs
     for _ in track(range(epochs), "training", console=console, transient=True):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
@@ -113,8 +134,12 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console
 def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow torch's turns
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # idle threads would slow torch's turns
+    session: Any = onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -148,5 +173,12 @@ def _table(rows: list[Row], pictures: int, batch: int) -> Table:
         table.add_column(column, justify="right")
     for r in rows:
         size = f"{r.path.stat().st_size / 1000:,.0f}"
-        table.add_row(r.name, str(r.convs), f"{r.params:,}", size, f"{r.milliseconds:.2f}", f"{100 * r.accuracy:.2f}")
+        table.add_row(
+            r.name,
+            str(r.convs),
+            f"{r.params:,}",
+            size,
+            f"{r.milliseconds:.2f}",
+            f"{100 * r.accuracy:.2f}",
+        )
     return table

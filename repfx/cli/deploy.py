@@ -34,39 +34,77 @@ SHAPE = "Shape of one input without the batch, such as 3,32,32"
 def lower(
     model: Model,
     output: Output,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")] = False,
-    trt: Annotated[bool, typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed.")] = False,
-    openvino: Annotated[bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")] = False,
-    shape: Annotated[str | None, typer.Option(help=f"{SHAPE}; {USUAL} or the array's by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")] = None,
-    batches: Annotated[str, typer.Option(help="--trt: smallest, usual and largest batch.")] = "1,8,32",
-    workspace: Annotated[float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")] = 4.0,
-    timing_cache: Annotated[Path | None, typer.Option(help="--trt: a file that makes the next build faster.")] = None,
-    target: Annotated[str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")] = None,
-    float16: Annotated[bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")] = False,
-    opset: Annotated[int, typer.Option(help="13 to 23; from 21 on weights of 4 bits are int4.")] = 20,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Height and width free in the file, as the batch is.")] = False,
-    isa: Annotated[str | None, typer.Option(help="Compare on these instruction sets too: all, or AVX2,SSE41,...")] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")
+    ] = False,
+    trt: Annotated[
+        bool,
+        typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed."),
+    ] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")
+    ] = False,
+    shape: Annotated[
+        str | None, typer.Option(help=f"{SHAPE}; {USUAL} or the array's by default.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")
+    ] = None,
+    batches: Annotated[
+        str, typer.Option(help="--trt: smallest, usual and largest batch.")
+    ] = "1,8,32",
+    workspace: Annotated[
+        float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")
+    ] = 4.0,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="--trt: a file that makes the next build faster.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")
+    ] = None,
+    float16: Annotated[
+        bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")
+    ] = False,
+    opset: Annotated[
+        int, typer.Option(help="13 to 23; from 21 on weights of 4 bits are int4.")
+    ] = 20,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Height and width free in the file, as the batch is.")
+    ] = False,
+    isa: Annotated[
+        str | None,
+        typer.Option(help="Compare on these instruction sets too: all, or AVX2,SSE41,..."),
+    ] = None,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Lower a model to ONNX, compare the file with the model in a runtime, and build what that runtime deploys."""
+    """Lower a model to ONNX, compare the file with the model in a runtime, and build what that
+    runtime deploys.
+    """
     if not (onnx or trt or openvino):
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
     if trt and dynamic:
         raise InputError("--trt builds an engine for one height and width: leave out --dynamic")
     file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
-    example = random_input(USUAL if shape is None else shape, 2) if data is None else real_input(data, shape)
+    example = (
+        random_input(USUAL if shape is None else shape, 2)
+        if data is None
+        else real_input(data, shape)
+    )
     net = load_model(model, weights, trust_pickle)
     if not isinstance(net, nn.Module):
         net = api.transform(net, [], example=example)
     if trt and not _quantized(net):
-        raise InputError("this model is float: `repfx quantize` it first for INT8, or lower it with --onnx")
+        raise InputError(
+            "this model is float: `repfx quantize` it first for INT8, or lower it with --onnx"
+        )
     # TensorRT cannot run what is written for OpenVINO, which runs what is written for TensorRT
     target = target or ("openvino" if openvino and not trt else "tensorrt")
     runtime = "openvino" if openvino else target_named(target).runtime
     stops = [] if isa is None else chosen(runtime, isa)
-    artifact = api.lower(net, file, example=example, target=target, opset=opset, float16=float16, dynamic=dynamic)
+    artifact = api.lower(
+        net, file, example=example, target=target, opset=opset, float16=float16, dynamic=dynamic
+    )
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
     there, same = artifact.there, reference(net, target, float16)
@@ -102,12 +140,22 @@ def _quantized(net: object) -> bool:
 @app.command()
 def lint(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")],
-    target: Annotated[str, typer.Option(help="What is to run it: tensorrt, onnxruntime or openvino.")] = "tensorrt",
+    target: Annotated[
+        str, typer.Option(help="What is to run it: tensorrt, onnxruntime or openvino.")
+    ] = "tensorrt",
 ) -> None:
-    """Check an ONNX file for what keeps a runtime from running it in INT8. Exit code 1 where it would fail or be wrong."""
+    """Check an ONNX file for what keeps a runtime from running it in INT8. Exit code 1 where it
+    would fail or be wrong.
+    """
     found = api.lint(file, target=target)
     table = Table(
-        "rule", "", "where", "what", "cure", title=f"{len(found)} findings in {escape(file.name)}", title_justify="left"
+        "rule",
+        "",
+        "where",
+        "what",
+        "cure",
+        title=f"{len(found)} findings in {escape(file.name)}",
+        title_justify="left",
     )
     for f in found:
         table.add_row(f.rule, f.severity, *(Text(t) for t in (f.node, f.message, f.cure)))
@@ -122,12 +170,18 @@ def bench(
     shape: Annotated[str, typer.Option(help=f"{SHAPE}.")] = USUAL,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a run.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each form.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads a runtime may use; all by default.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="A file for the same numbers.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads a runtime may use; all by default.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="A file for the same numbers.")
+    ] = None,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Time a float model as written, merged, and INT8 in every runtime installed, on random pictures."""
+    """Time a float model as written, merged, and INT8 in every runtime installed, on random
+    pictures.
+    """
     x = random_input(shape, batch)
     net = load_model(model, weights, trust_pickle)
     if _quantized(net):
@@ -135,9 +189,20 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     merged = api.transform(net, ["fuse"], example=x)
-    int8 = {name: api.calibrate(api.transform(net, ["ptq"], example=x, target=name), [x]) for name in installed()}
+    int8 = {
+        name: api.calibrate(api.transform(net, ["ptq"], example=x, target=name), [x])
+        for name in installed()
+    }
     as_written = api.transform(net, [], example=x)
-    found = measure(as_written.eval(), merged.eval(), int8, x, rounds=rounds, threads=threads, progress=err.is_terminal)
+    found = measure(
+        as_written.eval(),
+        merged.eval(),
+        int8,
+        x,
+        rounds=rounds,
+        threads=threads,
+        progress=err.is_terminal,
+    )
     if json is not None:
         write_whole(json, lambda part: Path(part).write_text(found.json() + "\n"))
     out.print(found)

@@ -15,7 +15,9 @@ USUAL = "3,224,224"
 
 
 def random_input(shape: str, batch: int) -> Tensor:
-    """(batch, *shape), the same at each call. Raises InputError where shape is no shape or memory does not hold it."""
+    """(batch, *shape), the same at each call. Raises InputError where shape is no shape or memory
+    does not hold it.
+    """
     dims = whole("shape", shape)
     try:
         return torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -24,8 +26,8 @@ def random_input(shape: str, batch: int) -> Tensor:
 
 
 def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
-    """(N, *shape) with N up to `most`. Pictures are resized and their centre is cropped to the shape; an array is taken as
-    it is and without a shape decides it.
+    """(N, *shape) with N up to `most`. Pictures are resized and their centre is cropped to the
+    shape; an array is taken as it is and without a shape decides it.
 
     Raises InputError where the data cannot be read or does not have this shape.
     """
@@ -46,9 +48,14 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
         top, left = ((side - d) // 2 for d in dims[1:])
         found = found[:, :, top : top + dims[1], left : left + dims[2]].contiguous()
     if dims is not None and tuple(found.shape[1:]) != dims:
-        raise InputError(f"--shape is {shape}, and an input in {data} is {','.join(map(str, found.shape[1:]))}")
+        raise InputError(
+            f"--shape is {shape}, and an input in {data} is {','.join(map(str, found.shape[1:]))}"
+        )
     return found
 
 
 def _too_large(shape: str | None, error: BaseException) -> InputError:
-    return InputError(f"memory does not hold inputs of --shape {shape} ({str(error).strip() or type(error).__name__})")
+    return InputError(
+        f"memory does not hold inputs of --shape {shape} "
+        f"({str(error).strip() or type(error).__name__})"
+    )

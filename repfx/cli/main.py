@@ -1,4 +1,6 @@
-"""Commands. Exit codes: 0 done, 1 the result is wrong, 2 bad input or usage, 3 a part is not installed."""
+"""Commands. Exit codes: 0 done, 1 the result is wrong, 2 bad input or usage, 3 a part is not
+installed.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def inspect(model: Model, weights: Weights = None, trust_pickle: Trust = False) 
 def transform(
     model: Model,
     output: Output,
-    passes: Annotated[str, typer.Option(help="Passes separated by commas, such as fuse or 'ptq(bits=8)'.")] = "fuse",
+    passes: Annotated[
+        str, typer.Option(help="Passes separated by commas, such as fuse or 'ptq(bits=8)'.")
+    ] = "fuse",
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
@@ -71,17 +75,34 @@ def quantize(
     data: Data,
     output: Output,
     bits: Annotated[int, typer.Option(help="Bits of activations and weights.")] = 8,
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: ranges alone; repapq: learned too.")] = "repapq",
-    iterations: Annotated[int, typer.Option(min=1, help="repapq: steps of learning a block.")] = 1000,
-    bias: Annotated[bool, typer.Option("--bias", help="Ranges alone: let biases take off what rounding adds.")] = False,
-    keep: Annotated[int, typer.Option(min=0, help="So many of the worst layers take 8 bits, float where --bits is 8.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")] = None,
+    method: Annotated[
+        str, typer.Option(help=f"{', '.join(METHODS)}: ranges alone; repapq: learned too.")
+    ] = "repapq",
+    iterations: Annotated[
+        int, typer.Option(min=1, help="repapq: steps of learning a block.")
+    ] = 1000,
+    bias: Annotated[
+        bool, typer.Option("--bias", help="Ranges alone: let biases take off what rounding adds.")
+    ] = False,
+    keep: Annotated[
+        int,
+        typer.Option(
+            min=0, help="So many of the worst layers take 8 bits, float where --bits is 8."
+        ),
+    ] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")
+    ] = None,
     size: Size = 224,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
     limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    mean: Annotated[str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")] = "0.485,0.456,0.406",
+    mean: Annotated[
+        str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")
+    ] = "0.485,0.456,0.406",
     std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
     device: Device = None,
     target: Target = "tensorrt",
@@ -89,7 +110,9 @@ def quantize(
     trust_pickle: Trust = False,
 ) -> None:
     """Merge, quantize and calibrate a model on pictures, and save it."""
-    images = Images(data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std))
+    images = Images(
+        data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std)
+    )
     batches = images.batches(batch, workers)
     where = place(device)
     loaded = load_model(model, weights, trust_pickle)
@@ -99,7 +122,9 @@ def quantize(
     ranges = "mae" if learn else method
     ptq = Ptq(bits, weights="mse" if learn else "max")
     if keep:
-        result = api.calibrate(api.transform(loaded, [ptq], target=target).to(where), batches, method=ranges)
+        result = api.calibrate(
+            api.transform(loaded, [ptq], target=target).to(where), batches, method=ranges
+        )
         worst = api.sensitivity(result, islice(batches, 4), progress=err.is_terminal).worst(keep)
         say(f"kept wide: {', '.join(worst)}")
         ptq = replace(ptq, wide=worst, wide_bits=8 if bits < 8 else 32)
@@ -107,7 +132,14 @@ def quantize(
     report, result = result.meta["repfx"], result.to(where)
     if learn:
         shown = err.is_terminal
-        api.reconstruct(result, batches, iterations=iterations, checkpoint=checkpoint, cache=cache, progress=shown)
+        api.reconstruct(
+            result,
+            batches,
+            iterations=iterations,
+            checkpoint=checkpoint,
+            cache=cache,
+            progress=shown,
+        )
         result = api.transform(result, ["fuse"], target=target)
     else:
         api.calibrate(result, batches, method=method, bias=bias, progress=err.is_terminal)
@@ -122,28 +154,49 @@ def quantize(
 @app.command()
 def train(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A folder or zip of pictures, best with train/ and test/ in it, or digits.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A folder or zip of pictures, best with train/ and test/ in it, or digits."
+        ),
+    ],
     output: Output,
-    task: Annotated[str, typer.Option(help=f"What to train for: {', '.join(TASKS)}.")] = "classification",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; the preset's where there is one.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Numbers of a paper: {', '.join(PRESETS)}.")] = None,
-    passes: Annotated[str, typer.Option(help="Passes to run first, separated by commas, such as repq.")] = "",
+    task: Annotated[
+        str, typer.Option(help=f"What to train for: {', '.join(TASKS)}.")
+    ] = "classification",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs; the preset's where there is one.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Numbers of a paper: {', '.join(PRESETS)}.")
+    ] = None,
+    passes: Annotated[
+        str, typer.Option(help="Passes to run first, separated by commas, such as repq.")
+    ] = "",
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 64,
-    size: Annotated[int | None, typer.Option(min=1, help="Side of pictures or patches; as they are by default.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of pictures or patches; as they are by default.")
+    ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Super-resolution: times larger.")] = 2,
     channels: Annotated[int, typer.Option(help="Super-resolution: 1 (Y) or 3 (RGB).")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from after an interruption.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A file to go on from after an interruption.")
+    ] = None,
     log: Annotated[Path | None, typer.Option(help="A file for a line of JSON an epoch.")] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")
+    ] = False,
     seed: int = 0,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
     """Train a model on pictures, quantization-aware with --passes repq, and save it."""
-    goal = SuperResolution(scale, channels=channels) if task == "super-resolution" else task_of(task)
+    goal = (
+        SuperResolution(scale, channels=channels) if task == "super-resolution" else task_of(task)
+    )
     torch.manual_seed(seed)
     net = load_model(model, weights, trust_pickle)
     if not output.parent.is_dir():
@@ -174,11 +227,15 @@ def train(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("out"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A folder for what it writes.")
+    ] = Path("out"),
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     seed: int = 0,
 ) -> None:
-    """Train a small RepVGG on handwritten digits, merge, quantize, lower and run it in ONNX Runtime."""
+    """Train a small RepVGG on handwritten digits, merge, quantize, lower and run it in ONNX
+    Runtime.
+    """
     run_demo(output, epochs, seed, out)
 
 

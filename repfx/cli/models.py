@@ -17,19 +17,26 @@ from repfx.capture.exported import is_exported, load_exported
 from repfx.errors import InputError
 
 _SAFE = (
-    "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or package.module:factory with "
+    "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or "
+    "package.module:factory with "
     "--weights for a state_dict. If you trust its source, --trust-pickle loads it"
 )
 
 
 def load_model(name: str, weights: str | None = None, trust_pickle: bool = False) -> Any:
-    """The model that MODEL names. Raises InputError for a missing, damaged or pickled file and for a bad factory."""
+    """The model that MODEL names. Raises InputError for a missing, damaged or pickled file and for
+    a bad factory.
+    """
     if ":" in name and not os.path.exists(name):
         return _from_factory(name, weights)
     if weights is not None:
         raise InputError("--weights goes with package.module:factory; a model file holds its own")
     if not os.path.isfile(name):
-        raise InputError(f"no such file: {name}" if not os.path.isdir(name) else f"{name} is a folder, not a model")
+        raise InputError(
+            f"no such file: {name}"
+            if not os.path.isdir(name)
+            else f"{name} is a folder, not a model"
+        )
     if is_exported(name):
         return load_exported(name, trust_pickle)
     with open(name, "rb") as file:
@@ -46,9 +53,13 @@ def _from_pickle(name: str, trust: bool) -> nn.Module:
         try:
             found = torch.load(name, map_location="cpu", weights_only=True)
         except Exception:
-            raise InputError(f"{name} is a pickle: loading it would run code from it. {_SAFE}") from None
+            raise InputError(
+                f"{name} is a pickle: loading it would run code from it. {_SAFE}"
+            ) from None
         if isinstance(found, dict):
-            raise InputError(f"{name} is a state_dict, not a model: use package.module:factory --weights {name}")
+            raise InputError(
+                f"{name} is a state_dict, not a model: use package.module:factory --weights {name}"
+            )
         raise InputError(f"{name} holds a {type(found)}, not a model. {_SAFE}")
     try:
         found = torch.load(name, map_location="cpu", weights_only=False)
@@ -81,9 +92,13 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{weights} is not a plain state_dict: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"{weights} is not a plain state_dict: {str(error).splitlines()[0]}"
+            ) from error
         try:
-            model.load_state_dict(state.get("state_dict", state) if isinstance(state, dict) else state)
+            model.load_state_dict(
+                state.get("state_dict", state) if isinstance(state, dict) else state
+            )
         except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{weights} does not fit {name}: {error}") from error
     return model

@@ -1,4 +1,6 @@
-"""What commands share: the app, the consoles, options that mean the same everywhere, and how their text is read."""
+"""What commands share: the app, the consoles, options that mean the same everywhere, and how their
+text is read.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,31 @@ from rich.console import Console
 from repfx.errors import InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Merge, quantize and lower CNNs."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Merge, quantize and lower CNNs.",
 )
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 LOWERED = (".onnx", ".engine", ".plan", ".trt", ".xml")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")
+]
 Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
-Trust = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
-Target = Annotated[str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")]
-Data = Annotated[Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")]
-Device = Annotated[str | None, typer.Option(help="Where it runs, such as cpu or cuda:0; a GPU where there is one.")]
+Target = Annotated[
+    str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")
+]
+Data = Annotated[
+    Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where it runs, such as cpu or cuda:0; a GPU where there is one.")
+]
 Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
 
 
@@ -62,23 +77,30 @@ def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
         found = ()
     if not found or not all(0 < v < 2**31 for v in found) or count not in (None, len(found)):
         many = "" if count is None else f"{count} "
-        raise InputError(f"--{name} is {many}whole numbers from 1, separated by commas, not {text!r}")
+        raise InputError(
+            f"--{name} is {many}whole numbers from 1, separated by commas, not {text!r}"
+        )
     return found
 
 
 def place(name: str | None) -> torch.device:
-    """The device of this name, or the one there is. Raises InputError for one that cannot be used."""
+    """The device of this name, or the one there is. Raises InputError for one that cannot be
+    used."""
     try:
-        found = torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        found = torch.device(
+            name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        )
         float(torch.zeros((), device=found))
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from error
+        raise InputError(
+            f"--device {name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}"
+        ) from error
     return found
 
 
 def named(output: Path, *suffixes: str) -> Path:
-    """The output with one of the suffixes: as it is where it has one, the first in place of another file kind's, or after
-    the name. A dot in a name is not a suffix.
+    """The output with one of the suffixes: as it is where it has one, the first in place of another
+    file kind's, or after the name. A dot in a name is not a suffix.
 
     >>> [named(Path(name), ".onnx").name for name in ("net.ONNX", "net.engine", "net.v2")]
     ['net.ONNX', 'net.onnx', 'net.v2.onnx']
@@ -92,5 +114,7 @@ def named(output: Path, *suffixes: str) -> Path:
 
 
 def say(text: object) -> None:
-    """Prints a line as it is: a path or a layer may hold [brackets], which rich would take for a style."""
+    """Prints a line as it is: a path or a layer may hold [brackets], which rich would take for a
+    style.
+    """
     out.print(str(text), markup=False, highlight=False)

@@ -11,7 +11,19 @@ from rich.markup import escape
 
 from repfx import api
 from repfx.cli.models import load_model
-from repfx.cli.options import Model, Output, Size, Target, Trust, Weights, app, err, numbers, out, split
+from repfx.cli.options import (
+    Model,
+    Output,
+    Size,
+    Target,
+    Trust,
+    Weights,
+    app,
+    err,
+    numbers,
+    out,
+    split,
+)
 from repfx.data.folders import Images
 
 
@@ -19,12 +31,20 @@ from repfx.data.folders import Images
 def report(
     model: Model,
     output: Output,
-    data: Annotated[Path | None, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")] = None,
-    against: Annotated[str | None, typer.Option(help="Another float model to show beside it.")] = None,
-    passes: Annotated[str, typer.Option(help="What makes the deployed net, separated by commas.")] = "fuse,ptq",
+    data: Annotated[
+        Path | None, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another float model to show beside it.")
+    ] = None,
+    passes: Annotated[
+        str, typer.Option(help="What makes the deployed net, separated by commas.")
+    ] = "fuse,ptq",
     json: Annotated[Path | None, typer.Option("--json", help="A file for the numbers.")] = None,
     size: Size = 224,
-    mean: Annotated[str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")] = "0.485,0.456,0.406",
+    mean: Annotated[
+        str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")
+    ] = "0.485,0.456,0.406",
     std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
     target: Target = "tensorrt",
     weights: Weights = None,
@@ -33,7 +53,9 @@ def report(
     """Write a page of what merges, what quantization costs each layer, and what to do about it."""
     pictures = None
     if data is not None:
-        images = Images(data, size=size, limit=64, mean=numbers("mean", mean), std=numbers("std", std))
+        images = Images(
+            data, size=size, limit=64, mean=numbers("mean", mean), std=numbers("std", std)
+        )
         pictures = images.batches(16)
     other = None if against is None else load_model(against, None, trust_pickle)
     found = api.report(
@@ -57,8 +79,13 @@ def show(found: api.Numbers, console: Console, most: int = 5) -> None:
     for form in found.forms:
         sqnr = "" if form.sqnr is None else f", {form.sqnr:.1f} dB"
         top1 = "" if form.top1 is None else f", top-1 {form.top1:.2f} %"
-        console.print(f"{escape(found.title)} {form.name}: {form.convs} layers, {form.size / 1e6:.2f} MB{sqnr}{top1}")
+        console.print(
+            f"{escape(found.title)} {form.name}: {form.convs} layers, {form.size / 1e6:.2f} "
+            f"MB{sqnr}{top1}"
+        )
     for warning in found.warnings[:most]:
-        console.print(f"warning: {escape(warning.layer)} {escape(warning.what)} ({escape(warning.cure)})")
+        console.print(
+            f"warning: {escape(warning.layer)} {escape(warning.what)} ({escape(warning.cure)})"
+        )
     if len(found.warnings) > most:
         console.print(f"and {len(found.warnings) - most} more in the page")

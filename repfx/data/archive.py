@@ -19,9 +19,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Archive:
-    """`names`: the pictures under a folder or in a zip, as sorted paths with slashes. With `cache`, what was decoded stays
-    in memory. Raises InputError where it is neither, and, when it is read, for a picture that cannot be read, naming it.
-    """
+    """`names`: the pictures under a folder or in a zip, as sorted paths with slashes. With `cache`,
+    what was decoded stays in memory. Raises InputError where it is neither, and, when it is read,
+    for a picture that cannot be read, naming it."""
 
     def __init__(self, path: str | os.PathLike[str], cache: bool = False) -> None:
         self.path = Path(path)
@@ -35,7 +35,9 @@ class Archive:
         return {**self.__dict__, "_zip": None}
 
     def pixels(self, name: str, channels: int = 3, size: int | None = None) -> np.ndarray:
-        """(H, W, channels), 0..255. With `size`, the shorter side is resized to it and the centre cropped."""
+        """(H, W, channels), 0..255. With `size`, the shorter side is resized to it and the centre
+        cropped.
+        """
         key = (name, channels, size)
         if key not in self._decoded:
             found = self._decode(*key)
@@ -49,8 +51,16 @@ class Archive:
         try:
             with image.open(io.BytesIO(self._bytes(name))) as file:
                 picture = file.convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, image.DecompressionBombError) as error:
-            raise InputError(f"{self.path}: {name} is not a readable picture; skip_broken=True leaves such out") from error
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            zipfile.BadZipFile,
+            image.DecompressionBombError,
+        ) as error:
+            raise InputError(
+                f"{self.path}: {name} is not a readable picture; skip_broken=True leaves such out"
+            ) from error
         if size is not None:
             scale = size / min(picture.size)
             wide, high = (max(size, round(v * scale)) for v in picture.size)
@@ -61,11 +71,15 @@ class Archive:
     def _bytes(self, name: str) -> bytes:
         if self.path.is_dir():
             return (self.path / name).read_bytes()
-        if self._zip is None or self._zip[0] != os.getpid():  # a forked reader must not share the file position
+        if (
+            self._zip is None or self._zip[0] != os.getpid()
+        ):  # a forked reader must not share the file position
             self._zip = (os.getpid(), zipfile.ZipFile(self.path))
         return self._zip[1].read(name)
 
-    def readable(self, names: list[str], channels: int = 3, size: int | None = None) -> tuple[list[str], list[str]]:
+    def readable(
+        self, names: list[str], channels: int = 3, size: int | None = None
+    ) -> tuple[list[str], list[str]]:
         """Which of them can be read, and which cannot. Raises InputError where none can."""
         good: list[str] = []
         broken: list[str] = []
@@ -81,7 +95,9 @@ class Archive:
 
 
 def names_in(path: Path) -> list[str]:
-    """The pictures under a folder or in a zip, as sorted paths with slashes. Raises InputError where it is neither."""
+    """The pictures under a folder or in a zip, as sorted paths with slashes. Raises InputError
+    where it is neither.
+    """
     if path.is_dir():
         found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     elif not path.exists():
@@ -89,15 +105,23 @@ def names_in(path: Path) -> list[str]:
     else:
         try:
             with zipfile.ZipFile(path) as archive:
-                found = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
+                found = [
+                    n
+                    for n in archive.namelist()
+                    if not n.endswith("/") and not n.startswith("__MACOSX/")
+                ]
         except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{path} is neither a folder nor a readable zip of pictures") from error
+            raise InputError(
+                f"{path} is neither a folder nor a readable zip of pictures"
+            ) from error
     return sorted(n for n in found if PurePosixPath(n).suffix.lower() in PICTURES)
 
 
 def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
     """(H, W, C) of 0..255 -> (C, H, W), scaled to 0..1, less `mean`, over `std`, each (C, 1, 1)."""
-    return (torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - mean) / std
+    return (
+        torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - mean
+    ) / std
 
 
 def by_channel(values: tuple[float, ...]) -> Tensor:

@@ -15,14 +15,15 @@ from repfx.errors import InputError
 
 
 class Images(Dataset[Tensor]):
-    """Pictures (C, size, size) without labels, of a folder or zip (searched in depth), or the rows of a .npy file (N, ...).
+    """Pictures (C, size, size) without labels, of a folder or zip (searched in depth), or the rows
+    of a .npy file (N, ...).
 
-    Pictures are resized so that the shorter side is `size`, cropped in the centre, scaled to 0..1 and normalised with
-    `mean` and `std`. An array is taken as it is. `limit` is the number at most, evenly over what is there.
+    Pictures are resized so that the shorter side is `size`, cropped in the centre, scaled to 0..1
+    and normalised with `mean` and `std`. An array is taken as it is. `limit` is the number at most,
+    evenly over what is there.
 
-    Raises InputError where there is nothing to read, and for a picture that cannot be read; MissingPart where pictures
-    need pillow and it is not there.
-    """
+    Raises InputError where there is nothing to read, and for a picture that cannot be read;
+    MissingPart where pictures need pillow and it is not there."""
 
     def __init__(
         self,
@@ -51,7 +52,9 @@ class Images(Dataset[Tensor]):
                 raise InputError(f"{path} holds no batch of numbers")
             count = len(self.array)
         else:
-            raise InputError(f"{path}: data is a folder or zip of pictures, or a .npy file (N, C, H, W)")
+            raise InputError(
+                f"{path}: data is a folder or zip of pictures, or a .npy file (N, C, H, W)"
+            )
         if not count:
             raise InputError(f"the calibration set is empty: no picture in {path}")
         kept = count if limit is None else min(limit, count)
@@ -65,7 +68,11 @@ class Images(Dataset[Tensor]):
         if self.archive is None:
             assert self.array is not None
             return torch.from_numpy(np.array(self.array[row], dtype=np.float32))
-        return normalised(self.archive.pixels(self.archive.names[row], len(self.mean), self.size), self.mean, self.std)
+        return normalised(
+            self.archive.pixels(self.archive.names[row], len(self.mean), self.size),
+            self.mean,
+            self.std,
+        )
 
     def batches(self, batch: int = 32, workers: int = 0) -> DataLoader[Tensor]:
         """In their order, `batch` at a time, read by `workers` processes."""

@@ -1,9 +1,10 @@
-"""Pictures: labelled pictures from class folders, on disk or in a zip. A label is the place of its folder in order.
+"""Pictures: labelled pictures from class folders, on disk or in a zip. A label is the place of its
+folder in order.
 
     cats/a.jpg, dogs/b.jpg -> classes ("cats", "dogs"), samples (picture (3, H, W), label)
 
-Augmentation is a function of (seed, epoch, index), so it does not depend on what was read before or by which worker.
-"""
+Augmentation is a function of (seed, epoch, index), so it does not depend on what was read before or
+by which worker."""
 
 from __future__ import annotations
 
@@ -15,22 +16,30 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel, names_in, normalised
+from repfx.data.archive import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Archive,
+    by_channel,
+    names_in,
+    normalised,
+)
 from repfx.errors import InputError
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """(picture (3, H, W), label) of a folder or zip of class folders; `part` is a folder in it, such as "train".
+    """(picture (3, H, W), label) of a folder or zip of class folders; `part` is a folder in it,
+    such as "train".
 
-    Pictures are scaled to 0..1 and normalised with `mean` and `std`. With `size`, the shorter side is resized to it and
-    the centre cropped; without, all must have one size. `augment` pads by `pad` pixels (an eighth of the side where it
-    is None), crops at a random place and flips half of them. `classes` fixes the labels' order. `limit` takes that many,
-    evenly over the classes. `cache` keeps decoded pictures in memory.
+    Pictures are scaled to 0..1 and normalised with `mean` and `std`. With `size`, the shorter side
+    is resized to it and the centre cropped; without, all must have one size. `augment` pads by
+    `pad` pixels (an eighth of the side where it is None), crops at a random place and flips half of
+    them. `classes` fixes the labels' order. `limit` takes that many, evenly over the classes.
+    `cache` keeps decoded pictures in memory.
 
-    Raises InputError for a missing or damaged archive, for no class folder, and, when it is read, for a picture that
-    cannot be read, naming it. With `skip_broken` all are read once at the start and such ones are left out; `broken`
-    names them. Raises MissingPart without pillow.
-    """
+    Raises InputError for a missing or damaged archive, for no class folder, and, when it is read,
+    for a picture that cannot be read, naming it. With `skip_broken` all are read once at the start
+    and such ones are left out; `broken` names them. Raises MissingPart without pillow."""
 
     def __init__(
         self,
@@ -47,7 +56,13 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         limit: int | None = None,
         cache: bool = False,
     ) -> None:
-        self.archive, self.part, self.augment, self.pad, self.size = Archive(path, cache), part, augment, pad, size
+        self.archive, self.part, self.augment, self.pad, self.size = (
+            Archive(path, cache),
+            part,
+            augment,
+            pad,
+            size,
+        )
         self.mean, self.std = by_channel(mean), by_channel(std)
         self.seed = self.epoch = 0
         inside = [PurePosixPath(n) for n in self.archive.names]
@@ -56,11 +71,18 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.classes = classes or tuple(sorted({n.parts[0] for n in labelled}))
         strange = sorted({n.parts[0] for n in labelled} - set(self.classes))
         if strange:
-            raise InputError(f"{path} has the class {strange[0]!r}, which is none of: {', '.join(self.classes)}")
+            raise InputError(
+                f"{path} has the class {strange[0]!r}, which is none of: {', '.join(self.classes)}"
+            )
         if not labelled:
             where = f"{path}, {part}" if part else f"{path}"
-            raise InputError(f"no picture in a class folder in {where}: labels come from folders, such as cats/a.jpg")
-        if limit is not None and limit < len(labelled):  # evenly over the classes, which stand one after another
+            raise InputError(
+                f"no picture in a class folder in {where}: labels come from folders, such "
+                "as cats/a.jpg"
+            )
+        if limit is not None and limit < len(
+            labelled
+        ):  # evenly over the classes, which stand one after another
             labelled = [labelled[i * len(labelled) // limit] for i in range(limit)]
         self.names = [str(PurePosixPath(part) / n) for n in labelled]
         self.broken: tuple[str, ...] = ()
@@ -91,8 +113,12 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return np.ascontiguousarray(v[:, ::-1]) if random.integers(0, 2) else v
 
 
-def train_and_valid(path: str | os.PathLike[str], **options: Any) -> tuple[Pictures, Pictures | None]:
-    """What to train on (augmented) and to validate on: `train/` and `test/`, `val/` or `valid/` in it, or all and None."""
+def train_and_valid(
+    path: str | os.PathLike[str], **options: Any
+) -> tuple[Pictures, Pictures | None]:
+    """What to train on (augmented) and to validate on: `train/` and `test/`, `val/` or `valid/` in
+    it, or all and None.
+    """
     found = validation_part(path)
     if found is None:
         return Pictures(path, augment=True, **options), None
@@ -101,7 +127,9 @@ def train_and_valid(path: str | os.PathLike[str], **options: Any) -> tuple[Pictu
 
 
 def validation_part(path: str | os.PathLike[str]) -> str | None:
-    """`val`, `valid` or `test` beside a `train` in it, "" where there is only that, None where there is no `train`."""
+    """`val`, `valid` or `test` beside a `train` in it, "" where there is only that, None where
+    there is no `train`.
+    """
     tops = {PurePosixPath(n).parts[0] for n in names_in(Path(path))}
     if "train" not in tops:
         return None

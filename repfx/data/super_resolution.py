@@ -1,6 +1,7 @@
 """Pairs: pictures and themselves made smaller, for super-resolution.
 
-    hr/a.png and lr_x2/a.png beside each other, or only pictures: then the small one is made by bicubic resampling
+    hr/a.png and lr_x2/a.png beside each other, or only pictures: then the small one is made by
+    bicubic resampling
 
 Crops, flips and turns are a function of (seed, epoch, index), as in `Pictures`.
 """
@@ -22,15 +23,17 @@ _LUMA = np.array([65.481, 128.553, 24.966]) / 255
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """(low (C, h, w), high (C, scale h, scale w)) in 0..255 of a folder or zip of pictures; `part` is a folder in it.
+    """(low (C, h, w), high (C, scale h, scale w)) in 0..255 of a folder or zip of pictures; `part`
+    is a folder in it.
 
-    C = 1 is Y of BT.601 (16..235), C = 3 RGB. With `patch`, the side of a square of `high` in pixels, each sample is a
-    random one, flipped and turned, and a picture gives `repeat` of them an epoch; without, the whole picture, cut to a
-    multiple of `scale`. `cache` keeps decoded pictures in memory. `skip_broken` as in `Pictures`.
+    C = 1 is Y of BT.601 (16..235), C = 3 RGB. With `patch`, the side of a square of `high` in
+    pixels, each sample is a random one, flipped and turned, and a picture gives `repeat` of them an
+    epoch; without, the whole picture, cut to a multiple of `scale`. `cache` keeps decoded pictures
+    in memory. `skip_broken` as in `Pictures`.
 
-    Raises InputError for a missing or damaged archive, no picture, a patch that is no multiple of the scale or larger
-    than a picture, an `hr` without its `lr`, a picture that cannot be read. Raises MissingPart without pillow.
-    """
+    Raises InputError for a missing or damaged archive, no picture, a patch that is no multiple of
+    the scale or larger than a picture, an `hr` without its `lr`, a picture that cannot be read.
+    Raises MissingPart without pillow."""
 
     def __init__(
         self,
@@ -49,7 +52,12 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         if patch is not None and (patch < scale or patch % scale):
             raise InputError(f"patch={patch} is no multiple of the scale {scale}")
         self.archive = Archive(path, cache)
-        self.scale, self.channels, self.patch, self.repeat = scale, channels, patch, repeat if patch else 1
+        self.scale, self.channels, self.patch, self.repeat = (
+            scale,
+            channels,
+            patch,
+            repeat if patch else 1,
+        )
         self.seed = self.epoch = 0
         self._ready: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         names = [n for n in self.archive.names if not part or PurePosixPath(n).is_relative_to(part)]
@@ -59,7 +67,11 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
             parts = PurePosixPath(name).parts
             if any(p.startswith("lr_x") for p in parts):
                 continue
-            other = str(PurePosixPath(*(f"lr_x{scale}" if p == "hr" else p for p in parts))) if "hr" in parts else None
+            other = (
+                str(PurePosixPath(*(f"lr_x{scale}" if p == "hr" else p for p in parts)))
+                if "hr" in parts
+                else None
+            )
             if other is not None and small and other not in small:
                 raise InputError(f"{path} has {name} but no {other}")
             self.names.append((name, other if other in small else None))
@@ -79,13 +91,22 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         if self.patch is not None:
             side = self.patch // self.scale
             if min(low.shape[:2]) < side:
-                raise InputError(f"{self.names[index % len(self.names)][0]} is smaller than a patch of {self.patch}")
+                raise InputError(
+                    f"{self.names[index % len(self.names)][0]} is smaller than a patch of "
+                    f"{self.patch}"
+                )
             random = np.random.default_rng((self.seed, self.epoch, index))
             top, left = (int(random.integers(0, n - side + 1)) for n in low.shape[:2])
             turns, flip = int(random.integers(0, 4)), bool(random.integers(0, 2))
-            cut = [v[top * s : (top + side) * s, left * s : (left + side) * s] for v, s in ((low, 1), (high, self.scale))]
+            cut = [
+                v[top * s : (top + side) * s, left * s : (left + side) * s]
+                for v, s in ((low, 1), (high, self.scale))
+            ]
             low, high = (np.rot90(v[:, ::-1] if flip else v, turns) for v in cut)
-        a, b = (torch.from_numpy(np.ascontiguousarray(v.transpose(2, 0, 1), dtype=np.float32)) for v in (low, high))
+        a, b = (
+            torch.from_numpy(np.ascontiguousarray(v.transpose(2, 0, 1), dtype=np.float32))
+            for v in (low, high)
+        )
         return a, b
 
     def set_epoch(self, seed: int, epoch: int) -> None:

@@ -1,4 +1,6 @@
-"""What a saved file may name: layers of torch.nn and of repfx, functions torch lists as overridable, operators, aten."""
+"""What a saved file may name: layers of torch.nn and of repfx, functions torch lists as
+overridable, operators, aten.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ from repfx.quant import Affine, FakeQuant
 
 _OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
 _OWN |= {"repfx.Affine": Affine, "repfx.KernelNorm": KernelNorm, "repfx.Moments": Moments}
-READABLE = {"shape", "ndim", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "requires_grad", "is_cuda"}
+READABLE = {
+    "shape",
+    "ndim",
+    "dtype",
+    "device",
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "real",
+    "imag",
+    "requires_grad",
+    "is_cuda",
+}
 
 
 def class_name(module: nn.Module, path: str) -> str:
@@ -26,10 +41,13 @@ def class_name(module: nn.Module, path: str) -> str:
     if isinstance(module, fx.GraphModule):
         return "torch.fx.GraphModule"
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name == "torch.nn.modules.module.Module" or (name.startswith("torch.nn.modules.") and class_named(name)):
+    if name == "torch.nn.modules.module.Module" or (
+        name.startswith("torch.nn.modules.") and class_named(name)
+    ):
         return name
     raise InputError(
-        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form without pickle. "
+        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form "
+        "without pickle. "
         "Save its state_dict beside your code, or use torch.export.save"
     )
 
@@ -42,7 +60,9 @@ def class_named(name: str) -> type[nn.Module]:
     *_, short = name.split(".")
     found = nn.Module if short == "Module" else getattr(nn, short, None)
     found = found or getattr(nn.modules.linear, short, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and name.startswith("torch.nn.")):
+    if not (
+        isinstance(found, type) and issubclass(found, nn.Module) and name.startswith("torch.nn.")
+    ):
         raise ValueError(f"class {name!r} is not allowed")
     return found
 
@@ -55,9 +75,18 @@ def _functions() -> dict[str, Any]:
         if space is not torch.Tensor and isinstance(prefix, str):
             table.update({f"{prefix}.{f.__name__}": f for f in functions if hasattr(f, "__name__")})
     makers = {"attrgetter", "itemgetter", "methodcaller", "call"}
-    table.update({f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers})
-    for space in (torch, torch.nn.functional):  # the forms that work in place are not listed by torch
-        spellings = {n: getattr(space, n) for n in dir(space) if n.endswith("_") and n[:-1] and not n.startswith("_")}
+    table.update(
+        {f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers}
+    )
+    for space in (
+        torch,
+        torch.nn.functional,
+    ):  # the forms that work in place are not listed by torch
+        spellings = {
+            n: getattr(space, n)
+            for n in dir(space)
+            if n.endswith("_") and n[:-1] and not n.startswith("_")
+        }
         known = {f.__name__ for f in table.values() if hasattr(f, "__name__")}
         table.update({f"{space.__name__}.{n}": f for n, f in spellings.items() if n[:-1] in known})
     return table
@@ -70,7 +99,10 @@ def _names() -> dict[Any, str]:
 
 @cache
 def methods() -> set[str]:
-    found = {getattr(f, "__name__", "") for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
+    found = {
+        getattr(f, "__name__", "")
+        for f in torch.overrides.get_overridable_functions()[torch.Tensor]
+    }
     return {name for name in found if name.isidentifier() and not name.startswith("_")}
 
 
@@ -79,15 +111,22 @@ def function_name(f: Any) -> str:
         return f"aten:{f._opname}.{f._overloadname}"
     if f in _names():
         return _names()[f]
-    raise InputError(f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle")
+    raise InputError(
+        f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle"
+    )
 
 
 def is_computation(op: Any) -> bool:
-    """Whether an aten operator computes from tensors. Those that take none can read and write files (from_file)."""
+    """Whether an aten operator computes from tensors. Those that take none can read and write files
+    (from_file).
+    """
     if not isinstance(op, torch._ops.OpOverload):
         return False
     arguments = [str(a.type) for a in op._schema.arguments]
-    return any(t.startswith(("Tensor", "List[Tensor", "Optional[Tensor", "List[Optional[Tensor")) for t in arguments[:3])
+    return any(
+        t.startswith(("Tensor", "List[Tensor", "Optional[Tensor", "List[Optional[Tensor"))
+        for t in arguments[:3]
+    )
 
 
 def function_named(name: str) -> Any:

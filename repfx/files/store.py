@@ -1,7 +1,8 @@
-"""save and load without pickle: tensors in a safetensors file, modules and graphs as JSON in its header.
+"""save and load without pickle: tensors in a safetensors file, modules and graphs as JSON in its
+header.
 
-Only what `repfx.files.allowed` lists can come back. Everything else in a file is data, so a file cannot run code.
-"""
+Only what `repfx.files.allowed` lists can come back. Everything else in a file is data, so a file
+cannot run code."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Axis, Geometry, Links
 from repfx.errors import InputError
-from repfx.files.allowed import READABLE, class_name, class_named, function_name, function_named, methods
+from repfx.files.allowed import (
+    READABLE,
+    class_name,
+    class_named,
+    function_name,
+    function_named,
+    methods,
+)
 from repfx.graph.modes import TrainOnly
 from repfx.quant import FakeQuant, Grid
 
@@ -35,18 +43,27 @@ _PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the model to `path`: graph, layers, tensors, modes. The file appears whole or not at all.
+    """Writes the model to `path`: graph, layers, tensors, modes. The file appears whole or not at
+    all.
 
-    A train-only module of a class of one's own (stochastic depth) is saved as the identity that it is in eval mode.
-    Raises InputError where the model holds another module of such a class, or the path cannot be written.
-    """
+    A train-only module of a class of one's own (stochastic depth) is saved as the identity that it
+    is in eval mode. Raises InputError where the model holds another module of such a class, or the
+    path cannot be written."""
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
     tree = _encode_module(model, "", tensors, keys, {})
     text = json.dumps({"format": FORMAT, "model": tree})
     try:  # what cannot be read back must not be written
         _decode_module(json.loads(text)["model"], tensors, {})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         raise InputError(f"cannot save: {error}") from error
     write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
 
@@ -60,7 +77,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             text = (file.metadata() or {}).get("repfx")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a model saved by repfx, or it is damaged: {error}") from error
+        raise InputError(
+            f"{path} is not a model saved by repfx, or it is damaged: {error}"
+        ) from error
     if text is None:
         raise InputError(f"{path} holds tensors but no model: it was not written by repfx.save")
     try:
@@ -68,12 +87,22 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         if data["format"] != FORMAT:
             raise InputError(f"{path} has format {data['format']!r}; this version reads {FORMAT!r}")
         return _decode_module(data["model"], tensors, {})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
-    """Calls `write` with a path beside `path` and renames the result, so that no half-written file is ever left."""
+    """Calls `write` with a path beside `path` and renames the result, so that no half-written file
+    is ever left.
+    """
     goal = Path(path)
     try:
         handle, part = tempfile.mkstemp(dir=goal.parent, prefix=f".{goal.name}.")
@@ -93,26 +122,42 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> No
 
 
 def _encode_module(
-    module: nn.Module, path: str, tensors: dict[str, Tensor], keys: dict[int, str], seen: dict[int, str]
+    module: nn.Module,
+    path: str,
+    tensors: dict[str, Tensor],
+    keys: dict[int, str],
+    seen: dict[int, str],
 ) -> dict[str, Any]:
     if id(module) in seen:
         return {"same": seen[id(module)]}
     seen[id(module)] = path
     if isinstance(module, TrainOnly) and not module.training:
         return {"class": "torch.nn.Identity", "training": False}
-    out: dict[str, Any] = {"class": class_name(module, path), "training": module.training, "path": path}
+    out: dict[str, Any] = {
+        "class": class_name(module, path),
+        "training": module.training,
+        "path": path,
+    }
     names: dict[str, dict[str, Any]] = {"params": module._parameters, "buffers": module._buffers}
     for kind, store in names.items():
-        out[kind] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in store.items()}
+        out[kind] = {
+            k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in store.items()
+        }
     out["transient"] = sorted(module._non_persistent_buffers_set)
     if isinstance(module, fx.GraphModule):
         out["graph"] = _encode_graph(module.graph)
         out["name"] = type(module).__name__
     elif type(module) is not nn.Module:
-        attributes = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k != "meta"}
-        out["attributes"] = {k: _encode(v, f"{path}.{k}") for k, v in attributes.items() if not isinstance(v, Tensor)}
+        attributes = {
+            k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k != "meta"
+        }
+        out["attributes"] = {
+            k: _encode(v, f"{path}.{k}") for k, v in attributes.items() if not isinstance(v, Tensor)
+        }
     plain = {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)}
-    out["plain"] = {k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in plain.items()}
+    out["plain"] = {
+        k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in plain.items()
+    }
     out["children"] = {
         k: None if m is None else _encode_module(m, f"{path}.{k}".lstrip("."), tensors, keys, seen)
         for k, m in module._modules.items()
@@ -120,11 +165,17 @@ def _encode_module(
     return out
 
 
-def _decode_module(data: dict[str, Any], tensors: dict[str, Tensor], seen: dict[str, nn.Module]) -> nn.Module:
+def _decode_module(
+    data: dict[str, Any], tensors: dict[str, Tensor], seen: dict[str, nn.Module]
+) -> nn.Module:
     if "same" in data:
         return seen[data["same"]]
     cls = class_named(data["class"])
-    module = cls.__new__(cls) if cls is not fx.GraphModule else fx.GraphModule(nn.Module(), fx.Graph(), _safe_name(data))
+    module = (
+        cls.__new__(cls)
+        if cls is not fx.GraphModule
+        else fx.GraphModule(nn.Module(), fx.Graph(), _safe_name(data))
+    )
     if cls is not fx.GraphModule:
         nn.Module.__init__(module)
     if "path" in data:
@@ -151,7 +202,9 @@ def _decode_module(data: dict[str, Any], tensors: dict[str, Tensor], seen: dict[
     return module
 
 
-def _encode_tensor(t: Tensor | None, name: str, tensors: dict[str, Tensor], keys: dict[int, str]) -> Any:
+def _encode_tensor(
+    t: Tensor | None, name: str, tensors: dict[str, Tensor], keys: dict[int, str]
+) -> Any:
     if t is None:
         return None
     if id(t) not in keys:
@@ -172,7 +225,16 @@ def _encode_graph(graph: fx.Graph) -> list[Any]:
     for node in graph.nodes:
         target = function_name(node.target) if node.op == "call_function" else node.target
         rank = node.meta.get("rank")
-        nodes.append([node.name, node.op, target, _encode(node.args, node.name), _encode(node.kwargs, node.name), rank])
+        nodes.append(
+            [
+                node.name,
+                node.op,
+                target,
+                _encode(node.args, node.name),
+                _encode(node.kwargs, node.name),
+                rank,
+            ]
+        )
     return nodes
 
 

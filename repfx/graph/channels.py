@@ -1,7 +1,8 @@
-"""Rules of the operators that move channels: concatenation, slices, chunks, shuffles, permutations of the axes.
+"""Rules of the operators that move channels: concatenation, slices, chunks, shuffles, permutations
+of the axes.
 
-Each is a sum whose values have their channels moved, so a convolution after a concatenation, or of a slice, needs no
-rule of its own:
+Each is a sum whose values have their channels moved, so a convolution after a concatenation, or of
+a slice, needs no rule of its own:
 
     cat(a, b) = [a; 0] + [0; b]
 """
@@ -31,8 +32,10 @@ def cat(c: Constants, tensors: Any, dim: Any = 0, *, axis: Any = None) -> Op:
     def arrange(values: list[Any]) -> list[Any]:
         _check_dim(c, dim, values[0].geometry, tensors[0])
         sizes = [v.geometry.outputs for v in values]
-        return [v.moved((-1,) * sum(sizes[:i]) + tuple(range(n)) + (-1,) * sum(sizes[i + 1 :]))
-                for i, (v, n) in enumerate(zip(values, sizes, strict=True))]  # fmt: skip
+        return [
+            v.moved((-1,) * sum(sizes[:i]) + tuple(range(n)) + (-1,) * sum(sizes[i + 1 :]))
+            for i, (v, n) in enumerate(zip(values, sizes, strict=True))
+        ]
 
     return Sum(tuple((t, 1.0) for t in tensors), "concat", arrange)
 
@@ -48,7 +51,9 @@ def split(c: Constants, input: Any, sizes: Any, dim: Any = 0) -> Op:
     if not all(isinstance(s, int) for s in sizes):
         return Opaque()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return _pieces(c, input, dim, lambda _: [range(a, a + n) for a, n in zip(starts, sizes, strict=True)])
+    return _pieces(
+        c, input, dim, lambda _: [range(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+    )
 
 
 def getitem(c: Constants, input: Any, index: Any) -> Op:
@@ -68,11 +73,15 @@ def getitem(c: Constants, input: Any, index: Any) -> Op:
 
 def narrow(c: Constants, input: Any, dim: Any, start: Any, length: Any) -> Op:
     return (
-        slice_dim(c, input, dim, start, start + length) if isinstance(start, int) and isinstance(length, int) else Opaque()
+        slice_dim(c, input, dim, start, start + length)
+        if isinstance(start, int) and isinstance(length, int)
+        else Opaque()
     )
 
 
-def slice_dim(c: Constants, input: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Op:
+def slice_dim(
+    c: Constants, input: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Op:
     if not isinstance(dim, int):
         return Opaque()
     one = slice(start, end, step)
@@ -100,7 +109,11 @@ def channel_shuffle(c: Constants, input: Any, groups: Any) -> Op:
     if not isinstance(groups, int):
         return Opaque()
     return _moved(
-        c, input, 1, "shuffle", lambda n: tuple(g * (n // groups) + k for k in range(n // groups) for g in range(groups))
+        c,
+        input,
+        1,
+        "shuffle",
+        lambda n: tuple(g * (n // groups) + k for k in range(n // groups) for g in range(groups)),
     )
 
 
@@ -119,15 +132,26 @@ def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
 
     def arrange(values: list[Any]) -> list[Any]:
         g = values[0].geometry
-        if len(g.axes) != rank - 2 or (g.channel_axis == 1 and not last) or (g.channel_axis == -1 and not first):
+        if (
+            len(g.axes) != rank - 2
+            or (g.channel_axis == 1 and not last)
+            or (g.channel_axis == -1 and not first)
+        ):
             raise Inexact("a permutation of its axes in space")
         return [values[0].turned_to(-g.channel_axis)]
 
-    return Sum(((input, 1.0),), "permute", arrange, space=(rank - 2, None if last and first else 1 if last else -1))
+    return Sum(
+        ((input, 1.0),),
+        "permute",
+        arrange,
+        space=(rank - 2, None if last and first else 1 if last else -1),
+    )
 
 
 def transpose(c: Constants, input: Any, *given: Any, **named: Any) -> Op:
-    """Of (N, C, L) and (N, L, C); in more dimensions it also swaps axes in space. Axes are dim0, dim1 or axis0, axis1."""
+    """Of (N, C, L) and (N, L, C); in more dimensions it also swaps axes in space. Axes are dim0,
+    dim1 or axis0, axis1.
+    """
     dim0, dim1 = (*given, *named.values())
     swaps = {dim0, dim1} in ({1, 2}, {1, -1}, {2, -2}, {-1, -2}) and c.rank(input) == 3
     return permute(c, input, 0, 2, 1) if swaps else Opaque()
@@ -151,7 +175,9 @@ def _pieces(c: Constants, input: Any, dim: Any, ranges: Callable[[int], list[ran
     return Sum(((input, 1.0),), "chunk", arrange, ranges)
 
 
-def _moved(c: Constants, input: Any, dim: int, kind: str, rows: Callable[[int], tuple[int, ...]]) -> Op:
+def _moved(
+    c: Constants, input: Any, dim: int, kind: str, rows: Callable[[int], tuple[int, ...]]
+) -> Op:
     def arrange(values: list[Any]) -> list[Any]:
         _check_dim(c, dim, values[0].geometry, input)
         return [values[0].moved(rows(values[0].geometry.outputs))]
@@ -182,14 +208,20 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
             raise Inexact("a crop of a linear's positions")
         return [taken.cropped(tuple(axes))]
 
-    steps = [i.step or 1 for i in _per_dimension(index, len(index))[2:]] if Ellipsis not in index else []
+    steps = (
+        [i.step or 1 for i in _per_dimension(index, len(index))[2:]]
+        if Ellipsis not in index
+        else []
+    )
     if Ellipsis in index and any(i is not Ellipsis and (i.step or 1) != 1 for i in index):
         return Opaque("a slice with steps")
     return Sum(((input, 1.0),), "slice", arrange, stride=prod(steps))
 
 
 def _axis(s: slice) -> Axis:
-    """A slice of one axis in space as an axis: what it leaves out at each end is a negative padding."""
+    """A slice of one axis in space as an axis: what it leaves out at each end is a negative
+    padding.
+    """
     start, stop = s.start or 0, s.stop
     stop = 0 if stop is None or stop >= _END else stop
     if start < 0 or stop > 0 or (s.stop == 0):
@@ -211,7 +243,9 @@ def _is_whole(s: slice) -> bool:
 
 
 def _is_plain(s: Any) -> bool:
-    whole = isinstance(s, slice) and all(v is None or isinstance(v, int) for v in (s.start, s.stop, s.step))
+    whole = isinstance(s, slice) and all(
+        v is None or isinstance(v, int) for v in (s.start, s.stop, s.step)
+    )
     return whole and (s.step is None or s.step > 0)
 
 

@@ -1,4 +1,5 @@
-"""The only writer of graphs: puts a new module where a region was, and takes out what nothing refers to any more.
+"""The only writer of graphs: puts a new module where a region was, and takes out what nothing
+refers to any more.
 
 A module is never changed, since another call may share it; names of what stays are never touched.
 """
@@ -16,11 +17,16 @@ from repfx.algebra import Geometry, Kernel, dense, swapped
 from repfx.graph.effects import is_dead
 
 CONV_LAYERS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_TRANSPOSED: dict[int, type[nn.Module]] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 
 
 def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
-    """A convolution or linear layer that computes `kernel`, without the padding that it cannot express.
+    """A convolution or linear layer that computes `kernel`, without the padding that it cannot
+    express.
 
     In the dtype and on the device of `like`, and trainable if that is.
     """
@@ -68,9 +74,16 @@ def uneven(g: Geometry) -> bool:
 
 
 def replace_region(
-    graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], g: Geometry, target: str
+    graph: fx.Graph,
+    source: fx.Node,
+    sink: fx.Node,
+    removed: Iterable[fx.Node],
+    g: Geometry,
+    target: str,
 ) -> fx.Node:
-    """Calls module `target` on the source in place of the removed nodes, the last of which is the sink."""
+    """Calls module `target` on the source in place of the removed nodes, the last of which is the
+    sink.
+    """
     with graph.inserting_before(sink):
         x = source
         if g.source_axis != -1 and uneven(g):
@@ -79,7 +92,11 @@ def replace_region(
         merged = graph.call_module(target, (x,))
         if g.turned:
             shape = sink.meta.get("shape")
-            seen = {} if shape is None else {"shape": tuple(shape[i] for i in _inverse(g.turn)), "rank": len(shape)}
+            seen = (
+                {}
+                if shape is None
+                else {"shape": tuple(shape[i] for i in _inverse(g.turn)), "rank": len(shape)}
+            )
             merged.meta = {**sink.meta, **seen}
             merged = graph.call_function(torch.permute, (merged, list(g.turn)))
     merged.meta = dict(sink.meta)
@@ -94,10 +111,16 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
 
 
 def inline(
-    graph: fx.Graph, source: fx.Node, sink: fx.Node, removed: Iterable[fx.Node], inner: fx.Graph, path: str
+    graph: fx.Graph,
+    source: fx.Node,
+    sink: fx.Node,
+    removed: Iterable[fx.Node],
+    inner: fx.Graph,
+    path: str,
 ) -> fx.Node:
-    """Computes what `inner`, the graph of a module of one input that now stands at `path`, computes of the source, in
-    place of the removed nodes, the last of which is the sink. Returns the value that now stands for the sink's."""
+    """Computes what `inner`, the graph of a module of one input that now stands at `path`, computes
+    of the source, in place of the removed nodes, the last of which is the sink. Returns the value
+    that now stands for the sink's."""
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(sink):
         for node in inner.nodes:
@@ -111,14 +134,18 @@ def inline(
                 if node.op in ("call_module", "get_attr"):
                     made[node].target = f"{path}.{node.target}"
                 stack = node.meta.get("nn_module_stack", {})
-                made[node].meta["nn_module_stack"] = {k: (f"{path}.{p}".rstrip("."), c) for k, (p, c) in stack.items()}
+                made[node].meta["nn_module_stack"] = {
+                    k: (f"{path}.{p}".rstrip("."), c) for k, (p, c) in stack.items()
+                }
     for node in sorted(removed, reverse=True):
         graph.erase_node(node)
     return result
 
 
 def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
-    """Puts a module at a dotted path, making plain holders on the way. Returns the module that stood there."""
+    """Puts a module at a dotted path, making plain holders on the way. Returns the module that
+    stood there.
+    """
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
@@ -143,22 +170,31 @@ def references(graph: fx.Graph) -> set[str]:
     return {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
 
 
-def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterable[nn.Module]) -> None:
-    """Takes out dead constants, then the modules and tensors that the graph read before and does not read now."""
+def drop_unreferenced(
+    module: fx.GraphModule, before: set[str], replaced: Iterable[nn.Module]
+) -> None:
+    """Takes out dead constants, then the modules and tensors that the graph read before and does
+    not read now.
+    """
     graph = module.graph
     for node in reversed(graph.nodes):
         if is_dead(node):
             graph.erase_node(node)
     now = references(graph)
-    # A path stays if something below it is still read, or if it now is a tensor of a new layer above it.
+    # A path stays if something below it is still read, or if it now is a tensor of a new layer
+    # above it.
     above = {path[:i] for path in now for i, c in enumerate(path) if c == "."}
-    gone: dict[int, Any] = {id(m): m for m in replaced}  # held, so that no new object takes one of their ids
+    gone: dict[int, Any] = {
+        id(m): m for m in replaced
+    }  # held, so that no new object takes one of their ids
     for path in sorted(before - now, key=lambda p: -p.count(".")):  # the inner ones first
         if path.rpartition(".")[0] in now:
             continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
-        if path in above:  # a batch norm that carries its activation: what it normalised with goes, the rest stays
+        if (
+            path in above
+        ):  # a batch norm that carries its activation: what it normalised with goes, the rest stays
             rest = nn.Module()
             old: Any = holder._modules[name]
             rest._modules, rest.training = dict(old._modules), old.training
@@ -175,7 +211,11 @@ def drop_unreferenced(module: fx.GraphModule, before: set[str], replaced: Iterab
             gone[id(holder)] = holder  # a layer that has lost its weights is no layer
     live = {id(module.get_submodule(path)) for path in now if _is_module(module, path)}
     for holder in list(module.modules()):
-        for name in [n for n, m in holder._modules.items() if m is not None and id(m) in gone and id(m) not in live]:
+        for name in [
+            n
+            for n, m in holder._modules.items()
+            if m is not None and id(m) in gone and id(m) not in live
+        ]:
             del holder._modules[name]
     _prune(module, live)
 

@@ -1,4 +1,6 @@
-"""Operators that change a value they read, and values that share memory: what data flow alone does not show."""
+"""Operators that change a value they read, and values that share memory: what data flow alone does
+not show.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,35 @@ import torch
 from torch import fx, nn
 
 _WRITERS = {"iadd", "isub", "imul", "itruediv", "setitem"}
-# Operators whose result is new memory. Whatever is not listed may share memory with any of its inputs.
+# Operators whose result is new memory. Whatever is not listed may share memory with any of its
+# inputs.
 _FRESH = {
-    *("add", "sub", "mul", "div", "truediv", "neg", "pow", "rsub", "matmul", "conv1d", "conv2d", "conv3d", "linear", "bmm"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm", "layer_norm", "group_norm", "cat", "stack"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "neg",
+        "pow",
+        "rsub",
+        "matmul",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "linear",
+        "bmm",
+    ),
+    *(
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "cat",
+        "stack",
+    ),
     *(
         "concat",
         "concatenate",
@@ -26,8 +53,25 @@ _FRESH = {
         "hardsigmoid",
         "leaky_relu",
     ),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "boolean_dispatch", "clone"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "mean", "sum", "exp"),
+    *(
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "boolean_dispatch",
+        "clone",
+    ),
+    *(
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "mean",
+        "sum",
+        "exp",
+    ),
     *(
         "interpolate",
         "clamp",
@@ -53,7 +97,9 @@ def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
-    """Whether the node overwrites its first argument, or `out`. `module` is what a call_module node calls."""
+    """Whether the node overwrites its first argument, or `out`. `module` is what a call_module node
+    calls.
+    """
     if module is not None:
         return bool(getattr(module, "inplace", False)) or is_foreign(module)
     if isinstance(node.target, torch._ops.OpOverload):
@@ -62,15 +108,21 @@ def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
 
 
 def is_dead(node: fx.Node) -> bool:
-    """Whether taking the node out changes nothing. A module's call may have an effect in training, so it stays."""
+    """Whether taking the node out changes nothing. A module's call may have an effect in training,
+    so it stays.
+    """
     kinds = ("get_attr", "call_function", "call_method")
     return node.op in kinds and not node.users and not node.is_impure() and not writes(node)
 
 
 class Writes:
-    """Every change in place of a graph: for each value, the operators that change memory it may share."""
+    """Every change in place of a graph: for each value, the operators that change memory it may
+    share.
+    """
 
-    def __init__(self, modules: dict[str, nn.Module], nodes: Iterable[fx.Node], index: dict[fx.Node, int]) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], nodes: Iterable[fx.Node], index: dict[fx.Node, int]
+    ) -> None:
         self.index = index
         self.modules = modules
         self.of: dict[fx.Node, list[fx.Node]] = {}
@@ -87,20 +139,31 @@ class Writes:
         return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
     def may_write(self, node: fx.Node) -> bool:
-        """Whether nobody would notice if the node overwrote its first argument: new memory that only the node reads."""
+        """Whether nobody would notice if the node overwrote its first argument: new memory that
+        only the node reads.
+        """
         value = node.args[0] if node.args else None
-        if not isinstance(value, fx.Node) or value.op not in ("call_module", "call_function", "call_method"):
+        if not isinstance(value, fx.Node) or value.op not in (
+            "call_module",
+            "call_function",
+            "call_method",
+        ):
             return False
-        if isinstance(value.target, torch._ops.OpOverload):  # some give back their input without saying so
+        if isinstance(
+            value.target, torch._ops.OpOverload
+        ):  # some give back their input without saying so
             return False
         return list(value.users) == [node] and not self._may_alias(value)
 
-    def disturb(self, source: fx.Node, nodes: tuple[fx.Node, ...], kept: frozenset[fx.Node]) -> bool:
-        """Whether computing `nodes` at once, where the last of them stands, would read or leave other values.
+    def disturb(
+        self, source: fx.Node, nodes: tuple[fx.Node, ...], kept: frozenset[fx.Node]
+    ) -> bool:
+        """Whether computing `nodes` at once, where the last of them stands, would read or leave
+        other values.
 
-        The source is read late, after what still changes it: wrong for all that read it before. Changes made by nodes
-        that are not kept are not made any more: wrong for what reads after them, inside or outside.
-        """
+        The source is read late, after what still changes it: wrong for all that read it before.
+        Changes made by nodes that are not kept are not made any more: wrong for what reads after
+        them, inside or outside."""
         if not self.of:
             return False
         inside, end = set(nodes), self.index[nodes[-1]]
@@ -135,7 +198,9 @@ class Writes:
         return found
 
     def _shared(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs whose memory the result may share: of what overwrites its first, that one alone."""
+        """The inputs whose memory the result may share: of what overwrites its first, that one
+        alone.
+        """
         if not self._may_alias(node):
             return []
         called = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -146,20 +211,35 @@ class Writes:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             # Ours may give back what they are given.
-            return not _is_layer(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            return (
+                not _is_layer(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
+            )
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):
             return False
         package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-        named = package in ("torch", "_operator", "repfx", "builtins")  # and not somebody's own function of this name
-        return not named or str(getattr(node.target, "__name__", node.target)) not in _FRESH or writes(node)
+        named = package in (
+            "torch",
+            "_operator",
+            "repfx",
+            "builtins",
+        )  # and not somebody's own function of this name
+        return (
+            not named
+            or str(getattr(node.target, "__name__", node.target)) not in _FRESH
+            or writes(node)
+        )
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's layers and does what they do."""
     name = type(module).__module__
-    return name.startswith("torch.nn.") and not name.startswith("torch.nn.parallel.") and "forward" not in vars(module)
+    return (
+        name.startswith("torch.nn.")
+        and not name.startswith("torch.nn.parallel.")
+        and "forward" not in vars(module)
+    )
 
 
 def is_foreign(module: nn.Module) -> bool:
@@ -168,10 +248,16 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
-    """The values that a writer may overwrite: `out`, else its first argument, or all that foreign code is given."""
+    """The values that a writer may overwrite: `out`, else its first argument, or all that foreign
+    code is given.
+    """
     if module is not None and is_foreign(module):
         return node.all_input_nodes
-    first = node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "self") if k in node.kwargs), None)
+    first = (
+        node.args[0]
+        if node.args
+        else next((node.kwargs[k] for k in ("input", "self") if k in node.kwargs), None)
+    )
     if node.kwargs.get("out") is not None:
         first = node.kwargs["out"]
     found: list[fx.Node] = []

@@ -11,14 +11,23 @@ from repfx.graph.channels import channel_shuffle
 from repfx.graph.modes import TrainOnly
 from repfx.graph.ops import Constants, Op, Opaque
 from repfx.graph.pointwise import identity, train_only
-from repfx.graph.spatial import avg_pool, batch_norm, convolution, linear, pad, transposed_convolution
+from repfx.graph.spatial import (
+    avg_pool,
+    batch_norm,
+    convolution,
+    linear,
+    pad,
+    transposed_convolution,
+)
 
 Rule = Callable[[Constants, str, Any, fx.Node], Op]
 
 
 def _conv(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
     bias = None if m.bias is None else f"{path}.bias"
-    return convolution(c, x, f"{path}.weight", bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+    return convolution(
+        c, x, f"{path}.weight", bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode
+    )
 
 
 def _conv_transpose(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
@@ -34,7 +43,9 @@ def _linear(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
 def _norm(axes: int | None) -> Rule:
     def rule(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
         names = ("running_mean", "running_var", "weight", "bias")
-        mean, var, weight, bias = (None if getattr(m, name, None) is None else f"{path}.{name}" for name in names)
+        mean, var, weight, bias = (
+            None if getattr(m, name, None) is None else f"{path}.{name}" for name in names
+        )
         return batch_norm(c, x, mean, var, weight, bias, eps=m.eps, axes=axes)
 
     return rule
@@ -43,13 +54,25 @@ def _norm(axes: int | None) -> Rule:
 def _pool(axes: int) -> Rule:
     def rule(c: Constants, path: str, m: Any, x: fx.Node) -> Op:
         divisor = getattr(m, "divisor_override", None)
-        return avg_pool(c, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor, axes=axes)
+        return avg_pool(
+            c,
+            x,
+            m.kernel_size,
+            m.stride,
+            m.padding,
+            m.ceil_mode,
+            m.count_include_pad,
+            divisor,
+            axes=axes,
+        )
 
     return rule
 
 
 def _pad(mode: str) -> Rule:
-    return lambda c, path, m, x: pad(c, x, _sides(m), mode, getattr(m, "value", 0) if mode == "constant" else None)
+    return lambda c, path, m, x: pad(
+        c, x, _sides(m), mode, getattr(m, "value", 0) if mode == "constant" else None
+    )
 
 
 def _sides(m: Any) -> tuple[int, ...]:
@@ -78,17 +101,26 @@ MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d], _pad("constant")),
     **dict.fromkeys([nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d], _pad("constant")),
     **dict.fromkeys([nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d], _pad("reflect")),
-    **dict.fromkeys([nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d], _pad("replicate")),
+    **dict.fromkeys(
+        [nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d], _pad("replicate")
+    ),
     **dict.fromkeys([nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d], _pad("circular")),
     nn.ChannelShuffle: lambda c, path, m, x: channel_shuffle(c, x, m.groups),
     nn.Identity: _identity,
-    **dict.fromkeys([nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, TrainOnly], _train_only),
+    **dict.fromkeys(
+        [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, TrainOnly],
+        _train_only,
+    ),
 }
 
 
-def of_module(c: Constants, path: str, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op:
+def of_module(
+    c: Constants, path: str, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Op:
     """The Op of a leaf module's call: by its class, or the base whose forward it still runs."""
-    if len(args) + len(kwargs) != 1 or not all(isinstance(v, fx.Node) for v in (*args, *kwargs.values())):
+    if len(args) + len(kwargs) != 1 or not all(
+        isinstance(v, fx.Node) for v in (*args, *kwargs.values())
+    ):
         return Opaque()
     for base in type(m).__mro__:
         if base in MODULES:

@@ -1,4 +1,6 @@
-"""What makes a traced graph follow `.train()` and `.eval()`: two stateless modules that read the flag when they run."""
+"""What makes a traced graph follow `.train()` and `.eval()`: two stateless modules that read the
+flag when they run.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,18 @@ from torch import Tensor, nn
 
 
 class Mode(nn.Module):
-    """Returns whether it is in training mode: the argument `training=` of F.dropout and F.batch_norm in a graph."""
+    """Returns whether it is in training mode: the argument `training=` of F.dropout and
+    F.batch_norm in a graph.
+    """
 
     def forward(self) -> bool:
         return self.training
 
 
 class TrainOnly(nn.Module):
-    """`inner` in training mode, y = x in eval mode: stochastic depth and its kin, seen by the rewrite as an identity."""
+    """`inner` in training mode, y = x in eval mode: stochastic depth and its kin, seen by the
+    rewrite as an identity.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -26,8 +32,9 @@ class TrainOnly(nn.Module):
 
 
 class Asked:
-    """What a trace answers to `if self.training`, and how often it was asked; `training` lists the modules (by id) whose
-    training branch is taken always, because it computes in eval mode what their eval branch does."""
+    """What a trace answers to `if self.training`, and how often it was asked; `training` lists the
+    modules (by id) whose training branch is taken always, because it computes in eval mode what
+    their eval branch does."""
 
     def __init__(self, value: bool) -> None:
         self.value = value
@@ -36,8 +43,9 @@ class Asked:
 
 
 class ModeFlag:
-    """Stands for the `training` of one module while a model is traced: an `if` on it takes the branch of `asked` and is
-    noted, and an argument made of it becomes a `Mode` node that reads that module's flag."""
+    """Stands for the `training` of one module while a model is traced: an `if` on it takes the
+    branch of `asked` and is noted, and an argument made of it becomes a `Mode` node that reads that
+    module's flag."""
 
     def __init__(self, asked: Asked, owner: nn.Module) -> None:
         self.asked, self.owner = asked, owner

@@ -12,14 +12,35 @@ from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
 
 aten = torch.ops.aten
-_MAXIMA: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
+_MAXIMA: set[Any] = {
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    torch.max_pool1d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+}
 _MAXIMA |= {aten.max_pool2d.default, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
 
 FLATTENS: set[Any] = {nn.Flatten, torch.flatten, "flatten"}
-_MOVES: set[Any] = {nn.PixelShuffle, F.pixel_shuffle, nn.PixelUnshuffle, F.pixel_unshuffle, nn.UpsamplingNearest2d}
+_MOVES: set[Any] = {
+    nn.PixelShuffle,
+    F.pixel_shuffle,
+    nn.PixelUnshuffle,
+    F.pixel_unshuffle,
+    nn.UpsamplingNearest2d,
+}
 _MOVES |= FLATTENS
 _RESIZES: set[Any] = {nn.Upsample, F.interpolate}
-_JOINS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack}
+_JOINS: set[Any] = {
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    torch.stack,
+    torch.hstack,
+    torch.vstack,
+    torch.dstack,
+}
 
 
 def is_max_pool(module: nn.Module, node: fx.Node) -> bool:
@@ -38,9 +59,15 @@ def moves(view: GraphView, node: fx.Node) -> bool:
     op, kind = view.ops[node], kind_of(view, node)
     if kind in _RESIZES:
         module = view.modules.get(str(node.target)) if node.op == "call_module" else None
-        mode = getattr(module, "mode", None) or node.kwargs.get("mode") or (*node.args, *["nearest"] * 4)[3]
+        mode = (
+            getattr(module, "mode", None)
+            or node.kwargs.get("mode")
+            or (*node.args, *["nearest"] * 4)[3]
+        )
         return mode in ("nearest", "nearest-exact")
-    same = is_same(view, node) or (isinstance(op, Sum) and len(op.terms) == 1 and op.terms[0][1] == 1)
+    same = is_same(view, node) or (
+        isinstance(op, Sum) and len(op.terms) == 1 and op.terms[0][1] == 1
+    )
     return same or kind in _MOVES or is_max_pool(view.module, node)
 
 

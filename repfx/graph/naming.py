@@ -16,10 +16,17 @@ def layer(g: Geometry) -> str:
     'conv 3x3, 64 → 128, stride 2, groups 4'
     """
     text = f"{short(g)}{' ' if g.source_axis == -1 else ', '}{g.inputs} → {g.outputs}"
-    for word, values in (("stride", [a.stride for a in g.axes]), ("dilation", [a.gap for a in g.axes])):
+    for word, values in (
+        ("stride", [a.stride for a in g.axes]),
+        ("dilation", [a.gap for a in g.axes]),
+    ):
         if any(v != 1 for v in values):
             text += f", {word} {values[0] if len(set(values)) == 1 else 'x'.join(map(str, values))}"
-    return text + (f", groups {g.groups}" if g.groups > 1 else "") + (f", {g.mode}" if g.mode != "zeros" else "")
+    return (
+        text
+        + (f", groups {g.groups}" if g.groups > 1 else "")
+        + (f", {g.mode}" if g.mode != "zeros" else "")
+    )
 
 
 def short(g: Geometry) -> str:
@@ -27,7 +34,10 @@ def short(g: Geometry) -> str:
     if g.source_axis == -1:
         return "linear"
     depthwise = "depthwise " if 1 < g.groups == g.inputs == g.outputs else ""
-    return f"{depthwise}{'transposed ' if g.transposed else ''}conv {'x'.join(str(len(a.places)) for a in g.axes)}"
+    return (
+        f"{depthwise}{'transposed ' if g.transposed else ''}conv "
+        f"{'x'.join(str(len(a.places)) for a in g.axes)}"
+    )
 
 
 def operator(op: Op) -> str:
@@ -42,5 +52,9 @@ def described(view: GraphView, node: fx.Node) -> str:
     op = view.ops[node]
     if node.op == "placeholder":
         return f"the input {node.name!r}"
-    what = f"{operator(op)} {view.name(node)!r}" if isinstance(op, Map) and op.own is not None else f"{view.name(node)!r}"
+    what = (
+        f"{operator(op)} {view.name(node)!r}"
+        if isinstance(op, Map) and op.own is not None
+        else f"{view.name(node)!r}"
+    )
     return f"{what} ({op.reason})" if isinstance(op, Opaque) and op.reason else what

@@ -1,7 +1,8 @@
-"""Op: what an operator of a graph means to the algebra. It is one of three things, whatever spelling it came in:
+"""Op: what an operator of a graph means to the algebra. It is one of three things, whatever
+spelling it came in:
 
-    Map(x)      an affine, shift-invariant map of one value      convolution, batch norm, scale, shift, pool, pad, crop
-    Sum(x, ..)  a weighted sum of values, their channels moved   add, sub, concat, slice, shuffle, permute
+    Map(x)      an affine, shift-invariant map of one value    convolution, batch norm, pad, ...
+    Sum(x, ..)  a weighted sum of values, their channels moved   add, concat, slice, shuffle, ...
     Opaque      anything else, with the reason where it is one a person would want to know
 
 `repfx.graph.table` and `repfx.graph.leaves` say which operator is which.
@@ -19,7 +20,9 @@ from torch import Tensor, fx
 
 from repfx.algebra import Axis, Geometry, Kernel
 
-Ref = str | fx.Node  # a tensor that does not depend on the input: an attribute's path, or an expression of such
+Ref = (
+    str | fx.Node
+)  # a tensor that does not depend on the input: an attribute's path, or an expression of such
 Fetch = Callable[[Ref], Tensor]
 
 
@@ -37,12 +40,13 @@ class Constants(Protocol):
 
 @dataclass(frozen=True)
 class Map:
-    """y = map(x). `geometry` takes that of x relative to the source; `kernel` fetches the weights of that geometry.
+    """y = map(x). `geometry` takes that of x relative to the source; `kernel` fetches the weights
+    of that geometry.
 
-    `macs` is per output position, `stride` the positions of x per output position. `space` is (number of axes, channel
-    axis) of x and `inputs` its channels, where known. `fill` is what the padding holds: a number or a constant.
-    `own` is the geometry of a layer that is the same whatever it reads.
-    """
+    `macs` is per output position, `stride` the positions of x per output position. `space` is
+    (number of axes, channel axis) of x and `inputs` its channels, where known. `fill` is what the
+    padding holds: a number or a constant. `own` is the geometry of a layer that is the same
+    whatever it reads."""
 
     x: fx.Node
     kind: str
@@ -65,9 +69,9 @@ class Map:
 class Sum:
     """y = sum of factor * arranged value over `terms`.
 
-    `arrange` moves the channels of the values, Geometries or Kernels alike. `pieces` is given by what returns several
-    tensors (chunk, split): the channels of each, from the number of channels; the op itself is then the whole.
-    """
+    `arrange` moves the channels of the values, Geometries or Kernels alike. `pieces` is given by
+    what returns several tensors (chunk, split): the channels of each, from the number of channels;
+    the op itself is then the whole."""
 
     terms: tuple[tuple[fx.Node, float], ...]
     kind: str = "add"
@@ -96,4 +100,6 @@ Op: TypeAlias = Map | Sum | Opaque
 
 def pointwise(g: Geometry, bias: bool = False) -> Geometry:
     """The geometry of a map with one number a channel, on the channels and axes of g's output."""
-    return Geometry(g.outputs, g.outputs, g.outputs, (Axis(),) * len(g.axes), bias, channel_axis=g.channel_axis)
+    return Geometry(
+        g.outputs, g.outputs, g.outputs, (Axis(),) * len(g.axes), bias, channel_axis=g.channel_axis
+    )

@@ -42,7 +42,11 @@ def mul(c: Constants, input: Any, other: Any) -> Op:
 def div(c: Constants, input: Any, other: Any, *, rounding_mode: str | None = None) -> Op:
     if rounding_mode is not None or not _is_value(c, input):
         return Opaque()
-    return Opaque("a quotient of two values") if _is_value(c, other) else _scale(c, input, other, power=-1)
+    return (
+        Opaque("a quotient of two values")
+        if _is_value(c, other)
+        else _scale(c, input, other, power=-1)
+    )
 
 
 def neg(c: Constants, input: Any) -> Op:
@@ -57,11 +61,15 @@ def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Map:
 
 
 def train_only(c: Constants, input: Any) -> Op:
-    """The identity in eval mode and something else in training: taken out only inside a block that merges."""
+    """The identity in eval mode and something else in training: taken out only inside a block that
+    merges.
+    """
     return replace(identity(c, input), kind="dropout")
 
 
-def dropout(c: Constants, input: Any, p: float = 0.5, training: Any = True, inplace: bool = False) -> Op:
+def dropout(
+    c: Constants, input: Any, p: float = 0.5, training: Any = True, inplace: bool = False
+) -> Op:
     if training is False:
         return identity(c, input)
     return train_only(c, input) if c.follows_mode(training) else Opaque("dropout that is always on")
@@ -74,7 +82,9 @@ def _scale(c: Constants, x: Any, factor: Any, power: int = 1) -> Op:
 def _shift(c: Constants, x: Any, sign: float, amount: Any, alpha: float) -> Op:
     if isinstance(amount, (int, float)) and amount == 0 and sign == 1:
         return identity(c, x)  # the literal that sum() starts from
-    return _affine(c, x, "shift", lambda v: (torch.full_like(v, sign), alpha * v), amount, bias=True)
+    return _affine(
+        c, x, "shift", lambda v: (torch.full_like(v, sign), alpha * v), amount, bias=True
+    )
 
 
 def _affine(
@@ -85,7 +95,9 @@ def _affine(
     operand: Any,
     bias: bool = False,
 ) -> Op:
-    """y = scale * x + shift from one operand that is a number or a constant tensor with one entry a channel."""
+    """y = scale * x + shift from one operand that is a number or a constant tensor with one entry a
+    channel.
+    """
     number = isinstance(operand, (int, float)) and not isinstance(operand, bool)
     if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
         return Opaque()
@@ -108,7 +120,9 @@ def _affine(
 
 
 def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | None]) -> None:
-    """Raises Inexact unless an operand of this shape gives one number per channel and leaves the value's shape alone."""
+    """Raises Inexact unless an operand of this shape gives one number per channel and leaves the
+    value's shape alone.
+    """
     if shape == ():
         return
     channels_last = g.channel_axis == -1
@@ -116,13 +130,23 @@ def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | N
     dims = (known or 1) if channels_last else len(g.axes) + 2
     at = len(shape) - 1 if channels_last else len(shape) - 1 - len(g.axes)
     others = [size for i, size in enumerate(shape) if i != at]
-    if len(shape) > dims or any(size != 1 for size in others) or (at >= 0 and shape[at] not in (1, g.outputs)):
-        raise Inexact(f"an operand of shape {tuple(shape)} is not one number a channel", "use shape (C, 1, 1)")
+    if (
+        len(shape) > dims
+        or any(size != 1 for size in others)
+        or (at >= 0 and shape[at] not in (1, g.outputs))
+    ):
+        raise Inexact(
+            f"an operand of shape {tuple(shape)} is not one number a channel", "use shape (C, 1, 1)"
+        )
 
 
 def _widens(operand: Tensor, value: torch.dtype | None) -> bool:
     """Whether the result is of another type than the value; numbers in tensors do not count."""
-    return value is not None and operand.dim() > 0 and torch.promote_types(value, operand.dtype) != value
+    return (
+        value is not None
+        and operand.dim() > 0
+        and torch.promote_types(value, operand.dtype) != value
+    )
 
 
 def _is_value(c: Constants, v: Any) -> bool:

@@ -2,9 +2,8 @@
 
     x --> {conv3, bn3, conv1, bn1, +} --> s --> {bn} --> y        the run [x, s, y]
 
-Every candidate block is a stretch of such a run: linear between one input and one output. Which stretch is worth
-merging is not decided here.
-"""
+Every candidate block is a stretch of such a run: linear between one input and one output. Which
+stretch is worth merging is not decided here."""
 
 from __future__ import annotations
 
@@ -16,13 +15,16 @@ from repfx.graph.naming import described
 from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
 
-# A linear run longer than this is cut: the search in it is quadratic, and no convolution spans dozens of operators.
+# A linear run longer than this is cut: the search in it is quadratic, and no convolution spans
+# dozens of operators.
 LONGEST = 48
 
 
 @dataclass(frozen=True)
 class Run:
-    """Dominators d0 ... dn, and per step the nodes strictly between two of them with the later one, in order."""
+    """Dominators d0 ... dn, and per step the nodes strictly between two of them with the later one,
+    in order.
+    """
 
     ends: tuple[fx.Node, ...]
     steps: tuple[tuple[fx.Node, ...], ...]
@@ -31,7 +33,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Region:
-    """A block: linear from `source` to `sink`. `nodes` are in order and end with the sink; `kept` are read elsewhere."""
+    """A block: linear from `source` to `sink`. `nodes` are in order and end with the sink; `kept`
+    are read elsewhere.
+    """
 
     source: fx.Node
     sink: fx.Node
@@ -53,9 +57,15 @@ def is_value(view: GraphView, node: fx.Node) -> bool:
 
 
 def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
-    """The longest run of linear steps that ends in `sink` and touches no node of `taken` but at its start."""
+    """The longest run of linear steps that ends in `sink` and touches no node of `taken` but at its
+    start.
+    """
     ends, steps, blocked = [sink], [], False
-    while len(ends) <= LONGEST and is_linear(view, ends[-1]) and (ends[-1] is sink or ends[-1] not in taken):
+    while (
+        len(ends) <= LONGEST
+        and is_linear(view, ends[-1])
+        and (ends[-1] is sink or ends[-1] not in taken)
+    ):
         above = view.dominator.get(ends[-1])
         while above is not None and not is_value(view, above):
             above = view.dominator.get(above)
@@ -71,9 +81,15 @@ def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
 
 
 def region_of(
-    view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...], needed: set[fx.Node] | None = None
+    view: GraphView,
+    source: fx.Node,
+    sink: fx.Node,
+    nodes: tuple[fx.Node, ...],
+    needed: set[fx.Node] | None = None,
 ) -> Region:
-    """The region with the parts that must stay: those read from outside or `needed`, and what they are computed from."""
+    """The region with the parts that must stay: those read from outside or `needed`, and what they
+    are computed from.
+    """
     inside, kept = set(nodes), set()
     for node in reversed(nodes):
         read = any(user not in inside or user in kept for user in node.users)
@@ -83,7 +99,9 @@ def region_of(
 
 
 def boundary(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """The values a linear node is computed from: what a walk back through linear operators stops at, in order."""
+    """The values a linear node is computed from: what a walk back through linear operators stops
+    at, in order.
+    """
     found, seen, todo = set(), {node}, [node]
     while todo:
         for value in view.ops[todo.pop()].values:  # type: ignore[union-attr]
@@ -103,14 +121,20 @@ def why_alone(view: GraphView, node: fx.Node) -> tuple[str, str]:
         inner = [e for e in ends if e is not view.dominator.get(node)]
         if len(inner) < len(ends):
             return f"{described(view, inner[0])} inside it is not linear", ""
-        return f"it sums values of different sources: {', '.join(described(view, e) for e in ends)}", ""
-    if isinstance(view.ops[node], Map) and view.ops[node].values[0] in ends:  # type: ignore[union-attr]
-        return f"no convolution leads to it: its input is {described(view, view.ops[node].values[0])}", ""  # type: ignore[union-attr]
+        return (
+            f"it sums values of different sources: {', '.join(described(view, e) for e in ends)}",
+            "",
+        )
+    op = view.ops[node]
+    if isinstance(op, Map) and op.values[0] in ends:
+        source = described(view, op.values[0])
+        return f"no convolution leads to it: its input is {source}", ""
     return "no convolution leads to it", ""
 
 
 def nodes_between(view: GraphView, source: fx.Node, sink: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The nodes on paths from source to sink, sink included; None where one of them is not linear."""
+    """The nodes on paths from source to sink, sink included; None where one of them is not
+    linear."""
     if source is sink:
         return ()
     seen, todo = {sink}, [sink]

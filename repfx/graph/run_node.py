@@ -10,8 +10,12 @@ from torch import fx, nn
 
 
 def call(node: fx.Node, value: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
-    """What a node computes with its inputs from `value`: a function, a method, or `module`, which the node calls."""
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda v: value(v) if isinstance(v, fx.Node) else v)
+    """What a node computes with its inputs from `value`: a function, a method, or `module`, which
+    the node calls.
+    """
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda v: value(v) if isinstance(v, fx.Node) else v
+    )
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     f: Any = node.target if module is None else module
@@ -22,7 +26,9 @@ def step(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any])
     """What any node but an input or the output gives in this module."""
     if node.op == "get_attr":
         return attrgetter(str(node.target))(module)
-    return call(node, value, module.get_submodule(str(node.target)) if node.op == "call_module" else None)
+    return call(
+        node, value, module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    )
 
 
 def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

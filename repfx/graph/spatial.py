@@ -39,7 +39,10 @@ def convolution(
     strides, dilations = _tuple(stride, n), _tuple(dilation, n)
     taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))
     pads = _conv_pads(padding, taps)
-    axes = tuple(Axis(t, s, *p, gap=d if t > 1 else 1) for t, s, p, d in zip(taps, strides, pads, dilations, strict=True))
+    axes = tuple(
+        Axis(t, s, *p, gap=d if t > 1 else 1)
+        for t, s, p, d in zip(taps, strides, pads, dilations, strict=True)
+    )
     whole = Geometry(shape[1] * groups, shape[0], groups, axes, bias is not None, mode)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
@@ -47,7 +50,18 @@ def convolution(
 
     macs = shape[0] * shape[1] * prod(shape[2:])
     params = macs + (shape[0] if bias is not None else 0)
-    return Map(input, "conv", lambda _: whole, kernel, macs, params, prod(strides), (n, 1), whole.inputs, own=whole)
+    return Map(
+        input,
+        "conv",
+        lambda _: whole,
+        kernel,
+        macs,
+        params,
+        prod(strides),
+        (n, 1),
+        whole.inputs,
+        own=whole,
+    )
 
 
 def transposed_convolution(
@@ -66,20 +80,37 @@ def transposed_convolution(
         return Opaque("its weight is quantized or computed from the input")
     shape = c.tensor(weight).shape
     n = len(shape) - 2
-    strides, dilations, pads, extra = (_tuple(v, n) for v in (stride, dilation, padding, output_padding))
+    strides, dilations, pads, extra = (
+        _tuple(v, n) for v in (stride, dilation, padding, output_padding)
+    )
     taps = tuple(d * (k - 1) + 1 for k, d in zip(shape[2:], dilations, strict=True))
     sizes = zip(taps, strides, pads, extra, dilations, strict=True)
     axes = tuple(Axis(t, s, p, p - e, d if t > 1 else 1) for t, s, p, e, d in sizes)
     whole = Geometry(shape[0], shape[1] * groups, groups, axes, bias is not None, transposed=True)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        return Kernel(g, _dilate(swapped(fetch(weight), groups), dilations), None if bias is None else fetch(bias))
+        return Kernel(
+            g,
+            _dilate(swapped(fetch(weight), groups), dilations),
+            None if bias is None else fetch(bias),
+        )
 
     params, step = shape.numel(), prod(strides)
     macs = Fraction(params, step)
     params += whole.outputs * whole.bias
     rate = Fraction(1, step)
-    return Map(input, "conv_transpose", lambda _: whole, kernel, macs, params, rate, (n, 1), whole.inputs, own=whole)
+    return Map(
+        input,
+        "conv_transpose",
+        lambda _: whole,
+        kernel,
+        macs,
+        params,
+        rate,
+        (n, 1),
+        whole.inputs,
+        own=whole,
+    )
 
 
 def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
@@ -97,7 +128,18 @@ def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
         weights = fetch(weight).reshape(out, inputs, *(1,) * len(g.axes))
         return Kernel(g, weights, None if bias is None else fetch(bias))
 
-    return Map(input, "linear", geometry, kernel, out * inputs, whole.params, 1, (None, -1), inputs, own=whole)
+    return Map(
+        input,
+        "linear",
+        geometry,
+        kernel,
+        out * inputs,
+        whole.params,
+        1,
+        (None, -1),
+        inputs,
+        own=whole,
+    )
 
 
 def batch_norm(
@@ -114,7 +156,9 @@ def batch_norm(
 ) -> Op:
     """y = a*x + c, a = gamma / sqrt(var + eps), c = beta - mean*a, with the running statistics."""
     if running_mean is None or running_var is None:
-        return Opaque("a batch norm without running statistics", "train it with track_running_stats=True")
+        return Opaque(
+            "a batch norm without running statistics", "train it with track_running_stats=True"
+        )
     if training is not False and not c.follows_mode(training):
         return Opaque("a batch norm that runs on batch statistics", "trace the model in eval mode")
     if not all(v is None or c.is_constant(v) for v in (running_mean, running_var, weight, bias)):
@@ -137,7 +181,17 @@ def batch_norm(
         return Kernel.diagonal(g, scale, shift if bias is None else shift + fetch(bias))
 
     params = channels * (4 - (weight is None) - (bias is None))
-    return Map(input, "bn", geometry, kernel, 0, params, 1, (None, None) if axes is None else (axes, 1), channels)
+    return Map(
+        input,
+        "bn",
+        geometry,
+        kernel,
+        0,
+        params,
+        1,
+        (None, None) if axes is None else (axes, 1),
+        channels,
+    )
 
 
 def aten_batch_norm(
@@ -155,7 +209,9 @@ def aten_batch_norm(
     return batch_norm(c, input, mean, var, weight, bias, training, momentum, eps)
 
 
-def pad(c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Op:
+def pad(
+    c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", value: Any = None
+) -> Op:
     """The identity with wider axes; a negative amount crops."""
     if value is not None and not isinstance(value, (int, float)):
         return Opaque("a padding with a computed value")
@@ -164,7 +220,11 @@ def pad(c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", va
 
 def pad_own(c: Constants, input: Any, sides: Sequence[int], value: Any) -> Op:
     """`pad_with`: a padding with one constant a channel."""
-    return _pad(c, input, sides, "constant", value) if c.is_constant(value) else Opaque("a padding with a computed value")
+    return (
+        _pad(c, input, sides, "constant", value)
+        if c.is_constant(value)
+        else Opaque("a padding with a computed value")
+    )
 
 
 def _pad(c: Constants, input: Any, pad: Sequence[int], mode: str, fill: float | Ref) -> Op:
@@ -178,7 +238,9 @@ def _pad(c: Constants, input: Any, pad: Sequence[int], mode: str, fill: float | 
             raise Inexact("a padding of the channels")
         spatial += [(0, 0)] * (len(g.axes) - len(spatial))
         axes = tuple(Axis(1, 1, *side) for side in reversed(spatial))
-        return Geometry(g.outputs, g.outputs, g.outputs, axes, False, "zeros" if mode == "constant" else mode)
+        return Geometry(
+            g.outputs, g.outputs, g.outputs, axes, False, "zeros" if mode == "constant" else mode
+        )
 
     return Map(input, "pad", geometry, identity(c, input).kernel, fill=fill)
 
@@ -203,7 +265,9 @@ def avg_pool(
     taps, pads = _tuple(kernel_size, axes), _tuple(padding, axes)
     strides = taps if stride in (None, [], ()) else _tuple(stride, axes)
     if any(pads) and not count_include_pad:
-        return Opaque("an average pool that does not count its padding", "use count_include_pad=True")
+        return Opaque(
+            "an average pool that does not count its padding", "use count_include_pad=True"
+        )
     lines = tuple(Axis(t, s, p, p) for t, s, p in zip(taps, strides, pads, strict=True))
     run = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
 

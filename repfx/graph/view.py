@@ -1,8 +1,7 @@
 """GraphView: a read-only snapshot of a graph, as the algebra sees it.
 
-Every node has an Op; nodes that do not depend on the input are constants; the data-flow graph of the rest has
-dominators: d dominates v when every path from the input to v passes through d.
-"""
+Every node has an Op; nodes that do not depend on the input are constants; the data-flow graph of
+the rest has dominators: d dominates v when every path from the input to v passes through d."""
 
 from __future__ import annotations
 
@@ -23,7 +22,16 @@ from repfx.graph.ops import Op, Opaque, Ref
 from repfx.graph.run_node import call
 from repfx.graph.table import CALLS
 
-_RANDOM: tuple[str, ...] = ("rand", "dropout", "bernoulli", "poisson", "normal", "multinomial", "uniform", "exponential")
+_RANDOM: tuple[str, ...] = (
+    "rand",
+    "dropout",
+    "bernoulli",
+    "poisson",
+    "normal",
+    "multinomial",
+    "uniform",
+    "exponential",
+)
 _RANDOM += ("cauchy",)
 _RANDOM += ("gumbel", "empty")
 
@@ -36,11 +44,15 @@ class GraphView:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.own_padding: dict[tuple[fx.Node, fx.Node], bool] = {}  # what a reader found of (source, padding)
+        self.own_padding: dict[
+            tuple[fx.Node, fx.Node], bool
+        ] = {}  # what a reader found of (source, padding)
         self._tensors: dict[Ref, Tensor] = {}
         self._modes: set[fx.Node] = set()
         self._constants: set[fx.Node] = set()
-        self._written = {n for n in self.writes.of if n.op == "get_attr"}  # what a forward changes is no constant
+        self._written = {
+            n for n in self.writes.of if n.op == "get_attr"
+        }  # what a forward changes is no constant
         for node in self.nodes:
             self._classify(node)
         self.ops: dict[fx.Node, Op] = {}
@@ -59,14 +71,24 @@ class GraphView:
             if isinstance(ref, str):
                 owner = self.modules.get(ref.rpartition(".")[0])
                 # What parametrizes it may move its own state in training.
-                owner = copy.deepcopy(owner).eval() if owner and nn.utils.parametrize.is_parametrized(owner) else None
-                self._tensors[ref] = getattr(owner, ref.rpartition(".")[2]) if owner else attrgetter(ref)(self.module)
+                owner = (
+                    copy.deepcopy(owner).eval()
+                    if owner and nn.utils.parametrize.is_parametrized(owner)
+                    else None
+                )
+                self._tensors[ref] = (
+                    getattr(owner, ref.rpartition(".")[2])
+                    if owner
+                    else attrgetter(ref)(self.module)
+                )
             else:
                 self._tensors[ref] = self.evaluate(ref, self.tensor)
         return self._tensors[ref]
 
     def rank(self, node: fx.Node) -> int | None:
-        """The number of dimensions of a value, noted when the graph was checked on an example; None if it was not."""
+        """The number of dimensions of a value, noted when the graph was checked on an example; None
+        if it was not.
+        """
         return node.meta.get("rank")
 
     def dtype(self, node: fx.Node) -> torch.dtype | None:
@@ -79,7 +101,9 @@ class GraphView:
         return None if shape is None or len(shape) < 2 else shape[channel_axis]
 
     def name(self, node: fx.Node) -> str:
-        """What a person calls this node: a module's path, or the operator with the module it stands in."""
+        """What a person calls this node: a module's path, or the operator with the module it stands
+        in.
+        """
         if node.op in ("call_module", "get_attr"):
             return str(node.target)
         stack = node.meta.get("nn_module_stack")
@@ -87,7 +111,9 @@ class GraphView:
         return f"{scope}.{node.name}".lstrip(".")
 
     def data_inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if n not in self._constants and n not in self._modes]
+        return [
+            n for n in node.all_input_nodes if n not in self._constants and n not in self._modes
+        ]
 
     def is_data(self, node: fx.Node) -> bool:
         return node not in self._constants and node not in self._modes
@@ -109,7 +135,11 @@ class GraphView:
         if not flow:
             return {}
         above = nx.immediate_dominators(flow, -1)
-        return {self.nodes[i]: self.nodes[d] if d is not None and d >= 0 else None for i, d in above.items() if i >= 0}
+        return {
+            self.nodes[i]: self.nodes[d] if d is not None and d >= 0 else None
+            for i, d in above.items()
+            if i >= 0
+        }
 
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -119,7 +149,9 @@ class GraphView:
             self._modes.add(node)
         elif node.op in ("call_function", "call_method") and not writes(node):
             name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-            if all(n in self._constants for n in node.all_input_nodes) and not any(r in name for r in _RANDOM):
+            if all(n in self._constants for n in node.all_input_nodes) and not any(
+                r in name for r in _RANDOM
+            ):
                 self._constants.add(node)
 
     def _op(self, node: fx.Node) -> Op:

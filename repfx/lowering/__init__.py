@@ -1,4 +1,6 @@
-"""Lowering: a model with quantizers becomes an ONNX file with Q/DQ, an engine, and numbers of a run."""
+"""Lowering: a model with quantizers becomes an ONNX file with Q/DQ, an engine, and numbers of a
+run.
+"""
 
 from repfx.lowering.lint.findings import Finding
 from repfx.lowering.onnx.lower import Artifact, lower

@@ -1,15 +1,17 @@
-"""Where a runtime wants integers besides the inputs of layers, so that no stretch between two layers runs in float.
+"""Where a runtime wants integers besides the inputs of layers, so that no stretch between two
+layers runs in float.
 
 conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
 mean(x)        ->   mean(Q(x))             an average pool between quantized layers
-Q(max(x))      ->   max(Q(x))              the same values, and the layer before writes integers; pieces too
+Q(max(x))      ->   max(Q(x))              the same values; the layer before writes integers
 
 Where the target says so,
 
 cat(a, b)      ->   cat(Q(a), Q(b))        whose every way on leads into a layer
-x * gate       ->   Q(x) * gate            where another reads x rounded: one integer value instead of two
+x * gate       ->   Q(x) * gate            where another reads x rounded: one value, not two
 
-and a target whose operators take integers to integers, none of them to floats, wants all of a stretch:
+and a target whose operators take integers to integers, none of them to floats, wants all of a
+stretch:
 
 f(relu(conv))  ->   f(Q(relu(conv)))       what a convolution gives, whoever reads it
 a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and tables of such values
@@ -33,32 +35,51 @@ from repfx.placement.formats import pads_average
 from repfx.quant import FakeQuant, Target
 
 aten = torch.ops.aten
-_AVERAGES = {torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_AVERAGES = {
+    torch.mean,
+    "mean",
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+}
 _AVERAGES |= {aten.mean.dim, aten.adaptive_avg_pool2d.default}
 _LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
-# Rounding to an unsigned grid does the same. (A clip at -1 it does not: that one is read in integers.)
+# Rounding to an unsigned grid does the same. (A clip at -1 it does not: that one is read in
+# integers.)
 _CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_"}
 _CLIPS |= {aten.relu.default, aten.relu_.default}
 
 # One of 256 values in, one of 256 out.
 _TABLES: set[Any] = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default}
 _TABLES |= {nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default}
-_PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", aten.mul.Tensor}
+_PRODUCTS: set[Any] = {
+    operator.mul,
+    operator.imul,
+    torch.mul,
+    torch.multiply,
+    "mul",
+    "mul_",
+    aten.mul.Tensor,
+}
 _SWISH: set[Any] = {nn.SiLU, F.silu, aten.silu.default, aten.silu_.default}
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
 
 
 def spell_out(module: fx.GraphModule, target: Target) -> None:
-    """Writes silu(x) as x * sigmoid(x), where the target has integer kernels for these two and none for the one."""
+    """Writes silu(x) as x * sigmoid(x), where the target has integer kernels for these two and none
+    for the one.
+    """
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes) if target.between == "all" else ():
         kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
         if kind not in _SWISH or len(node.all_input_nodes) != 1:
             continue
         (x,) = node.all_input_nodes
-        if len(x.users) > 1 and (node.kwargs.get("inplace") or getattr(modules.get(str(node.target)), "inplace", False)):
+        if len(x.users) > 1 and (
+            node.kwargs.get("inplace") or getattr(modules.get(str(node.target)), "inplace", False)
+        ):
             continue  # the others read what it leaves
         with module.graph.inserting_before(node):
             gate = module.graph.call_function(torch.sigmoid, (x,))
@@ -75,11 +96,11 @@ def find_places(
     target: Target,
     inside: Mapping[fx.Node, fx.Node] | None = None,
 ) -> tuple[list[Place], dict[fx.Node, fx.Node]]:
-    """Every place for a quantizer, in order, and of each value there the one whose quantizer it takes, mostly itself.
+    """Every place for a quantizer, in order, and of each value there the one whose quantizer it
+    takes, mostly itself.
 
-    `layers`: of each layer to be quantized, what it reads; `convolutions` are some of them. `inside`: of nodes that go
-    into one layer, that layer.
-    """
+    `layers`: of each layer to be quantized, what it reads; `convolutions` are some of them.
+    `inside`: of nodes that go into one layer, that layer."""
     owner = inside or {}
     others = _skips_and_averages(view, layers)
     if target.offset == "joined":
@@ -88,7 +109,11 @@ def find_places(
         others += _stretches(view, convolutions)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
-    others = [(n, x, layer) for n, x, layer in others if not view.writes.changed(x) and not _is_quantized(view, x)]
+    others = [
+        (n, x, layer)
+        for n, x, layer in others
+        if not view.writes.changed(x) and not _is_quantized(view, x)
+    ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # else what is moved is rounded too, to the same integers
         found = _before_moves(view, found, owner)
@@ -96,12 +121,20 @@ def find_places(
     return found, _origins(view, found)
 
 
-def _without_padded(view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]) -> list[Place]:
-    """Leaves in float the padded averages of signed values that layers read too: these want them in other codes."""
+def _without_padded(
+    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
+) -> list[Place]:
+    """Leaves in float the padded averages of signed values that layers read too: these want them in
+    other codes.
+    """
     padded = {node for node, _, _ in others if pads_average(view.ops[node])}
     read = [*layers.values(), *(value for node, value, _ in others if node not in padded)]
     shared = {moved_from(view, value) for value in read}
-    signed = {n for n, x, _ in others if n in padded and moved_from(view, x) in shared and not non_negative(view, x)}
+    signed = {
+        n
+        for n, x, _ in others
+        if n in padded and moved_from(view, x) in shared and not non_negative(view, x)
+    }
     return [place for place in others if place[0] not in signed]
 
 
@@ -119,9 +152,12 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
     return found
 
 
-def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx.Node]) -> list[Place]:
-    """What goes into concatenations from which every way on leads into a layer, and what of `rounded` goes into such
-    products. A concatenation that is itself rounded is left to the runtime, which moves that to what goes into it."""
+def _joined(
+    view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx.Node]
+) -> list[Place]:
+    """What goes into concatenations from which every way on leads into a layer, and what of
+    `rounded` goes into such products. A concatenation that is itself rounded is left to the
+    runtime, which moves that to what goes into it."""
     whole = {joined(view, value) for value in rounded}
     found: list[Place] = []
     ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
@@ -140,12 +176,20 @@ def _joined(view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx
             continue
         joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
         if joins or kind_of(view, node) in _PRODUCTS:
-            found += [(node, value, goals[0]) for value in view.data_inputs(node) if joins or value in rounded]
+            found += [
+                (node, value, goals[0])
+                for value in view.data_inputs(node)
+                if joins or value in rounded
+            ]
     return found
 
 
-def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]) -> list[Place]:
-    """The places with each quantizer after what moves values put before it, where it has no other readers."""
+def _before_moves(
+    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]
+) -> list[Place]:
+    """The places with each quantizer after what moves values put before it, where it has no other
+    readers.
+    """
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
@@ -157,7 +201,9 @@ def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, 
         mine = [place for end in ends for place in readers.get(end, ())]
         quantized = {(reader, v) for reader, v, _ in mine}
         alone = all((owner.get(u, u), end) in quantized for end in ends for u in end.users)
-        movable = not (_is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value))
+        movable = not (
+            _is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value)
+        )
         if mine and alone and movable and not any(view.writes.changed(end) for end in ends):
             for end in ends:
                 readers.pop(end, None)
@@ -166,13 +212,16 @@ def _before_moves(view: GraphView, places: list[Place], owner: Mapping[fx.Node, 
 
 
 def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """Where all values of a node's one input go on from it: the node, or its pieces. None of a dropout, which scales in
-    training, of a reshape, which costs nothing, and of a part, whose range may be smaller than that of the whole."""
+    """Where all values of a node's one input go on from it: the node, or its pieces. None of a
+    dropout, which scales in training, of a reshape, which costs nothing, and of a part, whose range
+    may be smaller than that of the whole."""
     if len(view.data_inputs(node)) != 1 or not moves(view, node):
         return []
     if isinstance(view.ops[node], Sum):
         pieces = list(node.users) if _is_divided(view, node) else []
-        return pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
+        return (
+            pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
+        )
     return [] if is_same(view, node) or kind_of(view, node) in FLATTENS else [node]
 
 
@@ -200,7 +249,9 @@ def _is_quantized(view: GraphView, value: fx.Node) -> bool:
 
 
 def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place]:
-    """What convolutions give, and what goes on from there through operators that run in integers, in and out."""
+    """What convolutions give, and what goes on from there through operators that run in integers,
+    in and out.
+    """
     found: list[Place] = []
     layer: dict[fx.Node, fx.Node] = {}  # of a value in integers, the convolution it comes from
     for node in view.nodes:
@@ -226,11 +277,15 @@ def _takes_integers(view: GraphView, node: fx.Node) -> bool:
     op, kind = view.ops[node], kind_of(view, node)
     if isinstance(op, Sum):
         several = len({*op.values}) == len(op.terms) > 1
-        return several and op.kind in ("add", "concat") and all(factor == 1 for _, factor in op.terms)
+        return (
+            several and op.kind in ("add", "concat") and all(factor == 1 for _, factor in op.terms)
+        )
     return kind in _TABLES or (kind in _PRODUCTS and len(view.data_inputs(node)) == 2)
 
 
-def _skip(view: GraphView, op: Sum, layers: Collection[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
+def _skip(
+    view: GraphView, op: Sum, layers: Collection[fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None]:
     """The layer whose output is summed, and the other value."""
     if op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
         return None, None

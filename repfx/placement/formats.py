@@ -1,10 +1,11 @@
-"""Which integers a value is written in, where a runtime does not run all of them right on every CPU.
+"""Which integers a value is written in, where a runtime does not run all of them right on every
+CPU.
 
-OpenVINO moves the rounding of a concatenation to what goes into it. On a CPU without AMX it writes signed codes as unsigned
-ones around 128, and there it loses their scale on the way, and so where signed codes go through a pool to convolutions
-whose outputs are concatenated. Codes that are around 128 from the start it leaves alone. An average pool that counts its
-padding takes the 0 it pads with for a code, so it must not read those.
-"""
+OpenVINO moves the rounding of a concatenation to what goes into it. On a CPU without AMX it writes
+signed codes as unsigned ones around 128, and there it loses their scale on the way, and so where
+signed codes go through a pool to convolutions whose outputs are concatenated. Codes that are around
+128 from the start it leaves alone. An average pool that counts its padding takes the 0 it pads with
+for a code, so it must not read those."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
 
 def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -> bool:
-    """Whether the codes that this call of a quantizer with `grid` gives are unsigned, around 128."""
+    """Whether the codes that this call of a quantizer with `grid` gives are unsigned, around
+    128."""
     if not grid.signed or target.offset == "none":
         return False
     if target.offset == "all":
@@ -40,8 +42,13 @@ def pads_average(op: Op) -> bool:
 
 
 def why_float(geometry: Geometry | None, signed: bool, target: Target) -> str:
-    """Why a layer of this geometry that reads signed values or not stays in float; empty where it does not."""
+    """Why a layer of this geometry that reads signed values or not stays in float; empty where it
+    does not.
+    """
     grouped = geometry is not None and geometry.groups > 1 and len(geometry.axes) == 3
     if target.runtime == "openvino" and target.reduced and grouped and signed:
-        return "on CPUs without VNNI, OpenVINO halves the weights of grouped 3-D convolutions that read signed values"
+        return (
+            "on CPUs without VNNI, OpenVINO halves the weights of grouped 3-D convolutions "
+            "that read signed values"
+        )
     return ""

@@ -1,4 +1,5 @@
-"""Affine (QPRep of RepAPQ, arXiv 2402.16121): y_k -> eta_k y_k + eps_k after a quantized layer, on its weight and bias.
+"""Affine (QPRep of RepAPQ, arXiv 2402.16121): y_k -> eta_k y_k + eps_k after a quantized layer, on
+its weight and bias.
 
     eta_k (conv(Q(x), Q(W))_k + b_k) + eps_k  =  conv(Q(x), eta_k Q(W)_k) + eta_k b_k + eps_k
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 
 class Affine(nn.Module):
-    """(Q(W) (out, ...), b (out,) or None) -> those of the layer followed by eta y + eps; the identity at first."""
+    """(Q(W) (out, ...), b (out,) or None) -> those of the layer followed by eta y + eps; the
+    identity at first.
+    """
 
     is_graph_leaf = True
 

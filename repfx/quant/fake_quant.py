@@ -1,6 +1,8 @@
-"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet it passes values through.
+"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet it passes
+values through.
 
-With `learned` its scale is a parameter with the gradient of LSQ (Esser et al., 2020), scaled by 1 / sqrt(N high):
+With `learned` its scale is a parameter with the gradient of LSQ (Esser et al., 2020), scaled by 1 /
+sqrt(N high):
 
     dQ/ds = round(v/s) - v/s inside the grid, low or high outside
 """
@@ -19,16 +21,23 @@ SMALLEST = torch.finfo(torch.float32).eps  # of a learned scale, as of PyTorch's
 
 
 class FakeQuant(nn.Module):
-    """y = Q(x) on `grid`, with buffer `scale` () or (channels,). `scale` 0 means not calibrated: y = x.
+    """y = Q(x) on `grid`, with buffer `scale` () or (channels,). `scale` 0 means not calibrated: y
+    = x.
 
-    `of_weight` tells a quantizer of constants, whose scale follows from them, from one whose scale comes from data.
-    A `learned` scale that is not set yet is set by the first value seen in training, to the least squared error (MinError).
-    """
+    `of_weight` tells a quantizer of constants, whose scale follows from them, from one whose scale
+    comes from data. A `learned` scale that is not set yet is set by the first value seen in
+    training, to the least squared error (MinError)."""
 
     is_graph_leaf = True
     scale: Tensor
 
-    def __init__(self, grid: Grid, scale: Tensor | None = None, of_weight: bool = False, learned: bool = False) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        scale: Tensor | None = None,
+        of_weight: bool = False,
+        learned: bool = False,
+    ) -> None:
         super().__init__()
         self.grid = grid
         empty = torch.zeros((), device="cpu") if scale is None else torch.zeros_like(scale)
@@ -43,7 +52,9 @@ class FakeQuant(nn.Module):
         self.observer: Any = None
 
     def set_scale(self, scale: Tensor) -> None:
-        """Sets the scale in place. A scale of 0, as all-zero values give, becomes 1: every scale holds zeros."""
+        """Sets the scale in place. A scale of 0, as all-zero values give, becomes 1: every scale
+        holds zeros.
+        """
         with torch.no_grad():
             self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
         self.calibrated = True
@@ -60,13 +71,17 @@ class FakeQuant(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """The scale that counts: a learned one is not below `SMALLEST`, wherever its last step of training took it."""
+        """The scale that counts: a learned one is not below `SMALLEST`, wherever its last step of
+        training took it.
+        """
         return self.scale.clamp(min=SMALLEST) if self.learned else self.scale
 
     def _lsq(self, x: Tensor) -> Tensor:
         """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
         factor = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
-        return self.step.detach() + (self.scale - self.scale.detach()) * factor  # below the floor it moves on as well
+        return (
+            self.step.detach() + (self.scale - self.scale.detach()) * factor
+        )  # below the floor it moves on as well
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""
@@ -74,9 +89,13 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         g = self.grid
-        kind = f"{'int' if g.signed else 'uint'}{g.bits}" + ("" if g.axis is None else f" per axis {g.axis}")
+        kind = f"{'int' if g.signed else 'uint'}{g.bits}" + (
+            "" if g.axis is None else f" per axis {g.axis}"
+        )
         return kind + ("" if self.calibrated else ", not calibrated")
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = bool((self.scale != 0).all())

@@ -15,11 +15,13 @@ from repfx.errors import InputError
 
 @dataclass(frozen=True)
 class Grid:
-    """`bits` wide, `signed` or not, one scale for the tensor (`axis` None) or one per index of `axis`.
+    """`bits` wide, `signed` or not, one scale for the tensor (`axis` None) or one per index of
+    `axis`.
 
-    A signed grid is symmetric, [-(2^(b-1) - 1), 2^(b-1) - 1], so that a sign can be folded into the codes; `full` adds
-    the one code -2^(b-1). A `reduced` grid keeps to half of a signed one, [-2^(b-2), 2^(b-2)]: two products of such a
-    code and an unsigned one then add up to no more than a signed integer of 2b bits holds.
+    A signed grid is symmetric, [-(2^(b-1) - 1), 2^(b-1) - 1], so that a sign can be folded into the
+    codes; `full` adds the one code -2^(b-1). A `reduced` grid keeps to half of a signed one,
+    [-2^(b-2), 2^(b-2)]: two products of such a code and an unsigned one then add up to no more than
+    a signed integer of 2b bits holds.
 
     >>> Grid(8).low, Grid(8).high, Grid(8, signed=False).high, Grid(8, reduced=True).high
     (-127, 127, 255, 64)
@@ -60,7 +62,9 @@ class Grid:
         return torch.clamp(torch.round(v / self.along(scale, v)), self.low, self.high)
 
     def quantize(self, v: Tensor, scale: Tensor) -> Tensor:
-        """v rounded to the grid, with the gradient of a straight-through estimator inside it and none outside."""
+        """v rounded to the grid, with the gradient of a straight-through estimator inside it and
+        none outside.
+        """
         s = self.along(scale, v)
         u = torch.clamp(v / s, self.low, self.high)
         return (u + (torch.round(u) - u).detach()) * s

@@ -26,7 +26,8 @@ COARSE = 8  # one candidate in so many is tried first
 
 
 class Observer:
-    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no `histogram`.
+    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no
+    `histogram`.
 
     `non_negative` says that no value is below zero, which saves looking.
     """
@@ -39,7 +40,9 @@ class Observer:
         self.seen = 0
 
     def see(self, x: Tensor) -> None:
-        """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative values count."""
+        """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative
+        values count.
+        """
         x = x.detach() if x.is_floating_point() else x.detach().float()
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
@@ -58,7 +61,8 @@ class Observer:
             self.amax = raised(self.amax, values.amax())
 
     def scale(self, method: str) -> Tensor:
-        """The scale by `method`, a scalar, 0 for nothing but zeros; without a histogram that of `max`.
+        """The scale by `method`, a scalar, 0 for nothing but zeros; without a histogram that of
+        `max`.
 
         Raises InputError for an unknown method and where NaN or infinity was seen.
         """
@@ -68,12 +72,16 @@ class Observer:
             return torch.tensor(self.amax / self.grid.high, device="cpu")
         counts, self.amax = self.histogram.counts(), self.histogram.top
         with torch.device("cpu"):
-            middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.histogram.limit / BINS)
+            middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (
+                self.histogram.limit / BINS
+            )
             return torch.tensor(METHODS[method](middles, counts, self) if self.amax else 0.0)
 
 
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
-    """argmin over s = a * max|v| / high, a in {.01 ... 1.00}, of sum |Q(v) - v|^power; per index of the grid's axis."""
+    """argmin over s = a * max|v| / high, a in {.01 ... 1.00}, of sum |Q(v) - v|^power; per index of
+    the grid's axis.
+    """
     if grid.axis is None:
         rows = v.detach().reshape(1, -1)
     else:
@@ -82,36 +90,54 @@ def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
     best, best_error = top / grid.high, torch.full_like(top, float("inf"))
     for a in range(1, 101):
         scale = (top * (a / 100 / grid.high)).unsqueeze(1)
-        error = (torch.clamp(torch.round(rows / scale), grid.low, grid.high) * scale - rows).abs().pow(power).sum(1)
+        error = (
+            (torch.clamp(torch.round(rows / scale), grid.low, grid.high) * scale - rows)
+            .abs()
+            .pow(power)
+            .sum(1)
+        )
         better = error < best_error
-        best, best_error = torch.where(better, scale[:, 0], best), torch.where(better, error, best_error)
+        best, best_error = (
+            torch.where(better, scale[:, 0], best),
+            torch.where(better, error, best_error),
+        )
     return best.reshape(()) if grid.axis is None else best
 
 
 def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999) -> float:
     share = 1 - (counts.sum() - counts.cumsum(0)) / of.seen
-    at = int(torch.searchsorted(share, torch.tensor(q, dtype=share.dtype)).clamp(max=len(share) - 1))
+    at = int(
+        torch.searchsorted(share, torch.tensor(q, dtype=share.dtype)).clamp(max=len(share) - 1)
+    )
     return min(float(middles[at] + middles[0]), of.amax) / of.grid.high
 
 
 def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
-    """By the excess over t, R(t) = sum_v max(|v| - t, 0), as an error bends only at levels and halfway between them:
+    """By the excess over t, R(t) = sum_v max(|v| - t, 0), as an error bends only at levels and
+    halfway between them:
 
         sum_v (Q(v) - v)^2 = sum_v v^2 - 2 s sum_l R((l - 1/2) s)
         sum_v |Q(v) - v|   = sum_v |v| - 2 sum_l (R((l - 1/2) s) - R(l s)),    l = 1 ... high
 
-    with values spread evenly in their bins, but in the first, which may hold most of them, of which they fill little: there
-    they fall off as they do from it to the second, n_2 = n_1 e^-f, so that their mean is 1 / f bins and not 1 / 2.
-    """
+    with values spread evenly in their bins, but in the first, which may hold most of them, of which
+    they fill little: there they fall off as they do from it to the second, n_2 = n_1 e^-f, so that
+    their mean is 1 / f bins and not 1 / 2."""
 
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         first, second = counts[:2].tolist()
         fall = math.log(max(first, 1.0) / second) if second else math.inf
-        counts = torch.cat([counts[:1] * (2 / max(fall, 2.0)), counts[1:]])  # the rest of them is next to zero
-        # In units of bins R(t) = R(end) + u above + u^2 own / 2, where u is what is left of the bin that t is in.
+        counts = torch.cat(
+            [counts[:1] * (2 / max(fall, 2.0)), counts[1:]]
+        )  # the rest of them is next to zero
+        # In units of bins R(t) = R(end) + u above + u^2 own / 2, where u is what is left of the bin
+        # that t is in.
         above = _above(counts)
         parts = _above(above[:-1] + counts / 2), above, F.pad(counts / 2, (0, 1))
-        levels = torch.arange(1, 2 * of.grid.high + 1) / 2 if power == 1 else torch.arange(of.grid.high) + 0.5
+        levels = (
+            torch.arange(1, 2 * of.grid.high + 1) / 2
+            if power == 1
+            else torch.arange(of.grid.high) + 0.5
+        )
 
         def gain(steps: Tensor) -> Tensor:
             at = torch.outer(steps, levels.double()).clamp_(max=BINS)
@@ -127,7 +153,9 @@ def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
             steps = (shares * (unit / (2 * float(middles[0])))).split(max(1, 2**18 // len(levels)))
             return int(shares[torch.cat([gain(some) for some in steps]).argmax()])
 
-        near = best(torch.tensor([1, 2, 4, *range(COARSE, CANDIDATES + 1, COARSE)], dtype=torch.float64))
+        near = best(
+            torch.tensor([1, 2, 4, *range(COARSE, CANDIDATES + 1, COARSE)], dtype=torch.float64)
+        )
         first, last = max(1, near - COARSE + 1), min(CANDIDATES, near + COARSE - 1)
         return unit * best(torch.arange(first, last + 1, dtype=torch.float64))
 
@@ -140,19 +168,23 @@ def _above(counts: Tensor) -> Tensor:
 
 
 def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
-    """KL divergence of the clipped histogram p from its own quantization q, as TensorRT's entropy calibrator.
+    """KL divergence of the clipped histogram p from its own quantization q, as TensorRT's entropy
+    calibrator.
 
-    q is one number a level, so that sum p log(p / q) is of sums over bins, which running sums give, and over levels: all
-    clips are tried at once.
-    """
+    q is one number a level, so that sum p log(p / q) is of sums over bins, which running sums give,
+    and over levels: all clips are tried at once."""
     levels = of.grid.high + 1
     if levels >= BINS:
         return of.amax / of.grid.high
     used = max(levels, int((counts > 0).nonzero()[-1]) + 1)
-    stops = torch.tensor(sorted({*range(levels, used, max(1, (used - levels) // CANDIDATES)), used}))
+    stops = torch.tensor(
+        sorted({*range(levels, used, max(1, (used - levels) // CANDIDATES)), used})
+    )
     running = (counts, (counts > 0).double(), torch.xlogy(counts, counts))
     sums, filled, logs = (F.pad(c.cumsum(0), (1, 0)) for c in running)
-    edges = (stops.unsqueeze(1) * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
+    edges = (
+        (stops.unsqueeze(1) * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
+    )
     mass, held = (total.take(edges).diff() for total in (sums, filled))
     mean = mass / held.clamp_(min=1)  # of a level's bins that hold something: inside times q
     last, inside = counts[stops - 1], sums[stops]

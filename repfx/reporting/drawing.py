@@ -13,8 +13,14 @@ from repfx.reporting.regions import kinds_of
 
 
 def drawing(model: nn.Module, regions: tuple[Region, ...], merged: bool) -> Drawing:
-    """The graphs of a model, one below the other; nodes of a region, or the layer it became, know its number."""
-    owner = {name: i for i, r in enumerate(regions) for name in ((r.name,) if merged else (*r.ops, r.name))}
+    """The graphs of a model, one below the other; nodes of a region, or the layer it became, know
+    its number.
+    """
+    owner = {
+        name: i
+        for i, r in enumerate(regions)
+        for name in ((r.name,) if merged else (*r.ops, r.name))
+    }
     names: list[str] = []
     kinds: list[str] = []
     places: list[tuple[float, float]] = []
@@ -23,7 +29,11 @@ def drawing(model: nn.Module, regions: tuple[Region, ...], merged: bool) -> Draw
     floor = 0.0
     for path, module in graphs(model):
         view = GraphView(module)
-        shown = [n for n in module.graph.nodes if n.op == "output" or (n.op != "get_attr" and _is_data(view, n))]
+        shown = [
+            n
+            for n in module.graph.nodes
+            if n.op == "output" or (n.op != "get_attr" and _is_data(view, n))
+        ]
         depth: dict[fx.Node, int] = {}
         rows: dict[int, int] = defaultdict(int)
         at: dict[fx.Node, int] = {}

@@ -46,11 +46,12 @@ def measure(
 ) -> Numbers:
     """The numbers of one float model, measured on the CPU.
 
-    `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are calibrated on them. Without
-    it there are no activations and no errors. `passes`: what makes the deployed net, the last of them quantizing.
+    `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are
+    calibrated on them. Without it there are no activations and no errors. `passes`: what makes the
+    deployed net, the last of them quantizing.
 
-    Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers already.
-    """
+    Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers
+    already."""
     if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
         raise InputError("the report wants the float model: it quantizes a copy itself")
     if isinstance(model, nn.Module) and any(
@@ -62,7 +63,10 @@ def measure(
     ordered = resolve(passes)
     kinds = {p.stage for p in ordered}
     if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
-        raise InputError("the passes of a report make the deployed net: one quantizes, such as ptq, none is for training")
+        raise InputError(
+            "the passes of a report make the deployed net: one quantizes, such as ptq, none "
+            "is for training"
+        )
     merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
     base, _ = rewrite(model, [], x, target)
     merged, report = rewrite(model, merging, x, target)
@@ -70,8 +74,12 @@ def measure(
     if batches:
         calibrate(deployed, batches, progress=progress)
     if Stage.ADJUST in kinds:
-        deployed, _ = rewrite(deployed, ["fuse"], x, target)  # what was put in to be learned folds into its layer
-    notes = [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
+        deployed, _ = rewrite(
+            deployed, ["fuse"], x, target
+        )  # what was put in to be learned folds into its layer
+    notes = (
+        [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
+    )
     bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
 
     args = _as_input(x, base)
@@ -83,7 +91,14 @@ def measure(
     regions = regions_of(model, report, x)
     codes = _coded(deployed)
     layers = [
-        _layer(name, node, view, codes.get(name), branches_of(base, regions, name), norms_of(base, regions, name))
+        _layer(
+            name,
+            node,
+            view,
+            codes.get(name),
+            branches_of(base, regions, name),
+            norms_of(base, regions, name),
+        )
         for name, node, view in deployed_layers(merged)
     ]
     if batches and isinstance(deployed, fx.GraphModule):
@@ -91,7 +106,13 @@ def measure(
     elif batches:
         notes.append("The model is traced in parts: the errors of its layers are not measured.")
     numbers = Numbers(
-        title, bits, forms, regions, tuple(layers), drawing(base, regions, False), drawing(merged, regions, True)
+        title,
+        bits,
+        forms,
+        regions,
+        tuple(layers),
+        drawing(base, regions, False),
+        drawing(merged, regions, True),
     )
     return replace(numbers, warnings=advice(numbers), notes=tuple(notes))
 
@@ -120,7 +141,9 @@ def _checked(data: Iterable[Any]) -> list[Any]:
     return batches
 
 
-def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None) -> tuple[Form, ...]:
+def _forms(
+    parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None
+) -> tuple[Form, ...]:
     found = []
     truth: list[Tensor] = []
     for i, (name, model) in enumerate(parts.items()):
@@ -130,8 +153,13 @@ def _forms(parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[A
         sqnr = top1 = None
         if batches:
             outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
-            leaves = [[t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()] for o in outputs]
-            given = [torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)]  # over the batches
+            leaves = [
+                [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()]
+                for o in outputs
+            ]
+            given = [
+                torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)
+            ]  # over the batches
             truth = truth or given
             sqnr = None if i == 0 or not given else difference(truth, given).sqnr
             top1 = _top1(outputs, batches)
@@ -154,14 +182,25 @@ def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:
             if isinstance(quant, FakeQuant) and quant.of_weight:
                 source = node.all_input_nodes[0]
                 name = (f"{path}." if path else "") + str(node.target).rpartition(".")[0]
-                found[name] = quant, view.tensor(str(source.target) if source.op == "get_attr" else source)
+                found[name] = (
+                    quant,
+                    view.tensor(str(source.target) if source.op == "get_attr" else source),
+                )
     return found
 
 
 def _top1(outputs: list[Any], batches: list[Any]) -> float | None:
-    labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)]
+    labels = [
+        b[1]
+        for b in batches
+        if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)
+    ]
     logits = all(isinstance(o, Tensor) and o.dim() == 2 for o in outputs)
-    if len(labels) != len(outputs) or not logits or any(y.dim() != 1 or y.is_floating_point() for y in labels):
+    if (
+        len(labels) != len(outputs)
+        or not logits
+        or any(y.dim() != 1 or y.is_floating_point() for y in labels)
+    ):
         return None
     right = sum(int((o.argmax(1) == y).sum()) for o, y in zip(outputs, labels, strict=True))
     return 100 * right / sum(len(y) for y in labels)
@@ -170,7 +209,9 @@ def _top1(outputs: list[Any], batches: list[Any]) -> float | None:
 def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
     """Convolutions and linear layers, and the multiply-accumulates of one input."""
     if args is None:
-        return sum(1 for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), 0.0
+        return sum(
+            1 for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+        ), 0.0
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run_eval(model, args)
     found = counter.get_flop_counts().get("Global", {})
@@ -180,7 +221,9 @@ def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
 
 
 def _weighted(node: fx.Node, view: GraphView) -> bool:
-    return (node.op == "call_function" and node.target in CALLS) or bool(getattr(view.ops.get(node), "macs", 0))
+    return (node.op == "call_function" and node.target in CALLS) or bool(
+        getattr(view.ops.get(node), "macs", 0)
+    )
 
 
 def _layer(
@@ -192,18 +235,28 @@ def _layer(
     norms: tuple[Norm, ...],
 ) -> Layer:
     op: Any = view.ops[node]
-    weight = view.tensor(f"{node.target}.weight" if node.op == "call_module" else _weight_of(view, node)).detach().float()
+    weight = (
+        view.tensor(f"{node.target}.weight" if node.op == "call_module" else _weight_of(view, node))
+        .detach()
+        .float()
+    )
     sqnr = used = None
     if coded is not None:
         quant, held = coded
         held = held.detach()
         codes = quant.codes(held)
         noise = float((held - codes * quant.grid.along(quant.step, held)).double().square().sum())
-        sqnr = float("inf") if noise == 0 else 10 * math.log10(max(float(held.double().square().sum()), 1e-300) / noise)
+        sqnr = (
+            float("inf")
+            if noise == 0
+            else 10 * math.log10(max(float(held.double().square().sum()), 1e-300) / noise)
+        )
         used = len(codes.unique()) / (quant.grid.high - quant.grid.low + 1)
     wide, median = reach(weight.abs().flatten(1).amax(1))
     rows = (wide, len(weight), median)
-    return Layer(name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms)
+    return Layer(
+        name, short(op.own), 0.0, weight.numel(), spread(weight), rows, sqnr, used, branches, norms
+    )
 
 
 def _weight_of(view: GraphView, node: fx.Node) -> Any:
@@ -211,11 +264,17 @@ def _weight_of(view: GraphView, node: fx.Node) -> Any:
     return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else weight
 
 
-def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], progress: bool) -> list[Layer]:
+def _errors(
+    deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], progress: bool
+) -> list[Layer]:
     calls: dict[fx.Node, str] = {}
     inputs: dict[str, str] = {}
     for node in deployed.graph.nodes:
-        if node.op == "call_function" and node.target in CALLS and _quantizer(deployed, node.args[1]):
+        if (
+            node.op == "call_function"
+            and node.target in CALLS
+            and _quantizer(deployed, node.args[1])
+        ):
             name = str(node.args[1].target).rpartition(".")[0]
             calls[node] = name
             source: Any = node.args[0]
@@ -235,7 +294,13 @@ def _errors(deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], p
         seen = pairs.seen.get(inputs.get(layer.name, ""))
         macs = float(pairs.positions[layer.name] * layer.params)
         found.append(
-            replace(layer, macs=macs, alone=alone, together=together, input=None if seen is None else seen.activation())
+            replace(
+                layer,
+                macs=macs,
+                alone=alone,
+                together=together,
+                input=None if seen is None else seen.activation(),
+            )
         )
     return found
 

@@ -11,7 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """How values lie. `quantiles`: evenly spaced ones, the smallest first; enough to draw the distribution."""
+    """How values lie. `quantiles`: evenly spaced ones, the smallest first; enough to draw the
+    distribution.
+    """
 
     low: float
     high: float
@@ -45,8 +47,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Activation:
-    """The input of a layer over the data. `wide`: channels of `channels` that reach over half of the tensor's range,
-    where the median channel reaches `median` of it. `clipped` and `used`: shares of values cut off, of codes in use."""
+    """The input of a layer over the data. `wide`: channels of `channels` that reach over half of
+    the tensor's range, where the median channel reaches `median` of it. `clipped` and `used`:
+    shares of values cut off, of codes in use."""
 
     values: Spread
     channels: int
@@ -58,10 +61,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the deployed net. `rows`: `wide` of `channels` output channels reach over half of the weight's range.
-    `weight_sqnr`, `weight_used`: of its rounded weight, None where it
-    stays in float. `alone`, `together`: SQNR of its output in dB, quantized by itself on float
-    inputs, and with all before it; None without data."""
+    """A layer of the deployed net. `rows`: `wide` of `channels` output channels reach over half of
+    the weight's range. `weight_sqnr`, `weight_used`: of its rounded weight, None where it stays in
+    float. `alone`, `together`: SQNR of its output in dB, quantized by itself on float inputs, and
+    with all before it; None without data."""
 
     name: str
     what: str
@@ -80,7 +83,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Region:
-    """A block: its operators, what it became or why it was left alone, and the program that computes its weight."""
+    """A block: its operators, what it became or why it was left alone, and the program that
+    computes its weight.
+    """
 
     name: str
     ops: tuple[str, ...]
@@ -97,7 +102,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Form:
-    """The model after some passes. `macs` for one input; `size` in bytes; `sqnr` in dB against the model as it was."""
+    """The model after some passes. `macs` for one input; `size` in bytes; `sqnr` in dB against the
+    model as it was.
+    """
 
     name: str
     convs: int
@@ -110,7 +117,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A graph: for each node its name, what it is, its place, and the region it belongs to (-1: none); edges by index."""
+    """A graph: for each node its name, what it is, its place, and the region it belongs to (-1:
+    none); edges by index.
+    """
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]

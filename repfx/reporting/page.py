@@ -1,4 +1,5 @@
-"""The page: one HTML file that opens from disk, with nothing in it that is loaded from elsewhere."""
+"""The page: one HTML file that opens from disk, with nothing in it that is loaded from
+elsewhere."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from repfx.reporting.numbers import Numbers, as_json
 def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
     """Writes the page of one model, or of several side by side.
 
-    Raises InputError for more than four models or a path that cannot be written, MissingPart without jinja2 and plotly.
-    """
+    Raises InputError for more than four models or a path that cannot be written, MissingPart
+    without jinja2 and plotly."""
     try:
         from jinja2 import Environment
         from plotly.offline import get_plotlyjs
@@ -35,7 +36,9 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
             chart = graph(f"graph-{key}-{i}", f"{m.title}, {word}", d)
             graphs.append({**vars(chart), "model": i})
     drawn = charts(models)
-    figures = {c.key: json.loads(c.figure) for c in drawn} | {g["key"]: json.loads(g["figure"]) for g in graphs}
+    figures = {c.key: json.loads(c.figure) for c in drawn} | {
+        g["key"]: json.loads(g["figure"]) for g in graphs
+    }
     shown = [
         {
             "title": m.title,

@@ -1,6 +1,7 @@
-"""One walk through a quantized graph on two streams, float and quantized, for the error of every layer (QARepVGG, Fig. 6).
+"""One walk through a quantized graph on two streams, float and quantized, for the error of every
+layer (QARepVGG, Fig. 6).
 
-float       y  = f(x)                     alone       y1 = Q(f)(x)         a layer rounded, on float inputs
+float       y  = f(x)                     alone     y1 = Q(f)(x)   a layer rounded, on float inputs
 together    y^ = Q(f)(x^)                 SQNR = 10 log10( sum y^2 / sum (y - y.)^2 )
 """
 
@@ -65,8 +66,13 @@ class Pairs:
                 self.seen.setdefault(str(node.target), Seen(called, axis)).add(exact[source])
             return
         exact[node] = step(self.module, node, exact.__getitem__)
-        rounded[node] = exact[node] if node.op == "get_attr" else step(self.module, node, rounded.__getitem__)
-        mixed = {**{n: exact[n] for n in node.all_input_nodes}, **{n: alone[n] for n in node.all_input_nodes if n in alone}}
+        rounded[node] = (
+            exact[node] if node.op == "get_attr" else step(self.module, node, rounded.__getitem__)
+        )
+        mixed = {
+            **{n: exact[n] for n in node.all_input_nodes},
+            **{n: alone[n] for n in node.all_input_nodes if n in alone},
+        }
         if node in self.layers:
             name, y = self.layers[node], exact[node].double()
             outputs = len(exact[node.args[1]])
@@ -74,13 +80,18 @@ class Pairs:
             self.signal[name] += float(y.square().sum())
             for i, other in enumerate((step(self.module, node, mixed.__getitem__), rounded[node])):
                 self.noise[name][i] += float((y - other.double()).square().sum())
-        elif (is_max_pool(self.module, node) or node.target is F.pad) and node.all_input_nodes[0] in alone:
+        elif (is_max_pool(self.module, node) or node.target is F.pad) and node.all_input_nodes[
+            0
+        ] in alone:
             alone[node] = step(self.module, node, mixed.__getitem__)
 
     def sqnr(self, name: str) -> tuple[float, float]:
         """Alone and together, in dB."""
         signal = max(self.signal[name], 1e-300)
-        a, b = (math.inf if noise == 0 else 10 * math.log10(signal / noise) for noise in self.noise[name])
+        a, b = (
+            math.inf if noise == 0 else 10 * math.log10(signal / noise)
+            for noise in self.noise[name]
+        )
         return a, b
 
 
@@ -99,7 +110,10 @@ class Seen:
     def add(self, x: Tensor) -> None:
         grid, flat = self.quant.grid, x.detach().flatten().float()
         self.count += flat.numel()
-        self.total, self.square = self.total + float(flat.double().sum()), self.square + float(flat.double().square().sum())
+        self.total, self.square = (
+            self.total + float(flat.double().sum()),
+            self.square + float(flat.double().square().sum()),
+        )
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         codes = self.quant.codes(flat)
         self.codes[codes.to(torch.int64).add_(2**15).unique()] = True
@@ -107,7 +121,11 @@ class Seen:
         self.clipped += int(((over > grid.high + 0.5) | (over < grid.low - 0.5)).sum())
         if x.dim() > 1:
             top = x.abs().movedim(self.axis, 0).flatten(1).amax(1)
-            self.channels = top if self.channels is None or len(self.channels) != len(top) else self.channels.maximum(top)
+            self.channels = (
+                top
+                if self.channels is None or len(self.channels) != len(top)
+                else self.channels.maximum(top)
+            )
         self.sample.append(flat[:: max(1, flat.numel() // 4096)])
 
     def activation(self) -> Activation:
@@ -118,12 +136,19 @@ class Seen:
         used = int(self.codes.sum()) / (grid.high - grid.low + 1)
         wide, median = reach(self.channels)
         return Activation(
-            values, 0 if self.channels is None else len(self.channels), wide, median, self.clipped / self.count, used
+            values,
+            0 if self.channels is None else len(self.channels),
+            wide,
+            median,
+            self.clipped / self.count,
+            used,
         )
 
 
 def reach(top: Tensor | None) -> tuple[int, float]:
-    """Of the largest magnitudes of channels: how many are over half of the largest, and the median's share of it."""
+    """Of the largest magnitudes of channels: how many are over half of the largest, and the
+    median's share of it.
+    """
     if top is None or not len(top) or float(top.max()) == 0:
         return 0, 0.0
     share = top / top.max()
@@ -138,4 +163,6 @@ def quantiles(values: Tensor) -> tuple[float, ...]:
 
 def spread(values: Tensor) -> Spread:
     v = values.detach().float()
-    return Spread(float(v.min()), float(v.max()), float(v.mean()), float(v.std(correction=0)), quantiles(v))
+    return Spread(
+        float(v.min()), float(v.max()), float(v.mean()), float(v.std(correction=0)), quantiles(v)
+    )

@@ -1,4 +1,6 @@
-"""Regions and layers of a report: what merged into what, by which program, and the kernels and norms it was made of."""
+"""Regions and layers of a report: what merged into what, by which program, and the kernels and
+norms it was made of.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
         kinds = seen.ops if seen is not None else ()
         costs = (m.macs_before, m.macs_after, m.params_before, m.params_after)
         found.append(Region(m.into, m.ops, kinds, becomes, "", "", *costs, code))
-    found += [Region(d.where, (), (), "", d.reason, d.cure, 0.0, 0.0, 0, 0) for d in report.declined]
+    found += [
+        Region(d.where, (), (), "", d.reason, d.cure, 0.0, 0.0, 0, 0) for d in report.declined
+    ]
     return tuple(found)
 
 
@@ -50,7 +54,9 @@ def programs_of(model: Any, example: Any) -> list[tuple[set[str], str]]:
             if isinstance(weight, fx.Node) and weight.op != "get_attr" and node.target in CALLS:
                 ends = [weight, *(a for a in node.args[2:3] if isinstance(a, fx.Node))]
                 nodes = _ancestors(module, ends)
-                reads = {prefix + str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
+                reads = {
+                    prefix + str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"
+                }
                 reads |= {prefix + str(n.target) for n in nodes if n.op == "call_module"}
                 found.append((reads, _code(nodes, ends)))
     return found
@@ -60,7 +66,11 @@ def _ancestors(module: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:
     todo, seen = list(ends), set(ends)
     while todo:
         for before in todo.pop().all_input_nodes:
-            if before not in seen and before.op not in ("placeholder",) and not _reads_input(module, before):
+            if (
+                before not in seen
+                and before.op not in ("placeholder",)
+                and not _reads_input(module, before)
+            ):
                 seen.add(before)
                 todo.append(before)
     return [n for n in module.graph.nodes if n in seen]
@@ -92,13 +102,26 @@ def deployed_layers(model: nn.Module) -> Iterator[tuple[str, fx.Node, GraphView]
         prefix = f"{path}." if path else ""
         for node in view.nodes:
             op = view.ops[node]
-            if isinstance(op, Map) and op.macs and op.own is not None and op.kind in ("conv", "linear"):
-                yield prefix + (str(node.target) if node.op == "call_module" else _owner(node)), node, view
+            if (
+                isinstance(op, Map)
+                and op.macs
+                and op.own is not None
+                and op.kind in ("conv", "linear")
+            ):
+                yield (
+                    prefix + (str(node.target) if node.op == "call_module" else _owner(node)),
+                    node,
+                    view,
+                )
 
 
 def _owner(node: fx.Node) -> str:
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    path = (
+        str(weight.target).rpartition(".")[0]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr"
+        else ""
+    )
     return path or node.name
 
 
@@ -107,7 +130,8 @@ def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tupl
     return tuple(
         Branch(name, spread(view.tensor(f"{node.target}.weight")))
         for name, node, view in _inside(base, regions, into)
-        if node.op == "call_module" and isinstance(view.modules[str(node.target)], (nn.modules.conv._ConvNd, nn.Linear))
+        if node.op == "call_module"
+        and isinstance(view.modules[str(node.target)], (nn.modules.conv._ConvNd, nn.Linear))
     )
 
 
@@ -119,11 +143,15 @@ def norms_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[N
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None:
             gamma = torch.ones_like(m.running_var) if m.weight is None else m.weight.detach()
             factor = (gamma / torch.sqrt(m.running_var + m.eps)).abs()
-            found.append(Norm(name, float(factor.min()), float(factor.median()), float(factor.max())))
+            found.append(
+                Norm(name, float(factor.min()), float(factor.median()), float(factor.max()))
+            )
     return tuple(found)
 
 
-def _inside(base: nn.Module, regions: tuple[Region, ...], into: str) -> Iterator[tuple[str, fx.Node, GraphView]]:
+def _inside(
+    base: nn.Module, regions: tuple[Region, ...], into: str
+) -> Iterator[tuple[str, fx.Node, GraphView]]:
     ops = {op for r in regions if r.name == into for op in r.ops}
     for path, module in graphs(base) if ops else ():
         view = GraphView(module)
@@ -140,4 +168,8 @@ def kinds_of(view: GraphView, node: fx.Node) -> str:
         return text
     if node.op == "call_module":
         return type(view.modules[str(node.target)]).__name__
-    return str(getattr(node.target, "__name__", node.target)) if node.op.startswith("call") else node.op
+    return (
+        str(getattr(node.target, "__name__", node.target))
+        if node.op.startswith("call")
+        else node.op
+    )

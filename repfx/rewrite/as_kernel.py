@@ -24,7 +24,9 @@ from repfx.rewrite.weights import in_float64
 
 @dataclass(frozen=True)
 class Lifted:
-    """A module of one input and one output as the region it is: derived once, read again whenever its weights change."""
+    """A module of one input and one output as the region it is: derived once, read again whenever
+    its weights change.
+    """
 
     module: fx.GraphModule
     view: GraphView
@@ -36,12 +38,16 @@ class Lifted:
         return kernel_of(self.view, self.region, in_float64(self.view, keep=False))
 
     def prove(self) -> float:
-        """The relative error of `kernel` against the module's own forward. Raises CheckError where it is not rounding."""
+        """The relative error of `kernel` against the module's own forward. Raises CheckError where
+        it is not rounding.
+        """
         return prove(self.view, self.region, self.kernel, in_float64(self.view, keep=True))
 
 
 def lifted(module: nn.Module) -> Lifted:
-    """Traces a module (N, in, ...) -> (N, out, ...). Raises InputError where it is not linear from one input to one."""
+    """Traces a module (N, in, ...) -> (N, out, ...). Raises InputError where it is not linear from
+    one input to one.
+    """
     tracer = Tracer(frozenset())
     graph = tracer.trace(module)
     normalise(graph)
@@ -49,14 +55,20 @@ def lifted(module: nn.Module) -> Lifted:
     view = GraphView(result)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     sink = next(n for n in graph.nodes if n.op == "output").args[0]
-    nodes = nodes_between(view, inputs[0], sink) if len(inputs) == 1 and isinstance(sink, fx.Node) else None
+    nodes = (
+        nodes_between(view, inputs[0], sink)
+        if len(inputs) == 1 and isinstance(sink, fx.Node)
+        else None
+    )
     if not nodes or not is_linear(view, sink):
         raise InputError("the module is not linear between one input and one output")
     return Lifted(result, view, Region(inputs[0], sink, nodes, frozenset()))
 
 
 def lift(module: nn.Module) -> Kernel:
-    """The Kernel of a module in eval mode. Raises InputError where it is not exactly one convolution for every size."""
+    """The Kernel of a module in eval mode. Raises InputError where it is not exactly one
+    convolution for every size.
+    """
     try:
         return lifted(module).kernel
     except Inexact as why:

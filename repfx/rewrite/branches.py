@@ -19,7 +19,9 @@ from repfx.rewrite.merge_regions import plan_merges
 
 @dataclass(frozen=True)
 class Branch:
-    """One term: a convolution and its batch norm, either of which may be missing; neither is the source itself."""
+    """One term: a convolution and its batch norm, either of which may be missing; neither is the
+    source itself.
+    """
 
     conv: fx.Node | None
     norm: fx.Node | None
@@ -27,7 +29,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class BranchSum:
-    """`main` has the widest kernel, `point` is 1x1, `identity` has no convolution. `nodes` end with the sum."""
+    """`main` has the widest kernel, `point` is 1x1, `identity` has no convolution. `nodes` end with
+    the sum.
+    """
 
     source: fx.Node
     sink: fx.Node
@@ -55,7 +59,9 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if m.bias is None else shift + m.bias
 
 
-def _read(view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]) -> BranchSum | None:
+def _read(
+    view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]
+) -> BranchSum | None:
     terms = _terms(view, sink, source)
     if not isinstance(view.ops[sink], Sum) or len(terms) < 2:
         return None
@@ -65,14 +71,26 @@ def _read(view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node,
     convs = [b for b in branches if b is not None and b.conv is not None]
     rest = [b for b in branches if b is not None and b.conv is None]
     convs.sort(key=lambda b: _taps(view, b), reverse=True)
-    if not convs or len(convs) > 2 or len(rest) > 1 or (len(convs) == 2 and _taps(view, convs[1]) != 1):
+    if (
+        not convs
+        or len(convs) > 2
+        or len(rest) > 1
+        or (len(convs) == 2 and _taps(view, convs[1]) != 1)
+    ):
         return None
     if _taps(view, convs[0]) == 1:
         return None
     count = sum((b.conv is not None) + (b.norm is not None) for b in (*convs, *rest))
     if count + len(terms) - 1 != len(nodes):  # something else stands in it
         return None
-    return BranchSum(source, sink, nodes, convs[0], convs[1] if len(convs) == 2 else None, rest[0] if rest else None)
+    return BranchSum(
+        source,
+        sink,
+        nodes,
+        convs[0],
+        convs[1] if len(convs) == 2 else None,
+        rest[0] if rest else None,
+    )
 
 
 def _terms(view: GraphView, node: fx.Node, source: fx.Node) -> list[fx.Node]:
@@ -90,7 +108,12 @@ def _branch(view: GraphView, node: fx.Node, source: fx.Node) -> Branch | None:
     parts: dict[str, fx.Node] = {}
     for kind in ("bn", "conv"):
         op = view.ops[node]
-        if node is not source and isinstance(op, Map) and op.kind == kind and node.op == "call_module":
+        if (
+            node is not source
+            and isinstance(op, Map)
+            and op.kind == kind
+            and node.op == "call_module"
+        ):
             parts[kind], node = node, op.x
     return Branch(parts.get("conv"), parts.get("bn")) if node is source else None
 

@@ -1,8 +1,8 @@
 """The pass contract: what a pass says of itself, and what the runner then checks.
 
-A pass is a frozen dataclass whose fields are its options. It declares where it belongs (`stage`), which passes it builds
-on (`requires`) and what it promises; the runner orders, runs and proves, and says which promise was broken by whom.
-"""
+A pass is a frozen dataclass whose fields are its options. It declares where it belongs (`stage`),
+which passes it builds on (`requires`) and what it promises; the runner orders, runs and proves, and
+says which promise was broken by whom."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Stage(IntEnum):
 
 
 class Promise(Enum):
-    """REGIONS: every merged region equals itself, proved as it merges. NAMES: every key of the state_dict stays."""
+    """REGIONS: every merged region equals itself, proved as it merges. NAMES: every key of the
+    state_dict stays.
+    """
 
     REGIONS = "each merged region computes what it did"
     NAMES = "every key of the state_dict stays"
@@ -40,10 +42,11 @@ class Promise(Enum):
 
 @dataclass(frozen=True)
 class Merged:
-    """One region that became one layer: its operators by name, the layer's path, and what both cost.
+    """One region that became one layer: its operators by name, the layer's path, and what both
+    cost.
 
-    MACs are multiply-accumulates per position of the region's input; `error` is relative, in float64.
-    """
+    MACs are multiply-accumulates per position of the region's input; `error` is relative, in
+    float64."""
 
     name: str
     ops: tuple[str, ...]
@@ -87,31 +90,48 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 def _registered(name: str) -> type[Pass]:
-    """The pass of this name, from here or from another package's entry point in the group "repfx.passes"."""
+    """The pass of this name, from here or from another package's entry point in the group
+    "repfx.passes".
+    """
     for entry in entry_points(group="repfx.passes", name=name) if name not in REGISTRY else ():
         try:
             cls = entry.load()
         except Exception as error:  # anybody's module, anybody's error
-            raise InputError(f"the pass {name!r} of a package does not load, {entry.value}: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == name):
-            raise InputError(f"{entry.value} is no subclass of repfx.passes.Pass with the name {name!r}")
+            raise InputError(
+                f"the pass {name!r} of a package does not load, {entry.value}: {error}"
+            ) from error
+        if not (
+            isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == name
+        ):
+            raise InputError(
+                f"{entry.value} is no subclass of repfx.passes.Pass with the name {name!r}"
+            )
         _check(cls)
         register(cls)
     if name not in REGISTRY:
-        raise unknown("pass", name, {*REGISTRY, *(e.name for e in entry_points(group="repfx.passes"))})
+        raise unknown(
+            "pass", name, {*REGISTRY, *(e.name for e in entry_points(group="repfx.passes"))}
+        )
     return REGISTRY[name]
 
 
 def _check(cls: type[Pass]) -> None:
-    if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "stage", None), Stage):
+    if not isinstance(getattr(cls, "name", None), str) or not isinstance(
+        getattr(cls, "stage", None), Stage
+    ):
         known = ", ".join(f"Stage.{s.name}" for s in Stage)
-        raise InputError(f"the pass {cls.__name__} has to say its name, a string, and its stage, one of {known}")
+        raise InputError(
+            f"the pass {cls.__name__} has to say its name, a string, and its stage, one of {known}"
+        )
     if not is_dataclass(cls):
-        raise InputError(f"the pass {cls.__name__} is no dataclass: its fields are the options of the pass")
+        raise InputError(
+            f"the pass {cls.__name__} is no dataclass: its fields are the options of the pass"
+        )
 
 
 def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
-    """Names, specs such as "ptq(bits=6)" and pass objects, with what they require, in order of stage.
+    """Names, specs such as "ptq(bits=6)" and pass objects, with what they require, in order of
+    stage.
 
     Raises InputError for an unknown pass or option, naming the known ones.
     """
@@ -138,7 +158,9 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
     for p in found:
         add(p)
-    return sorted(ordered, key=lambda p: p.stage)  # stable: what is required stays before what requires it
+    return sorted(
+        ordered, key=lambda p: p.stage
+    )  # stable: what is required stays before what requires it
 
 
 def parse(spec: str) -> Pass:
@@ -150,8 +172,8 @@ def parse(spec: str) -> Pass:
     >>> parse("fues")
     Traceback (most recent call last):
     ...
-    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep, qprep, repq
-    """
+    repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep,
+    qprep, repq"""
     try:
         call = ast.parse(spec.strip(), mode="eval").body
     except (SyntaxError, ValueError):

@@ -1,7 +1,7 @@
 """How far two outputs are apart, each tensor of them judged by its own size.
 
-Boxes in 0..640 would hide scores in 0..1 that are all wrong: what is said of several tensors is said of the worst.
-"""
+Boxes in 0..640 would hide scores in 0..1 that are all wrong: what is said of several tensors is
+said of the worst."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from repfx.errors import CheckError
 
 @dataclass(frozen=True)
 class Difference:
-    """`max_abs`: largest difference. `relative`: that over the largest value. `sqnr`: signal over noise in dB.
+    """`max_abs`: largest difference. `relative`: that over the largest value. `sqnr`: signal over
+    noise in dB.
 
-    Integers, such as indices, are right or wrong and have no size: of `integers` entries `different` differ, `relative`
-    is their share and `sqnr` that in dB.
-    """
+    Integers, such as indices, are right or wrong and have no size: of `integers` entries
+    `different` differ, `relative` is their share and `sqnr` that in dB."""
 
     max_abs: float
     relative: float
@@ -32,11 +32,15 @@ class Difference:
 
     def __str__(self) -> str:
         counted = f", {self.different} of {self.integers} integers differ" if self.integers else ""
-        return f"max abs {self.max_abs:.3g}, relative {self.relative:.3g}, SQNR {self.sqnr:.1f} dB{counted}"
+        return (
+            f"max abs {self.max_abs:.3g}, relative {self.relative:.3g}, SQNR "
+            f"{self.sqnr:.1f} dB{counted}"
+        )
 
 
 def difference(want: Any, got: Any) -> Difference:
-    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure. Of several, the worst's.
+    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure. Of
+    several, the worst's.
 
     Equal infinities, and NaN in both, are no difference; infinity or NaN in one is an infinite one.
     Raises CheckError where the structures or shapes differ.
@@ -48,10 +52,15 @@ def difference(want: Any, got: Any) -> Difference:
 
 
 def differences(want: Any, got: Any) -> tuple[Difference, ...]:
-    """The difference of each tensor of two outputs. Raises CheckError where the structures or shapes differ."""
+    """The difference of each tensor of two outputs. Raises CheckError where the structures or
+    shapes differ.
+    """
     a, b = _tensors(want), _tensors(got)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
-        raise CheckError(f"outputs of different shapes: {[tuple(x.shape) for x in a]} and {[tuple(y.shape) for y in b]}")
+        raise CheckError(
+            f"outputs of different shapes: {[tuple(x.shape) for x in a]} and "
+            f"{[tuple(y.shape) for y in b]}"
+        )
     return tuple(_difference(x.detach().cpu(), y.detach().cpu()) for x, y in zip(a, b, strict=True))
 
 
@@ -75,11 +84,15 @@ def _difference(want: Tensor, got: Tensor) -> Difference:
     most = float(noise.max()) if noise.numel() else 0.0
     if not any(k.is_floating_point or k.is_complex for k in kinds):
         entries, different = equal.numel(), int((~equal).sum())
-        return Difference(most, different / max(entries, 1), _decibel(entries, different), entries, different)
+        return Difference(
+            most, different / max(entries, 1), _decibel(entries, different), entries, different
+        )
     signal = x.masked_fill(~x.isfinite(), 0).abs()
     top = float(signal.max()) if signal.numel() else 0.0
     relative = most / top if top else (math.inf if most else 0.0)
-    return Difference(most, relative, _decibel(float(signal.square().sum()), float(noise.square().sum())))
+    return Difference(
+        most, relative, _decibel(float(signal.square().sum()), float(noise.square().sum()))
+    )
 
 
 def _decibel(signal: float, noise: float) -> float:

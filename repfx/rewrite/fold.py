@@ -1,4 +1,5 @@
-"""fold: the program that computes a weight becomes the weight, by the program itself, so that not a bit differs.
+"""fold: the program that computes a weight becomes the weight, by the program itself, so that not a
+bit differs.
 
 F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))   ->   F.conv2d(Q(x), Q(weight), bias)
 """
@@ -22,7 +23,9 @@ _LAYERS = {CONVS[axes]: layer for axes, layer in CONV_LAYERS.items()}
 
 
 def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
-    """Evaluates, in eval meaning, the program of each weight that reads a KernelNorm or is quantized, in place."""
+    """Evaluates, in eval meaning, the program of each weight that reads a KernelNorm or is
+    quantized, in place.
+    """
     graph, before = module.graph, references(module.graph)
     replaced: list[nn.Module] = []
     done = []
@@ -41,12 +44,24 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
         nodes = _ancestors(module, [n for n in (program, bias) if isinstance(n, fx.Node)])
         values = _evaluate(module, nodes)
         now = values[program].detach().contiguous()
-        layer = _layer(call.target, given, now, None if bias is None else values[bias].detach().contiguous())
+        layer = _layer(
+            call.target, given, now, None if bias is None else values[bias].detach().contiguous()
+        )
         layer.train(module.training)
-        reads = [n for n in nodes if n.op == "get_attr" and values[n].dim() > 1 and "_constant" not in str(n.target)]
+        reads = [
+            n
+            for n in nodes
+            if n.op == "get_attr" and values[n].dim() > 1 and "_constant" not in str(n.target)
+        ]
         path = str(max(reads, key=lambda n: values[n].numel()).target).rpartition(".")[0]
-        mine = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).rpartition(".")[0] == path]
-        free = type(layer) is type(module.get_submodule(path)) and not any(set(n.users) - {*nodes, call} for n in mine)
+        mine = [
+            n
+            for n in graph.nodes
+            if n.op == "get_attr" and str(n.target).rpartition(".")[0] == path
+        ]
+        free = type(layer) is type(module.get_submodule(path)) and not any(
+            set(n.users) - {*nodes, call} for n in mine
+        )
         if not free:
             path = free_path(module, f"{path}.merged" if path else "merged")
         old = put_module(module, path, layer)
@@ -68,7 +83,18 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
             graph.erase_node(call)
         params = sum(values[n].numel() for n in reads)
         macs = float(now.numel())
-        done.append(Merged(path, tuple(str(n.target) for n in reads), path, macs, macs, params, now.numel(), 0.0))
+        done.append(
+            Merged(
+                path,
+                tuple(str(n.target) for n in reads),
+                path,
+                macs,
+                macs,
+                params,
+                now.numel(),
+                0.0,
+            )
+        )
     if done:
         for node in reversed(graph.nodes):
             if is_dead(node) or (not node.users and _is_norm(module, node, (KernelNorm, Moments))):
@@ -85,7 +111,8 @@ def _quantizer(module: fx.GraphModule, node: fx.Node) -> FakeQuant | None:
 def _is_program(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is computed from constants and KernelNorms alone."""
     return all(
-        n.op in ("get_attr", "call_function", "call_method") or _is_norm(module, n) for n in _ancestors(module, [node])
+        n.op in ("get_attr", "call_function", "call_method") or _is_norm(module, n)
+        for n in _ancestors(module, [node])
     )
 
 
@@ -94,7 +121,9 @@ def _is_norm(module: fx.GraphModule, node: fx.Node, kinds: Any = KernelNorm) -> 
 
 
 def _ancestors(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes and what they are computed from, without what a KernelNorm reads statistics of; inputs first."""
+    """The nodes and what they are computed from, without what a KernelNorm reads statistics of;
+    inputs first.
+    """
     found: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -141,7 +170,10 @@ def _layer(target: Any, given: dict[str, Any], weight: Tensor, bias: Tensor | No
     if target is F.linear:
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
     else:
-        groups, options = given["groups"], {k: given[k] for k in ("stride", "padding", "dilation", "groups")}
+        groups, options = (
+            given["groups"],
+            {k: given[k] for k in ("stride", "padding", "dilation", "groups")},
+        )
         sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
         layer = _LAYERS[target](*sizes, bias=False, device="meta", **options)
     layer._parameters["weight"] = nn.Parameter(weight)

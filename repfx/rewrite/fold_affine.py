@@ -1,4 +1,6 @@
-"""fold_affine: an Affine goes into the scale, the codes and the bias of its layer, so that only integers are kept."""
+"""fold_affine: an Affine goes into the scale, the codes and the bias of its layer, so that only
+integers are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from repfx.rewrite.contract import Merged
 
 
 def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
-    """Folds every Affine of the graph in place. Raises InputError for an eta that is 0 or not finite, naming it."""
+    """Folds every Affine of the graph in place. Raises InputError for an eta that is 0 or not
+    finite, naming it.
+    """
     graph, before = module.graph, references(module.graph)
     done, replaced = [], []
     for node in list(graph.nodes):
@@ -27,17 +31,23 @@ def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
         quant = module.get_submodule(str(weight.target))
         assert isinstance(quant, FakeQuant)
         if not bool(torch.isfinite(affine.eta).all() and (affine.eta != 0).all()):
-            raise InputError(f"{path}.eta has a channel that is 0 or not finite, which no scale can hold")
+            raise InputError(
+                f"{path}.eta has a channel that is 0 or not finite, which no scale can hold"
+            )
         given = str(weight.args[0].target)
         with torch.no_grad():
             codes = quant.codes(operator.attrgetter(given)(module))
             scale = quant.step * affine.eta.abs()
             turned = codes * affine.eta.sign().reshape(-1, *(1,) * (codes.dim() - 1))
-            old = operator.attrgetter(str(bias.target))(module) if isinstance(bias, fx.Node) else None
+            old = (
+                operator.attrgetter(str(bias.target))(module) if isinstance(bias, fx.Node) else None
+            )
             _, shift = affine(codes, old)
         # New tensors: those of now may still be the given model's.
         _put(quant, "scale", scale)
-        _put(module, given, turned * quant.grid.along(scale, codes))  # c s / s rounds to c: the codes stay
+        _put(
+            module, given, turned * quant.grid.along(scale, codes)
+        )  # c s / s rounds to c: the codes stay
         if isinstance(bias, fx.Node):
             _put(module, str(bias.target), shift)
         else:

@@ -1,4 +1,6 @@
-"""inspect: what would merge, what it would become and cost, and what would not and why, without touching a weight."""
+"""inspect: what would merge, what it would become and cost, and what would not and why, without
+touching a weight.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from repfx.rewrite.work import Names
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One block and its operators. MACs are per position of its input. `merged` is the layer it becomes; None where it is
-    left alone, with the `reason` and, where there is one, the `cure`."""
+    """One block and its operators. MACs are per position of its input. `merged` is the layer it
+    becomes; None where it is left alone, with the `reason` and, where there is one, the `cure`."""
 
     name: str
     ops: tuple[str, ...]
@@ -36,7 +38,9 @@ class RegionReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`regions`: every block found, merged or not. `declined`: what is left alone, each with its reason."""
+    """`regions`: every block found, merged or not. `declined`: what is left alone, each with its
+    reason.
+    """
 
     regions: tuple[RegionReport, ...]
     declined: tuple[Declined, ...]
@@ -54,10 +58,20 @@ class Inspection:
         title += f"; parameters of what merges: {before:,} → {after:,}" if merged else ""
         table = Table(title=title, title_justify="left")
         for column in ("block", "operators", "becomes", "MACs", "parameters"):
-            table.add_column(column, overflow="fold", justify="right" if column in ("MACs", "parameters") else "left")
+            table.add_column(
+                column,
+                overflow="fold",
+                justify="right" if column in ("MACs", "parameters") else "left",
+            )
         for r in merged:
             change = f"{r.macs_before:,.0f} → {r.macs_after:,.0f}"
-            table.add_row(escape(r.name), _tally(r.ops), r.merged, change, f"{r.params_before:,} → {r.params_after:,}")
+            table.add_row(
+                escape(r.name),
+                _tally(r.ops),
+                r.merged,
+                change,
+                f"{r.params_before:,} → {r.params_after:,}",
+            )
         for d in self.declined:
             why = escape(d.reason + (f"; {d.cure}" if d.cure else ""))
             table.add_row(escape(d.where), "[dim]left alone[/dim]", why, "", "")
@@ -65,7 +79,9 @@ class Inspection:
 
 
 def inspect(model: Any, *, example: Any = None) -> Inspection:
-    """Finds every block of the model and says what `fuse` would make of it. Raises InputError as `transform` does."""
+    """Finds every block of the model and says what `fuse` would make of it. Raises InputError as
+    `transform` does.
+    """
     captured = capture(model, as_args(example))
     require_convolutions(captured)
     regions: list[RegionReport] = []
@@ -78,7 +94,10 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
             removed = m.region.removed
             kinds = tuple(operator(view.ops[node]) for node in removed)
             name = prefix + names.label(m)
-            macs, params = (float(m.macs_before), float(m.geometry.macs)), (m.params_before, m.geometry.params)
+            macs, params = (
+                (float(m.macs_before), float(m.geometry.macs)),
+                (m.params_before, m.geometry.params),
+            )
             regions.append(RegionReport(name, kinds, layer(m.geometry), "", *macs, *params))
         for d in plan.declined:
             regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0, d.cure))

@@ -1,13 +1,12 @@
 """kernel_of: the block run on kernels instead of images.
 
-One interpreter, three rules, two meanings. Run on a Geometry it tells whether a region is one convolution and what that
-costs; run on a Kernel it yields the convolution:
+One interpreter, three rules, two meanings. Run on a Geometry it tells whether a region is one
+convolution and what that costs; run on a Kernel it yields the convolution:
 
     source -> identity,    Map -> value.then(map),    Sum -> sum of factor * arranged value
 
-Whether a padding holds the constant of the value it pads is asked of the expressions, never of today's numbers: every
-parameter and buffer is drawn anew, and again, and both must stay equal.
-"""
+Whether a padding holds the constant of the value it pads is asked of the expressions, never of
+today's numbers: every parameter and buffer is drawn anew, and again, and both must stay equal."""
 
 from __future__ import annotations
 
@@ -27,27 +26,45 @@ from repfx.graph.view import GraphView
 from repfx.rewrite.weights import Fetch, drawn
 
 _KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
-_TYPED = ("conv", "linear", "conv_transpose", "bn")  # what refuses an input that is not of its weights' type
-_CHANGES = ("conv", "linear", "conv_transpose")  # the maps whose outputs are other channels than their inputs
+_TYPED = (
+    "conv",
+    "linear",
+    "conv_transpose",
+    "bn",
+)  # what refuses an input that is not of its weights' type
+_CHANGES = (
+    "conv",
+    "linear",
+    "conv_transpose",
+)  # the maps whose outputs are other channels than their inputs
 
 Value = TypeVar("Value", Geometry, Kernel)
 
 
-def geometries(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, Geometry | Inexact]:
+def geometries(
+    view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]
+) -> dict[fx.Node, Geometry | Inexact]:
     """The geometry of each node as a map of `source`, or why it has none."""
     found: dict[fx.Node, Any] = {}
     try:
         dtype = source.meta.get("dtype")
         if dtype is not None and not dtype.is_floating_point:
-            raise Inexact(f"its input is {str(dtype).removeprefix('torch.')}, which a convolution does not take")
-        if source.meta.get("guessed") and not any(getattr(view.ops[n], "kind", "") in _TYPED for n in source.users):
+            raise Inexact(
+                f"its input is {str(dtype).removeprefix('torch.')}, which a convolution "
+                "does not take"
+            )
+        if source.meta.get("guessed") and not any(
+            getattr(view.ops[n], "kind", "") in _TYPED for n in source.users
+        ):
             raise Inexact("the type of the model's input is not known", "pass an example")
         start = source_geometry(view, source, nodes)
     except Inexact as why:
         return dict.fromkeys(nodes, why)
     for node in nodes:
         try:
-            found[node] = _step(view, node, source, start, found, lambda op, before: op.geometry(before))
+            found[node] = _step(
+                view, node, source, start, found, lambda op, before: op.geometry(before)
+            )
         except Inexact as why:
             found[node] = why
     return found
@@ -62,9 +79,8 @@ def kernel_of(
 ) -> Kernel:
     """The one convolution that `region` equals, from the weights that `fetch` gives.
 
-    `start`: the identity on the region's source, where known. `meaning`: what a Map is after a value, if not what its
-    rule says. Raises Inexact where the region is not one convolution.
-    """
+    `start`: the identity on the region's source, where known. `meaning`: what a Map is after a
+    value, if not what its rule says. Raises Inexact where the region is not one convolution."""
     start = start or source_geometry(view, region.source, region.nodes)
     identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64, device="cpu"))
     meaning = meaning or (lambda op, before: op.kernel(fetch, op.geometry(before.geometry)))
@@ -81,11 +97,15 @@ def kernel_of(
 
 
 def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> Geometry:
-    """The identity on the source's channels and axes, read from the operators that take it, or noted in a run."""
+    """The identity on the source's channels and axes, read from the operators that take it, or
+    noted in a run.
+    """
     axes: int | None = None
     channel_axis: int | None = None
     channels: int | None = None
-    order = {source: 1}  # 1 where the axes stand as the source's do, -1 where the channels have moved
+    order = {
+        source: 1
+    }  # 1 where the axes stand as the source's do, -1 where the channels have moved
     same = {source}  # values with the source's channels
     for node in nodes:
         op: Any = view.ops[node]
@@ -94,7 +114,9 @@ def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) 
                 continue
             n, at = op.space
             axes = n if axes is None else axes
-            channel_axis = at * order[value] if at is not None and channel_axis is None else channel_axis
+            channel_axis = (
+                at * order[value] if at is not None and channel_axis is None else channel_axis
+            )
             order[node] = -order[value] if op.kind == "permute" else order[value]
             if value in same:
                 channels = op.inputs if channels is None and isinstance(op, Map) else channels
@@ -104,7 +126,9 @@ def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) 
         axes = 0
     if channel_axis is not None:
         seen = view.channels(source, channel_axis)
-        channels = channels if seen is None else seen  # an operand may have more channels than what it broadcasts
+        channels = (
+            channels if seen is None else seen
+        )  # an operand may have more channels than what it broadcasts
     rank = view.rank(source)
     if channel_axis == 1 and axes is not None and rank not in (None, axes + 2):
         raise Inexact("its input has no batch dimension")
@@ -147,7 +171,9 @@ def _step(
     return before.then(outer)
 
 
-def _padded(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, before: Geometry, outer: Value) -> Value:
+def _padded(
+    view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, before: Geometry, outer: Value
+) -> Value:
     """The map, its padding named "own" where it holds the very constant of the value it pads."""
     g, op = outer.geometry, view.ops[node]
     assert isinstance(op, Map)
@@ -155,10 +181,16 @@ def _padded(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, be
         return outer
     if not _holds_own(view, source, node, start):
         if not before.bias:
-            raise Inexact("it pads with a value that is not the constant of what it pads", "pad with zeros")
+            raise Inexact(
+                "it pads with a value that is not the constant of what it pads", "pad with zeros"
+            )
         pads = "zeros" if op.fill == 0 else "something else"
         cure = "drop the bias, drop this padding, or pad with the value that the bias gives"
-        raise Inexact(f"{_biased(view, source, op.x)} has a bias and {described(view, node)} pads with {pads}", cure)
+        raise Inexact(
+            f"{_biased(view, source, op.x)} has a bias and {described(view, node)} pads "
+            f"with {pads}",
+            cure,
+        )
     own = replace(g, mode="own")
     return own if isinstance(outer, Geometry) else Kernel(own, outer.weight, outer.bias)
 
@@ -174,7 +206,8 @@ def _biased(view: GraphView, source: fx.Node, node: fx.Node) -> str:
 
 
 def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry) -> bool:
-    """Whether the constant part of a padded value is what it is padded with, whatever the parameters are.
+    """Whether the constant part of a padded value is what it is padded with, whatever the
+    parameters are.
 
     Both are analytic in the parameters: equal on random draws, they are equal everywhere.
     """
@@ -182,10 +215,13 @@ def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry)
         op = view.ops[node]
         assert isinstance(op, Map)
         inner = nodes_between(view, source, op.x)
-        # Only what shifts can cancel a constant: the usual convolution after a biased one needs no draws.
+        # Only what shifts can cancel a constant: the usual convolution after a biased one needs no
+        # draws.
         shifts = any(view.ops[n].kind == "shift" for n in inner or ())  # type: ignore[union-attr]
         worth = inner is not None and (shifts or op.fill != 0)
-        view.own_padding[source, node] = worth and _equal(view, Region(source, op.x, inner or (), frozenset()), op, start)
+        view.own_padding[source, node] = worth and _equal(
+            view, Region(source, op.x, inner or (), frozenset()), op, start
+        )
     return view.own_padding[source, node]
 
 
@@ -200,6 +236,8 @@ def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
         )
         if bias is None:
             bias = torch.zeros_like(fill)
-        if fill.numel() not in (1, bias.numel()) or not torch.allclose(bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12):
+        if fill.numel() not in (1, bias.numel()) or not torch.allclose(
+            bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12
+        ):
             return False
     return True

@@ -1,10 +1,11 @@
-"""merge_regions: which stretches of a model to merge, decided by multiply-accumulates before any weight is read.
+"""merge_regions: which stretches of a model to merge, decided by multiply-accumulates before any
+weight is read.
 
-A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is exact, or what it was.
-The cut with the fewest multiply-accumulates wins, then the one that leaves the fewest operators, then the one that takes
-out the fewest dropouts, since training may go on:
+A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is
+exact, or what it was. The cut with the fewest multiply-accumulates wins, then the one that leaves
+the fewest operators, then the one that takes out the fewest dropouts, since training may go on:
 
-    best(i) = min over j > i of  cost(i, j) + best(j),    cost(i, j) = (MACs(merged) + MACs(kept), operators left, ...)
+    best(i) = min over j > i of  cost(i, j) + best(j),  cost = (MACs, operators left, ...)
 
 so a block merges as a whole where that pays, and its inner blocks do where it does not.
 """
@@ -33,7 +34,9 @@ Accept = Callable[[list[Op]], bool]
 
 @dataclass(frozen=True)
 class Merge:
-    """A region that will become one convolution of `geometry`. MACs are per position of the region's source."""
+    """A region that will become one convolution of `geometry`. MACs are per position of the
+    region's source.
+    """
 
     region: Region
     geometry: Geometry
@@ -51,7 +54,8 @@ class Plan:
 
 
 def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
-    """Finds every region to merge. `accept` may narrow the choice by the operators a region holds."""
+    """Finds every region to merge. `accept` may narrow the choice by the operators a region
+    holds."""
     merges: list[Merge] = []
     declined: dict[str, Declined] = {}
     taken: set[fx.Node] = set()
@@ -77,7 +81,8 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
                 declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
         elif node not in accounted and op.kind in ("add", "bn"):
             declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
-    # A merge beside linear values has changed what merging those would cost, or left one with a single reader.
+    # A merge beside linear values has changed what merging those would cost, or left one with a
+    # single reader.
     again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
     return Plan(tuple(reversed(merges)), tuple(declined.values()), again)
 
@@ -95,7 +100,9 @@ def _cut(
     declined: dict[str, Declined],
     explained: set[fx.Node],
 ) -> Iterator[Merge]:
-    """The cheapest cut of a run, as the merges in it; its reasons go to `declined`, what they are for to `explained`."""
+    """The cheapest cut of a run, as the merges in it; its reasons go to `declined`, what they are
+    for to `explained`.
+    """
     n = len(run.steps)
     nodes = [node for step in run.steps for node in step]
     rates = _rates(view, run.ends[0], nodes)
@@ -108,13 +115,28 @@ def _cut(
         choices: list[tuple[Cost, int, Merge | None]] = []
         for j in range(n, i, -1):
             stretch = tuple(node for step in run.steps[i:j] for node in step)
-            kept = region_of(view, run.ends[i], run.ends[j], stretch, needed).kept if view.writes.of else frozenset()
+            kept = (
+                region_of(view, run.ends[i], run.ends[j], stretch, needed).kept
+                if view.writes.of
+                else frozenset()
+            )
             if view.writes.disturb(run.ends[i], stretch, kept):
-                known[0][run.ends[j]] = Inexact("a value in it is changed in place between its readers")
+                known[0][run.ends[j]] = Inexact(
+                    "a value in it is changed in place between its readers"
+                )
             whole = known[0][run.ends[j]]
             if isinstance(whole, Geometry) and whole.why_no_layer:
                 known[0][run.ends[j]] = Inexact(whole.why_no_layer)
-            offer = _offer(view, run.ends[i], run.ends[j], stretch, known[0][run.ends[j]], rates, accept, needed)
+            offer = _offer(
+                view,
+                run.ends[i],
+                run.ends[j],
+                stretch,
+                known[0][run.ends[j]],
+                rates,
+                accept,
+                needed,
+            )
             rest = best[j - i - 1][0]
             if offer is not None:
                 choices.append((_plus(offer[0], rest), j, offer[1]))
@@ -129,17 +151,24 @@ def _cut(
             yield merge
         elif alone[i][0]:
             why = known[i][run.ends[j]]
-            reason = why.reason if isinstance(why, Inexact) else _costly(view, run, i, j, why, rates)
+            reason = (
+                why.reason if isinstance(why, Inexact) else _costly(view, run, i, j, why, rates)
+            )
             if reason:
                 cure = why.cure if isinstance(why, Inexact) else ""
-                declined.setdefault(view.name(run.ends[j]), Declined(view.name(run.ends[j]), reason, cure))
+                declined.setdefault(
+                    view.name(run.ends[j]), Declined(view.name(run.ends[j]), reason, cure)
+                )
                 explained.update(run.steps[i])
         i = j
     for (i, j), (_, k) in pairwise(parts):
         why = known[i][run.ends[k]]
-        sides = [[view.ops[n] for step in run.steps[a:b] for n in step] for a, b in ((i, j), (j, k))]
+        sides = [
+            [view.ops[n] for step in run.steps[a:b] for n in step] for a, b in ((i, j), (j, k))
+        ]
         if not all(any(isinstance(op, Map) for op in side) for side in sides):
-            continue  # only channels move, or values add up: nobody would look for a convolution there
+            # Only channels move, or values add up: nobody would look for a convolution there.
+            continue
         if isinstance(why, Inexact):
             reason, cure = why.reason, why.cure
         else:
@@ -147,7 +176,10 @@ def _cut(
         if reason:
             explained.update(node for step in run.steps[j:k] for node in step)
             where = view.name(run.ends[j])
-            declined.setdefault(where, Declined(where, f"not merged with {described(view, run.ends[k])}: {reason}", cure))
+            declined.setdefault(
+                where,
+                Declined(where, f"not merged with {described(view, run.ends[k])}: {reason}", cure),
+            )
 
 
 def _offer(
@@ -160,7 +192,9 @@ def _offer(
     accept: Accept,
     needed: set[fx.Node],
 ) -> tuple[Cost, Merge] | None:
-    """The merge of a stretch and what it costs; None where it is not exact, has no convolution or removes nothing."""
+    """The merge of a stretch and what it costs; None where it is not exact, has no convolution or
+    removes nothing.
+    """
     if isinstance(geometry, Inexact):
         return None
     region = region_of(view, source, sink, nodes, needed)
@@ -175,7 +209,9 @@ def _offer(
         return None
     kept = _macs(view, tuple(region.kept), rates)
     per_source = before / rates[source]
-    merge = Merge(region, geometry, per_source, sum(op.params for op in ops if not isinstance(op, Opaque)))
+    merge = Merge(
+        region, geometry, per_source, sum(op.params for op in ops if not isinstance(op, Opaque))
+    )
     work = _count(view, removed)
     return (merged + kept, left + _count(view, tuple(region.kept)), len(removed) - work), merge
 
@@ -203,8 +239,12 @@ def _macs(view: GraphView, nodes: tuple[fx.Node, ...], rates: dict[fx.Node, Frac
     return sum((view.ops[node].macs * rates[node] for node in nodes), Fraction(0))  # type: ignore[union-attr]
 
 
-def _costly(view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]) -> str:
-    """Says that a merge would multiply the work; empty where the stretch holds no two convolutions to speak of."""
+def _costly(
+    view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]
+) -> str:
+    """Says that a merge would multiply the work; empty where the stretch holds no two convolutions
+    to speak of.
+    """
     stretch = tuple(node for step in run.steps[i:k] for node in step)
     region = region_of(view, run.ends[i], run.ends[k], stretch)
     before = _macs(view, region.removed, rates)
@@ -212,6 +252,9 @@ def _costly(view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates
     if merged <= before:
         return ""
     if region.kept:
-        return f"{described(view, max(region.kept, key=view.index.__getitem__))} inside it is read elsewhere and must stay"
+        return (
+            f"{described(view, max(region.kept, key=view.index.__getitem__))} inside it is "
+            "read elsewhere and must stay"
+        )
     costs = f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
     return f"one convolution would take {costs}"

@@ -1,8 +1,9 @@
-"""program: the kernel of a region as straight tensor code in the graph, derived once and run at every step.
+"""program: the kernel of a region as straight tensor code in the graph, derived once and run at
+every step.
 
-`kernel_of` runs on proxies of the weights instead of the weights; what it does with them is recorded as nodes. A batch
-norm becomes a call of the `KernelNorm` that stands in its place, which reads the region's source.
-"""
+`kernel_of` runs on proxies of the weights instead of the weights; what it does with them is
+recorded as nodes. A batch norm becomes a call of the `KernelNorm` that stands in its place, which
+reads the region's source."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from repfx.rewrite.work import weight_of
 
 
 class Recorder(GraphAppendingTracer):
-    """Records operations on constants as nodes, and does them, so that shapes and numbers are known."""
+    """Records operations on constants as nodes, and does them, so that shapes and numbers are
+    known.
+    """
 
     def __init__(self, module: fx.GraphModule, view: GraphView, like: Tensor) -> None:
         super().__init__(module.graph)
@@ -38,7 +41,9 @@ class Recorder(GraphAppendingTracer):
         node = self.graph.get_attr(ref) if isinstance(ref, str) else ref
         return ConstantProxy(node, self, self.view.tensor(ref).detach())
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         values = fx.node.map_aggregate((args, kwargs), self._now)
         with torch.no_grad():
@@ -67,10 +72,11 @@ class Recorder(GraphAppendingTracer):
 def program(
     module: fx.GraphModule, view: GraphView, merge: Merge, seen: Callable[[], fx.Node], mode: str
 ) -> tuple[fx.Node, fx.Node | None, Tensor]:
-    """Writes the program of a region before its sink: the nodes of its weight and bias, and the weight of now.
+    """Writes the program of a region before its sink: the nodes of its weight and bias, and the
+    weight of now.
 
-    Batch norms in it are replaced by KernelNorms of `mode` that read the Moments which `seen` gives.
-    """
+    Batch norms in it are replaced by KernelNorms of `mode` that read the Moments which `seen`
+    gives."""
     region = merge.region
     like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
     recorder = Recorder(module, view, like)
@@ -90,7 +96,9 @@ def program(
         parent._modules[where.rpartition(".")[2]] = KernelNorm(norm, before.geometry, mode, exact)
         call = module.graph.call_module(where, args)
         running = [t.detach() for t in (norm.running_mean, norm.running_var)]
-        scale = torch.rsqrt(running[1] + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
+        scale = torch.rsqrt(running[1] + norm.eps) * (
+            1 if norm.weight is None else norm.weight.detach()
+        )
         shift = -running[0] * scale + (0 if norm.bias is None else norm.bias.detach())
         parts = []
         for i, value in enumerate((scale, shift)):
@@ -100,7 +108,9 @@ def program(
 
     with module.graph.inserting_before(region.sink):
         kernel = kernel_of(view, region, fetch, meaning=meaning)
-        packed: Any = kernel.packed if kernel.geometry.source_axis == 1 else kernel.packed.flatten(1)
+        packed: Any = (
+            kernel.packed if kernel.geometry.source_axis == 1 else kernel.packed.flatten(1)
+        )
         weight = recorder.create_arg(packed)
         bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)
     now = packed.value if isinstance(packed, ConstantProxy) else packed
@@ -108,7 +118,9 @@ def program(
 
 
 def _taps_are_learned(module: fx.GraphModule, weight: fx.Node, seen: fx.Node) -> bool:
-    """Whether a parameter of more than one tap is in this expression; a filter that is only scaled has none."""
+    """Whether a parameter of more than one tap is in this expression; a filter that is only scaled
+    has none.
+    """
     reached, todo = {seen}, [weight]
     while todo:
         node = todo.pop()

@@ -1,4 +1,5 @@
-"""The oracle: a region's own forward in eval mode, in float64, on inputs of several odd and even sizes.
+"""The oracle: a region's own forward in eval mode, in float64, on inputs of several odd and even
+sizes.
 
 It runs the model's modules and functions as they are and shares nothing with the algebra it judges.
 """
@@ -24,7 +25,9 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 4e-3, tor
 
 
 def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref], Tensor]) -> float:
-    """The relative difference between the region and its kernel. Raises CheckError where it is not rounding."""
+    """The relative difference between the region and its kernel. Raises CheckError where it is not
+    rounding.
+    """
     worst = 0.0
     twins: dict[fx.Node, nn.Module] = {}
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +36,10 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
             x, want = _first_run(view, region, sizes, generator, fetch, twins)
             got = kernel(x)
             if got.shape != want.shape:
-                raise CheckError(f"the merge of {view.name(region.sink)!r} has shape {got.shape}, not {want.shape}")
+                raise CheckError(
+                    f"the merge of {view.name(region.sink)!r} has shape {got.shape}, not "
+                    f"{want.shape}"
+                )
             off, largest = float((got - want).abs().amax()), float(want.abs().amax())
             if not off <= TOLERANCE[torch.float64] * largest:
                 # Where branches cancel, rounding is relative to them and not to what is left.
@@ -43,7 +49,10 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
             relative = off / largest if largest else off
             worst = max(worst, relative) if relative == relative else float("inf")
     if not worst <= TOLERANCE[torch.float64]:
-        raise CheckError(f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this is a bug of repfx")
+        raise CheckError(
+            f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this "
+            "is a bug of repfx"
+        )
     return worst
 
 
@@ -55,7 +64,9 @@ def _first_run(
     fetch: Callable[[Ref], Tensor],
     twins: dict[fx.Node, nn.Module],
 ) -> tuple[Tensor, Tensor]:
-    """An input and what the region makes of it: of these sizes, or larger where an operator inside needs more."""
+    """An input and what the region makes of it: of these sizes, or larger where an operator inside
+    needs more.
+    """
     for more in (0, 4, 12):
         space = slice(1, -1) if len(sizes) < 3 else slice(2, None)
         grown = list(sizes)
@@ -70,11 +81,15 @@ def _first_run(
 
 
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
-    """Shapes of inputs that show both borders and the interior, each axis odd once and even once."""
+    """Shapes of inputs that show both borders and the interior, each axis odd once and even
+    once."""
     if g.source_axis == -1:
         return [(3, *range(4, 4 + len(g.axes)), g.inputs)]
     if g.transposed:
-        return [(1, g.inputs, *(3 + more + i % 2 + a.before for i, a in enumerate(g.axes))) for more in (0, 1)]
+        return [
+            (1, g.inputs, *(3 + more + i % 2 + a.before for i, a in enumerate(g.axes)))
+            for more in (0, 1)
+        ]
     least = []
     for a in g.axes:
         reach = max(a.taps, a.taps - a.before - a.after + a.stride)
@@ -91,7 +106,9 @@ def _run(
     seen: list[float] | None = None,
 ) -> Tensor:
     """The region's output on x; `seen` collects the largest magnitude of each value on the way."""
-    values: dict[fx.Node, Any] = {region.source: x.clone()}  # a change in place must not reach the input
+    values: dict[fx.Node, Any] = {
+        region.source: x.clone()
+    }  # a change in place must not reach the input
 
     def value(v: fx.Node) -> Any:
         if view.follows_mode(v):
@@ -112,13 +129,19 @@ def _run(
 
 
 def _twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:
-    """The module in eval mode on fetched tensors, which are in float64; the module itself is left as it is."""
+    """The module in eval mode on fetched tensors, which are in float64; the module itself is left
+    as it is.
+    """
     if nn.utils.parametrize.is_parametrized(module):
         return copy.deepcopy(module).cpu().double().eval()
     twin = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
-        tensors = {k: t if t is None else fetch(f"{path}.{k}") for k, t in module.__dict__[kind].items()}
+        tensors = {
+            k: t if t is None else fetch(f"{path}.{k}") for k, t in module.__dict__[kind].items()
+        }
         twin.__dict__[kind] = tensors
-    twin.__dict__["_modules"] = {k: m and _twin(m, f"{path}.{k}", fetch) for k, m in module._modules.items()}
+    twin.__dict__["_modules"] = {
+        k: m and _twin(m, f"{path}.{k}", fetch) for k, m in module._modules.items()
+    }
     twin.__dict__["training"] = False
     return twin

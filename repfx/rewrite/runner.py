@@ -20,7 +20,9 @@ from repfx.rewrite.work import Work
 
 @dataclass
 class Report:
-    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed as written."""
+    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed
+    as written.
+    """
 
     results: list[Result] = field(default_factory=list)
     untraced: list[Declined] = field(default_factory=list)
@@ -34,21 +36,28 @@ class Report:
         return [*self.untraced, *(d for r in self.results for d in r.declined)]
 
 
-def rewrite(model: Any, passes: Iterable[str | Pass], example: Any, target: str) -> tuple[nn.Module, Report]:
-    """Runs passes on a private copy of the model. Raises InputError for bad input, CheckError for a broken promise."""
+def rewrite(
+    model: Any, passes: Iterable[str | Pass], example: Any, target: str
+) -> tuple[nn.Module, Report]:
+    """Runs passes on a private copy of the model. Raises InputError for bad input, CheckError for a
+    broken promise.
+    """
     ordered = resolve(passes)
     formats = target_named(target)
     args = as_args(example)
     captured = capture(model, args)
     report = _rewrite(captured, ordered, formats)
     if captured.declined and not _still_runs(captured, ordered):
-        # A module that stays as written reads into children that were rewritten: then they must stay too.
+        # A module that stays as written reads into children that were rewritten: then they must
+        # stay too.
         captured = capture(model, args, enter_opaque=False)
         report = _rewrite(captured, ordered, formats)
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
     own_tensors(captured.model, model)
-    if not isinstance(getattr(captured.model, "meta", None), nn.Module):  # unless a child of the model has that name
+    if not isinstance(
+        getattr(captured.model, "meta", None), nn.Module
+    ):  # unless a child of the model has that name
         captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
     return captured.model, report
 
@@ -63,7 +72,9 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
 
 
 def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
-    """Whether a partly traced model runs on the example, and to the same output where the passes keep it."""
+    """Whether a partly traced model runs on the example, and to the same output where the passes
+    keep it.
+    """
     if captured.example is None:
         return True
     try:
@@ -83,7 +94,9 @@ def require_convolutions(captured: Captured) -> None:
         return
     if any(t.dim() >= 2 for t in [*captured.model.parameters(), *captured.model.buffers()]):
         return
-    raise InputError("the model holds no convolution and no linear layer: there is nothing to merge or quantize")
+    raise InputError(
+        "the model holds no convolution and no linear layer: there is nothing to merge or quantize"
+    )
 
 
 def _run(p: Pass, work: Work) -> Result:
@@ -96,7 +109,9 @@ def _run(p: Pass, work: Work) -> Result:
     module.recompile()
     if Promise.NAMES in p.promises and not keys <= set(module.state_dict()):
         lost = sorted(keys - set(module.state_dict()))
-        raise CheckError(f"pass {p.name!r} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}")
+        raise CheckError(
+            f"pass {p.name!r} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}"
+        )
     return result
 
 
@@ -109,7 +124,8 @@ def _prefixed(result: Result, path: str) -> Result:
         return f"{path}.{name}"
 
     merged = tuple(
-        Merged(full(m.name), tuple(map(full, m.ops)), full(m.into), *list(vars(m).values())[3:]) for m in result.merged
+        Merged(full(m.name), tuple(map(full, m.ops)), full(m.into), *list(vars(m).values())[3:])
+        for m in result.merged
     )
     declined = tuple(Declined(full(d.where), d.reason, d.cure) for d in result.declined)
     return Result(result.name, merged, declined, tuple(map(full, result.inserted)))

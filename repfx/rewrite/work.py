@@ -1,4 +1,6 @@
-"""Work: what a pass is given. It reads the graph through a view and rewrites it through a few verbs, each proved."""
+"""Work: what a pass is given. It reads the graph through a view and rewrites it through a few
+verbs, each proved.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Work:
         return GraphView(self.module)
 
     def merge(self, name: str, accept: Accept = lambda ops: True) -> Result:
-        """Merges every region that pays and that `accept` takes, each proved against itself before it goes in."""
+        """Merges every region that pays and that `accept` takes, each proved against itself before
+        it goes in.
+        """
         merged: list[Merged] = []
         while True:
             view = self.view()
@@ -55,8 +59,8 @@ class Work:
                 return Result(name, tuple(merged), plan.declined)
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
-        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next free one, and the graph's
-        mode and device; one that was inserted before is called again."""
+        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next
+        free one, and the graph's mode and device; one that was inserted before is called again."""
         path = self._paths.get(layer)
         if path is None:
             path = self._paths[layer] = free_path(self.module, wanted)
@@ -66,14 +70,17 @@ class Work:
             return self.module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
-        """Makes each weight that a program computes a plain weight, and each affine a part of its layer."""
+        """Makes each weight that a program computes a plain weight, and each affine a part of its
+        layer.
+        """
         return fold_programs(self.module) + fold_affines(self.module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> fx.Node:
-        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its convolution's.
+        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its
+        convolution's.
 
-        Returns the value that now stands for the region's: other regions of the same view may start from it.
-        """
+        Returns the value that now stands for the region's: other regions of the same view may start
+        from it."""
         before = references(self.module.graph)
         old = put_module(self.module, path, block)
         result = inline(self.module.graph, region.source, region.sink, region.nodes, inner, path)
@@ -85,7 +92,8 @@ class Work:
         names = Names(view, self.module)
         layers: list[tuple[Merge, nn.Module, float, str]] = []
         made: dict[Any, nn.Module] = {}
-        # The largest first: what it needs for a moment is then not on top of all the others' results.
+        # The largest first: what it needs for a moment is then not on top of all the others'
+        # results.
         for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
             layer, error, key = self._layer(view, merge, names, made)
             layers.append((merge, layer, error, key))
@@ -104,7 +112,11 @@ class Work:
         return made[key], error, key
 
     def _apply(
-        self, view: GraphView, layers: list[tuple[Merge, nn.Module, float, str]], names: Names, before: set[str]
+        self,
+        view: GraphView,
+        layers: list[tuple[Merge, nn.Module, float, str]],
+        names: Names,
+        before: set[str],
     ) -> tuple[Merged, ...]:
         moved: dict[fx.Node, fx.Node] = {}
         paths: dict[int, str] = {}
@@ -113,7 +125,9 @@ class Work:
         together: dict[str, list[Merge]] = {}
         for merge, _, _, key in layers:
             together.setdefault(key, []).append(merge)
-        for merge, layer, error, key in sorted(layers, key=lambda entry: view.index[entry[0].region.sink]):
+        for merge, layer, error, key in sorted(
+            layers, key=lambda entry: view.index[entry[0].region.sink]
+        ):
             region = merge.region
             label = names.label(merge)
             if id(layer) not in paths:
@@ -125,18 +139,38 @@ class Work:
             source = moved.get(region.source, region.source)
             at = view.index[region.sink]
             moved[region.sink] = replace_region(
-                self.module.graph, source, region.sink, region.removed, merge.geometry, paths[id(layer)]
+                self.module.graph,
+                source,
+                region.sink,
+                region.removed,
+                merge.geometry,
+                paths[id(layer)],
             )
             after = float(merge.geometry.macs)
             counts = (merge.params_before, merge.geometry.params)
-            done.append((at, Merged(label, ops, paths[id(layer)], float(merge.macs_before), after, *counts, error)))
+            done.append(
+                (
+                    at,
+                    Merged(
+                        label,
+                        ops,
+                        paths[id(layer)],
+                        float(merge.macs_before),
+                        after,
+                        *counts,
+                        error,
+                    ),
+                )
+            )
         if layers:
             drop_unreferenced(self.module, before, replaced)
         return tuple(m for _, m in sorted(done, key=lambda pair: pair[0]))
 
 
 class Names:
-    """Where merged layers go: in the place of their region's widest convolution, unless another call still needs it."""
+    """Where merged layers go: in the place of their region's widest convolution, unless another
+    call still needs it.
+    """
 
     def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
         self.view = view
@@ -167,7 +201,8 @@ class Names:
         return weight_of(self.main(merge))
 
     def label(self, merge: Merge) -> str:
-        """The innermost module that holds the region and little else, or else its main convolution."""
+        """The innermost module that holds the region and little else, or else its main
+        convolution."""
         parts = [self.view.name(n).split(".") for n in merge.region.removed]
         shared = []
         for names in zip(*parts, strict=False):
@@ -179,16 +214,27 @@ class Names:
         return ".".join(shared) if here else self.view.name(self.main(merge))
 
     def signature(self, merge: Merge) -> str:
-        """Equal for two calls of the same modules in the same way, which then share one layer; else the sink's name."""
+        """Equal for two calls of the same modules in the same way, which then share one layer; else
+        the sink's name.
+        """
         region = merge.region
-        if all(len(self.calls.get(str(n.target), [])) < 2 for n in region.removed if n.op == "call_module"):
+        if all(
+            len(self.calls.get(str(n.target), [])) < 2
+            for n in region.removed
+            if n.op == "call_module"
+        ):
             return region.sink.name
         position = {region.source: -1, **{n: i for i, n in enumerate(region.nodes)}}
 
         def place(v: Any) -> Any:
             return repr(position.get(v, v.name)) if isinstance(v, fx.Node) else v
 
-        return repr([(n.op, n.target, fx.node.map_aggregate((n.args, n.kwargs), place)) for n in region.nodes])
+        return repr(
+            [
+                (n.op, n.target, fx.node.map_aggregate((n.args, n.kwargs), place))
+                for n in region.nodes
+            ]
+        )
 
     def path(self, merges: list[Merge]) -> str:
         """The path for the layer that these merges share."""
@@ -199,11 +245,26 @@ class Names:
             free = all(n in removed for n in self.calls[path]) and self._reads_end_in(path, removed)
             return path if free else free_path(self.module, f"{path}_merged")
         weight = weight_of(main)
-        path = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+        path = (
+            str(weight.target).rpartition(".")[0]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr"
+            else ""
+        )
         holder = self.module.get_submodule(path) if path else None
-        if holder is not None and type(holder) is nn.Module and not holder._modules and not holder._buffers:
-            read = {str(n.target) for n in self.reads.get(path, [])} >= {f"{path}.{k}" for k in holder._parameters}
-            if read and self._reads_end_in(path, removed) and set(holder._parameters) <= {"weight", "bias"}:
+        if (
+            holder is not None
+            and type(holder) is nn.Module
+            and not holder._modules
+            and not holder._buffers
+        ):
+            read = {str(n.target) for n in self.reads.get(path, [])} >= {
+                f"{path}.{k}" for k in holder._parameters
+            }
+            if (
+                read
+                and self._reads_end_in(path, removed)
+                and set(holder._parameters) <= {"weight", "bias"}
+            ):
                 return path
         scope = path or self.view.name(main).rpartition(".")[0]
         return free_path(self.module, f"{scope}.merged" if scope else "merged")

@@ -1,7 +1,17 @@
-"""For tests of passes, here and in other projects: random nets to rewrite, and the assertion that nothing changed."""
+"""For tests of passes, here and in other projects: random nets to rewrite, and the assertion that
+nothing changed.
+"""
 
 from repfx.testing.checks import assert_same, assert_same_elsewhere, randomise
 from repfx.testing.layers import Scale, Shift
 from repfx.testing.random_block import RandomBlock, random_block
 
-__all__ = ["RandomBlock", "Scale", "Shift", "assert_same", "assert_same_elsewhere", "random_block", "randomise"]
+__all__ = [
+    "RandomBlock",
+    "Scale",
+    "Shift",
+    "assert_same",
+    "assert_same_elsewhere",
+    "random_block",
+    "randomise",
+]

@@ -139,7 +139,9 @@ def own(d: Draft, a: int) -> int:
 
 
 def written(table: dict[str, Callable[..., Tensor]]) -> Callable[[Draft, int], int]:
-    """A change in place of a value; half of the time what reads the changed value reads it by its old name."""
+    """A change in place of a value; half of the time what reads the changed value reads it by its
+    old name.
+    """
 
     def draw(d: Draft, a: int) -> int:
         text, v = d.one(*table), own(d, a)
@@ -152,7 +154,12 @@ def written(table: dict[str, Callable[..., Tensor]]) -> Callable[[Draft, int], i
 def written_by_tensor(d: Draft, a: int) -> int:
     text, v = d.one(*TENSOR_WRITES), own(d, a)
     c, ones = d.channels(v), (1,) * d.axes
-    return d.call(text, TENSOR_WRITES[text], v, tensor=d.uniform(*d.one((c, *ones), (1, c, *ones), (), (d.shape(v)[-1],))))
+    return d.call(
+        text,
+        TENSOR_WRITES[text],
+        v,
+        tensor=d.uniform(*d.one((c, *ones), (1, c, *ones), (), (d.shape(v)[-1],))),
+    )
 
 
 def written_by_value(d: Draft, a: int) -> int:
@@ -178,7 +185,14 @@ def activation(d: Draft, a: int) -> int:
 
 
 def layer(d: Draft, a: int) -> int:
-    made: Any = d.one(nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.PReLU(d.channels(a)), nn.ReLU(inplace=True), nn.ELU())
+    made: Any = d.one(
+        nn.ReLU(),
+        nn.SiLU(),
+        nn.Hardswish(),
+        nn.PReLU(d.channels(a)),
+        nn.ReLU(inplace=True),
+        nn.ELU(),
+    )
     if getattr(made, "inplace", False):
         a = own(d, a)
     return d.add(made, a)

@@ -17,7 +17,11 @@ ZERO_PAD: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
 CONSTANT_PAD: dict[int, Any] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
 AVG: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 AVG_CALL: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-ADAPTIVE: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+ADAPTIVE: dict[int, Any] = {
+    1: nn.AdaptiveAvgPool1d,
+    2: nn.AdaptiveAvgPool2d,
+    3: nn.AdaptiveAvgPool3d,
+}
 MAX: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
@@ -47,12 +51,16 @@ def padded_by_value(d: Draft, a: int) -> int:
     pad, value = flat(sides(d, 0, 1, 1, 2)), d.one(0.5, -1.0)
     if d.odds(0.4):
         return before_convolution(d, d.add(CONSTANT_PAD[d.axes](tuple(pad), value), a))
-    return before_convolution(d, d.call(f"F.pad, {pad}, {value}", lambda v: F.pad(v, pad, "constant", value), a))
+    return before_convolution(
+        d, d.call(f"F.pad, {pad}, {value}", lambda v: F.pad(v, pad, "constant", value), a)
+    )
 
 
 def padded_by_mirror(d: Draft, a: int) -> int:
     pad, mode = flat(sides(d, 0, 1, 2)), d.one("reflect", "replicate", "circular")
-    return before_convolution(d, d.call(f"F.pad, {pad}, {mode}", lambda v: F.pad(v, pad, mode=mode), a))
+    return before_convolution(
+        d, d.call(f"F.pad, {pad}, {mode}", lambda v: F.pad(v, pad, mode=mode), a)
+    )
 
 
 def cropped(d: Draft, a: int) -> int:
@@ -79,7 +87,9 @@ def every_other(d: Draft, a: int) -> int:
 
 
 def around(spelling: str) -> Callable[[Draft, int], int]:
-    """Padding by one constant a channel: the shift of the norm or the bias of the convolution before it, or any other."""
+    """Padding by one constant a channel: the shift of the norm or the bias of the convolution
+    before it, or any other.
+    """
 
     def draw(d: Draft, a: int) -> int:
         p = d.one(1, 1, 2)
@@ -108,12 +118,18 @@ def average(d: Draft, a: int) -> int:
         y = d.add(AVG[d.axes](side, stride, pad), a)
     else:
         y = d.call(options, lambda v: AVG_CALL[d.axes](v, side, stride, pad), a)
-    return d.one(lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes))()
+    return d.one(
+        lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes)
+    )()
 
 
 def average_oddly(d: Draft, a: int) -> int:
     """The options that make an average pool no convolution, or another one."""
-    ways: list[dict[str, Any]] = [{"ceil_mode": True}, {"count_include_pad": False}, {"divisor_override": 3}]
+    ways: list[dict[str, Any]] = [
+        {"ceil_mode": True},
+        {"count_include_pad": False},
+        {"divisor_override": 3},
+    ]
     odd = d.rng.choice(ways)
     if d.axes == 1 and "divisor_override" in odd:
         odd = {"ceil_mode": True}
@@ -137,7 +153,9 @@ def positions_to_channels(d: Draft, a: int) -> int:
 
 def stretched(d: Draft, a: int) -> int:
     mode: Any = d.one("nearest", {1: "linear", 2: "bilinear", 3: "trilinear"}[d.axes])
-    return d.call(f"F.interpolate, {mode}", lambda v: F.interpolate(v, scale_factor=2.0, mode=mode), a)
+    return d.call(
+        f"F.interpolate, {mode}", lambda v: F.interpolate(v, scale_factor=2.0, mode=mode), a
+    )
 
 
 def mean(d: Draft, a: int) -> int:

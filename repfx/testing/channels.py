@@ -1,4 +1,5 @@
-"""Channels taken apart, moved and put together: cat, chunk, split, slices, shuffles, permutations."""
+"""Channels taken apart, moved and put together: cat, chunk, split, slices, shuffles,
+permutations."""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def cat_branches(d: Draft, a: int) -> int:
     if d.odds(0.3):
         branches[d.rng.randrange(len(branches))] = a
     y = cat(d, *branches)
-    return d.one(lambda: y, lambda: conv(d, y, kernel_size=(1,) * d.axes, padding=0), lambda: plain_norm(d, y))()
+    return d.one(
+        lambda: y,
+        lambda: conv(d, y, kernel_size=(1,) * d.axes, padding=0),
+        lambda: plain_norm(d, y),
+    )()
 
 
 def size_kept(d: Draft, a: int, same_channels: bool = False) -> int:
@@ -96,7 +101,11 @@ def pieces_added(d: Draft, a: int) -> int:
     parts = taken_apart(d, a)
     if len({d.channels(p) for p in parts}) > 1:
         return cat(d, *reversed(parts))
-    return d.call("sum", lambda *v: sum(v), *(p if d.odds(0.4) else size_kept(d, p, same_channels=True) for p in parts))
+    return d.call(
+        "sum",
+        lambda *v: sum(v),
+        *(p if d.odds(0.4) else size_kept(d, p, same_channels=True) for p in parts),
+    )
 
 
 def some_channels(d: Draft, a: int) -> int:
@@ -133,7 +142,11 @@ def permuted(d: Draft, a: int) -> int:
     }
     if d.odds(0.5):
         index = torch.tensor(order)
-        function = d.one(lambda v, w: v.index_select(1, w), lambda v, w: torch.index_select(v, 1, w), lambda v, w: v[:, w])
+        function = d.one(
+            lambda v, w: v.index_select(1, w),
+            lambda v, w: torch.index_select(v, 1, w),
+            lambda v, w: v[:, w],
+        )
         return d.add(IndexedBy(function, index), a)
     text = d.one(*ways)
     return d.call(text, ways[text], a)
@@ -163,9 +176,13 @@ def shuffled(d: Draft, a: int) -> int:
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         f"by view, {g}": _by_view(g, n),
         f"by sizes, {g}": _by_sizes(g),
-        f"by shape, {g}": lambda v: v.view(v.shape[0], g, c // g, *v.shape[2:]).transpose(1, 2).reshape(v.shape),
+        f"by shape, {g}": lambda v: (
+            v.view(v.shape[0], g, c // g, *v.shape[2:]).transpose(1, 2).reshape(v.shape)
+        ),
         f"by unflatten, {g}": lambda v: v.unflatten(1, (g, c // g)).transpose(1, 2).flatten(1, 2),
-        f"by permute, {g}": lambda v: v.unflatten(1, (g, -1)).permute(0, 2, 1, *spatial).flatten(1, 2),
+        f"by permute, {g}": lambda v: (
+            v.unflatten(1, (g, -1)).permute(0, 2, 1, *spatial).flatten(1, 2)
+        ),
         f"F.channel_shuffle(v, {g})": lambda v: F.channel_shuffle(v, g),
         f"torch.channel_shuffle(v, {g})": lambda v: torch.channel_shuffle(v, g),
     }

@@ -15,39 +15,54 @@ _STATEFUL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every batch norm statistics and weights away from their defaults, in place, so that no test is vacuous."""
+    """Gives every batch norm statistics and weights away from their defaults, in place, so that no
+    test is vacuous.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                for name, low, high in (("running_mean", -0.5, 0.5), ("running_var", 0.5, 2.0), ("weight", 0.5, 1.5)):
+                for name, low, high in (
+                    ("running_mean", -0.5, 0.5),
+                    ("running_var", 0.5, 2.0),
+                    ("weight", 0.5, 1.5),
+                ):
                     tensor = getattr(m, name)
                     if tensor is not None:
-                        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+                        tensor.copy_(
+                            torch.rand(tensor.shape, generator=generator) * (high - low) + low
+                        )
                 if m.bias is not None:
                     m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * 0.3)
     return model
 
 
 def assert_same(before: Any, after: Any, x: Any, tolerance: float | None = None) -> None:
-    """Asserts that two models give one output on x, to `tolerance` or that of its dtype (largest over largest)."""
+    """Asserts that two models give one output on x, to `tolerance` or that of its dtype (largest
+    over largest).
+    """
     first = x[0] if isinstance(x, tuple) else x
     limit = TOLERANCE[first.dtype] if tolerance is None else tolerance
     off = verify(before, after, x)
     assert off.relative <= limit, f"outputs differ: {off}, more than {limit:.0e}"
 
 
-def assert_same_elsewhere(before: nn.Module, after: nn.Module, x: Tensor, tolerance: float | None = None) -> None:
-    """Asserts the same on inputs of other sizes and of other batch sizes, where `before` accepts them.
+def assert_same_elsewhere(
+    before: nn.Module, after: nn.Module, x: Tensor, tolerance: float | None = None
+) -> None:
+    """Asserts the same on inputs of other sizes and of other batch sizes, where `before` accepts
+    them.
 
-    Where it holds neither norm nor dropout its mode must make no difference: then also in train mode, on x.
-    """
+    Where it holds neither norm nor dropout its mode must make no difference: then also in train
+    mode, on x."""
     limit = TOLERANCE[x.dtype] if tolerance is None else tolerance
     generator = torch.Generator().manual_seed(1)
     kept = [(m, m.training) for model in (before, after) for m in model.modules()]
     try:
         for shape in _other_shapes(x.shape):
-            _assert_same_in(False, before, after, torch.randn(shape, generator=generator, dtype=x.dtype), limit)
+            _assert_same_in(
+                False, before, after, torch.randn(shape, generator=generator, dtype=x.dtype), limit
+            )
         if not any(isinstance(m, _STATEFUL) for m in before.modules()):
             _assert_same_in(True, before, after, x, limit)
     finally:
@@ -56,17 +71,26 @@ def assert_same_elsewhere(before: nn.Module, after: nn.Module, x: Tensor, tolera
 
 
 def _other_shapes(shape: torch.Size) -> list[tuple[int, ...]]:
-    """Other sizes, each even where it was odd; and the same sizes with smaller and larger batches."""
+    """Other sizes, each even where it was odd; and the same sizes with smaller and larger
+    batches."""
     n, channels, *sizes = shape
-    return [(n, channels, *(s + 2 * i + 1 for i, s in enumerate(sizes))), (1, *shape[1:]), (n + 1, *shape[1:])]
+    return [
+        (n, channels, *(s + 2 * i + 1 for i, s in enumerate(sizes))),
+        (1, *shape[1:]),
+        (n + 1, *shape[1:]),
+    ]
 
 
 @torch.no_grad()
-def _assert_same_in(training: bool, before: nn.Module, after: nn.Module, x: Tensor, limit: float) -> None:
+def _assert_same_in(
+    training: bool, before: nn.Module, after: nn.Module, x: Tensor, limit: float
+) -> None:
     try:
         want = before.train(training)(x.clone())
     except (RuntimeError, ValueError):  # it does not accept these sizes
         return
     off = difference(want, after.train(training)(x.clone()))
     mode = "train" if training else "eval"
-    assert off.relative <= limit, f"outputs differ on {tuple(x.shape)} in {mode} mode: {off}, more than {limit:.0e}"
+    assert off.relative <= limit, (
+        f"outputs differ on {tuple(x.shape)} in {mode} mode: {off}, more than {limit:.0e}"
+    )

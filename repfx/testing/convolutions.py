@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.testing.layers import WEIGHTS, ChannelsLast, ComputedWeight, FunctionalNorm, RowNorm, Scale, Shift
+from repfx.testing.layers import (
+    WEIGHTS,
+    ChannelsLast,
+    ComputedWeight,
+    FunctionalNorm,
+    RowNorm,
+    Scale,
+    Shift,
+)
 from repfx.testing.plan import Draft, Recipe, Unfit
 
 # A module of each number of axes.
@@ -68,34 +76,58 @@ def big(d: Draft, a: int) -> int:
 def same(d: Draft, a: int) -> int:
     """padding='same', which pads unevenly where the taps are even in number."""
     return conv(
-        d, a, kernel_size=per_axis(d, 1, 2, 3, 4), dilation=per_axis(d, 1, 2), padding=d.one("same", "same", "valid")
+        d,
+        a,
+        kernel_size=per_axis(d, 1, 2, 3, 4),
+        dilation=per_axis(d, 1, 2),
+        padding=d.one("same", "same", "valid"),
     )
 
 
 def mirrored(d: Draft, a: int) -> int:
-    return conv(d, a, padding_mode=d.one("reflect", "circular", "replicate"), kernel_size=per_axis(d, 1, 3))
+    return conv(
+        d, a, padding_mode=d.one("reflect", "circular", "replicate"), kernel_size=per_axis(d, 1, 3)
+    )
 
 
 def transposed(d: Draft, a: int) -> int:
     inputs, out = d.channels(a), d.one(2, 4, d.channels(a))
     stride, dilation = per_axis(d, 1, 2), per_axis(d, 1, 1, 2)
-    extra = tuple(d.rng.randrange(max(s, t)) for s, t in zip(stride, dilation, strict=True)) if d.odds(0.4) else 0
-    options: Any = {"output_padding": extra, "groups": groups_of(d, inputs, out), "bias": d.odds(0.4), "dilation": dilation}
+    extra = (
+        tuple(d.rng.randrange(max(s, t)) for s, t in zip(stride, dilation, strict=True))
+        if d.odds(0.4)
+        else 0
+    )
+    options: Any = {
+        "output_padding": extra,
+        "groups": groups_of(d, inputs, out),
+        "bias": d.odds(0.4),
+        "dilation": dilation,
+    }
     kernel = per_axis(d, 1, 2, 3, 4)
     y = d.add(DECONV[d.axes](inputs, out, kernel, stride, per_axis(d, 0, 1), **options), a)
-    return d.one(lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes))()
+    return d.one(
+        lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes)
+    )()
 
 
 def computed(d: Draft, a: int) -> int:
     out = d.one(4, 6, d.channels(a), d.channels(a))
     kernel, groups = per_axis(d, 1, 3), groups_of(d, d.channels(a), out)
-    return d.add(ComputedWeight(d.one(*WEIGHTS), d.channels(a), out, kernel, groups, d.odds(0.4)), a)
+    return d.add(
+        ComputedWeight(d.one(*WEIGHTS), d.channels(a), out, kernel, groups, d.odds(0.4)), a
+    )
 
 
 def identity_plus(d: Draft, a: int) -> int:
     """F.conv2d(x, W + I)."""
     c = d.channels(a)
-    return d.add(ComputedWeight("identity", c, c, per_axis(d, 1, 3, equal=1), groups_of(d, c, c), d.odds(0.4)), a)
+    return d.add(
+        ComputedWeight(
+            "identity", c, c, per_axis(d, 1, 3, equal=1), groups_of(d, c, c), d.odds(0.4)
+        ),
+        a,
+    )
 
 
 def plain_norm(d: Draft, a: int) -> int:
@@ -152,7 +184,11 @@ def last(d: Draft, a: int) -> int:
 
 def again(d: Draft, a: int) -> int:
     """A layer that is in the plan, called on another value."""
-    fits = [m for m in d.layers if getattr(m, "in_channels", getattr(m, "num_features", 0)) == d.channels(a)]
+    fits = [
+        m
+        for m in d.layers
+        if getattr(m, "in_channels", getattr(m, "num_features", 0)) == d.channels(a)
+    ]
     if not fits:
         raise Unfit("no layer accepts it")
     return d.add(d.rng.choice(fits), a)

@@ -1,4 +1,6 @@
-"""Layers as people write them, each a small module: functions, pads filled by hand, channels last, computed weights."""
+"""Layers as people write them, each a small module: functions, pads filled by hand, channels last,
+computed weights.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +33,32 @@ class Shift(Scale):
 
 
 class Call(nn.Module):
-    """A function of one or more values, and of a tensor where one is given: a parameter, a buffer or an attribute."""
+    """A function of one or more values, and of a tensor where one is given: a parameter, a buffer
+    or an attribute.
+    """
 
     tensor: Any
 
     def __init__(
-        self, text: str, function: Callable[..., Any], tensor: Tensor | None = None, kind: str = "parameter"
+        self,
+        text: str,
+        function: Callable[..., Any],
+        tensor: Tensor | None = None,
+        kind: str = "parameter",
     ) -> None:
         super().__init__()
         self.text, self.function = text, function
         if tensor is not None and kind == "buffer":
             self.register_buffer("tensor", tensor)
         else:
-            self.tensor = nn.Parameter(tensor) if tensor is not None and kind == "parameter" else tensor
+            self.tensor = (
+                nn.Parameter(tensor) if tensor is not None and kind == "parameter" else tensor
+            )
 
     def forward(self, *values: Tensor) -> Any:
-        return self.function(*values) if self.tensor is None else self.function(*values, self.tensor)
+        return (
+            self.function(*values) if self.tensor is None else self.function(*values, self.tensor)
+        )
 
     def extra_repr(self) -> str:
         return self.text if self.tensor is None else f"{self.text}, {tuple(self.tensor.shape)}"
@@ -63,25 +75,35 @@ class FunctionalNorm(nn.Module):
         self.axes, self.formula = axes, formula
         self.register_buffer("mean", torch.rand(channels) - 0.5)
         self.register_buffer("var", torch.rand(channels) + 0.5)
-        self.weight, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.rand(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.rand(channels) + 0.5),
+            nn.Parameter(torch.rand(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.formula:
             return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=1e-3)
-        mean, weight, bias = (v.view(1, -1, *[1] * self.axes) for v in (self.mean, self.weight, self.bias))
-        return (x - mean) * (weight / torch.sqrt(self.var + 1e-3).view(1, -1, *[1] * self.axes)) + bias
+        mean, weight, bias = (
+            v.view(1, -1, *[1] * self.axes) for v in (self.mean, self.weight, self.bias)
+        )
+        return (x - mean) * (
+            weight / torch.sqrt(self.var + 1e-3).view(1, -1, *[1] * self.axes)
+        ) + bias
 
 
 Sides = list[tuple[int, int]]  # how many entries before and after, an axis at a time
 
 
 class PaddedBy(nn.Module):
-    """`layer`, its output padded with one number a channel: the shift or bias of the layer, or numbers of its own.
+    """`layer`, its output padded with one number a channel: the shift or bias of the layer, or
+    numbers of its own.
 
-    `sides` are the entries of the border, first axis first; `written` says which of the 2 * axes borders are.
-    """
+    `sides` are the entries of the border, first axis first; `written` says which of the 2 * axes
+    borders are."""
 
-    def __init__(self, layer: nn.Module, spelling: str, sides: Sides, written: list[bool], own: Tensor | None) -> None:
+    def __init__(
+        self, layer: nn.Module, spelling: str, sides: Sides, written: list[bool], own: Tensor | None
+    ) -> None:
         super().__init__()
         self.layer, self.spelling, self.sides, self.written = layer, spelling, sides, written
         self.own = None if own is None else nn.Parameter(own)
@@ -96,24 +118,38 @@ class PaddedBy(nn.Module):
         return norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SPELLINGS[self.spelling](self, self.layer(x), self.constant().view(1, -1, *[1] * len(self.sides)))
+        return _SPELLINGS[self.spelling](
+            self, self.layer(x), self.constant().view(1, -1, *[1] * len(self.sides))
+        )
 
     def borders(self) -> list[tuple[Any, ...]]:
         """The index of each border that is written."""
         found, axes = [], len(self.sides)
         for i, (before, after) in enumerate(self.sides):
             for n, cut, wanted in zip(
-                (before, after), (slice(0, before), slice(-after, None)), self.written[2 * i :], strict=False
+                (before, after),
+                (slice(0, before), slice(-after, None)),
+                self.written[2 * i :],
+                strict=False,
             ):
                 if n and wanted:
-                    found.append((slice(None),) * (2 + i) + (cut,) + (slice(None),) * (axes - 1 - i))
+                    found.append(
+                        (slice(None),) * (2 + i) + (cut,) + (slice(None),) * (axes - 1 - i)
+                    )
         return found
 
     def inner(self) -> tuple[Any, ...]:
-        return (slice(None), slice(None), *(slice(before, -after or None) for before, after in self.sides))
+        return (
+            slice(None),
+            slice(None),
+            *(slice(before, -after or None) for before, after in self.sides),
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.spelling}, sides={self.sides}, written={self.written}, own={self.own is not None}"
+        return (
+            f"{self.spelling}, sides={self.sides}, written={self.written}, "
+            f"own={self.own is not None}"
+        )
 
 
 def flat(sides: Sides) -> list[int]:
@@ -146,7 +182,9 @@ _SPELLINGS: dict[str, Callable[[PaddedBy, Tensor, Tensor], Tensor]] = {
 
 
 class ChannelsLast(nn.Module):
-    """Steps on the channels as last axis, between two permutes; or on tokens (N, positions, channels)."""
+    """Steps on the channels as last axis, between two permutes; or on tokens (N, positions,
+    channels).
+    """
 
     def __init__(self, axes: int, tokens: bool, residual: bool, steps: list[nn.Module]) -> None:
         super().__init__()
@@ -155,9 +193,15 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens:
-            return self._steps(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape[0], -1, *_sizes(x, self.axes))
+            return (
+                self._steps(x.flatten(2).transpose(1, 2))
+                .transpose(1, 2)
+                .reshape(x.shape[0], -1, *_sizes(x, self.axes))
+            )
         spatial = range(2, self.axes + 2)
-        return self._steps(x.permute(0, *spatial, 1)).permute(0, self.axes + 1, *range(1, self.axes + 1))
+        return self._steps(x.permute(0, *spatial, 1)).permute(
+            0, self.axes + 1, *range(1, self.axes + 1)
+        )
 
     def _steps(self, x: Tensor) -> Tensor:
         y = x
@@ -198,11 +242,20 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
 
 
 class ComputedWeight(nn.Module):
-    """A convolution with a weight computed from parameters; its kernel is odd and keeps the sizes."""
+    """A convolution with a weight computed from parameters; its kernel is odd and keeps the
+    sizes."""
 
     eye: Tensor
 
-    def __init__(self, expression: str, channels: int, out: int, kernel: tuple[int, ...], groups: int, bias: bool) -> None:
+    def __init__(
+        self,
+        expression: str,
+        channels: int,
+        out: int,
+        kernel: tuple[int, ...],
+        groups: int,
+        bias: bool,
+    ) -> None:
         super().__init__()
         self.expression, self.groups = expression, groups
         self.axes, self.padding = len(kernel), tuple(k // 2 for k in kernel)
@@ -212,9 +265,15 @@ class ComputedWeight(nn.Module):
         for o in range(out):
             eye[(o, o % shape[1], *self.padding)] = 1
         self.register_buffer("eye", eye)
-        self.weight, self.other = nn.Parameter(torch.randn(shape) * 0.3), nn.Parameter(torch.randn(shape) * 0.3)
+        self.weight, self.other = (
+            nn.Parameter(torch.randn(shape) * 0.3),
+            nn.Parameter(torch.randn(shape) * 0.3),
+        )
         self.scale = nn.Parameter(torch.rand(out, 1, *ones) + 0.5)
-        self.point, self.mix = nn.Parameter(torch.randn(*shape[:2], *ones)), nn.Parameter(torch.randn(out, out) * 0.5)
+        self.point, self.mix = (
+            nn.Parameter(torch.randn(*shape[:2], *ones)),
+            nn.Parameter(torch.randn(out, out) * 0.5),
+        )
         self.bias = nn.Parameter(torch.randn(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,4 +281,7 @@ class ComputedWeight(nn.Module):
         return CONV[self.axes](x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def extra_repr(self) -> str:
-        return f"{self.expression}, {tuple(self.weight.shape)}, groups={self.groups}, bias={self.bias is not None}"
+        return (
+            f"{self.expression}, {tuple(self.weight.shape)}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
+        )

@@ -64,7 +64,15 @@ def line_pair(d: Draft, a: int) -> int:
     for i, axis in enumerate(axes):
         kernel = line(d, k, axis)
         bias = d.odds(0.15 if i == 0 else 0.5)
-        a = conv(d, a, out=c, groups=groups, kernel_size=kernel, padding=keeping(kernel, one(d)), bias=bias)
+        a = conv(
+            d,
+            a,
+            out=c,
+            groups=groups,
+            kernel_size=kernel,
+            padding=keeping(kernel, one(d)),
+            bias=bias,
+        )
     return norm_maybe(d, a)
 
 
@@ -75,7 +83,9 @@ def point_then_wide(d: Draft, a: int) -> int:
     pad = d.one(0, 0, keeping(kernel, one(d))) if bias else d.one(0, keeping(kernel, one(d)))
     inner = conv(d, a, out=d.one(2, 4, 8), kernel_size=one(d), padding=0, bias=bias)
     inner = norm_maybe(d, inner, 0.3)
-    return norm_maybe(d, conv(d, inner, kernel_size=kernel, padding=pad, groups=1, stride=d.one(1, 1, 2)))
+    return norm_maybe(
+        d, conv(d, inner, kernel_size=kernel, padding=pad, groups=1, stride=d.one(1, 1, 2))
+    )
 
 
 def wide_then_point(d: Draft, a: int) -> int:
@@ -92,7 +102,17 @@ def bottleneck(d: Draft, a: int) -> int:
     y = norm_maybe(d, conv(d, a, out=d.one(2, c, 2 * c), kernel_size=one(d), padding=0, groups=1))
     kernel = per_axis(d, 1, 3)
     inner = d.channels(y)
-    y = norm_maybe(d, conv(d, y, out=inner, groups=d.one(1, inner), kernel_size=kernel, padding=keeping(kernel, one(d))))
+    y = norm_maybe(
+        d,
+        conv(
+            d,
+            y,
+            out=inner,
+            groups=d.one(1, inner),
+            kernel_size=kernel,
+            padding=keeping(kernel, one(d)),
+        ),
+    )
     y = norm_maybe(d, conv(d, y, out=c, kernel_size=one(d), padding=0, groups=1))
     return d.call("v + w", lambda v, w: v + w, a, y) if d.odds(0.7) else y
 
@@ -103,14 +123,24 @@ def depthwise_pointwise(d: Draft, a: int) -> int:
     if d.nonlinear and d.odds(0.3):
         y = d.call("F.relu", F.relu, y)
     y = norm_maybe(d, conv(d, y, out=d.one(2, c), kernel_size=one(d), padding=0, groups=1))
-    return norm_maybe(d, conv(d, y, out=d.channels(y), groups=d.channels(y), kernel_size=kernel)) if d.odds(0.2) else y
+    return (
+        norm_maybe(d, conv(d, y, out=d.channels(y), groups=d.channels(y), kernel_size=kernel))
+        if d.odds(0.2)
+        else y
+    )
 
 
 def branch(d: Draft, a: int, out: int, groups: int, stride: int) -> int:
     kernel = per_axis(d, 1, 3, 3, 5)
     dilation = per_axis(d, 1, 1, 1, 2)
     kernel = tuple(k if t == 1 else 3 for k, t in zip(kernel, dilation, strict=True))
-    fixed = {"out": out, "groups": groups, "stride": stride, "kernel_size": kernel, "dilation": dilation}
+    fixed = {
+        "out": out,
+        "groups": groups,
+        "stride": stride,
+        "kernel_size": kernel,
+        "dilation": dilation,
+    }
     y = norm_maybe(d, conv(d, a, padding=keeping(kernel, dilation), **fixed), 0.6)
     if d.odds(0.2):
         y = norm_maybe(d, conv(d, y, out=out, groups=groups, kernel_size=one(d), padding=0))
@@ -135,13 +165,20 @@ def residual(d: Draft, a: int) -> int:
     """x + scale * (M(x) - N(x)), as token mixers have it."""
     c = d.channels(a)
     kernel = per_axis(d, 3, 3, 1)
-    m = norm_maybe(d, conv(d, a, out=c, groups=d.one(1, c), kernel_size=kernel, padding=keeping(kernel, one(d))))
+    m = norm_maybe(
+        d,
+        conv(d, a, out=c, groups=d.one(1, c), kernel_size=kernel, padding=keeping(kernel, one(d))),
+    )
     n = plain_norm(d, a)
-    return d.call("u + s * (v - w)", lambda u, v, w, s: u + s * (v - w), a, m, n, tensor=d.uniform(c, *one(d)))
+    return d.call(
+        "u + s * (v - w)", lambda u, v, w, s: u + s * (v - w), a, m, n, tensor=d.uniform(c, *one(d))
+    )
 
 
 def twice(d: Draft, a: int) -> int:
-    """A value in the middle of a chain is read twice, the second time by something that may or may not bend."""
+    """A value in the middle of a chain is read twice, the second time by something that may or may
+    not bend.
+    """
     y = norm_maybe(d, conv(d, a), 0.6)
     z = norm_maybe(d, conv(d, y, out=d.channels(y), kernel_size=one(d), padding=0), 0.6)
     bent = d.nonlinear and d.odds(0.5)

@@ -1,4 +1,6 @@
-"""Arithmetic: two values, numbers, and tensors of every shape that broadcasts, a channel at a time or not."""
+"""Arithmetic: two values, numbers, and tensors of every shape that broadcasts, a channel at a time
+or not.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ SPELLED: dict[str, Callable[[Tensor, int], Tensor]] = {
 def per_channel(d: Draft, a: int) -> tuple[int, ...]:
     """A shape with one entry a channel, or one for all."""
     c, ones = d.channels(a), (1,) * d.axes
-    return d.one((c, *ones), (1, c, *ones), (c, *ones), (1, c, *ones), (1, 1, *ones), (1,), (), (1, *ones))
+    return d.one(
+        (c, *ones), (1, c, *ones), (c, *ones), (1, c, *ones), (1, 1, *ones), (1,), (), (1, *ones)
+    )
 
 
 def not_per_channel(d: Draft, a: int) -> tuple[int, ...]:
@@ -77,9 +81,21 @@ def not_per_channel(d: Draft, a: int) -> tuple[int, ...]:
     columns = (*ones[1:], sizes[-1])
     rows = (sizes[0], *ones[1:])
     return d.one(
-        (sizes[-1],), (c, *columns), (1, 1, *columns), (1, c, *columns), (c, *rows), rows, (1, c, *rows), tuple(sizes),
-        (1, *sizes), (1, 1, *sizes), (c, *sizes), (n, 1, *ones), (n, c, *ones), (n, c, *sizes),
-    )  # fmt: skip
+        (sizes[-1],),
+        (c, *columns),
+        (1, 1, *columns),
+        (1, c, *columns),
+        (c, *rows),
+        rows,
+        (1, c, *rows),
+        tuple(sizes),
+        (1, *sizes),
+        (1, 1, *sizes),
+        (c, *sizes),
+        (n, 1, *ones),
+        (n, c, *ones),
+        (n, c, *sizes),
+    )
 
 
 def operand(d: Draft, a: int, shape: tuple[int, ...]) -> int:
@@ -93,7 +109,12 @@ def spelled(d: Draft, a: int) -> int:
     if n == 3 and spelling == "unsqueeze":
         spelling = "view"
     function, shaped = OPERATIONS[text], SPELLED[spelling]
-    return d.call(f"{text}, w by {spelling}", lambda v, w: function(v, shaped(w, n)), a, tensor=d.uniform(d.channels(a)))
+    return d.call(
+        f"{text}, w by {spelling}",
+        lambda v, w: function(v, shaped(w, n)),
+        a,
+        tensor=d.uniform(d.channels(a)),
+    )
 
 
 def by_chance(d: Draft, a: int) -> int:

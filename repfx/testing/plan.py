@@ -1,4 +1,6 @@
-"""A plan in the making: operators are drawn, run on the example at once, and kept where their value is fit for more."""
+"""A plan in the making: operators are drawn, run on the example at once, and kept where their value
+is fit for more.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ class Unfit(Exception):
 
 
 class Draft:
-    """`values[0]` is the input; `plan[i]` and `layers[i]` gave `values[i + 1]`. `operator` is what is being drawn."""
+    """`values[0]` is the input; `plan[i]` and `layers[i]` gave `values[i + 1]`. `operator` is what
+    is being drawn.
+    """
 
     def __init__(self, seed: int, nonlinear: bool, size: int, axes: int) -> None:
         self.rng = random.Random(seed)
         self.nonlinear, self.axes, self.operator = nonlinear, axes, ""
-        sizes = [(size, size + 1, size - 1)[i] if axes < 3 else (size + 1) // 2 + i for i in range(axes)]
+        sizes = [
+            (size, size + 1, size - 1)[i] if axes < 3 else (size + 1) // 2 + i for i in range(axes)
+        ]
         channels = self.rng.choice([2, 3, 4, 4, 6, 6, 8])
         self.values: list[Any] = [torch.randn(2, channels, *sizes, dtype=torch.float64)]
         self.plan: list[tuple[str, tuple[int, ...]]] = []
@@ -56,10 +62,16 @@ class Draft:
     def like(self, a: int, spatial: bool = False) -> list[int]:
         """The values of a's shape, or of its spatial shape."""
         first = 2 if spatial else 0
-        return [i for i, v in enumerate(self.values) if isinstance(v, Tensor) and v.shape[first:] == self.shape(a)[first:]]
+        return [
+            i
+            for i, v in enumerate(self.values)
+            if isinstance(v, Tensor) and v.shape[first:] == self.shape(a)[first:]
+        ]
 
     def add(self, layer: nn.Module, *inputs: int) -> int:
-        """Appends an operator; the position of its value. Raises Unfit where its value is not one to go on with."""
+        """Appends an operator; the position of its value. Raises Unfit where its value is not one
+        to go on with.
+        """
         if layer not in self.layers:
             randomise(layer, self.rng.randrange(1 << 31)).double().eval()
         try:
@@ -81,19 +93,29 @@ class Draft:
 
     def is_own(self, a: int) -> bool:
         """Whether a change of the value in place leaves the caller's input as it is."""
-        return self.values[a].untyped_storage().data_ptr() != self.values[0].untyped_storage().data_ptr()
+        return (
+            self.values[a].untyped_storage().data_ptr()
+            != self.values[0].untyped_storage().data_ptr()
+        )
 
     def _require_fit(self, value: Tensor) -> None:
         sizes = value.shape[2:]
         channels = value.shape[1] if value.numel() else 0
-        if value.dim() != self.axes + 2 or not 0 < channels <= CHANNELS or min(sizes) < 3 or sizes.numel() > POSITIONS:
+        if (
+            value.dim() != self.axes + 2
+            or not 0 < channels <= CHANNELS
+            or min(sizes) < 3
+            or sizes.numel() > POSITIONS
+        ):
             raise Unfit(f"its shape is {tuple(value.shape)}")
         if not SMALLEST <= float(value.abs().max()) <= LARGEST:
             raise Unfit("it vanishes or explodes")
 
 
 class Recipe(NamedTuple):
-    """How an operator is drawn on a value: the position of what it gives. `bent` ones are not linear."""
+    """How an operator is drawn on a value: the position of what it gives. `bent` ones are not
+    linear.
+    """
 
     draw: Callable[[Draft, int], int]
     weight: float = 1.0

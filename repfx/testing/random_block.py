@@ -1,4 +1,5 @@
-"""Random nets: a plan of operators drawn by weight from every family, the same for the same seed."""
+"""Random nets: a plan of operators drawn by weight from every family, the same for the same
+seed."""
 
 from __future__ import annotations
 
@@ -12,17 +13,22 @@ from repfx.testing import bends, borders, channels, convolutions, motifs, operan
 from repfx.testing.plan import LARGEST, SMALLEST, Draft, Recipe, Unfit
 
 FAMILIES = (convolutions, operands, channels, borders, bends, motifs)
-RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}
+RECIPES: dict[str, Recipe] = {
+    name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()
+}
 TRIES = 60
 
 
 class RandomBlock(nn.Module):
-    """A random graph of operators on images (N, channels, H, W); `plan` lists (operator, inputs) by position.
+    """A random graph of operators on images (N, channels, H, W); `plan` lists (operator, inputs) by
+    position.
 
     A motif has several entries of one name. Position 0 is the input.
     """
 
-    def __init__(self, plan: list[tuple[str, tuple[int, ...]]], layers: list[nn.Module], out: tuple[int, ...]) -> None:
+    def __init__(
+        self, plan: list[tuple[str, tuple[int, ...]]], layers: list[nn.Module], out: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.plan, self.out = plan, out
         self.layers = nn.ModuleDict({f"op{i}": m for i, m in enumerate(layers, start=1)})
@@ -48,17 +54,22 @@ class RandomBlock(nn.Module):
         """The plan, a line an operator."""
         lines = [
             f"{i:3d} = {name}{list(inputs)}: {layer!r}"
-            for i, ((name, inputs), layer) in enumerate(zip(self.plan, self.layers.values(), strict=True), start=1)
+            for i, ((name, inputs), layer) in enumerate(
+                zip(self.plan, self.layers.values(), strict=True), start=1
+            )
         ]
         return "\n".join([*lines, f"return {list(self.out)}"])
 
 
-def random_block(seed: int, nonlinear: bool = True, size: int = 13, *, axes: int = 2) -> tuple[RandomBlock, Tensor]:
-    """A random net in float64 with every parameter and statistic away from its default, and an input it accepts.
+def random_block(
+    seed: int, nonlinear: bool = True, size: int = 13, *, axes: int = 2
+) -> tuple[RandomBlock, Tensor]:
+    """A random net in float64 with every parameter and statistic away from its default, and an
+    input it accepts.
 
-    With `nonlinear` it may hold activations, products and norms on batch statistics. It may change its values in place,
-    though never its input, and may have several outputs. `axes` is the number of spatial axes, 1 to 3.
-    """
+    With `nonlinear` it may hold activations, products and norms on batch statistics. It may change
+    its values in place, though never its input, and may have several outputs. `axes` is the number
+    of spatial axes, 1 to 3."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for attempt in range(TRIES):
@@ -66,14 +77,21 @@ def random_block(seed: int, nonlinear: bool = True, size: int = 13, *, axes: int
             _fill(draft)
             if not draft.plan:
                 continue
-            block, x = RandomBlock(draft.plan, draft.layers, _outputs(draft)).double().eval(), draft.values[0]
+            block, x = (
+                RandomBlock(draft.plan, draft.layers, _outputs(draft)).double().eval(),
+                draft.values[0],
+            )
             if _is_fit(block, x):
                 return block, x
     raise RuntimeError(f"no block for seed {seed}")
 
 
 def _fill(draft: Draft) -> None:
-    usable = {name: r for name, r in RECIPES.items() if draft.axes in r.axes and (draft.nonlinear or not r.bent)}
+    usable = {
+        name: r
+        for name, r in RECIPES.items()
+        if draft.axes in r.axes and (draft.nonlinear or not r.bent)
+    }
     names, weights = list(usable), [r.weight for r in usable.values()]
     wanted = draft.rng.randint(3, 13)
     for _ in range(10 * wanted):
@@ -91,12 +109,22 @@ def _outputs(draft: Draft) -> tuple[int, ...]:
     tensors = [i for i, v in enumerate(draft.values) if i and isinstance(v, Tensor)]
     read = {i for _, inputs in draft.plan for i in inputs}
     unread = tuple(i for i in tensors if i not in read) or (tensors[-1],)
-    return draft.one((tensors[-1],), (tensors[-1],), (tensors[-1],), (tensors[-1], draft.rng.choice(tensors)), unread)
+    return draft.one(
+        (tensors[-1],),
+        (tensors[-1],),
+        (tensors[-1],),
+        (tensors[-1], draft.rng.choice(tensors)),
+        unread,
+    )
 
 
 @torch.no_grad()
 def _is_fit(block: RandomBlock, x: Tensor) -> bool:
-    """Whether each output is of a size that a relative tolerance can judge, and the input stays as it is."""
+    """Whether each output is of a size that a relative tolerance can judge, and the input stays as
+    it is.
+    """
     kept = x.clone()
     results = tree_leaves(block(x))
-    return all(SMALLEST <= float(v.abs().max()) <= LARGEST for v in results) and torch.equal(x, kept)
+    return all(SMALLEST <= float(v.abs().max()) <= LARGEST for v in results) and torch.equal(
+        x, kept
+    )

@@ -1,4 +1,6 @@
-"""Random nets of what deployed CNNs are made of: (N, 3, H, W) -> (N, classes), the same for the same seed."""
+"""Random nets of what deployed CNNs are made of: (N, 3, H, W) -> (N, classes), the same for the
+same seed.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,31 @@ ACTS: tuple[Callable[[], nn.Module], ...] = (
 
 
 class Layer(nn.Sequential):
-    """A convolution, perhaps grouped, depthwise, dilated or strided, perhaps a batch norm, an activation."""
+    """A convolution, perhaps grouped, depthwise, dilated or strided, perhaps a batch norm, an
+    activation.
+    """
 
-    def __init__(self, draw: random.Random, inputs: int, outputs: int, stride: int = 1, act: bool = True) -> None:
+    def __init__(
+        self, draw: random.Random, inputs: int, outputs: int, stride: int = 1, act: bool = True
+    ) -> None:
         kernel, dilation = draw.choice([1, 1, 3, 3, 3, 5]), draw.choice([1, 1, 1, 2])
         groups = draw.choice([1, 1, 1, 2, inputs]) if inputs == outputs and inputs % 2 == 0 else 1
         pad, norm = dilation * (kernel // 2), draw.random() < 0.6
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, dilation, groups, bias=not norm and draw.random() < 0.7)
-        layers = [conv, *([nn.BatchNorm2d(outputs)] if norm else []), *([draw.choice(ACTS)()] if act else [])]
+        conv = nn.Conv2d(
+            inputs,
+            outputs,
+            kernel,
+            stride,
+            pad,
+            dilation,
+            groups,
+            bias=not norm and draw.random() < 0.7,
+        )
+        layers = [
+            conv,
+            *([nn.BatchNorm2d(outputs)] if norm else []),
+            *([draw.choice(ACTS)()] if act else []),
+        ]
         super().__init__(*layers)
 
 
@@ -34,7 +53,10 @@ class Skip(nn.Module):
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
-        self.body, self.act = nn.Sequential(Layer(draw, c, c), Layer(draw, c, c, act=False)), draw.choice(ACTS)()
+        self.body, self.act = (
+            nn.Sequential(Layer(draw, c, c), Layer(draw, c, c, act=False)),
+            draw.choice(ACTS)(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(x + self.body(x))
@@ -47,7 +69,10 @@ class Joined(nn.Module):
         super().__init__()
         widths = [draw.choice([4, 6, 8]) for _ in range(draw.choice([2, 3]))]
         self.branches = nn.ModuleList(Layer(draw, c, w) for w in widths)
-        self.own, self.how = draw.random() < 0.5, draw.choice(["conv", "conv", "max", "average", "norm", "again"])
+        self.own, self.how = (
+            draw.random() < 0.5,
+            draw.choice(["conv", "conv", "max", "average", "norm", "again"]),
+        )
         total = sum(widths) + c * self.own
         self.norm, self.act = nn.BatchNorm2d(total), draw.choice(ACTS)()
         self.last = Layer(draw, total + widths[0] * (self.how == "again"), c)
@@ -87,7 +112,11 @@ class Gate(nn.Module):
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
-        self.down, self.up, self.act = nn.Conv2d(c, 4, 1), nn.Conv2d(4, c, 1), draw.choice([nn.ReLU, nn.SiLU])()
+        self.down, self.up, self.act = (
+            nn.Conv2d(c, 4, 1),
+            nn.Conv2d(4, c, 1),
+            draw.choice([nn.ReLU, nn.SiLU])(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.up(self.act(self.down(x.mean((2, 3), keepdim=True)))))
@@ -109,12 +138,22 @@ class Neck(nn.Module):
 
 
 def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Tensor]:
-    """A net in float32, in eval mode, with statistics of its own values, and an input that it accepts."""
+    """A net in float32, in eval mode, with statistics of its own values, and an input that it
+    accepts.
+    """
     draw = random.Random(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         c = draw.choice([8, 12, 16])
-        kinds = [Skip, Joined, Halves, Gate, Neck, lambda d, c: Layer(d, c, c), lambda d, c: nn.AvgPool2d(3, 1, 1)]
+        kinds = [
+            Skip,
+            Joined,
+            Halves,
+            Gate,
+            Neck,
+            lambda d, c: Layer(d, c, c),
+            lambda d, c: nn.AvgPool2d(3, 1, 1),
+        ]
         body = [draw.choice(kinds)(draw, c) for _ in range(draw.randint(2, 5))]
         ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 5)]
         net, x = nn.Sequential(Layer(draw, 3, c), *body, *ends), torch.randn(batch, 3, size, size)
@@ -124,7 +163,9 @@ def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Te
 
 
 def settle(net: nn.Module, x: Tensor) -> None:
-    """Gives the batch norms the statistics of this batch, so that values neither grow nor vanish on the way."""
+    """Gives the batch norms the statistics of this batch, so that values neither grow nor vanish on
+    the way.
+    """
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [m.momentum for m in norms]
     for m in norms:

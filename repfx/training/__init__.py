@@ -6,4 +6,13 @@ from repfx.training.recipe import PRESETS
 from repfx.training.regularise import CustomL2
 from repfx.training.tasks import Classification, SuperResolution, Task
 
-__all__ = ["PRESETS", "Classification", "CustomL2", "Epoch", "History", "SuperResolution", "Task", "fit"]
+__all__ = [
+    "PRESETS",
+    "Classification",
+    "CustomL2",
+    "Epoch",
+    "History",
+    "SuperResolution",
+    "Task",
+    "fit",
+]

@@ -2,8 +2,8 @@
 
     a <- decay * a + (1 - decay) * p    after each step; a = p after the first
 
-No copy of the model is made: copying a GraphModule reorders its parameters and turns its constants into buffers.
-"""
+No copy of the model is made: copying a GraphModule reorders its parameters and turns its constants
+into buffers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Average:
     """Of the model's parameters, by name. Buffers are not averaged."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.values: dict[str, Tensor] = {
+            name: p.detach().clone() for name, p in model.named_parameters()
+        }
         self.move = get_ema_multi_avg_fn(decay)
         self.steps = 0
 

@@ -1,8 +1,8 @@
-"""A checkpoint is everything a run's next step depends on, as plain tensors, numbers and dicts: no code comes back.
+"""A checkpoint is everything a run's next step depends on, as plain tensors, numbers and dicts: no
+code comes back.
 
-Model, quantizers' flags, optimizer, average, gradient scaler, every process's random states, the place in the epoch and
-the rows so far. It appears whole or not at all.
-"""
+Model, quantizers' flags, optimizer, average, gradient scaler, every process's random states, the
+place in the epoch and the rows so far. It appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ FORMAT = "repfx.fit 1"
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the global generators of torch, Python and numpy, and of the accelerators where there are any."""
+    """The states of the global generators of torch, Python and numpy, and of the accelerators where
+    there are any.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, inner, gauss = random.getstate()
     return {
@@ -37,7 +39,11 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Puts back what `random_state` gave."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if (
+        state["cuda"]
+        and torch.cuda.is_available()
+        and len(state["cuda"]) == torch.cuda.device_count()
+    ):
         torch.cuda.set_rng_state_all(state["cuda"])
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))
@@ -66,7 +72,9 @@ def check_finite(path: str | os.PathLike[str] | None, model: nn.Module) -> None:
 
 
 def write(path: str | os.PathLike[str], model: nn.Module, content: dict[str, Any]) -> None:
-    """Writes the model and what else the run needs. Raises InputError where the path cannot be written."""
+    """Writes the model and what else the run needs. Raises InputError where the path cannot be
+    written.
+    """
     whole = {"format": FORMAT, "model": dict(model.state_dict()), "flags": flags(model), **content}
     write_whole(path, lambda part: torch.save(whole, part))
 
@@ -83,7 +91,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(path: str | os.PathLike[str], model: nn.Module, found: dict[str, Any]) -> None:
-    """Puts the checkpoint's tensors into the model. Raises InputError, naming the first keys, where they do not fit."""
+    """Puts the checkpoint's tensors into the model. Raises InputError, naming the first keys, where
+    they do not fit.
+    """
     here, there = model.state_dict(), found["model"]
     wrong = [f"{k} is not in the checkpoint" for k in here if k not in there]
     wrong += [f"{k} is not in the model" for k in there if k not in here]
@@ -100,7 +110,12 @@ def load_weights(path: str | os.PathLike[str], model: nn.Module, found: dict[str
 
 
 def check_same_run(path: str | os.PathLike[str], now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises InputError where a run cannot go on from a checkpoint because its steps would be other ones."""
+    """Raises InputError where a run cannot go on from a checkpoint because its steps would be other
+    ones.
+    """
     for name, value in now.items():
         if then.get(name) != value:
-            raise InputError(f"{path} was written with {name}={then.get(name)!r}, this run has {value!r}; or resume=False")
+            raise InputError(
+                f"{path} was written with {name}={then.get(name)!r}, this run has "
+                f"{value!r}; or resume=False"
+            )

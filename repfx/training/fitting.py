@@ -1,12 +1,13 @@
-"""fit: the training loop. A step is a function of the checkpoint before it, so a killed run goes on bit for bit.
+"""fit: the training loop. A step is a function of the checkpoint before it, so a killed run goes on
+bit for bit.
 
     order of the data    (seed, epoch)                   learning rate    the number of the step
-    everything else      in the checkpoint: parameters, buffers, optimizer, average, random states, place in the epoch
+    everything else      in the checkpoint: parameters, buffers, optimizer, average, random state
 
-Devices, mixed precision and several processes are accelerate's (`accelerate launch`, `torchrun`). Processes share a
-step's samples and their gradients are averaged by DDP. Batch norms see the samples of their own process; the first
-process's running statistics count during an epoch, the mean over processes at its end.
-"""
+Devices, mixed precision and several processes are accelerate's (`accelerate launch`, `torchrun`).
+Processes share a step's samples and their gradients are averaged by DDP. Batch norms see the
+samples of their own process; the first process's running statistics count during an epoch, the mean
+over processes at its end."""
 
 from __future__ import annotations
 
@@ -60,30 +61,34 @@ def fit(
 ) -> History:
     """Trains the model in place and returns what happened, an epoch a row.
 
-    `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and `metric()` (see `Task`).
-    `data`, `valid`: tensors (x, y) of N samples, a data set or a DataLoader. `data` may be a path, which the task reads: a
-    folder or zip of class folders, or of pictures for super-resolution (with `train/` and `test/` or `val/` in it, the
-    latter is `valid`), or "digits". `batch`: samples a process and micro batch.
+    `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and
+    `metric()` (see `Task`). `data`, `valid`: tensors (x, y) of N samples, a data set or a
+    DataLoader. `data` may be a path, which the task reads: a folder or zip of class folders, or of
+    pictures for super-resolution (with `train/` and `test/` or `val/` in it, the latter is
+    `valid`), or "digits". `batch`: samples a process and micro batch.
 
-    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict, for what is not given here; without it SGD with `momentum`
-    0.9, `lr` 0.1 falling on a cosine to 0, `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw or a function of parameter
-    groups. `schedule`: cosine, constant, or a function from 0..1 to a factor. `warmup`: epochs. Weight decay leaves out
-    parameters of one dimension unless `decay_norm`, and the scales of quantizers always. `l2`: "plain", or "custom"
-    (RepVGG's) or "eq6" (QARepVGG's repair) in place of plain decay on the kernels of multi-branch blocks (`CustomL2`).
+    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict, for what is not given here; without it
+    SGD with `momentum` 0.9, `lr` 0.1 falling on a cosine to 0, `weight_decay` 1e-4. `optimizer`:
+    sgd, adam, adamw or a function of parameter groups. `schedule`: cosine, constant, or a function
+    from 0..1 to a factor. `warmup`: epochs. Weight decay leaves out parameters of one dimension
+    unless `decay_norm`, and the scales of quantizers always. `l2`: "plain", or "custom" (RepVGG's)
+    or "eq6" (QARepVGG's repair) in place of plain decay on the kernels of multi-branch blocks
+    (`CustomL2`).
 
-    `ema`: decay of an average of the weights, which `valid` is measured on and the model has in the end. `clip`: largest
-    norm of the gradient. `accumulate`: micro batches a step. `teacher`: a net whose outputs make up `distill` of the
-    loss. `device`: None takes what accelerate finds, "cpu" the CPU. `precision`: no, fp16 or bf16, one a
-    process.
+    `ema`: decay of an average of the weights, which `valid` is measured on and the model has in the
+    end. `clip`: largest norm of the gradient. `accumulate`: micro batches a step. `teacher`: a net
+    whose outputs make up `distill` of the loss. `device`: None takes what accelerate finds, "cpu"
+    the CPU. `precision`: no, fp16 or bf16, one a process.
 
-    `checkpoint`: a file, written whole each epoch and every `checkpoint_every` steps. If it is there and `resume`, the
-    run goes on from it; on the CPU the result is that of a run which was never stopped, bit for bit. Random numbers a
-    data set draws in `workers` of its own are not in it. `log`: a file with a line of JSON an epoch. `seed` sets the
-    global generators of torch, numpy and Python.
+    `checkpoint`: a file, written whole each epoch and every `checkpoint_every` steps. If it is
+    there and `resume`, the run goes on from it; on the CPU the result is that of a run which was
+    never stopped, bit for bit. Random numbers a data set draws in `workers` of its own are not in
+    it. `log`: a file with a line of JSON an epoch. `seed` sets the global generators of torch,
+    numpy and Python.
 
-    Raises InputError for data, labels, names and numbers that cannot be used and for a checkpoint of another model or
-    run; CheckError where the loss or a weight is no longer finite, saying where: nothing is written then; MissingPart
-    where accelerate or torchmetrics is not installed.
+    Raises InputError for data, labels, names and numbers that cannot be used and for a checkpoint
+    of another model or run; CheckError where the loss or a weight is no longer finite, saying
+    where: nothing is written then; MissingPart where accelerate or torchmetrics is not installed.
     """
     given = {
         "epochs": epochs,
@@ -97,7 +102,11 @@ def fit(
         "l2": l2,
     }
     rules = recipe(preset, given)
-    for name, value in (("batch", batch), ("accumulate", accumulate), ("checkpoint_every", checkpoint_every or 1)):
+    for name, value in (
+        ("batch", batch),
+        ("accumulate", accumulate),
+        ("checkpoint_every", checkpoint_every or 1),
+    ):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is a whole number from 1, not {value!r}")
     if ema is not None and not 0 < ema < 1:
@@ -123,7 +132,9 @@ def fit(
             return run.all(valid_source, checkpoint, checkpoint_every, resume, log, progress)
     finally:
         accelerator.unwrap_model(run.net, keep_fp32_wrapper=False)
-        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & set(model.__dict__) - before:
+        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & set(
+            model.__dict__
+        ) - before:
             del model.__dict__[name]  # what mixed precision put in front of the class's own forward
         for m, training in modes:
             m.training = training
@@ -135,13 +146,19 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
     except ImportError as error:
         raise MissingPart("training needs accelerate: pip install repfx[train]") from error
     if device not in (None, "cpu"):
-        raise InputError(f"device is None or 'cpu', not {device!r}; accelerate launch chooses others")
+        raise InputError(
+            f"device is None or 'cpu', not {device!r}; accelerate launch chooses others"
+        )
     ours = not _joined()
     try:
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"accelerate refuses device={device!r}, precision={precision!r}: {error}") from error
-    if ours and _joined():  # a process that ends inside a group may abort in its threads' destructors
+        raise InputError(
+            f"accelerate refuses device={device!r}, precision={precision!r}: {error}"
+        ) from error
+    if (
+        ours and _joined()
+    ):  # a process that ends inside a group may abort in its threads' destructors
         atexit.register(_leave)
     return accelerator
 

@@ -14,7 +14,9 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch (from 1): mean training loss, last learning rate, seconds with evaluation, metrics on the valid set."""
+    """One epoch (from 1): mean training loss, last learning rate, seconds with evaluation, metrics
+    on the valid set.
+    """
 
     epoch: int
     loss: float
@@ -31,7 +33,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """Rows of a run, in order; `resumed` is the epoch it went on from, None for a run from its start."""
+    """Rows of a run, in order; `resumed` is the epoch it went on from, None for a run from its
+    start.
+    """
 
     rows: tuple[Epoch, ...]
     resumed: int | None = None

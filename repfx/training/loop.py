@@ -1,9 +1,10 @@
 """Run: one training run, what its next step depends on and the step itself.
 
-    gradient of a step = sum over processes and micro batches of (samples / samples of the step) * its mean loss's
+    gradient of a step = sum over processes and micro batches of (samples / samples of the step) *
+    its mean loss's
 
-Processes set the first scale of a learned quantizer from their own samples; all go on with the mean of these.
-"""
+Processes set the first scale of a learned quantizer from their own samples; all go on with the mean
+of these."""
 
 from __future__ import annotations
 
@@ -49,10 +50,18 @@ class Run:
         from accelerate.utils import set_seed
 
         set_seed(seed, device_specific=True)
-        self.accelerator, self.model, self.task, self.source, self.rules = accelerator, model, task, source, rules
+        self.accelerator, self.model, self.task, self.source, self.rules = (
+            accelerator,
+            model,
+            task,
+            source,
+            rules,
+        )
         self.clip, self.accumulate, self.seed = clip, accumulate, seed
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.custom = None if rules.l2 == "plain" else CustomL2.of(model, denominator=rules.l2 == "custom")
+        self.custom = (
+            None if rules.l2 == "plain" else CustomL2.of(model, denominator=rules.l2 == "custom")
+        )
         free = () if self.custom is None else self.custom.kernels
         optimizer = optimizer_of(model.to(accelerator.device), rules, free)
         self.ema = None if ema is None else Average(model, ema)
@@ -71,7 +80,15 @@ class Run:
             "optimizer": type(optimizer).__qualname__,
         }
 
-    def all(self, valid: Source | None, path: Any, every: int | None, resume: bool, log: Any, progress: bool) -> History:
+    def all(
+        self,
+        valid: Source | None,
+        path: Any,
+        every: int | None,
+        resume: bool,
+        log: Any,
+        progress: bool,
+    ) -> History:
         self.path = path
         resumed = None
         if path is not None and resume and Path(path).exists():
@@ -85,13 +102,24 @@ class Run:
         with Progress(console=console, disable=not show, transient=True) as bars:
             bar = bars.add_task("training", total=self.rules.epochs * self.epoch_steps())
             while self.epoch < self.rules.epochs:
-                self.train_epoch(every, lambda: bars.update(bar, completed=self.epoch * self.epoch_steps() + self.step))
+                self.train_epoch(
+                    every,
+                    lambda: bars.update(bar, completed=self.epoch * self.epoch_steps() + self.step),
+                )
                 start = time.perf_counter()
                 metrics = {} if valid is None else self.score(valid)
                 self.seconds += time.perf_counter() - start
-                row = Epoch(self.epoch + 1, self.loss / self.samples, self.lr, self.seconds, metrics)
+                row = Epoch(
+                    self.epoch + 1, self.loss / self.samples, self.lr, self.seconds, metrics
+                )
                 self.rows.append(row)
-                self.epoch, self.step, self.loss, self.samples, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
+                self.epoch, self.step, self.loss, self.samples, self.seconds = (
+                    self.epoch + 1,
+                    0,
+                    0.0,
+                    0,
+                    0.0,
+                )
                 self.save()
                 if log is not None and self.accelerator.is_main_process:
                     with open(log, "a") as file:
@@ -108,7 +136,9 @@ class Run:
         """The epoch from the step it stands at."""
         steps = self.source.steps(self.epoch, self.seed, self.accumulate, self.world, self.rank)
         if not steps:
-            raise InputError(f"{len(self.source.dataset)} samples make no batch for {self.world} processes")
+            raise InputError(
+                f"{len(self.source.dataset)} samples make no batch for {self.world} processes"
+            )
         self.lr = self.rules.lr_at(self.epoch * len(steps) + len(steps) - 1, len(steps))
         batches = [rows for step in steps[self.step :] for rows, _ in step]
         reader = self.source.reader(batches, self.seed, self.epoch)
@@ -121,15 +151,25 @@ class Run:
             self.step += 1
             self.loss, self.samples = self.loss + loss * count, self.samples + count
             self.seconds += time.perf_counter() - start
-            if every and (self.epoch * len(steps) + self.step) % every == 0 and self.step < len(steps):
+            if (
+                every
+                and (self.epoch * len(steps) + self.step) % every == 0
+                and self.step < len(steps)
+            ):
                 self.save()
             done()
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
-        """One step of the optimizer; the mean loss of its samples. Raises CheckError where it is not finite."""
+        """One step of the optimizer; the mean loss of its samples. Raises CheckError where it is
+        not finite.
+        """
         self.optimizer.zero_grad()
-        new = [m for m in self.model.modules() if isinstance(m, FakeQuant) and m.learned and not m.calibrated]
+        new = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, FakeQuant) and m.learned and not m.calibrated
+        ]
         total = torch.zeros((), device=self.accelerator.device)
         for i, weight in enumerate(weights):
             batch = self.to_device(next(reader))
@@ -145,8 +185,14 @@ class Run:
                 self.accelerator.backward(weight * loss)
         value = float(self.accelerator.reduce(total, "mean"))
         if not math.isfinite(value):
-            kept = f"; the last good checkpoint is {self.path}" if self.path and Path(self.path).exists() else ""
-            raise CheckError(f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1}{kept}")
+            kept = (
+                f"; the last good checkpoint is {self.path}"
+                if self.path and Path(self.path).exists()
+                else ""
+            )
+            raise CheckError(
+                f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1}{kept}"
+            )
         if self.world > 1:  # a scale is set by the first batch a process sees: one scale for all
             for quant in new:
                 quant.scale.data.copy_(self.accelerator.reduce(quant.scale.data, "mean"))
@@ -163,7 +209,9 @@ class Run:
         if metric is None:
             return {}
         if len(valid.dataset) < self.world:
-            raise InputError(f"{len(valid.dataset)} samples to validate on are fewer than {self.world} processes")
+            raise InputError(
+                f"{len(valid.dataset)} samples to validate on are fewer than {self.world} processes"
+            )
         rows = list(range(self.rank, len(valid.dataset), self.world))
         batches = [rows[at : at + valid.batch] for at in range(0, len(rows), valid.batch)]
         self.model.eval()
@@ -200,7 +248,9 @@ class Run:
             content = {
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else [self.ema.steps, self.ema.values],
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                "scaler": None
+                if self.accelerator.scaler is None
+                else self.accelerator.scaler.state_dict(),
                 "random": states,
                 "at": [self.epoch, self.step, self.loss, self.samples, self.seconds],
                 "rows": [[r.epoch, r.loss, r.lr, r.seconds, r.metrics] for r in self.rows],

@@ -1,4 +1,5 @@
-"""Recipe: the numbers of a training run, by name or one by one; the learning rate is a function of the step alone.
+"""Recipe: the numbers of a training run, by name or one by one; the learning rate is a function of
+the step alone.
 
 lr(step) = peak * (step + 1) / warm-up steps        at first, then
 lr(step) = peak * (1 + cos(pi t)) / 2               t from 0 to 1 over the rest, or constant
@@ -18,9 +19,30 @@ from repfx.errors import InputError, unknown
 from repfx.quant import FakeQuant
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "repvgg": {"epochs": 120, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine", "l2": "custom"},
-    "qarepvgg": {"epochs": 120, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4},
-    "qat": {"epochs": 10, "warmup": 3, "optimizer": "sgd", "momentum": 0.9, "lr": 0.01, "schedule": "cosine"},
+    "repvgg": {
+        "epochs": 120,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "lr": 0.1,
+        "schedule": "cosine",
+        "l2": "custom",
+    },
+    "qarepvgg": {
+        "epochs": 120,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "lr": 0.1,
+        "schedule": "cosine",
+        "weight_decay": 1e-4,
+    },
+    "qat": {
+        "epochs": 10,
+        "warmup": 3,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "lr": 0.01,
+        "schedule": "cosine",
+    },
     "ecbsr": {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "weight_decay": 0.0},
 }
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -30,8 +52,9 @@ L2 = ("plain", "custom", "eq6")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension too. `l2`: plain weight
-    decay, or RepVGG's custom one or Eq. 6 of QARepVGG on the kernels of its blocks (`CustomL2`)."""
+    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension
+    too. `l2`: plain weight decay, or RepVGG's custom one or Eq. 6 of QARepVGG on the kernels of its
+    blocks (`CustomL2`)."""
 
     epochs: int
     optimizer: str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = "sgd"
@@ -65,11 +88,15 @@ class Recipe:
         share = (step - warm) / max(1.0, total - warm)
         if callable(self.schedule):
             return self.lr * self.schedule(share)
-        return self.lr * (0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0)
+        return self.lr * (
+            0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0
+        )
 
 
 def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Recipe:
-    """The preset with what was given (not None) on top. Raises InputError where no epochs are said or a name is unknown."""
+    """The preset with what was given (not None) on top. Raises InputError where no epochs are said
+    or a name is unknown.
+    """
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
@@ -84,17 +111,23 @@ def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> 
 
 
 def optimizer_of(model: nn.Module, r: Recipe, free: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on what has two dimensions or more, is no scale of a quantizer and not in `free`.
+    """The optimizer, with weight decay on what has two dimensions or more, is no scale of a
+    quantizer and not in `free`.
 
     Raises InputError for a model without a parameter to train.
     """
-    spared = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)} | {id(p) for p in free}
+    spared = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)} | {
+        id(p) for p in free
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("the model has no parameter to train")
     decays = [id(p) not in spared and (p.dim() > 1 or r.decay_norm) for p in trained]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p, d in zip(trained, decays, strict=True) if d is on], "weight_decay": r.weight_decay * on}
+        {
+            "params": [p for p, d in zip(trained, decays, strict=True) if d is on],
+            "weight_decay": r.weight_decay * on,
+        }
         for on in (True, False)
     ]
     groups = [g for g in groups if g["params"]]

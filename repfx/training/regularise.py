@@ -1,9 +1,12 @@
-"""The custom weight decay of RepVGG and its repair, Eq. 6 of QARepVGG, for any sum of a kxk and a 1x1 branch.
+"""The custom weight decay of RepVGG and its repair, Eq. 6 of QARepVGG, for any sum of a kxk and a
+1x1 branch.
 
-    L2 = |K3|^2 without its centre + sum (K3c t3 + K1 t1)^2 / (t3^2 + t1^2),    t = gamma / sqrt(var + eps), detached
+    L2 = |K3|^2 without its centre + sum (K3c t3 + K1 t1)^2 / (t3^2 + t1^2)
 
-Eq. 6 leaves the denominator out: it is what makes the penalty blind to a common scale of the gammas.
-"""
+    t = gamma / sqrt(var + eps), detached
+
+Eq. 6 leaves the denominator out: it is what makes the penalty blind to a common scale of the
+gammas."""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from repfx.rewrite.branches import branch_sums
 
 @dataclass(frozen=True)
 class CustomL2:
-    """Penalty of a model's blocks: add 0.5 * weight_decay * penalty() to the loss, with no decay on `kernels` elsewhere.
+    """Penalty of a model's blocks: add 0.5 * weight_decay * penalty() to the loss, with no decay on
+    `kernels` elsewhere.
 
-    `blocks` lists (kxk convolution, its norm, 1x1 convolution, its norm). `denominator=False` is Eq. 6.
-    """
+    `blocks` lists (kxk convolution, its norm, 1x1 convolution, its norm). `denominator=False` is
+    Eq. 6."""
 
     blocks: tuple[tuple[nn.Module, nn.Module, nn.Module, nn.Module], ...]
     denominator: bool = True
@@ -37,12 +41,24 @@ class CustomL2:
         found = []
         for path, graph in graphs_of(capture(model, args).model):
             for block in branch_sums(GraphView(graph)):
-                nodes = (block.main.conv, block.main.norm, *((block.point.conv, block.point.norm) if block.point else ()))
+                nodes = (
+                    block.main.conv,
+                    block.main.norm,
+                    *((block.point.conv, block.point.norm) if block.point else ()),
+                )
                 if len(nodes) == 4 and all(n is not None for n in nodes):
                     prefix = f"{path}." if path else ""
-                    found.append(tuple(model.get_submodule(f"{prefix}{n.target}") for n in nodes if n is not None))
+                    found.append(
+                        tuple(
+                            model.get_submodule(f"{prefix}{n.target}")
+                            for n in nodes
+                            if n is not None
+                        )
+                    )
         if not found:
-            raise InputError("the model has no sum of a kxk and a 1x1 branch that both have a batch norm")
+            raise InputError(
+                "the model has no sum of a kxk and a 1x1 branch that both have a batch norm"
+            )
         return CustomL2(tuple(found), denominator)  # type: ignore[arg-type]
 
     @property
@@ -54,7 +70,9 @@ class CustomL2:
         """The sum over the blocks: a scalar."""
         return torch.stack([self._of_block(*block) for block in self.blocks]).sum()
 
-    def _of_block(self, conv3: nn.Module, norm3: nn.Module, conv1: nn.Module, norm1: nn.Module) -> Tensor:
+    def _of_block(
+        self, conv3: nn.Module, norm3: nn.Module, conv1: nn.Module, norm1: nn.Module
+    ) -> Tensor:
         k3: Tensor = conv3.weight  # type: ignore[assignment]
         k1: Tensor = conv1.weight  # type: ignore[assignment]
         at: Any = (slice(None), slice(None), *(n // 2 for n in k3.shape[2:]))

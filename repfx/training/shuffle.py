@@ -1,10 +1,11 @@
-"""The order of the data is a function of (seed, epoch), so a run can go on from the middle of an epoch.
+"""The order of the data is a function of (seed, epoch), so a run can go on from the middle of an
+epoch.
 
-    permutation(seed, epoch) = | step 0: micro 0 | micro 1 | step 1: ...,    a micro batch = | rank 0 | rank 1 | ...
+    permutation(seed, epoch) = | step 0: micro 0 | micro 1 | step 1: ...
+    a micro batch = | rank 0 | rank 1 | ...
 
-A sample weighs the same whatever the number of processes and micro batches: the gradient of a step is that of the mean
-loss over all its samples.
-"""
+A sample weighs the same whatever the number of processes and micro batches: the gradient of a step
+is that of the mean loss over all its samples."""
 
 from __future__ import annotations
 
@@ -15,13 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from repfx.errors import InputError
 
 
 class Arrays(Dataset[Any]):
-    """Tensors with one first size, as a data set that reads a whole batch at once: (N, ...), ... -> (n, ...), ..."""
+    """Tensors with one first size, as a data set that reads a whole batch at once: (N, ...), ... ->
+    (n, ...), ...
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
         sizes = [len(t) for t in tensors]
@@ -45,7 +55,9 @@ def _as_read(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and how it is cut: `batch` samples a micro batch and process, `workers` processes that read ahead."""
+    """A data set and how it is cut: `batch` samples a micro batch and process, `workers` processes
+    that read ahead.
+    """
 
     dataset: Any
     batch: int
@@ -54,14 +66,19 @@ class Source:
     collate: Callable[[list[Any]], Any] | None = None
     workers: int = 0
 
-    def steps(self, epoch: int, seed: int, accumulate: int, world: int, rank: int) -> list[list[tuple[list[int], float]]]:
+    def steps(
+        self, epoch: int, seed: int, accumulate: int, world: int, rank: int
+    ) -> list[list[tuple[list[int], float]]]:
         """The epoch's steps for one process, each a list of (indices, weight) of its micro batches.
 
-        The mean over processes of the sum of weight * (mean loss of the micro batch) is the mean loss of the step.
-        A last micro batch with fewer samples than processes is left out.
-        """
+        The mean over processes of the sum of weight * (mean loss of the micro batch) is the mean
+        loss of the step. A last micro batch with fewer samples than processes is left out."""
         size, part = len(self.dataset), self.batch * world
-        order = np.random.default_rng((seed, epoch)).permutation(size) if self.shuffle else np.arange(size)
+        order = (
+            np.random.default_rng((seed, epoch)).permutation(size)
+            if self.shuffle
+            else np.arange(size)
+        )
         found = []
         for start in range(0, size, part * accumulate):
             chunk = order[start : start + part * accumulate]
@@ -76,7 +93,9 @@ class Source:
         return found
 
     def reader(self, batches: Sequence[list[int]], seed: int, epoch: int) -> Iterator[Any]:
-        """Reads these batches in this order. It draws from a generator of its own, never from the global ones."""
+        """Reads these batches in this order. It draws from a generator of its own, never from the
+        global ones.
+        """
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(seed, epoch)
         loader = DataLoader(
@@ -91,14 +110,18 @@ class Source:
 
 
 def source_of(data: Any, batch: int, workers: int = 0) -> Source:
-    """What `fit` trains on, from a pair of tensors (N, ...), a data set with a length, or a DataLoader.
+    """What `fit` trains on, from a pair of tensors (N, ...), a data set with a length, or a
+    DataLoader.
 
-    Of a DataLoader the data set, batch size, workers, collate function and whether it shuffles are taken. Raises
-    InputError for one with a sampler of its own, for a data set without a length and for an empty one.
-    """
+    Of a DataLoader the data set, batch size, workers, collate function and whether it shuffles are
+    taken. Raises InputError for one with a sampler of its own, for a data set without a length and
+    for an empty one."""
     if isinstance(data, DataLoader):
         if type(data.sampler) not in (RandomSampler, SequentialSampler) or data.batch_size is None:
-            raise InputError("a DataLoader with a sampler of its own cannot be resumed; give its data set instead")
+            raise InputError(
+                "a DataLoader with a sampler of its own cannot be resumed; give its data "
+                "set instead"
+            )
         found = source_of(data.dataset, data.batch_size, data.num_workers)
         shuffle = isinstance(data.sampler, RandomSampler)
         collate = found.collate or data.collate_fn
@@ -107,8 +130,14 @@ def source_of(data: Any, batch: int, workers: int = 0) -> Source:
         data = data.tensors
     if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
         data = Arrays(*data)
-    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise InputError(f"data is tensors (x, y), a data set with a length or a DataLoader, not {type(data)}")
+    if isinstance(data, IterableDataset) or not (
+        hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    ):
+        raise InputError(
+            f"data is tensors (x, y), a data set with a length or a DataLoader, not {type(data)}"
+        )
     if not len(data):
         raise InputError("the data set is empty")
-    return Source(data, batch, collate=_as_read if isinstance(data, Arrays) else None, workers=workers)
+    return Source(
+        data, batch, collate=_as_read if isinstance(data, Arrays) else None, workers=workers
+    )

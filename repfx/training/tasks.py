@@ -1,8 +1,9 @@
-"""Task: what a model is trained for, as a loss and a score. Two are built in; any object with the two methods is one.
+"""Task: what a model is trained for, as a loss and a score. Two are built in; any object with the
+two methods is one.
 
 class Depth:
     def loss(self, model, batch): ...      # a scalar; calls model(x) once
-    def metric(self): ...                  # a fresh Score: update(model, batch), compute() -> {"name": number}
+    def metric(self): ...  # a Score: update(model, batch), compute() -> {name: number}
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from repfx.errors import InputError, MissingPart, unknown
 
 
 class Score(Protocol):
-    """Gathers over batches. In a run of several processes each sees its share and compute() speaks for all."""
+    """Gathers over batches. In a run of several processes each sees its share and compute() speaks
+    for all.
+    """
 
     def update(self, model: Callable[..., Any], batch: Any) -> None: ...
 
@@ -32,8 +35,8 @@ class Score(Protocol):
 
 
 class Task(Protocol):
-    """What `fit` asks of a task. `metric` may return None. Where it has `distance(output, reference)`, a scalar,
-    distillation uses that; mean absolute difference otherwise."""
+    """What `fit` asks of a task. `metric` may return None. Where it has `distance(output,
+    reference)`, a scalar, distillation uses that; mean absolute difference otherwise."""
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor: ...
 
@@ -41,23 +44,32 @@ class Task(Protocol):
 
 
 class Reader(Protocol):
-    """A task that knows how its data lie on a disk: what to train on and what to validate on, from a path or a name.
+    """A task that knows how its data lie on a disk: what to train on and what to validate on, from
+    a path or a name.
 
-    `size` is the side of the pictures it reads; `skip_broken` leaves out pictures that cannot be read.
-    """
+    `size` is the side of the pictures it reads; `skip_broken` leaves out pictures that cannot be
+    read."""
 
-    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]: ...
+    def read(
+        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+    ) -> tuple[Any, Any]: ...
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross entropy of logits (N, classes) against labels (N,), or probabilities (N, classes); top-1 and top-5."""
+    """Cross entropy of logits (N, classes) against labels (N,), or probabilities (N, classes);
+    top-1 and top-5.
+    """
 
     smoothing: float = 0.0
     temperature: float = 1.0
 
-    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]:
-        """A folder or zip of class folders, or of `train/` and `test/` or `val/` with them; or "digits"."""
+    def read(
+        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+    ) -> tuple[Any, Any]:
+        """A folder or zip of class folders, or of `train/` and `test/` or `val/` with them; or
+        "digits".
+        """
         if str(path) in PACKAGED and not Path(path).exists():
             return PACKAGED[str(path)]()
         return train_and_valid(path, size=size, skip_broken=skip_broken)
@@ -72,14 +84,22 @@ class Classification:
         """T^2 KL(softmax(reference / T) | softmax(output / T)) (Hinton et al., 2015)."""
         t = self.temperature
         target = F.log_softmax(reference.float() / t, 1)
-        return t * t * F.kl_div(F.log_softmax(output.float() / t, 1), target, reduction="batchmean", log_target=True)
+        return (
+            t
+            * t
+            * F.kl_div(
+                F.log_softmax(output.float() / t, 1), target, reduction="batchmean", log_target=True
+            )
+        )
 
     def metric(self) -> Score:
         return _Top()
 
 
 class _Top:
-    """Share of labels among the one and the five largest logits; of all classes where there are fewer."""
+    """Share of labels among the one and the five largest logits; of all classes where there are
+    fewer.
+    """
 
     def __init__(self) -> None:
         self.metrics: Any = None
@@ -91,7 +111,9 @@ class _Top:
         y = y.argmax(1) if y.dim() > 1 else y
         if self.metrics is None:
             accuracy, classes = torchmetrics().classification.MulticlassAccuracy, logits.shape[1]
-            top = {f"top{k}": accuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
+            top = {
+                f"top{k}": accuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)
+            }
             self.metrics = torchmetrics().MetricCollection(top).to(logits.device)
         self.metrics.update(logits.float(), y)
 
@@ -101,23 +123,30 @@ class _Top:
 
 @dataclass(frozen=True)
 class SuperResolution:
-    """L1 between model(low) and high (N, C, H, W); PSNR in dB, a picture at a time, of Y clamped to 0..peak.
+    """L1 between model(low) and high (N, C, H, W); PSNR in dB, a picture at a time, of Y clamped to
+    0..peak.
 
-    Pictures are Y in 0..`peak` where C = 1, RGB in 0..`peak` where C = 3 (then Y is of BT.601). `scale` pixels at each
-    border do not count. `high` is cut to the size of the output.
-    """
+    Pictures are Y in 0..`peak` where C = 1, RGB in 0..`peak` where C = 3 (then Y is of BT.601).
+    `scale` pixels at each border do not count. `high` is cut to the size of the output."""
 
     scale: int = 2
     peak: float = 255.0
     channels: int = 1
 
-    def read(self, path: Any, *, size: int | None = None, skip_broken: bool = False) -> tuple[Any, Any]:
-        """A folder or zip of pictures, with `train/` and `test/` or `val/` in it where there is to be validation.
+    def read(
+        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+    ) -> tuple[Any, Any]:
+        """A folder or zip of pictures, with `train/` and `test/` or `val/` in it where there is to
+        be validation.
 
-        Random patches of `size` pixels (64 times the scale where it is None) to train on, sixteen a picture and epoch;
-        whole pictures, one at a time, to validate. See `Pairs` for how the small ones are found or made.
-        """
-        same: dict[str, Any] = {"scale": self.scale, "channels": self.channels, "skip_broken": skip_broken}
+        Random patches of `size` pixels (64 times the scale where it is None) to train on, sixteen a
+        picture and epoch; whole pictures, one at a time, to validate. See `Pairs` for how the small
+        ones are found or made."""
+        same: dict[str, Any] = {
+            "scale": self.scale,
+            "channels": self.channels,
+            "skip_broken": skip_broken,
+        }
         found = validation_part(path)
         part = "" if found is None else "train"
         train = Pairs(path, part, patch=size or 64 * self.scale, repeat=16, cache=True, **same)
@@ -149,7 +178,8 @@ class _Psnr:
 def psnr(output: Tensor, high: Tensor, crop: int, peak: float = 255.0) -> Tensor:
     """PSNR in dB of each picture's Y: (N, C, H, W) twice -> (N,)."""
     a, b = (
-        _luma(v.clamp(0, peak).double() / peak)[..., crop : -crop or None, crop : -crop or None] for v in (output, high)
+        _luma(v.clamp(0, peak).double() / peak)[..., crop : -crop or None, crop : -crop or None]
+        for v in (output, high)
     )
     return -10 * torch.log10((a - b).square().mean((1, 2, 3)))
 
@@ -163,30 +193,52 @@ def _luma(v: Tensor) -> Tensor:
 
 def _like(output: Tensor, high: Tensor) -> Tensor:
     h, w = output.shape[-2:]
-    if high.dim() != 4 or high.shape[-2] < h or high.shape[-1] < w or high.shape[:2] != output.shape[:2]:
-        raise InputError(f"the model gives {tuple(output.shape)} for a picture of {tuple(high.shape)}: is the scale right?")
+    if (
+        high.dim() != 4
+        or high.shape[-2] < h
+        or high.shape[-1] < w
+        or high.shape[:2] != output.shape[:2]
+    ):
+        raise InputError(
+            f"the model gives {tuple(output.shape)} for a picture of {tuple(high.shape)}: "
+            "is the scale right?"
+        )
     return high[..., :h, :w]
 
 
 def check_labels(logits: Tensor, y: Tensor) -> None:
-    """Raises InputError for logits that are not (N, classes) and for labels that are none of the classes."""
+    """Raises InputError for logits that are not (N, classes) and for labels that are none of the
+    classes.
+    """
     if logits.dim() != 2:
-        raise InputError(f"classification needs logits (N, classes); the model gives {tuple(logits.shape)}")
+        raise InputError(
+            f"classification needs logits (N, classes); the model gives {tuple(logits.shape)}"
+        )
     classes = logits.shape[1]
     if y.is_floating_point():
         if y.shape != logits.shape:
-            raise InputError(f"labels are whole numbers (N,) or probabilities (N, {classes}), not {tuple(y.shape)}")
+            raise InputError(
+                f"labels are whole numbers (N,) or probabilities (N, {classes}), not "
+                f"{tuple(y.shape)}"
+            )
         return
     if y.dim() != 1:
         raise InputError(f"labels are whole numbers (N,), not {tuple(y.shape)}")
     wrong = y[(y < 0) | (y >= classes)]
     if len(wrong):
-        raise InputError(f"label {int(wrong[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}")
+        raise InputError(
+            f"label {int(wrong[0])} is out of range: the model has {classes} classes, 0 to "
+            f"{classes - 1}"
+        )
 
 
 def pair(batch: Any) -> tuple[Tensor, Tensor]:
     """(x, y) of a batch. Raises InputError where it is no such pair."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+    if (
+        not isinstance(batch, (tuple, list))
+        or len(batch) != 2
+        or not all(isinstance(t, Tensor) for t in batch)
+    ):
         raise InputError("this task takes batches of (x, y), two tensors")
     return batch[0], batch[1]
 
@@ -198,12 +250,15 @@ def torchmetrics() -> Any:
     except ImportError as error:
         raise MissingPart("training needs torchmetrics: pip install repfx[train]") from error
     except RuntimeError as error:  # a torchvision built for another torch
-        raise MissingPart(f"torchmetrics is there but cannot be imported: {error}; pip install repfx[train]") from error
+        raise MissingPart(
+            f"torchmetrics is there but cannot be imported: {error}; pip install repfx[train]"
+        ) from error
     return package
 
 
 class Distilled:
-    """A task whose loss is (1 - share) * its own + share * the distance from the teacher's output."""
+    """A task whose loss is (1 - share) * its own + share * the distance from the teacher's
+    output."""
 
     def __init__(self, task: Task, teacher: nn.Module, share: float) -> None:
         self.task, self.teacher, self.share = task, teacher.eval(), share
@@ -225,22 +280,30 @@ class Distilled:
         return self.task.metric()
 
 
-TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "super-resolution": SuperResolution}
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "super-resolution": SuperResolution,
+}
 
 
 def data_of(task: str | Task, path: Any, **options: Any) -> tuple[Any, Any]:
-    """What the task reads at this path: to train on, and to validate on or None. `options` as in `Reader`.
+    """What the task reads at this path: to train on, and to validate on or None. `options` as in
+    `Reader`.
 
     Raises InputError for a task that reads no files.
     """
     reader: Any = task_of(task)
     if not callable(getattr(reader, "read", None)):
-        raise InputError(f"{type(task)} has no read(path): give fit a data set, tensors or a DataLoader")
+        raise InputError(
+            f"{type(task)} has no read(path): give fit a data set, tensors or a DataLoader"
+        )
     return reader.read(path, **options)
 
 
 def task_of(task: str | Task) -> Task:
-    """The task itself or the built-in one of that name. Raises InputError for an unknown name and for what is no task."""
+    """The task itself or the built-in one of that name. Raises InputError for an unknown name and
+    for what is no task.
+    """
     if isinstance(task, str):
         if task.replace("_", "-") not in TASKS:
             raise unknown("task", task, TASKS)

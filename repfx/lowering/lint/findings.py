@@ -15,14 +15,17 @@ from repfx.lowering.lint.rulebook import REGISTRY, RUNTIMES, Hit, Rule, Severity
 from repfx.lowering.onnx.external import elsewhere, require
 from repfx.lowering.onnx.index import Index, called
 
-RULES: dict[str, tuple[Severity, str]] = {name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())}
+RULES: dict[str, tuple[Severity, str]] = {
+    name: (r.severity, r.description) for name, r in sorted(REGISTRY.items())
+}
 _ORDER = "EWI"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`rule`: its id, such as Q08. `severity`: E the build fails or the numbers are wrong, W slow or inaccurate, I worth
-    knowing. `node`: a node, tensor or graph. `message`: what is wrong. `cure`: what to do."""
+    """`rule`: its id, such as Q08. `severity`: E the build fails or the numbers are wrong, W slow
+    or inaccurate, I worth knowing. `node`: a node, tensor or graph. `message`: what is wrong.
+    `cure`: what to do."""
 
     rule: str
     severity: str
@@ -37,11 +40,11 @@ class Finding:
 def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt") -> list[Finding]:
     """The findings on the main graph of every rule for the runtime, the worst first.
 
-    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and, by runtime, how bad a breach is.
+    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and, by runtime,
+    how bad a breach is.
 
-    Raises InputError for an unknown target and where the file is missing, is no ONNX model, is malformed, or lacks the
-    files that hold its weights.
-    """
+    Raises InputError for an unknown target and where the file is missing, is no ONNX model, is
+    malformed, or lacks the files that hold its weights."""
     if target not in RUNTIMES:
         raise unknown("target", target, RUNTIMES)
     model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
@@ -50,7 +53,10 @@ def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt
         raise InputError(f"{where} is not an ONNX model: it holds no graph")
     apart = {location for _, location in elsewhere(model)}
     if apart:
-        raise InputError(f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load them, or give the path")
+        raise InputError(
+            f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load "
+            "them, or give the path"
+        )
     try:
         index = Index(_inlined(model))
     except Exception as error:
@@ -66,11 +72,15 @@ def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt
 
 
 def _hits(name: str, rule: Rule, index: Index, where: str) -> list[Hit]:
-    """What the rule finds. Files may hold anything: what a rule cannot make sense of is no fault of the rule."""
+    """What the rule finds. Files may hold anything: what a rule cannot make sense of is no fault of
+    the rule.
+    """
     try:
         return list(rule.find(index))
     except Exception as error:
-        raise InputError(f"{where} is malformed; {name} ({rule.description}) cannot be checked: {error}") from error
+        raise InputError(
+            f"{where} is malformed; {name} ({rule.description}) cannot be checked: {error}"
+        ) from error
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -89,7 +99,9 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its local functions written out, so that rules see their nodes; as it is where that fails."""
+    """The model with its local functions written out, so that rules see their nodes; as it is where
+    that fails.
+    """
     if not model.functions:
         return model
     try:

@@ -7,14 +7,39 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from repfx.lowering.lint.rulebook import ONNXRUNTIME, OPENVINO, SLOW_ELSEWHERE, TENSORRT, Hit, everywhere, rule
+from repfx.lowering.lint.rulebook import (
+    ONNXRUNTIME,
+    OPENVINO,
+    SLOW_ELSEWHERE,
+    TENSORRT,
+    Hit,
+    everywhere,
+    rule,
+)
 from repfx.lowering.onnx.index import DQ, Index, Layer, Q, arg, attribute, subgraphs
 
-_TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)  # 23: FLOAT4E2M1, not in older onnx
+_TYPES = (
+    TensorProto.INT8,
+    TensorProto.INT4,
+    TensorProto.FLOAT8E4M3FN,
+    23,
+)  # 23: FLOAT4E2M1, not in older onnx
 _BYTES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 _BETWEEN = frozenset(
     {
-        *("Clip", "Cast", "Reshape", "Transpose", "Min", "Max", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad"),
+        *(
+            "Clip",
+            "Cast",
+            "Reshape",
+            "Transpose",
+            "Min",
+            "Max",
+            "Squeeze",
+            "Unsqueeze",
+            "Flatten",
+            "Slice",
+            "Pad",
+        ),
         *("Concat", "Gather", "MaxPool", "Relu", "Round", "Add", "Sub", "Mul", "Where", "Split"),
     }
 )
@@ -31,7 +56,11 @@ def _formats(index: Index) -> Iterator[NodeProto]:
 
 
 def _type_name(kind: int) -> str:
-    return TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else f"type {kind}"
+    return (
+        TensorProto.DataType.Name(kind).lower()
+        if kind in TensorProto.DataType.values()
+        else f"type {kind}"
+    )
 
 
 def _per_channel(index: Index, node: NodeProto) -> bool:
@@ -47,8 +76,15 @@ def nothing_quantized(index: Index) -> Iterator[Hit]:
     where = index.graph.name or "graph"
     holders = dict.fromkeys(n.op_type for n in index.graph.node if _quantized_inside(n))
     if holders:
-        message = f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so nothing was checked"
-        yield Hit(where, message, cure="export without control flow, or check each branch as a file of its own")
+        message = (
+            f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so "
+            "nothing was checked"
+        )
+        yield Hit(
+            where,
+            message,
+            cure="export without control flow, or check each branch as a file of its own",
+        )
     else:
         yield Hit(where, "holds no Q/DQ: nothing in it runs in integers")
 
@@ -69,17 +105,29 @@ def zero_points_are_zero(index: Index) -> Iterator[Hit]:
 
 @rule("Q02", SLOW_ELSEWHERE, "quantize to int8 with a constant zero point")
 def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
-    """The zero point is constant and of a type that has integer layers: int8, uint8 too where it is not for TensorRT."""
+    """The zero point is constant and of a type that has integer layers: int8, uint8 too where it is
+    not for TensorRT.
+    """
     for node in _formats(index):
         name = arg(node, 2)
-        kind = index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
+        kind = (
+            index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
+        )
         if name and name not in index.fixed:
             yield Hit(node, f"zero point {name} is computed, not constant")
         elif kind and kind not in _TYPES:
-            yield Hit(node, f"codes are {_type_name(kind)}, which the parser rejects or reads as int8", {TENSORRT: "E"})
+            yield Hit(
+                node,
+                f"codes are {_type_name(kind)}, which the parser rejects or reads as int8",
+                {TENSORRT: "E"},
+            )
         if kind and kind not in _BYTES:
             elsewhere = {ONNXRUNTIME: "W", OPENVINO: "W"}
-            yield Hit(node, f"codes are {_type_name(kind)}, for which there are no integer layers", elsewhere)
+            yield Hit(
+                node,
+                f"codes are {_type_name(kind)}, for which there are no integer layers",
+                elsewhere,
+            )
 
 
 def _codes(index: Index, node: NodeProto) -> int:
@@ -89,7 +137,9 @@ def _codes(index: Index, node: NodeProto) -> int:
 
 @rule("Q03", {TENSORRT: "W"}, "give QuantizeLinear an int8 zero point of zeros")
 def zero_points_are_given(index: Index) -> Iterator[Hit]:
-    """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT int8."""
+    """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT
+    int8.
+    """
     for node in index.quantizes:
         if not arg(node, 2) and not attribute(node, "output_dtype", 0):
             yield Hit(node, "has no zero point: uint8 in ONNX, int8 in TensorRT")
@@ -109,7 +159,9 @@ def scales_are_numbers(index: Index) -> Iterator[Hit]:
         values = scale.astype(np.float64)
         if not np.all(np.isfinite(values) & (values > 0)):
             yield Hit(
-                node, f"scale {values.ravel()[np.argmin(np.isfinite(values) & (values > 0))]:g} is not a positive number"
+                node,
+                f"scale {values.ravel()[np.argmin(np.isfinite(values) & (values > 0))]:g} "
+                "is not a positive number",
             )
         elif not attribute(node, "block_size", 0):
             yield from _scale_shape(index, node, scale)
@@ -126,7 +178,12 @@ def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[H
     elif outside and scale.size != 1:
         yield Hit(node, f"{scale.size} scales for axis {axis} of a tensor of shape {shape}")
     elif scale.size == 1 and length != 1:
-        yield Hit(node, "scale has shape (1,), which breaks some fusions", {TENSORRT: "W"}, "write it as a scalar")
+        yield Hit(
+            node,
+            "scale has shape (1,), which breaks some fusions",
+            {TENSORRT: "W"},
+            "write it as a scalar",
+        )
     elif length is not None and scale.size != length:
         yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
 
@@ -141,10 +198,17 @@ def channels_of_constants_only(index: Index) -> Iterator[Hit]:
 
 @rule("Q06", SLOW_ELSEWHERE, "quantize the weight along its output channels, or per tensor")
 def weight_axes(index: Index) -> Iterator[Hit]:
-    """Weight scales run along Conv's axis 0 and the output axis of Gemm and MatMul; a ConvTranspose best has one scale."""
+    """Weight scales run along Conv's axis 0 and the output axis of Gemm and MatMul; a ConvTranspose
+    best has one scale.
+    """
     for layer in index.layers:
         dq = index.dq(layer.weight) if layer.weight else None
-        if dq is None or index.opset < 13 or not _per_channel(index, dq) or attribute(dq, "block_size", 0):
+        if (
+            dq is None
+            or index.opset < 13
+            or not _per_channel(index, dq)
+            or attribute(dq, "block_size", 0)
+        ):
             continue
         axis, wanted = _axis_at(index, layer, dq), _output_axis(index, layer)
         if axis is None or wanted is None:
@@ -155,22 +219,38 @@ def weight_axes(index: Index) -> Iterator[Hit]:
         elif axis != wanted:
             # ONNX Runtime does not run such a product at all
             severity = {**SLOW_ELSEWHERE, ONNXRUNTIME: "E"} if kind == "MatMul" else None
-            yield Hit(layer.node, f"{kind} weight is quantized along axis {axis}; axis {wanted} is needed", severity)
+            yield Hit(
+                layer.node,
+                f"{kind} weight is quantized along axis {axis}; axis {wanted} is needed",
+                severity,
+            )
 
 
 def _transposed(node: NodeProto, axis: int) -> Iterator[Hit]:
-    """A ConvTranspose with a scale a channel: TensorRT has it along axis 0, OpenVINO along axis 1."""
+    """A ConvTranspose with a scale a channel: TensorRT has it along axis 0, OpenVINO along axis
+    1."""
     cure = "quantize per tensor, or leave in float"
     if axis != 0:
-        yield Hit(node, f"ConvTranspose weight is quantized along axis {axis}; axis 0 is needed", {TENSORRT: "E"})
+        yield Hit(
+            node,
+            f"ConvTranspose weight is quantized along axis {axis}; axis 0 is needed",
+            {TENSORRT: "E"},
+        )
     else:
         yield Hit(node, "ConvTranspose with a scale a channel is fragile", {TENSORRT: "W"}, cure)
     if axis != 1:
-        yield Hit(node, f"ConvTranspose with scales along axis {axis} runs in float", {OPENVINO: "W"}, cure)
+        yield Hit(
+            node,
+            f"ConvTranspose with scales along axis {axis} runs in float",
+            {OPENVINO: "W"},
+            cure,
+        )
 
 
 def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
-    """The quantization axis as the layer sees it, after transpositions; None where it cannot be followed."""
+    """The quantization axis as the layer sees it, after transpositions; None where it cannot be
+    followed.
+    """
     shape = index.shape(arg(dq, 0))
     if not shape:
         return None
@@ -215,15 +295,24 @@ def opsets(index: Index) -> Iterator[Hit]:
         )
 
 
-@rule("Q08", {TENSORRT: "E"}, "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)")
+@rule(
+    "Q08",
+    {TENSORRT: "E"},
+    "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)",
+)
 def biases_are_float(index: Index) -> Iterator[Hit]:
-    """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float constants."""
+    """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float
+    constants.
+    """
     told = set()
     for layer in index.layers:
         dq = index.dq(layer.bias) if layer.bias else None
         if dq is not None:
             told.add(id(dq))
-            yield Hit(layer.node, f"bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}")
+            yield Hit(
+                layer.node,
+                f"bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}",
+            )
     for node in index.dequantizes:
         if index.of_bias(node) and id(node) not in told:
             yield Hit(node, "dequantizes int32")
@@ -242,28 +331,44 @@ def nothing_between(index: Index) -> Iterator[Hit]:
             yield Hit(dq, f"{node.op_type} stands between the codes and DequantizeLinear")
 
 
-@rule("Q22", {TENSORRT: "E", OPENVINO: "W"}, "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)")
+@rule(
+    "Q22",
+    {TENSORRT: "E", OPENVINO: "W"},
+    "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)",
+)
 def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
-    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator, which ONNX Runtime alone runs well."""
+    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator, which ONNX
+    Runtime alone runs well.
+    """
     for node in index.graph.node:
         foreign, integer = node.domain == "com.microsoft", node.op_type in _INTEGER_OPS
         if foreign or integer or node.op_type.startswith("QLinear"):
             name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
             yield Hit(node, f"{name} is not known to TensorRT", {TENSORRT: "E"})
         if foreign:
-            yield Hit(node, f"com.microsoft.{node.op_type}: OpenVINO knows few operators of this domain", {OPENVINO: "W"})
+            yield Hit(
+                node,
+                f"com.microsoft.{node.op_type}: OpenVINO knows few operators of this domain",
+                {OPENVINO: "W"},
+            )
         elif integer:
             yield Hit(node, f"{node.op_type} runs in float", {OPENVINO: "W"})
 
 
-@rule("Q24", {TENSORRT: "I"}, "give the builder an optimization profile with the smallest, usual and largest shape")
+@rule(
+    "Q24",
+    {TENSORRT: "I"},
+    "give the builder an optimization profile with the smallest, usual and largest shape",
+)
 def dynamic_inputs(index: Index) -> Iterator[Hit]:
     """An input with a dynamic dimension needs an optimization profile, or the build fails."""
     for info in index.graph.input:
         shape = index.shapes.get(info.name)
         if info.name not in index.tensors and shape and None in shape:
             where = ", ".join(str(i) for i, d in enumerate(shape) if d is None)
-            yield Hit(info.name, f"dynamic in dimension {where}: building without a profile is an error")
+            yield Hit(
+                info.name, f"dynamic in dimension {where}: building without a profile is an error"
+            )
 
 
 @rule("Q25", everywhere("E"), "give both the same scale")

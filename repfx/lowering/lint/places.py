@@ -1,4 +1,6 @@
-"""Lint rules about places: where Q and DQ stand, so that a runtime fuses layers and keeps them in INT8."""
+"""Lint rules about places: where Q and DQ stand, so that a runtime fuses layers and keeps them in
+INT8.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,42 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from repfx.lowering.lint.rulebook import ONNXRUNTIME, OPENVINO, SLOW_ELSEWHERE, TENSORRT, Hit, everywhere, rule
-from repfx.lowering.onnx.index import DQ, IDENTITY, MOVES, WEIGHTED, Index, Layer, Q, arg, attribute, called, out
+from repfx.lowering.lint.rulebook import (
+    ONNXRUNTIME,
+    OPENVINO,
+    SLOW_ELSEWHERE,
+    TENSORRT,
+    Hit,
+    everywhere,
+    rule,
+)
+from repfx.lowering.onnx.index import (
+    DQ,
+    IDENTITY,
+    MOVES,
+    WEIGHTED,
+    Index,
+    Layer,
+    Q,
+    arg,
+    attribute,
+    called,
+    out,
+)
 
 _ACTIVATIONS = frozenset(
     {
-        *("Relu", "Clip", "LeakyRelu", "PRelu", "ThresholdedRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),
+        *(
+            "Relu",
+            "Clip",
+            "LeakyRelu",
+            "PRelu",
+            "ThresholdedRelu",
+            "Sigmoid",
+            "HardSigmoid",
+            "HardSwish",
+            "Tanh",
+        ),
         *("Gelu", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Mish", "Swish"),
     }
 )
@@ -22,7 +54,9 @@ _LINEAR = IDENTITY | {"BatchNormalization"}  # what folds into the layer before 
 
 
 def _quantized(index: Index, layer: Layer) -> bool:
-    return index.dq(layer.x) is not None and bool(layer.weight) and index.dq(layer.weight) is not None
+    return (
+        index.dq(layer.x) is not None and bool(layer.weight) and index.dq(layer.weight) is not None
+    )
 
 
 def _to_q(index: Index, name: str) -> bool:
@@ -30,7 +64,9 @@ def _to_q(index: Index, name: str) -> bool:
 
 
 def _conv_of(index: Index, name: str) -> NodeProto | None:
-    """The quantized convolution that makes a tensor for one reader, itself or its BatchNormalization."""
+    """The quantized convolution that makes a tensor for one reader, itself or its
+    BatchNormalization.
+    """
     node = index.maker(name, _LINEAR)
     if node is None or node.op_type not in _CONVS or index.dq(arg(node, 0)) is None:
         return None
@@ -39,7 +75,9 @@ def _conv_of(index: Index, name: str) -> NodeProto | None:
 
 @rule("Q10", SLOW_ELSEWHERE, "put Q/DQ on both the activation and the weight, or on neither")
 def both_or_neither(index: Index) -> Iterator[Hit]:
-    """A layer with a weight has both its activation and its weight from DequantizeLinear, or neither."""
+    """A layer with a weight has both its activation and its weight from DequantizeLinear, or
+    neither.
+    """
     for layer in index.layers:
         x, w = index.dq(layer.x), index.dq(layer.weight) if layer.weight else None
         if layer.weight and (x is None) != (w is None):
@@ -58,7 +96,11 @@ def nothing_after_conv(index: Index) -> Iterator[Hit]:
             for after in index.readers(out(dq)) if dq.op_type == DQ else ():
                 bias = after.op_type == "Add" and any(i in index.fixed for i in after.input)
                 if bias or after.op_type == "BatchNormalization" or after.op_type in _ACTIVATIONS:
-                    yield Hit(q, f"stands between {made.op_type} and {after.op_type}, which then do not fuse")
+                    yield Hit(
+                        q,
+                        f"stands between {made.op_type} and {after.op_type}, which then do "
+                        "not fuse",
+                    )
 
 
 @rule("Q12", everywhere("I"), "merge it into a neighbour, if the model has one")
@@ -68,13 +110,23 @@ def lone_batch_norms(index: Index) -> Iterator[Hit]:
         if node.op_type != "BatchNormalization":
             continue
         made = index.maker(arg(node, 0), {*IDENTITY, Q, DQ})
-        if made is None or made.op_type not in WEIGHTED or sum(1 for _ in index.readers(out(made))) > 1:
+        if (
+            made is None
+            or made.op_type not in WEIGHTED
+            or sum(1 for _ in index.readers(out(made))) > 1
+        ):
             yield Hit(node, "BatchNormalization is not directly after a convolution")
 
 
-@rule("Q13", {TENSORRT: "W"}, "put Q/DQ on the skip input of the Add and leave the convolution's output as it is")
+@rule(
+    "Q13",
+    {TENSORRT: "W"},
+    "put Q/DQ on the skip input of the Add and leave the convolution's output as it is",
+)
 def residual_adds(index: Index) -> Iterator[Hit]:
-    """Of the inputs of a residual Add after a quantized convolution, exactly the other one is from DequantizeLinear."""
+    """Of the inputs of a residual Add after a quantized convolution, exactly the other one is from
+    DequantizeLinear.
+    """
     for node in index.nodes:
         inputs = list(node.input)
         if node.op_type != "Add" or len(inputs) != 2 or any(i in index.fixed for i in inputs):
@@ -84,14 +136,26 @@ def residual_adds(index: Index) -> Iterator[Hit]:
         dqs = [index.dq(i) for i in inputs]
         if any(_conv_of(index, i) for i in inputs):
             if dqs == [None, None]:
-                yield Hit(node, "adds a convolution and a skip in float: the skip is not from DequantizeLinear")
+                yield Hit(
+                    node,
+                    "adds a convolution and a skip in float: the skip is not from DequantizeLinear",
+                )
             continue
         for dq in dqs:
             q = index.q(dq) if dq is not None else None
             conv = _conv_of(index, arg(q, 0)) if q is not None else None
             # With another reader it is the skip of this Add, an earlier linear convolution.
-            if q is not None and conv is not None and dq is not None and len([*index.readers(out(dq), MOVES)]) == 1:
-                yield Hit(node, f"Q/DQ stands between {conv.name or out(conv)} and the Add, which then do not fuse")
+            if (
+                q is not None
+                and conv is not None
+                and dq is not None
+                and len([*index.readers(out(dq), MOVES)]) == 1
+            ):
+                yield Hit(
+                    node,
+                    f"Q/DQ stands between {conv.name or out(conv)} and the Add, which then "
+                    "do not fuse",
+                )
                 break
 
 
@@ -105,16 +169,28 @@ def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
             continue
         if node.op_type == "Conv":
             groups[index.source(arg(node, 0), {*IDENTITY, Q, DQ, "Cast"})][id(node)] = node
-        elif node.op_type in IDENTITY or node.op_type in (Q, DQ, "BatchNormalization", "Add", "Sum"):
+        elif node.op_type in IDENTITY or node.op_type in (
+            Q,
+            DQ,
+            "BatchNormalization",
+            "Add",
+            "Sum",
+        ):
             inputs = node.input if node.op_type in ("Add", "Sum") else node.input[:1]
             todo += [i for i in inputs if i not in seen]
             seen.update(inputs)
     yield from (list(g.values()) for g in groups.values() if len(g) > 1)
 
 
-@rule("Q14", everywhere("W"), "merge the block into one convolution before quantizing (repfx.transform)")
+@rule(
+    "Q14",
+    everywhere("W"),
+    "merge the block into one convolution before quantizing (repfx.transform)",
+)
 def unmerged_blocks(index: Index) -> Iterator[Hit]:
-    """No sum of several convolutions of one tensor: such a block was not merged, and no runtime does it."""
+    """No sum of several convolutions of one tensor: such a block was not merged, and no runtime
+    does it.
+    """
     for node in index.nodes:
         if node.op_type not in ("Add", "Sum"):
             continue
@@ -142,7 +218,9 @@ def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
 
 @rule("Q16", everywhere("W"), "quantize every input of the Concat with one common scale, or none")
 def concats(index: Index) -> Iterator[Hit]:
-    """The inputs of a Concat are all quantized with one scale, or none is; ONNX Runtime wants its output quantized too."""
+    """The inputs of a Concat are all quantized with one scale, or none is; ONNX Runtime wants its
+    output quantized too.
+    """
     for node in index.nodes:
         inputs = [i for i in node.input if i and i not in index.fixed]
         if node.op_type != "Concat" or not inputs:
@@ -155,26 +233,44 @@ def concats(index: Index) -> Iterator[Hit]:
             severity = {TENSORRT: "W", OPENVINO: "W"} if direct else {TENSORRT: "W"}
             yield Hit(node, "inputs are quantized with different scales", severity)
         if found and direct:
-            yield Hit(node, "a layer reads it as it is", {ONNXRUNTIME: "W"}, "quantize what the Concat gives as well")
+            yield Hit(
+                node,
+                "a layer reads it as it is",
+                {ONNXRUNTIME: "W"},
+                "quantize what the Concat gives as well",
+            )
 
 
 @rule("Q17", {TENSORRT: "W"}, "put Q/DQ before the pool, and after it only for an average")
 def pools(index: Index) -> Iterator[Hit]:
-    """An average pool before a Q is fed by DequantizeLinear; a max pool is quantized before and not after."""
+    """An average pool before a Q is fed by DequantizeLinear; a max pool is quantized before and not
+    after.
+    """
     for node in index.nodes:
         y, fed = out(node), index.dq(arg(node, 0)) is not None
         if node.op_type in ("AveragePool", "GlobalAveragePool") or _spatial_mean(index, node):
             if not fed and _to_q(index, y):
                 yield Hit(
-                    node, f"{node.op_type} runs in float and is quantized after: its input is not from DequantizeLinear"
+                    node,
+                    f"{node.op_type} runs in float and is quantized after: its input is not "
+                    "from DequantizeLinear",
                 )
         elif node.op_type in ("MaxPool", "GlobalMaxPool"):
             readers = [n.op_type for n in index.readers(y, MOVES)]
             if fed and Q in readers:
-                yield Hit(node, f"the output of {node.op_type} is quantized again", cure="remove the Q/DQ after the pool")
+                yield Hit(
+                    node,
+                    f"the output of {node.op_type} is quantized again",
+                    cure="remove the Q/DQ after the pool",
+                )
             elif not fed and Q in readers and not {Q, "Concat"}.issuperset(readers):
-                # With Q as the only reader TensorRT moves it before the pool by itself; a float Concat wants float.
-                yield Hit(node, f"{node.op_type} runs in float: Q stands after it, and other layers read the float value")
+                # With Q as the only reader TensorRT moves it before the pool by itself; a float
+                # Concat wants float.
+                yield Hit(
+                    node,
+                    f"{node.op_type} runs in float: Q stands after it, and other layers "
+                    "read the float value",
+                )
 
 
 def _spatial_mean(index: Index, node: NodeProto) -> bool:
@@ -201,28 +297,52 @@ def no_dq_to_q(index: Index) -> Iterator[Hit]:
 
 @rule("Q19", {TENSORRT: "W"}, "use a multiple of 4 channels a group, or leave the layer in float")
 def grouped_convs(index: Index) -> Iterator[Hit]:
-    """A quantized grouped convolution has a multiple of 4 channels a group; depthwise ones are exempt."""
+    """A quantized grouped convolution has a multiple of 4 channels a group; depthwise ones are
+    exempt.
+    """
     for layer in index.layers:
         groups, shape = attribute(layer.node, "group", 1), index.shape(layer.weight)
-        if layer.node.op_type not in _CONVS or groups < 2 or not shape or not _quantized(index, layer):
+        if (
+            layer.node.op_type not in _CONVS
+            or groups < 2
+            or not shape
+            or not _quantized(index, layer)
+        ):
             continue
         first, inside = shape[0] or 0, shape[1] or 0
-        inputs, outputs = (inside, first // groups) if layer.node.op_type == "Conv" else (first // groups, inside)
+        inputs, outputs = (
+            (inside, first // groups) if layer.node.op_type == "Conv" else (first // groups, inside)
+        )
         if inputs != 1 and (inputs % 4 or outputs % 4):
-            yield Hit(layer.node, f"{groups} groups of {inputs} input and {outputs} output channels")
+            yield Hit(
+                layer.node, f"{groups} groups of {inputs} input and {outputs} output channels"
+            )
 
 
-@rule("Q20", {TENSORRT: "W"}, "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)")
+@rule(
+    "Q20",
+    {TENSORRT: "W"},
+    "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)",
+)
 def float32_islands(index: Index) -> Iterator[Hit]:
-    """In a file without FP16, layers that are not quantized run in FP32, as strong typing takes the file's types."""
+    """In a file without FP16, layers that are not quantized run in FP32, as strong typing takes the
+    file's types.
+    """
     if not index.quantizes and not index.dequantizes:
         return
     if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & set(index.types.values()):
         return
-    plain = [x for x in index.layers if index.dq(x.x) is None and not (arg(x.node, 1) and index.dq(arg(x.node, 1)))]
+    plain = [
+        x
+        for x in index.layers
+        if index.dq(x.x) is None and not (arg(x.node, 1) and index.dq(arg(x.node, 1)))
+    ]
     if plain:
         first = plain[0].node.name or out(plain[0].node)
-        yield Hit(plain[0].node, f"{len(plain)} of {len(index.layers)} layers run in FP32, {first} the first")
+        yield Hit(
+            plain[0].node,
+            f"{len(plain)} of {len(index.layers)} layers run in FP32, {first} the first",
+        )
 
 
 @rule("Q21", {TENSORRT: "W"}, "leave the graph's outputs in float")
@@ -234,25 +354,43 @@ def outputs_are_float(index: Index) -> Iterator[Hit]:
             yield Hit(name, f"{made.op_type} makes this output of the graph")
 
 
-@rule("Q26", {ONNXRUNTIME: "W"}, "quantize what the layer gives, to uint8 with zero point 0 where that is after a ReLU")
+@rule(
+    "Q26",
+    {ONNXRUNTIME: "W"},
+    "quantize what the layer gives, to uint8 with zero point 0 where that is after a ReLU",
+)
 def onnxruntime_gives_codes(index: Index) -> Iterator[Hit]:
-    """What a quantized convolution gives is quantized at once, or after a ReLU that rounding does, if it is no output."""
+    """What a quantized convolution gives is quantized at once, or after a ReLU that rounding does,
+    if it is no output.
+    """
     for layer in index.layers:
         y = out(layer.node)
         if layer.node.op_type != "Conv" or not _quantized(index, layer) or y in index.outputs:
             continue
         floats = [n for n in index.readers(y) if n.op_type != Q and not _rounded_away(index, n)]
         if floats:
-            yield Hit(layer.node, f"gives floats to {called(floats[0])}, which no integer kernel does: it runs in float")
+            yield Hit(
+                layer.node,
+                f"gives floats to {called(floats[0])}, which no integer kernel does: it "
+                "runs in float",
+            )
 
 
 def _rounded_away(index: Index, node: NodeProto) -> bool:
-    """Whether it is a ReLU or Clip that makes an output, or stands before a Q whose zero point is its least code."""
+    """Whether it is a ReLU or Clip that makes an output, or stands before a Q whose zero point is
+    its least code.
+    """
     qs = list(index.readers(out(node)))
-    fine = out(node) in index.outputs or (bool(qs) and all(q.op_type == Q and _from_zero(index, q) for q in qs))
+    fine = out(node) in index.outputs or (
+        bool(qs) and all(q.op_type == Q and _from_zero(index, q) for q in qs)
+    )
     return node.op_type in ("Relu", "Clip") and fine
 
 
 def _from_zero(index: Index, q: NodeProto) -> bool:
     zero = index.value(arg(q, 2)) if arg(q, 2) else np.zeros((), np.uint8)
-    return zero is not None and zero.dtype.kind in "iu" and bool(np.all(zero == np.iinfo(zero.dtype).min))
+    return (
+        zero is not None
+        and zero.dtype.kind in "iu"
+        and bool(np.all(zero == np.iinfo(zero.dtype).min))
+    )

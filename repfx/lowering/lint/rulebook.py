@@ -13,8 +13,8 @@ from onnx import NodeProto
 from repfx.lowering.onnx.index import Index
 
 TENSORRT, ONNXRUNTIME, OPENVINO = RUNTIMES = ("tensorrt", "onnxruntime", "openvino")
-# By runtime: E the build fails or the numbers are wrong, W slow or inaccurate, I worth knowing. Runtimes that are not
-# named have no such rule.
+# By runtime: E the build fails or the numbers are wrong, W slow or inaccurate, I worth knowing.
+# Runtimes that are not named have no such rule.
 Severity = Mapping[str, str]
 
 
@@ -23,7 +23,8 @@ def everywhere(letter: str) -> Severity:
     return dict.fromkeys(RUNTIMES, letter)
 
 
-# What TensorRT refuses and the others run, but in float: `repfx.lowering.runtimes.layers` says so of such files.
+# What TensorRT refuses and the others run, but in float: `repfx.lowering.runtimes.layers` says so
+# of such files.
 SLOW_ELSEWHERE: Severity = {TENSORRT: "E", ONNXRUNTIME: "W", OPENVINO: "W"}
 
 

@@ -1,9 +1,10 @@
-"""Biases as ONNX Runtime's integer convolutions have them: 32-bit integers whose step is that of the products.
+"""Biases as ONNX Runtime's integer convolutions have them: 32-bit integers whose step is that of
+the products.
 
     round(b / (s_x s_w)) s_x s_w
 
-It rounds the biases of a file to this itself, wherever they are float. Written so from the start, what it runs is what the
-file says and what the torch model, with the same biases, is compared with.
+It rounds the biases of a file to this itself, wherever they are float. Written so from the start,
+what it runs is what the file says and what the torch model, with the same biases, is compared with.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ class WrittenBias(IntegerBias):
 
     def forward(self) -> Tensor:
         inputs, shape = (self.codes, self.scale), self.codes.shape
-        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": 0}, dtype=self.scale.dtype, shape=shape)
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", inputs, {"axis": 0}, dtype=self.scale.dtype, shape=shape
+        )
 
 
 def with_integer_biases(model: nn.Module) -> nn.Module:
-    """A copy whose quantized convolutions have such biases, and weights whose steps are large enough for these.
+    """A copy whose quantized convolutions have such biases, and weights whose steps are large
+    enough for these.
 
-    The steps of a channel whose weights are tiny beside its bias are made larger: 32 bits hold no more than 2^31 of the
-    products of two steps. A channel of zeros takes the smallest step of its layer.
-    """
+    The steps of a channel whose weights are tiny beside its bias are made larger: 32 bits hold no
+    more than 2^31 of the products of two steps. A channel of zeros takes the smallest step of its
+    layer."""
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         view = GraphView(module)
@@ -59,7 +63,9 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
         for node, x, weight, bias, _ in found:
             scale = (x.step * weight.step).detach().expand(bias.shape).clone()
             name = f"{node.name}_integer_bias"
-            module.add_submodule(name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale))
+            module.add_submodule(
+                name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale)
+            )
             with module.graph.inserting_before(node):
                 node.args = (*node.args[:2], module.graph.call_module(name), *node.args[3:])
         module.recompile()
@@ -67,7 +73,9 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
 
 
 def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor, Tensor] | None:
-    """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight, the bias, the codes."""
+    """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight,
+    the bias, the codes.
+    """
     if node.target not in CONVS.values() or len(node.args) < 3:
         return None
     given, coded, bias = (a if isinstance(a, fx.Node) else None for a in node.args[:3])

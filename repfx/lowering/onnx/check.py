@@ -1,4 +1,6 @@
-"""Whether a runtime computes what a file says, here and on the instruction sets that it can be made to stop at."""
+"""Whether a runtime computes what a file says, here and on the instruction sets that it can be made
+to stop at.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def reference(model: nn.Module, target: str, float16: bool = False) -> nn.Module:
-    """The torch model with the constants that a file for this target holds: float16 ones, or integer biases."""
+    """The torch model with the constants that a file for this target holds: float16 ones, or
+    integer biases.
+    """
     if float16:
         return half.constants(model)
     return with_integer_biases(model) if target_named(target).between == "all" else model
@@ -34,25 +38,35 @@ def checked(
     isa: Isa | None = None,
     deployed: bool = False,
 ) -> Parity:
-    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half precision. `deployed`: of
-    the codes of an optimized session.
+    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half
+    precision. `deployed`: of the codes of an optimized session.
 
-    Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a float16 file in
-    float32: what its operators give is not rounded.)
-    """
+    Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a
+    float16 file in float32: what its operators give is not rounded.)"""
     rounded = None
     if float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
-    found = compare(model, proto, args, runtime, rounded, isa.run if isa else as_deployed if deployed else None)
+    found = compare(
+        model, proto, args, runtime, rounded, isa.run if isa else as_deployed if deployed else None
+    )
     if not found.agrees:
         where = NAMES[runtime] + ("" if isa is None else f" on {isa.name}")
-        raise CheckError(f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}")
+        raise CheckError(
+            f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}"
+        )
     return found
 
 
 def on_each(
-    isas: Sequence[Isa], runtime: str, model: nn.Module, proto: onnx.ModelProto, args: tuple[Any, ...], float16: bool
+    isas: Sequence[Isa],
+    runtime: str,
+    model: nn.Module,
+    proto: onnx.ModelProto,
+    args: tuple[Any, ...],
+    float16: bool,
 ) -> Iterator[tuple[Isa, Parity]]:
-    """The comparison on each instruction set in turn. Raises CheckError at the first that computes something else."""
+    """The comparison on each instruction set in turn. Raises CheckError at the first that computes
+    something else.
+    """
     for isa in isas:
         yield isa, checked(runtime, model, proto, args, float16, isa)

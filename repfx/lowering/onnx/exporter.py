@@ -16,11 +16,14 @@ from repfx.errors import InputError
 from repfx.lowering.onnx import finish, older, sizes
 
 
-def export(model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool) -> onnx.ModelProto:
-    """The graph of a model, with its batch free and where `dynamic` the sizes of its inputs (`sizes`).
+def export(
+    model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool
+) -> onnx.ModelProto:
+    """The graph of a model, with its batch free and where `dynamic` the sizes of its inputs
+    (`sizes`).
 
-    Raises InputError where the exporter fails, an operator has no form in the opset or the model fixes a size.
-    """
+    Raises InputError where the exporter fails, an operator has no form in the opset or the model
+    fixes a size."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -28,11 +31,17 @@ def export(model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, args, dynamic_shapes=sizes.free(args, dynamic))
-            program = torch.onnx.export(exported, dynamo=True, opset_version=max(opset, older.WRITTEN), verbose=False)
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=max(opset, older.WRITTEN), verbose=False
+            )
     except InputError:
         raise
     except Exception as error:
-        kind = " in float16" if any(p.dtype == torch.float16 for p in (*model.parameters(), *args)) else ""
+        kind = (
+            " in float16"
+            if any(p.dtype == torch.float16 for p in (*model.parameters(), *args))
+            else ""
+        )
         kind += " with dynamic sizes" if dynamic else ""
         raise InputError(f"torch.onnx cannot export the model{kind}: {_why(error)}") from error
     finally:
@@ -46,12 +55,27 @@ def export(model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool
 
 
 def _why(error: BaseException) -> str:
-    """What torch says of an export that failed, first and last in the chain, in one line without colours and advice."""
+    """What torch says of an export that failed, first and last in the chain, in one line without
+    colours and advice.
+    """
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if "specialized it to be a constant" in str(cause):
-        return "it computes with a fixed number of pictures, which x.shape[0], or -1 in a view, would leave open"
-    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)]
-    said = [re.sub(r"\s*(This is step \d/\d|See the stack trace|For more information).*", "", line)[:300] for line in said]
-    return "; ".join(dict.fromkeys(filter(None, (line.strip(" .;") for line in said)))) or type(error).__name__
+        return (
+            "it computes with a fixed number of pictures, which x.shape[0], or -1 in a "
+            "view, would leave open"
+        )
+    said = [
+        re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)
+    ]
+    said = [
+        re.sub(r"\s*(This is step \d/\d|See the stack trace|For more information).*", "", line)[
+            :300
+        ]
+        for line in said
+    ]
+    return (
+        "; ".join(dict.fromkeys(filter(None, (line.strip(" .;") for line in said))))
+        or type(error).__name__
+    )

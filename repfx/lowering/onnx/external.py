@@ -11,9 +11,17 @@ from repfx.errors import InputError
 
 
 def elsewhere(model: onnx.ModelProto) -> list[tuple[str, str]]:
-    """The tensors that are in other files, with the file: of initializers, Constant nodes, subgraphs and functions."""
-    kept = (t for t in external_data_helper._get_all_tensors(model) if external_data_helper.uses_external_data(t))
-    return [(t.name, next((e.value for e in t.external_data if e.key == "location"), "")) for t in kept]
+    """The tensors that are in other files, with the file: of initializers, Constant nodes,
+    subgraphs and functions.
+    """
+    kept = (
+        t
+        for t in external_data_helper._get_all_tensors(model)
+        if external_data_helper.uses_external_data(t)
+    )
+    return [
+        (t.name, next((e.value for e in t.external_data if e.key == "location"), "")) for t in kept
+    ]
 
 
 def require(model: onnx.ModelProto, path: Path) -> None:
@@ -21,5 +29,6 @@ def require(model: onnx.ModelProto, path: Path) -> None:
     for tensor, location in elsewhere(model):
         if not (path.parent / location).is_file():
             raise InputError(
-                f"{path} keeps {tensor or 'a constant'} in {location or 'a file without a name'}, which is not beside it"
+                f"{path} keeps {tensor or 'a constant'} in "
+                f"{location or 'a file without a name'}, which is not beside it"
             )

@@ -20,9 +20,14 @@ def codes_name(path: str, call: int = 0) -> str:
 
 
 def name_codes(proto: onnx.ModelProto) -> None:
-    """Names the codes of each call of a quantizer after it and drops the exporter's notes, which hold stack traces with
-    paths of the machine."""
-    renamed = {node.output[0]: e.value for node in proto.graph.node for e in node.metadata_props if e.key == CALL}
+    """Names the codes of each call of a quantizer after it and drops the exporter's notes, which
+    hold stack traces with paths of the machine."""
+    renamed = {
+        node.output[0]: e.value
+        for node in proto.graph.node
+        for e in node.metadata_props
+        if e.key == CALL
+    }
     taken = {o for n in proto.graph.node for o in n.output}
     renamed = {old: new for old, new in renamed.items() if new not in taken}
     for node in proto.graph.node:
@@ -33,7 +38,13 @@ def name_codes(proto: onnx.ModelProto) -> None:
         node.doc_string = ""
     for info in proto.graph.value_info:
         info.name = renamed.get(info.name, info.name)
-    for entry in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output, proto.graph):
+    for entry in (
+        *proto.graph.value_info,
+        *proto.graph.initializer,
+        *proto.graph.input,
+        *proto.graph.output,
+        proto.graph,
+    ):
         del entry.metadata_props[:]
 
 
@@ -41,16 +52,24 @@ def narrow(proto: onnx.ModelProto, names: set[str]) -> None:
     """Makes the codes of these weights int4, two a byte, with a zero point of that type."""
     held = {t.name: t for t in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in {f"{n}.codes" for n in names} & set(held):
+        if node.op_type == "DequantizeLinear" and node.input[0] in {
+            f"{n}.codes" for n in names
+        } & set(held):
             codes, zero = held[node.input[0]], held[node.input[2]]
             values = onnx.numpy_helper.to_array(codes)
             for info in proto.graph.value_info:
                 if info.name == codes.name:
                     info.type.tensor_type.elem_type = onnx.TensorProto.INT4
-            codes.CopyFrom(onnx.helper.make_tensor(codes.name, onnx.TensorProto.INT4, values.shape, values.ravel()))
+            codes.CopyFrom(
+                onnx.helper.make_tensor(
+                    codes.name, onnx.TensorProto.INT4, values.shape, values.ravel()
+                )
+            )
             shape, node.input[2] = tuple(zero.dims), f"{node.input[0]}.zero"
             zeros = [0] * math.prod(shape)
-            proto.graph.initializer.append(onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros))
+            proto.graph.initializer.append(
+                onnx.helper.make_tensor(node.input[2], onnx.TensorProto.INT4, shape, zeros)
+            )
     drop_unread(proto)
 
 
@@ -63,17 +82,20 @@ def drop_unread(proto: onnx.ModelProto) -> None:
 
 
 def keep_in_float(proto: onnx.ModelProto, every: bool) -> None:
-    """Writes the biases of layers whose weights are float, or of `every` layer, as sign(b) times |b|, the sign an integer.
+    """Writes the biases of layers whose weights are float, or of `every` layer, as sign(b) times
+    |b|, the sign an integer.
 
-    ONNX Runtime rounds the weights of such a layer between two quantizers to int8, a tensor one scale, and in half
-    precision biases to integers of a step that float16 does not hold; not where the bias is an integer already.
-    """
+    ONNX Runtime rounds the weights of such a layer between two quantizers to int8, a tensor one
+    scale, and in half precision biases to integers of a step that float16 does not hold; not where
+    the bias is an integer already."""
     held = {t.name: t for t in proto.graph.initializer}
     nodes = []
     for node in proto.graph.node:
         if node.op_type in ("Conv", "ConvTranspose", "Gemm") and (every or node.input[1] in held):
             given = held.get(node.input[2]) if len(node.input) > 2 else None
-            if given is not None or (len(node.input) == 2 and node.input[1] in held and node.op_type != "Gemm"):
+            if given is not None or (
+                len(node.input) == 2 and node.input[1] in held and node.op_type != "Gemm"
+            ):
                 nodes.append(_signed_bias(proto, node, given, held))
         nodes.append(node)
     del proto.graph.node[:]
@@ -82,7 +104,10 @@ def keep_in_float(proto: onnx.ModelProto, every: bool) -> None:
 
 
 def _signed_bias(
-    proto: onnx.ModelProto, node: onnx.NodeProto, given: onnx.TensorProto | None, held: dict[str, onnx.TensorProto]
+    proto: onnx.ModelProto,
+    node: onnx.NodeProto,
+    given: onnx.TensorProto | None,
+    held: dict[str, onnx.TensorProto],
 ) -> onnx.NodeProto:
     if given is None:
         weight = onnx.numpy_helper.to_array(held[node.input[1]])
@@ -93,7 +118,11 @@ def _signed_bias(
         bias = onnx.numpy_helper.to_array(given)
     name = f"{node.output[0]}.bias"
     scale = np.where(bias == 0, np.ones_like(bias), np.abs(bias))
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.sign(bias).astype(np.int32), f"{name}.sign"))
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.sign(bias).astype(np.int32), f"{name}.sign")
+    )
     proto.graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}.scale"))
     node.input[2:] = [name]
-    return onnx.helper.make_node("DequantizeLinear", [f"{name}.sign", f"{name}.scale"], [name], name=name, axis=0)
+    return onnx.helper.make_node(
+        "DequantizeLinear", [f"{name}.sign", f"{name}.scale"], [name], name=name, axis=0
+    )

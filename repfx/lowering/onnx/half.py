@@ -1,7 +1,8 @@
-"""float16: what a strongly typed engine does with the layers, scales, weights and biases of a half-precision file.
+"""float16: what a strongly typed engine does with the layers, scales, weights and biases of a
+half-precision file.
 
-Inputs and outputs stay float32 with a Cast each. QuantizeLinear divides in float32 and rounds, as runtimes do.
-"""
+Inputs and outputs stay float32 with a Cast each. QuantizeLinear divides in float32 and rounds, as
+runtimes do."""
 
 from __future__ import annotations
 
@@ -20,11 +21,14 @@ from repfx.errors import InputError
 from repfx.quant import FakeQuant
 
 OPSET = 19  # of QuantizeLinear in float16
-WORST = 2**-8  # the relative error that rounding a scale may make: half a step at the end of an 8-bit grid
+WORST = (
+    2**-8
+)  # the relative error that rounding a scale may make: half a step at the end of an 8-bit grid
 
 
 def constants(model: nn.Module) -> nn.Module:
-    """A float32 copy whose constants are rounded to float16; of a quantized weight only its scale is.
+    """A float32 copy whose constants are rounded to float16; of a quantized weight only its scale
+    is.
 
     Raises InputError where a constant is beyond float16, or a scale is too small for it.
     """
@@ -52,14 +56,18 @@ def operators(model: nn.Module) -> nn.Module:
             if node.op in ("output", "get_attr"):
                 continue
             with graph.inserting_before(node.next):
-                call = graph.call_function(copied_half if node.op == "placeholder" else to_half, (node,))
+                call = graph.call_function(
+                    copied_half if node.op == "placeholder" else to_half, (node,)
+                )
             node.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
         module.recompile()
     return model
 
 
 def to_half(value: object) -> object:
-    """Rounds float32 tensors in place, so that views stay views; what repeats one value was rounded before it was."""
+    """Rounds float32 tensors in place, so that views stay views; what repeats one value was rounded
+    before it was.
+    """
 
     def rounded(t: Tensor) -> Tensor:
         return t if t.dtype != torch.float32 or 0 in t.stride() else t.copy_(t.half())
@@ -68,14 +76,20 @@ def to_half(value: object) -> object:
 
 
 def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
-    """Raises InputError naming the first operator whose result float16 cannot hold, on this input."""
+    """Raises InputError naming the first operator whose result float16 cannot hold, on this
+    input."""
     largest = torch.finfo(torch.float16).max
     beyond: list[str] = []
 
     class Interpreter(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             result = super().run_node(n)
-            if isinstance(result, Tensor) and result.is_floating_point() and result.numel() and n.op.startswith("call"):
+            if (
+                isinstance(result, Tensor)
+                and result.is_floating_point()
+                and result.numel()
+                and n.op.startswith("call")
+            ):
                 top = float(result.abs().max())
                 if math.isfinite(top) and top > largest:
                     beyond.append(f"{n.name} reaches {top:.3g}")
@@ -89,7 +103,9 @@ def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
 
 
 def copied_half(value: object) -> object:
-    return tree_map_only(Tensor, lambda t: t.half().float() if t.dtype == torch.float32 else t, value)
+    return tree_map_only(
+        Tensor, lambda t: t.half().float() if t.dtype == torch.float32 else t, value
+    )
 
 
 def in_half(model: nn.Module) -> nn.Module:
@@ -108,8 +124,14 @@ def in_half(model: nn.Module) -> nn.Module:
 def _check(model: nn.Module) -> None:
     largest = torch.finfo(torch.float16).max
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel() and float(tensor.detach().abs().max()) > largest:
-            raise InputError(f"{name} holds values beyond float16's {largest:g}: lower the model in float32")
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and float(tensor.detach().abs().max()) > largest
+        ):
+            raise InputError(
+                f"{name} holds values beyond float16's {largest:g}: lower the model in float32"
+            )
     for name, quant in model.named_modules():
         if not isinstance(quant, FakeQuant):
             continue
@@ -117,7 +139,10 @@ def _check(model: nn.Module) -> None:
         off = float(((step.half().float() - step) / step).abs().max())
         if off > WORST:
             small = float(step.min())
-            raise InputError(f"a scale of {name}, {small:.2g}, is {off:.1%} off in float16: lower the model in float32")
+            raise InputError(
+                f"a scale of {name}, {small:.2g}, is {off:.1%} off in float16: lower the "
+                "model in float32"
+            )
 
 
 def cast_ends(proto: onnx.ModelProto) -> None:
@@ -130,7 +155,9 @@ def cast_ends(proto: onnx.ModelProto) -> None:
                 for i, name in enumerate(node.input):
                     if name == info.name:
                         node.input[i] = inner
-            graph.node.insert(0, helper.make_node("Cast", [info.name], [inner], to=TensorProto.FLOAT16))
+            graph.node.insert(
+                0, helper.make_node("Cast", [info.name], [inner], to=TensorProto.FLOAT16)
+            )
             info.type.tensor_type.elem_type = TensorProto.FLOAT
     for info in graph.output:
         if info.type.tensor_type.elem_type == TensorProto.FLOAT16:

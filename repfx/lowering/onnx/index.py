@@ -1,4 +1,6 @@
-"""Who makes and who reads each tensor of an ONNX graph, and what is known about it without running the graph."""
+"""Who makes and who reads each tensor of an ONNX graph, and what is known about it without running
+the graph.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,20 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 IDENTITY = frozenset({"Identity", "Dropout"})
-# Layers that only move or select values: codes pass through them as they are, so runtimes move Q and DQ across.
+# Layers that only move or select values: codes pass through them as they are, so runtimes move Q
+# and DQ across.
 MOVES = IDENTITY | {
-    *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Pad", "Split"),
+    *(
+        "Reshape",
+        "Transpose",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "MaxPool",
+        "Slice",
+        "Pad",
+        "Split",
+    ),
     *("DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Gather"),
 }
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -30,17 +43,23 @@ class Layer(NamedTuple):
 
 
 class Index:
-    """A model's main graph by tensor name. Works on incomplete graphs: what is not known is None or empty."""
+    """A model's main graph by tensor name. Works on incomplete graphs: what is not known is None or
+    empty.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model, self.graph = model, model.graph
         self.nodes: list[NodeProto] = [n for n in model.graph.node if n.domain in ("", "ai.onnx")]
-        self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
+        self.opset = max(
+            (o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1
+        )
         self.outputs = {o.name for o in self.graph.output}
         self.made: dict[str, NodeProto] = {}
         self.users: dict[str, list[NodeProto]] = defaultdict(list)
         self.tensors: dict[str, TensorProto] = {t.name: t for t in self.graph.initializer}
-        self.fixed: set[str] = set(self.tensors) | {s.values.name for s in self.graph.sparse_initializer}
+        self.fixed: set[str] = set(self.tensors) | {
+            s.values.name for s in self.graph.sparse_initializer
+        }
         self._values: dict[str, np.ndarray | None] = {}
         self._dqs: dict[str, NodeProto | None] = {}
         for node in self.graph.node:
@@ -57,7 +76,9 @@ class Index:
         self.shapes: dict[str, tuple[int | None, ...]] = {}
         self.types: dict[str, int] = {}
         self._infer()
-        self.layers = [layer for n in self.nodes if n.op_type in WEIGHTED and (layer := self._layer(n))]
+        self.layers = [
+            layer for n in self.nodes if n.op_type in WEIGHTED and (layer := self._layer(n))
+        ]
         self.quantizes = [n for n in self.nodes if n.op_type == Q]
         self.dequantizes = [n for n in self.nodes if n.op_type == DQ]
 
@@ -66,9 +87,13 @@ class Index:
             if a.name == "value":
                 self.tensors[node.output[0]] = a.t
             elif a.name in ("value_float", "value_floats"):
-                self._values[node.output[0]] = np.array(onnx.helper.get_attribute_value(a), np.float32)
+                self._values[node.output[0]] = np.array(
+                    onnx.helper.get_attribute_value(a), np.float32
+                )
             elif a.name in ("value_int", "value_ints"):
-                self._values[node.output[0]] = np.array(onnx.helper.get_attribute_value(a), np.int64)
+                self._values[node.output[0]] = np.array(
+                    onnx.helper.get_attribute_value(a), np.int64
+                )
 
     def _infer(self) -> None:
         try:
@@ -104,8 +129,8 @@ class Index:
         return self.made.get(self.source(name, through))
 
     def dq(self, name: str) -> NodeProto | None:
-        """The DequantizeLinear that feeds the tensor, directly or through layers that only move values. Of a Concat
-        every input must have one; the first is returned."""
+        """The DequantizeLinear that feeds the tensor, directly or through layers that only move
+        values. Of a Concat every input must have one; the first is returned."""
         name = self.source(name, MOVES)
         if name not in self._dqs:
             self._dqs[name] = None  # the answer within a cycle
@@ -160,12 +185,19 @@ class Index:
         return self.types.get(name) or self.types.get(self.source(name), 0)
 
     def one_scale(self, a: NodeProto, b: NodeProto) -> bool:
-        """Whether two Q or DQ nodes have the same scale; scales that are computed are the same if the tensor is."""
+        """Whether two Q or DQ nodes have the same scale; scales that are computed are the same if
+        the tensor is.
+        """
         first, second = self.source(arg(a, 1)), self.source(arg(b, 1))
         if first == second:
             return True
         one, two = self.value(first), self.value(second)
-        return one is not None and two is not None and one.size == two.size and bool(np.all(one.ravel() == two.ravel()))
+        return (
+            one is not None
+            and two is not None
+            and one.size == two.size
+            and bool(np.all(one.ravel() == two.ravel()))
+        )
 
     def of_bias(self, dq: NodeProto) -> bool:
         """Whether it dequantizes int32 codes, as quantizers that also round the bias write them."""
@@ -187,21 +219,28 @@ def called(node: NodeProto) -> str:
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """A whole number, or a list of them where `default` is a sequence. Raises ValueError naming the node for others."""
+    """A whole number, or a list of them where `default` is a sequence. Raises ValueError naming the
+    node for others.
+    """
     for a in node.attribute:
         if a.name == name:
             value = onnx.helper.get_attribute_value(a)
             whole = [value] if isinstance(default, int) else value
             if not isinstance(whole, list) or not all(isinstance(v, int) for v in whole):
                 wanted = "a whole number" if isinstance(default, int) else "a list of whole numbers"
-                raise ValueError(f"{name} of {called(node)} ({node.op_type}) is {value!r}, not {wanted}")
+                raise ValueError(
+                    f"{name} of {called(node)} ({node.op_type}) is {value!r}, not {wanted}"
+                )
             return value
     return default
 
 
 def known(shape: onnx.TensorShapeProto) -> tuple[int | None, ...]:
-    """The dimensions; None is one that the file leaves open, be it by a name, by nothing or by -1."""
-    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in shape.dim)
+    """The dimensions; None is one that the file leaves open, be it by a name, by nothing or by
+    -1."""
+    return tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in shape.dim
+    )
 
 
 def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
@@ -217,8 +256,12 @@ def captured(node: NodeProto) -> list[str]:
     found: set[str] = set()
     for graph in subgraphs(node):
         inside = (
-            {i.name for i in graph.input} | {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
+            {i.name for i in graph.input}
+            | {t.name for t in graph.initializer}
+            | {o for n in graph.node for o in n.output}
         )
-        read = {i for n in graph.node for i in (*n.input, *captured(n))} | {o.name for o in graph.output}
+        read = {i for n in graph.node for i in (*n.input, *captured(n))} | {
+            o.name for o in graph.output
+        }
         found |= read - inside - {""}
     return sorted(found)

@@ -5,9 +5,8 @@
     bias                         ->   a float constant
 
 With `float16` all that is not an integer is float16 (`half`).
-The batch dimension is dynamic, with `dynamic` height and width too (`sizes`). The file is checked by onnx.checker, run in
-ONNX Runtime and compared with the torch model before it gets its name.
-"""
+The batch dimension is dynamic, with `dynamic` height and width too (`sizes`). The file is checked
+by onnx.checker, run in ONNX Runtime and compared with the torch model before it gets its name."""
 
 from __future__ import annotations
 
@@ -42,8 +41,9 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX Runtime. `there`: the
-    same in the target's own runtime where that is another one and installed."""
+    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX
+    Runtime. `there`: the same in the target's own runtime where that is another one and
+    installed."""
 
     onnx: Path
     parity: Parity
@@ -60,19 +60,21 @@ def lower(
     float16: bool = False,
     dynamic: bool = False,
 ) -> Artifact:
-    """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on the example.
+    """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on
+    the example.
 
-    `example`: a tensor (N, ...) or a tuple of them, without NaN; the first dimension of each is dynamic in the file.
-    `target` must be the one the model was quantized for. A model without quantizers gives a float file. `float16`:
-    scales, biases and layers that are not quantized are float16 in the file, its inputs and outputs stay float32; the
-    comparison is then with the torch model rounded to float16 after each operator. `opset`: 13 to 23, from 19 with
-    `float16`; from 21 on weights of 4 bits and fewer are int4. `dynamic`: height and width of each input are free in the
-    file too, and it is compared at larger ones as well.
+    `example`: a tensor (N, ...) or a tuple of them, without NaN; the first dimension of each is
+    dynamic in the file. `target` must be the one the model was quantized for. A model without
+    quantizers gives a float file. `float16`: scales, biases and layers that are not quantized are
+    float16 in the file, its inputs and outputs stay float32; the comparison is then with the torch
+    model rounded to float16 after each operator. `opset`: 13 to 23, from 19 with `float16`; from 21
+    on weights of 4 bits and fewer are int4. `dynamic`: height and width of each input are free in
+    the file too, and it is compared at larger ones as well.
 
-    Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form, the example does not
-    fit, the model fixes a size that `dynamic` frees, an output is no tensor or the path cannot be written; CheckError where
-    the file is not valid or a runtime computes something else.
-    """
+    Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
+    the example does not fit, the model fixes a size that `dynamic` frees, an output is no tensor or
+    the path cannot be written; CheckError where the file is not valid or a runtime computes
+    something else."""
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
         raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
@@ -83,17 +85,27 @@ def lower(
     _check_formats(model, target)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise InputError(f"{name} is {tensor.dtype}: lower the model in float32, with float16=True for a float16 file")
+            raise InputError(
+                f"{name} is {tensor.dtype}: lower the model in float32, with float16=True "
+                "for a float16 file"
+            )
     least = half.OPSET if float16 else older.OLDEST
     if not isinstance(opset, int) or not least <= opset <= 23:
-        raise InputError(f"opset is a whole number from {least} to 23{' with float16' if float16 else ''}, not {opset!r}")
+        raise InputError(
+            f"opset is a whole number from {least} to "
+            f"23{' with float16' if float16 else ''}, not {opset!r}"
+        )
     try:
         result = run_eval(model, args)
     except Exception as error:
-        raise InputError(f"the model does not accept the example {describe(args)}: {error}") from error
+        raise InputError(
+            f"the model does not accept the example {describe(args)}: {error}"
+        ) from error
     for leaf in torch.utils._pytree.tree_leaves(result):
         if not (leaf is None or isinstance(leaf, Tensor)):
-            raise InputError(f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}")
+            raise InputError(
+                f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}"
+            )
     model = reference(model, target, float16)
     if float16:
         half.check_range(model, args)
@@ -104,7 +116,9 @@ def lower(
         raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
     parity = checked("onnxruntime", model, proto, args, float16)
     own = target_named(target).runtime
-    fair = own in installed() and (own == "openvino" or not float16)  # ONNX Runtime runs float16 as it likes
+    fair = own in installed() and (
+        own == "openvino" or not float16
+    )  # ONNX Runtime runs float16 as it likes
     there = checked(own, model, proto, args, float16, deployed=True) if fair else None
     if dynamic:
         sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, float16))
@@ -113,7 +127,8 @@ def lower(
 
 
 class _Activation(nn.Module):
-    """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one a call.
+    """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one
+    a call.
 
     With `offset` a signed grid is written as unsigned codes around 128 (`Target`).
     """
@@ -126,15 +141,21 @@ class _Activation(nn.Module):
         self.register_buffer("scale", quant.step.detach().clone())
         for offset in (False, True):
             dtype = torch.int8 if self.signed and not offset else torch.uint8
-            zero = torch.tensor(128 if self.signed and offset else 0, dtype=dtype, device=quant.step.device)
+            zero = torch.tensor(
+                128 if self.signed and offset else 0, dtype=dtype, device=quant.step.device
+            )
             self.register_buffer(f"zero_{offset}", zero)
 
     def forward(self, x: Tensor, offset: bool) -> Tensor:
         name, self.calls = finish.codes_name(self.path, self.calls), self.calls + 1
         zero = self.get_buffer(f"zero_{offset}")
         inputs, note = (x, self.scale, zero), {finish.CALL: name}
-        q = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=zero.dtype, shape=x.shape, metadata_props=note)
-        return torch.onnx.ops.symbolic("DequantizeLinear", (q, self.scale, zero), dtype=x.dtype, shape=x.shape)
+        q = torch.onnx.ops.symbolic(
+            "QuantizeLinear", inputs, dtype=zero.dtype, shape=x.shape, metadata_props=note
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", (q, self.scale, zero), dtype=x.dtype, shape=x.shape
+        )
 
 
 class _Weight(nn.Module):
@@ -154,7 +175,9 @@ class _Weight(nn.Module):
     def forward(self) -> Tensor:
         attrs: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         inputs = (self.codes, self.scale, self.zero)
-        return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs, dtype=self.scale.dtype, shape=self.codes.shape)
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", inputs, attrs, dtype=self.scale.dtype, shape=self.codes.shape
+        )
 
 
 def _check_formats(model: nn.Module, target: str) -> None:
@@ -167,18 +190,28 @@ def _check_formats(model: nn.Module, target: str) -> None:
             raw.append(name)
         elif not m.of_weight and m.grid.bits != 8:
             raise InputError(
-                f"{name} rounds activations to {m.grid.bits} bits; the layers of ONNX runtimes and TensorRT have 8. "
-                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4), int4 from opset 21 on; "
+                f"{name} rounds activations to {m.grid.bits} bits; the layers of ONNX "
+                "runtimes and TensorRT have 8. "
+                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4), int4 from "
+                "opset 21 on; "
                 "torch runs this model as it is"
             )
         elif m.of_weight and m.grid.bits > 8:
-            raise InputError(f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold 8 at most")
+            raise InputError(
+                f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold 8 at most"
+            )
         elif not m.of_weight and not m.grid.signed and not formats.unsigned_after_relu:
             other.append(name)
     if raw:
-        raise InputError(f"{len(raw)} quantizers are not calibrated ({', '.join(raw[:3])}): run repfx.calibrate first")
+        raise InputError(
+            f"{len(raw)} quantizers are not calibrated ({', '.join(raw[:3])}): run "
+            "repfx.calibrate first"
+        )
     if other:
-        raise InputError(f"{other[0]} is unsigned, which {target} does not run: transform the model with target={target!r}")
+        raise InputError(
+            f"{other[0]} is unsigned, which {target} does not run: transform the model with "
+            f"target={target!r}"
+        )
 
 
 def _export(
@@ -188,7 +221,9 @@ def _export(
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     formats = target_named(target)
-    rounding = [(n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight]
+    rounding = [
+        (n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
+    ]
     activations = {id(m): _Activation(m, n) for n, m in rounding}
     for _, module in graphs(symbolic):
         _make_symbolic(module, activations, formats)
@@ -208,15 +243,23 @@ def _export(
     if float16:
         half.cast_ends(proto)
     if opset >= 21:
-        quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight}
+        quants = {
+            n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight
+        }
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
 
 
-def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], target: Target) -> None:
+def _make_symbolic(
+    module: fx.GraphModule, activations: dict[int, _Activation], target: Target
+) -> None:
     graph, view = module.graph, GraphView(module)
-    quants = {n: q for n in graph.nodes if isinstance(q := view.modules.get(str(n.target)), FakeQuant)}
-    around = {n for n, q in quants.items() if not q.of_weight and has_offset(n, q.grid, view, target)}
+    quants = {
+        n: q for n in graph.nodes if isinstance(q := view.modules.get(str(n.target)), FakeQuant)
+    }
+    around = {
+        n for n, q in quants.items() if not q.of_weight and has_offset(n, q.grid, view, target)
+    }
     for node in list(graph.nodes):
         if target.between == "all" and node.target is F.linear:
             _split_bias(graph, node)
@@ -242,22 +285,33 @@ def _make_symbolic(module: fx.GraphModule, activations: dict[int, _Activation], 
 
 
 def _check_reach(codes: Tensor, node: fx.Node, path: str, target: Target) -> None:
-    """Raises InputError where products of weights quantized for another target overflow on CPUs without VNNI."""
+    """Raises InputError where products of weights quantized for another target overflow on CPUs
+    without VNNI.
+    """
     most = target.weight().high
     groups = {u.args[6] for u in node.users if len(u.args) > 6}
-    depthwise = codes.dim() in (3, 4) and codes.shape[1] == 1 < codes.shape[0] and groups == {codes.shape[0]}
+    depthwise = (
+        codes.dim() in (3, 4)
+        and codes.shape[1] == 1 < codes.shape[0]
+        and groups == {codes.shape[0]}
+    )
     if not depthwise and codes.numel() and int(codes.abs().max()) > most:
         raise InputError(
-            f"{path} has codes beyond {most}, whose products overflow on CPUs without VNNI: transform the model with "
+            f"{path} has codes beyond {most}, whose products overflow on CPUs without VNNI: "
+            "transform the model with "
             f"target={target.name!r}, or lower it with target='{target.name}-vnni'"
         )
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
-    """Adds the bias of a linear layer after it: ONNX Runtime has no integer Gemm with a float bias."""
+    """Adds the bias of a linear layer after it: ONNX Runtime has no integer Gemm with a float
+    bias."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if isinstance(bias, fx.Node):
-        node.args, node.kwargs = node.args[:2], {k: v for k, v in node.kwargs.items() if k != "bias"}
+        node.args, node.kwargs = (
+            node.args[:2],
+            {k: v for k, v in node.kwargs.items() if k != "bias"},
+        )
         with graph.inserting_before(node.next):
             total = graph.call_function(torch.add, (node, bias))
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
@@ -270,11 +324,17 @@ def _constant(module: fx.GraphModule, node: Any, quantizer: str) -> Tensor:
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
         return value
-    if node.op in ("placeholder", "call_module"):  # repq's: batch norms of a kernel, which may ask for the input
+    if node.op in (
+        "placeholder",
+        "call_module",
+    ):  # repq's: batch norms of a kernel, which may ask for the input
         why = f"{quantizer} rounds a weight that is computed in each call, as in training"
-        raise InputError(f'{why}: run repfx.transform(model, ["fuse"]) first and lower what it gives')
+        raise InputError(
+            f'{why}: run repfx.transform(model, ["fuse"]) first and lower what it gives'
+        )
     args, kwargs = fx.node.map_aggregate(
-        (node.args, node.kwargs), lambda v: _constant(module, v, quantizer) if isinstance(v, fx.Node) else v
+        (node.args, node.kwargs),
+        lambda v: _constant(module, v, quantizer) if isinstance(v, fx.Node) else v,
     )
     f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
     return f(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""Opsets 13 to 17: the finished graph, which the exporter writes in opset 18, in the operators of an older one.
+"""Opsets 13 to 17: the finished graph, which the exporter writes in opset 18, in the operators of
+an older one.
 
-Most operators are the same or only lose an attribute. (`onnx.version_converter` has no way down for the axes of ReduceMean,
-for Split and Pad, and below 14 not even for Add.) Tensors keep their names.
+Most operators are the same or only lose an attribute. (`onnx.version_converter` has no way down for
+the axes of ReduceMean, for Split and Pad, and below 14 not even for Add.) Tensors keep their names.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def _rewrite(graph: onnx.GraphProto, index: Index, opset: int) -> None:
 
 
 class _Draft:
-    """One node on its way to an older opset: its inputs and attributes, or the nodes that do the same, and constants."""
+    """One node on its way to an older opset: its inputs and attributes, or the nodes that do the
+    same, and constants.
+    """
 
     def __init__(self, node: NodeProto, index: Index, opset: int) -> None:
         self.node, self.index, self.opset = node, index, opset
@@ -69,34 +72,52 @@ class _Draft:
         if next(subgraphs(node), None) is not None:
             raise self.error("with a graph inside it")
         young, old = _schema(kind, WRITTEN), _schema(kind, self.opset)
-        if node.domain or young is None or (old is not None and old.since_version == young.since_version):
+        if (
+            node.domain
+            or young is None
+            or (old is not None and old.since_version == young.since_version)
+        ):
             return [node]
         if kind in _WRITE:
             _WRITE[kind](self)
         if self.nodes:
             return self.nodes
         if old is None:
-            first = min(s.since_version for s in defs.get_all_schemas_with_history() if (s.domain, s.name) == ("", kind))
+            first = min(
+                s.since_version
+                for s in defs.get_all_schemas_with_history()
+                if (s.domain, s.name) == ("", kind)
+            )
             raise self.error(f"came with opset {first} and")
         for name in set(young.attributes) - set(old.attributes):
             default = young.attributes[name].default_value
-            value = self.attrs.pop(name, helper.get_attribute_value(default) if default.type else None)
+            value = self.attrs.pop(
+                name, helper.get_attribute_value(default) if default.type else None
+            )
             if value is not None and value != _AS_BEFORE.get(name):
-                raise self.error(f"with {name}={value.decode() if isinstance(value, bytes) else value}")
+                raise self.error(
+                    f"with {name}={value.decode() if isinstance(value, bytes) else value}"
+                )
         return [helper.make_node(kind, self.inputs, node.output, name=node.name, **self.attrs)]
 
     def error(self, what: str) -> InputError:
-        return InputError(f"{self.node.op_type} {what} has no form in opset {self.opset} ({called(self.node)})")
+        return InputError(
+            f"{self.node.op_type} {what} has no form in opset {self.opset} ({called(self.node)})"
+        )
 
     def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), f"{self.node.output[0]}.{name}"))
+        self.constants.append(
+            numpy_helper.from_array(np.asarray(value, dtype), f"{self.node.output[0]}.{name}")
+        )
         return self.constants[-1].name
 
     def op(self, kind: str, *inputs: str, to: str = "", **attrs: Any) -> str:
         """A node in place of this one, or before it where `to` names what it makes."""
         dot = f".{to}" if to else ""
         made = self.node.output[0] + dot
-        self.nodes.append(helper.make_node(kind, inputs, [made], name=called(self.node) + dot, **attrs))
+        self.nodes.append(
+            helper.make_node(kind, inputs, [made], name=called(self.node) + dot, **attrs)
+        )
         return made
 
     def whole(self, i: int) -> list[int]:
@@ -136,7 +157,9 @@ def _split(draft: _Draft) -> None:
         if size is None:
             raise draft.error("of a dynamic dimension")
         part = -(-size // count)
-        draft.inputs[1:] = [draft.constant("sizes", [part] * (count - 1) + [size - part * (count - 1)])]
+        draft.inputs[1:] = [
+            draft.constant("sizes", [part] * (count - 1) + [size - part * (count - 1)])
+        ]
 
 
 def _pad(draft: _Draft) -> None:
@@ -153,7 +176,10 @@ def _pad(draft: _Draft) -> None:
 def _shape(draft: _Draft) -> None:
     """A part of the sizes is a slice of all."""
     ends = [draft.attrs.get("start", 0)], [draft.attrs.get("end", 2**63 - 1)], [0]
-    names = [draft.constant(name, value) for name, value in zip(("start", "end", "axis"), ends, strict=True)]
+    names = [
+        draft.constant(name, value)
+        for name, value in zip(("start", "end", "axis"), ends, strict=True)
+    ]
     draft.op("Slice", draft.op("Shape", draft.inputs[0], to="all"), *names)
 
 

@@ -1,15 +1,17 @@
 """Parity: the ONNX file against the torch model, code by code.
 
-Two runtimes add in different orders, so a value on the edge between two codes may go either way, and one such tie moves
-everything after it. To count ties and nothing else, each stretch between two quantizers is compared on the same codes:
-the torch model runs with every call of a quantizer answering what the runtime computed there, and is asked what it would
-have said. It runs twice so, in float64, which is taken for exact, and in the file's own precision, which tells how far
-arithmetic of that precision errs there. With u the exact value over the scale and c the runtime's code,
+Two runtimes add in different orders, so a value on the edge between two codes may go either way,
+and one such tie moves everything after it. To count ties and nothing else, each stretch between two
+quantizers is compared on the same codes: the torch model runs with every call of a quantizer
+answering what the runtime computed there, and is asked what it would have said. It runs twice so,
+in float64, which is taken for exact, and in the file's own precision, which tells how far
+arithmetic of that precision errs there. With u the exact value over the scale and c the runtime's
+code,
 
     |u - c| <= 1/2 + error / scale
 
-is a tie, however many of them there are; whatever is further off is wrong, if it is one code of millions.
-"""
+is a tie, however many of them there are; whatever is further off is wrong, if it is one code of
+millions."""
 
 from __future__ import annotations
 
@@ -36,9 +38,9 @@ Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Ten
 
 @dataclass(frozen=True)
 class Limits:
-    """How far arithmetic may err. `spread`: how many times as far as torch's own does in that precision. `rounding`: of
-    the largest value of the tensor besides. Of an output of indices, `indices` of the entries may differ, `few`, never
-    most."""
+    """How far arithmetic may err. `spread`: how many times as far as torch's own does in that
+    precision. `rounding`: of the largest value of the tensor besides. Of an output of indices,
+    `indices` of the entries may differ, `few`, never most."""
 
     spread: float
     rounding: float
@@ -52,8 +54,9 @@ LIMITS = {False: Limits(8, 2**-19, 2, 1e-2), True: Limits(8, 2**-9, 8, 5e-2)}
 
 @dataclass(frozen=True)
 class CodeDifference:
-    """At one quantizer, on equal codes before it: `codes` compared, how many are `different`, the `largest` difference,
-    and how many of the different are `wrong`, further off than arithmetic errs."""
+    """At one quantizer, on equal codes before it: `codes` compared, how many are `different`, the
+    `largest` difference, and how many of the different are `wrong`, further off than arithmetic
+    errs."""
 
     codes: int
     different: int
@@ -65,12 +68,12 @@ class CodeDifference:
 class Parity:
     """How a file run by `runtime` compares with the torch model.
 
-    `quantizers`: per call of an activation quantizer, in order of the graph, on equal codes before it. `outputs`: each
-    output on the file's codes, against float64; `errors`: how far torch's own arithmetic errs there, relative. `output`:
-    each on its own, as it is deployed, the file in the runtime's optimized session. `optimized`: whether the codes are of
-    such a session too, which may choose other kernels for a file that shows them. `before` and `after`: the torch model
-    and the file, so run, against the model without rounding; None where nothing is rounded.
-    """
+    `quantizers`: per call of an activation quantizer, in order of the graph, on equal codes before
+    it. `outputs`: each output on the file's codes, against float64; `errors`: how far torch's own
+    arithmetic errs there, relative. `output`: each on its own, as it is deployed, the file in the
+    runtime's optimized session. `optimized`: whether the codes are of such a session too, which may
+    choose other kernels for a file that shows them. `before` and `after`: the torch model and the
+    file, so run, against the model without rounding; None where nothing is rounded."""
 
     output: Difference
     outputs: tuple[Difference, ...]
@@ -107,7 +110,9 @@ class Parity:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What differs by more than ties, in words. Nothing where the file gives, as it is deployed, what torch gives."""
+        """What differs by more than ties, in words. Nothing where the file gives, as it is
+        deployed, what torch gives.
+        """
         limits = LIMITS[self.float16]
         exact = limits.rounding + limits.spread * max(self.errors, default=0.0)
         if self.optimized and self.output.relative <= exact and not self.output.different:
@@ -131,11 +136,19 @@ class Parity:
         if not self.quantizers:
             return end
         wrong = sum(q.wrong for q in self.quantizers.values())
-        ties = f", {wrong} of them by more than rounding" if wrong else ", all ties" if self.different else ""
+        ties = (
+            f", {wrong} of them by more than rounding"
+            if wrong
+            else ", all ties"
+            if self.different
+            else ""
+        )
         codes = f"{self.different:,} of {self.codes:,} codes differ on equal inputs{ties}; {end}"
         if self.before is None or self.after is None:
             return codes
-        return f"{codes}; against float {self.after.sqnr:.1f} dB, fake-quant {self.before.sqnr:.1f} dB"
+        return (
+            f"{codes}; against float {self.after.sqnr:.1f} dB, fake-quant {self.before.sqnr:.1f} dB"
+        )
 
 
 def compare(
@@ -146,13 +159,13 @@ def compare(
     rounded: nn.Module | None = None,
     run: Run | None = None,
 ) -> Parity:
-    """Runs both on the same input and compares the output and the codes of every call of an activation quantizer.
+    """Runs both on the same input and compares the output and the codes of every call of an
+    activation quantizer.
 
-    `rounded`: for a file in float16, the model rounded to float16 after each operator. `run`: what runs the
-    files, both optimized, such as `Isa.run` or `as_deployed`; without it codes are those of a session that is not.
-    Raises MissingPart where the runtime is not installed, CheckError where it does not run the file, InputError where a
-    quantizer is given NaN.
-    """
+    `rounded`: for a file in float16, the model rounded to float16 after each operator. `run`: what
+    runs the files, both optimized, such as `Isa.run` or `as_deployed`; without it codes are those
+    of a session that is not. Raises MissingPart where the runtime is not installed, CheckError
+    where it does not run the file, InputError where a quantizer is given NaN."""
     limits = LIMITS[rounded is not None]
     exposed, steps = expose(proto)
     outputs = len(proto.graph.output)
@@ -161,25 +174,38 @@ def compare(
     except RepfxError:
         raise
     except Exception as error:  # each runtime has exceptions of its own
-        raise CheckError(f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}") from error
+        raise CheckError(
+            f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}"
+        ) from error
     theirs = {
         name: (value.double() / step).round().to(torch.int16)
         for (name, step), value in zip(steps.items(), reference[outputs:], strict=True)
     }
     computed: dict[str, Tensor] = {}
-    in_precision = _forced(rounded or model, args, theirs, lambda key, m, x, codes: computed.update({key: x.float()}))
+    in_precision = _forced(
+        rounded or model, args, theirs, lambda key, m, x, codes: computed.update({key: x.float()})
+    )
     found: dict[str, CodeDifference] = {}
 
     def judge(key: str, m: FakeQuant, x: Tensor, codes: Tensor) -> None:
         x, step = x.double(), m.step.double()
-        error = limits.spread * _largest(computed.pop(key, x).double() - x) + limits.rounding * _largest(x)
+        error = limits.spread * _largest(
+            computed.pop(key, x).double() - x
+        ) + limits.rounding * _largest(x)
         u = (x / step).clamp(m.grid.low, m.grid.high)
         off = (m.grid.codes(x, step) - codes).abs()
         wrong = (u - codes).abs() > 0.5 + error / step
-        found[key] = CodeDifference(off.numel(), int((off > 0).sum()), int(_largest(off)), int(wrong.sum()))
+        found[key] = CodeDifference(
+            off.numel(), int((off > 0).sum()), int(_largest(off)), int(wrong.sum())
+        )
 
     try:
-        exact = _forced(_double(model), tuple(a.double() if a.is_floating_point() else a for a in args), theirs, judge)
+        exact = _forced(
+            _double(model),
+            tuple(a.double() if a.is_floating_point() else a for a in args),
+            theirs,
+            judge,
+        )
     except RepfxError:
         raise
     except Exception:  # a forward that asks for float32
@@ -189,7 +215,10 @@ def compare(
     if any(isinstance(m, FakeQuant) for m in model.modules()):
         with _without_rounding(model):
             plain = run_eval(model, args)
-        before, after = worst(differences(plain, free)), worst(differences(_tensors(plain), deployed))
+        before, after = (
+            worst(differences(plain, free)),
+            worst(differences(_tensors(plain), deployed)),
+        )
     return Parity(
         worst(differences(_tensors(free), deployed)),
         differences(_tensors(exact), reference[:outputs]),
@@ -204,8 +233,9 @@ def compare(
 
 
 def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The file with what each DequantizeLinear of an activation gives as an output, and of each the name of the codes and
-    the step. (Were the codes themselves outputs, OpenVINO would run other kernels.)"""
+    """The file with what each DequantizeLinear of an activation gives as an output, and of each the
+    name of the codes and the step. (Were the codes themselves outputs, OpenVINO would run other
+    kernels.)"""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
     held = {t.name: t for t in proto.graph.initializer}
@@ -215,7 +245,9 @@ def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
         if node.op_type == "DequantizeLinear" and node.input[0] in made - set(steps):
             scale = held[node.input[1]]
             steps[node.input[0]] = float(onnx.numpy_helper.to_array(scale))
-            exposed.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], scale.data_type, None))
+            exposed.graph.output.append(
+                onnx.helper.make_tensor_value_info(node.output[0], scale.data_type, None)
+            )
     return exposed, steps
 
 
@@ -225,7 +257,9 @@ def _forced(
     theirs: dict[str, Tensor],
     see: Callable[[str, FakeQuant, Tensor, Tensor], None],
 ) -> Any:
-    """Runs the model with each call of a quantizer answering the file's codes, and shows these with what it was given."""
+    """Runs the model with each call of a quantizer answering the file's codes, and shows these with
+    what it was given.
+    """
 
     def force(name: str) -> Any:
         calls = itertools.count()
@@ -234,7 +268,9 @@ def _forced(
         def hook(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor | None:
             x, call = inputs[0], next(calls)
             if x.isnan().any():
-                raise InputError(f"{name} is given NaN, which no code stands for: the example cannot be compared")
+                raise InputError(
+                    f"{name} is given NaN, which no code stands for: the example cannot be compared"
+                )
             codes = theirs.get(codes_name(name, call))
             if codes is None:  # the exporter writes two calls on equal values as one
                 codes = next((c for other, c in seen if torch.equal(other, x)), None)
@@ -246,7 +282,9 @@ def _forced(
 
         return hook
 
-    quants = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and not m.of_weight}
+    quants = {
+        n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
+    }
     hooks = [quant.register_forward_hook(force(n)) for n, quant in quants.items()]
     try:
         return run_eval(model, args)
@@ -260,7 +298,9 @@ def _double(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
 
     def same_codes(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
-        return m.grid.codes(inputs[0].float(), m.step.float()).double() * m.grid.along(m.step, result)
+        return m.grid.codes(inputs[0].float(), m.step.float()).double() * m.grid.along(
+            m.step, result
+        )
 
     for m in model.modules():
         if isinstance(m, FakeQuant) and m.of_weight:
@@ -284,12 +324,16 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def as_written(runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]) -> list[list[Tensor]]:
+def as_written(
+    runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]
+) -> list[list[Tensor]]:
     """What the files give: all but the last without optimizations, the last as it is deployed."""
     return [session(runtime, f, optimize=f is files[-1])(args) for f in files]
 
 
-def as_deployed(runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]) -> list[list[Tensor]]:
+def as_deployed(
+    runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]
+) -> list[list[Tensor]]:
     """What the files give in the runtime's own optimized session."""
     return [session(runtime, f)(args) for f in files]
 

@@ -1,8 +1,8 @@
 """Instruction sets: one file run by processes that stop at each one that this machine can show.
 
-OpenVINO's kernels stop at what ONEDNN_MAX_CPU_ISA names. ONNX Runtime's cannot be told; where qemu's user mode emulation
-(qemu-x86_64) is installed, they run on older processors that it emulates.
-"""
+OpenVINO's kernels stop at what ONEDNN_MAX_CPU_ISA names. ONNX Runtime's cannot be told; where
+qemu's user mode emulation (qemu-x86_64) is installed, they run on older processors that it
+emulates."""
 
 from __future__ import annotations
 
@@ -40,17 +40,25 @@ _EMULATED = {"SSE4.2 (emulated)": "Nehalem", "AVX2 (emulated)": "Haswell"}
 
 @dataclass(frozen=True)
 class Isa:
-    """`name`, and how a process is made to stop there: by `variables` of its environment or a command before its own."""
+    """`name`, and how a process is made to stop there: by `variables` of its environment or a
+    command before its own.
+    """
 
     name: str
     variables: tuple[tuple[str, str], ...] = ()
     emulator: tuple[str, ...] = ()
 
-    def run(self, runtime: str, files: Sequence[onnx.ModelProto], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-        """What the files give, all in one process. Raises CheckError where it ends without a result."""
+    def run(
+        self, runtime: str, files: Sequence[onnx.ModelProto], inputs: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """What the files give, all in one process. Raises CheckError where it ends without a
+        result.
+        """
         return self.run_all(runtime, [(file, inputs) for file in files])
 
-    def run_all(self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, Sequence[Tensor]]]) -> list[list[Tensor]]:
+    def run_all(
+        self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, Sequence[Tensor]]]
+    ) -> list[list[Tensor]]:
         """The same with inputs for each file."""
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
@@ -61,10 +69,14 @@ class Isa:
                 np.savez(at / "inputs.npz", *(x.detach().cpu().numpy() for x in inputs))
             (folder / "task.json").write_text(json.dumps({"runtime": runtime, "files": len(tasks)}))
             command = [*self.emulator, sys.executable, str(Path(sessions.__file__)), text]
-            ended = subprocess.run(command, env={**os.environ, **dict(self.variables)}, capture_output=True, text=True)
+            ended = subprocess.run(
+                command, env={**os.environ, **dict(self.variables)}, capture_output=True, text=True
+            )
             if ended.returncode:
                 said = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-                raise CheckError(f"{runtime} on {self.name} does not run the file: {said[-1][:300]}")
+                raise CheckError(
+                    f"{runtime} on {self.name} does not run the file: {said[-1][:300]}"
+                )
             return [_tensors(folder / str(i) / "outputs.npz") for i in range(len(tasks))]
 
 
@@ -74,19 +86,29 @@ def _tensors(path: Path) -> list[Tensor]:
 
 
 def isas(runtime: str) -> list[Isa]:
-    """The instruction sets that the runtime can be made to stop at on this machine, oldest first; perhaps none."""
+    """The instruction sets that the runtime can be made to stop at on this machine, oldest first;
+    perhaps none.
+    """
     if runtime == "openvino":
         able = torch.cpu.get_capabilities()
-        return [Isa(name, (("ONEDNN_MAX_CPU_ISA", name),)) for name, needs in _ONEDNN.items() if able.get(needs)]
+        return [
+            Isa(name, (("ONEDNN_MAX_CPU_ISA", name),))
+            for name, needs in _ONEDNN.items()
+            if able.get(needs)
+        ]
     qemu = shutil.which("qemu-x86_64")
-    return [Isa(name, emulator=(qemu, "-cpu", cpu)) for name, cpu in _EMULATED.items()] if qemu else []
+    return (
+        [Isa(name, emulator=(qemu, "-cpu", cpu)) for name, cpu in _EMULATED.items()] if qemu else []
+    )
 
 
 def chosen(runtime: str, wanted: str) -> list[Isa]:
     """Those of a comma-separated list, or of "all". Raises InputError naming the ones there are."""
     there = {isa.name: isa for isa in isas(runtime)}
     if not there:
-        raise InputError("ONNX Runtime cannot be told to stop at an instruction set; qemu-user emulates some")
+        raise InputError(
+            "ONNX Runtime cannot be told to stop at an instruction set; qemu-user emulates some"
+        )
     if wanted == "all":
         return list(there.values())
     for name in wanted.split(","):
@@ -96,8 +118,14 @@ def chosen(runtime: str, wanted: str) -> list[Isa]:
 
 
 def running() -> str:
-    """What this process runs on: the newest instruction set of the CPU, and where it was told to stop."""
+    """What this process runs on: the newest instruction set of the CPU, and where it was told to
+    stop.
+    """
     able = torch.cpu.get_capabilities()
-    newest = next((name for name, needs in reversed(_ONEDNN.items()) if able.get(needs)), "none of these")
+    newest = next(
+        (name for name, needs in reversed(_ONEDNN.items()) if able.get(needs)), "none of these"
+    )
     told = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"{able.get('cpu_name', 'CPU')}, {newest}" + (f", ONEDNN_MAX_CPU_ISA={told}" if told else "")
+    return f"{able.get('cpu_name', 'CPU')}, {newest}" + (
+        f", ONEDNN_MAX_CPU_ISA={told}" if told else ""
+    )

@@ -1,8 +1,8 @@
-"""Which layers of a file a runtime on this machine runs in integers: asked of the graph that it made of the file.
+"""Which layers of a file a runtime on this machine runs in integers: asked of the graph that it
+made of the file.
 
-A layer is a convolution or a matrix product with a constant weight. Q and DQ around it do not tell: ONNX Runtime runs
-DQ -> Conv -> Sigmoid in float, however well the file is quantized.
-"""
+A layer is a convolution or a matrix product with a constant weight. Q and DQ around it do not tell:
+ONNX Runtime runs DQ -> Conv -> Sigmoid in float, however well the file is quantized."""
 
 from __future__ import annotations
 
@@ -18,8 +18,24 @@ import onnxruntime
 from repfx.errors import unknown
 from repfx.lowering.runtimes.run import openvino_module
 
-_WHOLE = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-_FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+_WHOLE = {
+    "QLinearConv",
+    "ConvInteger",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+}
+_FLOAT = {
+    "Conv",
+    "FusedConv",
+    "NhwcFusedConv",
+    "ConvTranspose",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+}
 _OPENVINO = {"Convolution", "FullyConnected", "Deconvolution"}
 
 
@@ -45,7 +61,9 @@ class Kernels:
 
 
 def kernels(runtime: str, path: str | os.PathLike[str]) -> Kernels:
-    """What the runtime makes of an ONNX file. Raises InputError for an unknown runtime, MissingPart without it."""
+    """What the runtime makes of an ONNX file. Raises InputError for an unknown runtime, MissingPart
+    without it.
+    """
     if runtime not in _OF:
         raise unknown("runtime", runtime, _OF)
     return _OF[runtime](Path(path))
@@ -74,11 +92,15 @@ def _in_onnxruntime(path: Path) -> Kernels:
 
 def _in_openvino(path: Path) -> Kernels:
     core = openvino_module().Core()
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(
+        core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     integers, floats = 0, []
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = {
-            key: str(op.get_rt_info()[key].value) for key in ("layerType", "runtimePrecision") if key in op.get_rt_info()
+            key: str(op.get_rt_info()[key].value)
+            for key in ("layerType", "runtimePrecision")
+            if key in op.get_rt_info()
         }
         if info.get("layerType") in _OPENVINO:
             if info["runtimePrecision"] in ("u8", "i8"):
@@ -88,4 +110,7 @@ def _in_openvino(path: Path) -> Kernels:
     return Kernels(integers, tuple(floats))
 
 
-_OF: dict[str, Callable[[Path], Kernels]] = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
+_OF: dict[str, Callable[[Path], Kernels]] = {
+    "onnxruntime": _in_onnxruntime,
+    "openvino": _in_openvino,
+}

@@ -1,4 +1,6 @@
-"""Runtimes that execute an ONNX file on this machine, behind one call: session(file)(inputs) -> outputs."""
+"""Runtimes that execute an ONNX file on this machine, behind one call: session(file)(inputs) ->
+outputs.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,17 @@ Model = str | os.PathLike[str] | onnx.ModelProto
 def write_ir(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Writes an ONNX file as OpenVINO IR: `path` (.xml) and its weights (.bin) beside it.
 
-    Raises InputError for another suffix or a path that cannot be written, MissingPart without OpenVINO.
-    """
+    Raises InputError for another suffix or a path that cannot be written, MissingPart without
+    OpenVINO."""
     goal = Path(path)
     if goal.suffix.lower() != ".xml":
         raise InputError(f"OpenVINO IR is an .xml file with its .bin beside it, not {path}")
     openvino = openvino_module()
     part = goal.with_name(f".{goal.stem}.part.xml")
     try:
-        openvino.save_model(openvino.Core().read_model(str(model)), str(part), compress_to_fp16=False)
+        openvino.save_model(
+            openvino.Core().read_model(str(model)), str(part), compress_to_fp16=False
+        )
         os.replace(part.with_suffix(".bin"), goal.with_suffix(".bin"))
         os.replace(part, goal)
     except (OSError, RuntimeError) as error:
@@ -46,16 +50,23 @@ RUNTIMES = tuple(SESSIONS)
 
 
 def session(name: str, model: Model, optimize: bool = True, threads: int | None = None) -> Session:
-    """A session by the runtime's name. Raises InputError for an unknown one, MissingPart for one that is not installed.
+    """A session by the runtime's name. Raises InputError for an unknown one, MissingPart for one
+    that is not installed.
 
-    Optimized, ONNX Runtime rounds biases to int32, which the file need not ask for. OpenVINO always optimizes.
-    """
+    Optimized, ONNX Runtime rounds biases to int32, which the file need not ask for. OpenVINO always
+    optimizes."""
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     if name == "openvino":
         openvino_module()
-    run = SESSIONS[name](model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model), optimize, threads)
-    return lambda inputs: [torch.from_numpy(np.asarray(o)) for o in run([x.detach().cpu().numpy() for x in inputs])]
+    run = SESSIONS[name](
+        model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model),
+        optimize,
+        threads,
+    )
+    return lambda inputs: [
+        torch.from_numpy(np.asarray(o)) for o in run([x.detach().cpu().numpy() for x in inputs])
+    ]
 
 
 def installed() -> list[str]:

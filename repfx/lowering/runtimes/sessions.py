@@ -1,10 +1,11 @@
-"""Sessions of ONNX Runtime and OpenVINO on numpy arrays. Run as a program it is a process of its own for one comparison:
+"""Sessions of ONNX Runtime and OpenVINO on numpy arrays. Run as a program it is a process of its
+own for one comparison:
 
     python sessions.py FOLDER
 
-runs FOLDER/0/model.onnx on inputs.npz beside it and writes what it gives as outputs.npz, and so on. It needs nothing of
-repfx and no torch, so that it starts quickly, also on a processor that is emulated.
-"""
+runs FOLDER/0/model.onnx on inputs.npz beside it and writes what it gives as outputs.npz, and so on.
+It needs nothing of repfx and no torch, so that it starts quickly, also on a processor that is
+emulated."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ def in_onnxruntime(model: str | bytes, optimize: bool = True, threads: int | Non
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow others' turns
-    # Else it rewrites int8 activations as uint8, and from opset 21 on fails where a Q/DQ pair was copied across a pool.
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # idle threads would slow others' turns
+    # Else it rewrites int8 activations as uint8, and from opset 21 on fails where a Q/DQ pair was
+    # copied across a pool.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -62,7 +66,9 @@ def main(folder: Path) -> None:
     task = json.loads((folder / "task.json").read_text())
     for at in (folder / str(i) for i in range(task["files"])):
         held = np.load(at / "inputs.npz")
-        outputs = SESSIONS[task["runtime"]](str(at / "model.onnx"))([held[name] for name in held.files])
+        outputs = SESSIONS[task["runtime"]](str(at / "model.onnx"))(
+            [held[name] for name in held.files]
+        )
         np.savez(at / "outputs.npz", *outputs)
 
 

@@ -28,7 +28,9 @@ from repfx.lowering.runtimes.run import session
 
 @dataclass(frozen=True)
 class Timing:
-    """One form in one runtime: milliseconds a run, their spread, and, of INT8, what the runtime runs in integers."""
+    """One form in one runtime: milliseconds a run, their spread, and, of INT8, what the runtime
+    runs in integers.
+    """
 
     form: str
     runtime: str
@@ -47,7 +49,10 @@ class Bench:
     cpu: str = ""
 
     def json(self) -> str:
-        return json.dumps({"batch": self.batch, "cpu": self.cpu, "milliseconds": [asdict(r) for r in self.rows]}, indent=1)
+        return json.dumps(
+            {"batch": self.batch, "cpu": self.cpu, "milliseconds": [asdict(r) for r in self.rows]},
+            indent=1,
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"milliseconds a batch of {self.batch}, runs in turn", caption=self.cpu)
@@ -56,16 +61,27 @@ class Bench:
         for name in ("median", "fastest..slowest", "over float there", "layers in integers"):
             table.add_column(name, justify="right")
         for r in self.rows:
-            base = next((o.median for o in self.rows if o.runtime == r.runtime and o.form == "merged"), None)
+            base = next(
+                (o.median for o in self.rows if o.runtime == r.runtime and o.form == "merged"), None
+            )
             ratio = "" if base is None else f"{r.median / base:.2f}"
             layers = "" if r.kernels is None else f"{r.kernels.integers} of {r.kernels.layers}"
-            table.add_row(r.form, r.runtime, f"{r.median:.2f}", f"{r.fastest:.2f}..{r.slowest:.2f}", ratio, layers)
+            table.add_row(
+                r.form,
+                r.runtime,
+                f"{r.median:.2f}",
+                f"{r.fastest:.2f}..{r.slowest:.2f}",
+                ratio,
+                layers,
+            )
         yield table
 
 
-def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int, progress: bool = False) -> dict[Any, list[float]]:
-    """Milliseconds of each run of each, `rounds` rounds after two that do not count. The order is drawn anew each round:
-    what runs after a large model finds its caches cold."""
+def interleaved(
+    runs: Mapping[Any, Callable[[], Any]], rounds: int, progress: bool = False
+) -> dict[Any, list[float]]:
+    """Milliseconds of each run of each, `rounds` rounds after two that do not count. The order is
+    drawn anew each round: what runs after a large model finds its caches cold."""
     times: dict[Any, list[float]] = {name: [] for name in runs}
     order, draw = list(runs.items()), random.Random(0)
     with torch.no_grad():
@@ -89,10 +105,11 @@ def bench(
     threads: int | None = None,
     progress: bool = False,
 ) -> Bench:
-    """Times the model as written and merged in torch, merged and INT8 in each runtime of `quantized` (name -> its model).
+    """Times the model as written and merged in torch, merged and INT8 in each runtime of
+    `quantized` (name -> its model).
 
-    `x`: (N, ...). Raises InputError where a model does not take it, MissingPart for a runtime that is not installed.
-    """
+    `x`: (N, ...). Raises InputError where a model does not take it, MissingPart for a runtime that
+    is not installed."""
     if rounds < 1:
         raise InputError(f"rounds is a whole number from 1, not {rounds}")
     runs: dict[Any, Callable[[], Any]] = {

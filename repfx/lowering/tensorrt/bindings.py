@@ -1,4 +1,6 @@
-"""The `tensorrt` module and the GPU, where they are: the one place that imports it, its log and its progress."""
+"""The `tensorrt` module and the GPU, where they are: the one place that imports it, its log and its
+progress.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,19 @@ def present(elsewhere: str) -> tuple[Any, dict[str, str]]:
 
 
 def tensorrt(elsewhere: str = "") -> Any:
-    """The module. Raises MissingPart, its message ending in `elsewhere`, where it is missing or older than 10."""
+    """The module. Raises MissingPart, its message ending in `elsewhere`, where it is missing or
+    older than 10.
+    """
     try:
         import tensorrt as trt
     except (ImportError, OSError) as error:
-        raise MissingPart(f"TensorRT is not installed ({error}): pip install tensorrt{elsewhere}") from error
+        raise MissingPart(
+            f"TensorRT is not installed ({error}): pip install tensorrt{elsewhere}"
+        ) from error
     if int(str(trt.__version__).split(".")[0]) < OLDEST:
-        raise MissingPart(f"TensorRT {trt.__version__} is too old: pip install 'tensorrt>={OLDEST}'{elsewhere}")
+        raise MissingPart(
+            f"TensorRT {trt.__version__} is too old: pip install 'tensorrt>={OLDEST}'{elsewhere}"
+        )
     return trt
 
 
@@ -51,7 +59,9 @@ def _gpu() -> dict[str, str] | None:
 
 @functools.cache
 def log_of(trt: Any) -> Any:
-    """The one logger of the process, which keeps `errors`: TensorRT holds on to the first it is given and frees none."""
+    """The one logger of the process, which keeps `errors`: TensorRT holds on to the first it is
+    given and frees none.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -76,11 +86,11 @@ def joined(errors: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def watched(trt: Any, progress: bool) -> Iterator[Any]:
-    """A progress monitor that Ctrl-C stops: TensorRT then ends at its next step and `stopped` is true.
+    """A progress monitor that Ctrl-C stops: TensorRT then ends at its next step and `stopped` is
+    true.
 
-    `progress`: bars on the terminal. An exception must not pass through TensorRT, so the signal only sets the mark; it
-    can be caught in the main thread alone.
-    """
+    `progress`: bars on the terminal. An exception must not pass through TensorRT, so the signal
+    only sets the mark; it can be caught in the main thread alone."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

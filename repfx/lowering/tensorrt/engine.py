@@ -1,7 +1,8 @@
-"""lower: ONNX Q/DQ -> a TensorRT engine, on TensorRT 10 and 11. Nothing here has ever run on a real engine.
+"""lower: ONNX Q/DQ -> a TensorRT engine, on TensorRT 10 and 11. Nothing here has ever run on a real
+engine.
 
-The network is strongly typed: every precision is what the file says, so there are no precision flags and no calibrators.
-"""
+The network is strongly typed: every precision is what the file says, so there are no precision
+flags and no calibrators."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Profile:
-    """The batch sizes an engine takes, and the one it is fastest for. Raises InputError unless 1 <= min <= opt <= max."""
+    """The batch sizes an engine takes, and the one it is fastest for. Raises InputError unless 1 <=
+    min <= opt <= max.
+    """
 
     min: int = 1
     opt: int = 8
@@ -39,15 +42,19 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
-            raise InputError(f"a profile has 1 <= min <= opt <= max; these are {self.min}, {self.opt}, {self.max}")
+            raise InputError(
+                f"a profile has 1 <= min <= opt <= max; these are {self.min}, {self.opt}, "
+                f"{self.max}"
+            )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine. `layers`: how many by precision ("?": not told). `reformats`: layers that only change a layout.
+    """A built engine. `layers`: how many by precision ("?": not told). `reformats`: layers that
+    only change a layout.
 
-    `path`, `metadata`: the engine and the JSON beside it. `version`: of the TensorRT that built it, the one that runs it.
-    """
+    `path`, `metadata`: the engine and the JSON beside it. `version`: of the TensorRT that built it,
+    the one that runs it."""
 
     path: Path
     metadata: Path
@@ -66,22 +73,32 @@ def build(
     progress: bool = False,
     hardware_compatible: bool = False,
 ) -> Engine:
-    """Builds the engine of an ONNX file for the GPU at hand, with a JSON beside it (`engine_path` + ".json").
+    """Builds the engine of an ONNX file for the GPU at hand, with a JSON beside it (`engine_path` +
+    ".json").
 
-    `profile`: of the batch, the only dimension that may be dynamic; 1, 8, 32 when None. `workspace_gib`: the most device
-    memory one layer may use, in GiB. `timing_cache`: a file that is read where it exists and written after the build.
-    `hardware_compatible`: runs on every GPU from Ampere on, slower.
+    `profile`: of the batch, the only dimension that may be dynamic; 1, 8, 32 when None.
+    `workspace_gib`: the most device memory one layer may use, in GiB. `timing_cache`: a file that
+    is read where it exists and written after the build. `hardware_compatible`: runs on every GPU
+    from Ampere on, slower.
 
-    Raises InputError where the file cannot be used (the operators are named) or a path not written, MissingPart, with
-    the trtexec line, without TensorRT or a CUDA device, CheckError where TensorRT builds nothing; KeyboardInterrupt on
-    Ctrl-C. No engine file is left then.
-    """
+    Raises InputError where the file cannot be used (the operators are named) or a path not written,
+    MissingPart, with the trtexec line, without TensorRT or a CUDA device, CheckError where TensorRT
+    builds nothing; KeyboardInterrupt on Ctrl-C. No engine file is left then."""
     profile = profile or Profile()
     goal, beside = Path(engine_path), _metadata(engine_path)
-    line = trtexec(onnx_path, engine_path, profile, workspace_gib, timing_cache, hardware_compatible=hardware_compatible)
+    line = trtexec(
+        onnx_path,
+        engine_path,
+        profile,
+        workspace_gib,
+        timing_cache,
+        hardware_compatible=hardware_compatible,
+    )
     for path in (goal, beside, timing_cache):
         _check_place(path)
-    trt, gpu = present(f". Where TensorRT and a GPU are at hand this builds the same engine:\n{line}")
+    trt, gpu = present(
+        f". Where TensorRT and a GPU are at hand this builds the same engine:\n{line}"
+    )
     log = log_of(trt)
     log.errors.clear()
     if hasattr(trt, "init_libnvinfer_plugins"):
@@ -99,18 +116,27 @@ def build(
     if monitor.stopped:
         raise KeyboardInterrupt
     if plan is None:
-        raise CheckError(f"TensorRT {trt.__version__} built no engine of {onnx_path}: {joined(log.errors)}")
+        raise CheckError(
+            f"TensorRT {trt.__version__} built no engine of {onnx_path}: {joined(log.errors)}"
+        )
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise CheckError(f"TensorRT cannot load the engine it built of {onnx_path}: {joined(log.errors)}")
+        raise CheckError(
+            f"TensorRT cannot load the engine it built of {onnx_path}: {joined(log.errors)}"
+        )
     inspector = engine.create_engine_inspector()
-    layers, reformats = count_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    layers, reformats = count_layers(
+        inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    )
     about = {
         "tensorrt": trt.__version__,
         "gpu": gpu,
         "hardware_compatible": hardware_compatible,
-        "onnx": {"name": Path(onnx_path).name, "sha256": hashlib.sha256(Path(onnx_path).read_bytes()).hexdigest()},
+        "onnx": {
+            "name": Path(onnx_path).name,
+            "sha256": hashlib.sha256(Path(onnx_path).read_bytes()).hexdigest(),
+        },
         "profile": asdict(profile),
         "workspace_gib": workspace_gib,
         **_ports(trt, engine),
@@ -134,7 +160,9 @@ def trtexec(
     *,
     hardware_compatible: bool = False,
 ) -> str:
-    """The shell line that builds the engine `build` builds. Raises InputError where the file or a value cannot be used."""
+    """The shell line that builds the engine `build` builds. Raises InputError where the file or a
+    value cannot be used.
+    """
     profile = profile or Profile()
     if not (math.isfinite(workspace_gib) and workspace_gib * 1024 >= 1):
         raise InputError(f"the workspace is at least 1 MiB; workspace_gib is {workspace_gib}")
@@ -145,8 +173,13 @@ def trtexec(
     dynamic = {name: shape for name, shape in _inputs(model).items() if None in shape}
     if dynamic:
         for size in ("min", "opt", "max"):
-            full = {n: "x".join(map(str, _filled(s, getattr(profile, size)))) for n, s in dynamic.items()}
-            words.append(f"--{size}Shapes=" + ",".join(f"{_quoted(n)}:{s}" for n, s in full.items()))
+            full = {
+                n: "x".join(map(str, _filled(s, getattr(profile, size))))
+                for n, s in dynamic.items()
+            }
+            words.append(
+                f"--{size}Shapes=" + ",".join(f"{_quoted(n)}:{s}" for n, s in full.items())
+            )
     # trtexec 10 reads the last letter alone (B, K, M, G): "MiB" would be bytes
     words.append(f"--memPoolSize=workspace:{int(workspace_gib * 1024)}M")
     if timing_cache is not None:
@@ -175,7 +208,8 @@ def _inputs(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if axis > 0 and out[info.name][axis] is None:
                 raise InputError(
-                    f"dimension {axis} ({dim.dim_param or 'unnamed'}) of input {info.name} is dynamic; only the batch, "
+                    f"dimension {axis} ({dim.dim_param or 'unnamed'}) of input {info.name} "
+                    "is dynamic; only the batch, "
                     "dimension 0, may be: export the model at one size"
                 )
     return out
@@ -186,7 +220,9 @@ def _read(onnx_path: Place) -> onnx.ModelProto:
     try:
         model = onnx.load(os.fspath(onnx_path), load_external_data=False)
     except Exception as error:
-        raise InputError(f"{onnx_path} is no ONNX file: {str(error).strip() or type(error)}") from error
+        raise InputError(
+            f"{onnx_path} is no ONNX file: {str(error).strip() or type(error)}"
+        ) from error
     require(model, Path(onnx_path))
     return model
 
@@ -198,7 +234,10 @@ def _check_apart(read: list[Place], *written: Place | None) -> None:
         if file is None:
             continue
         if (real := os.path.realpath(file)) in taken:
-            raise InputError(f"{file} is named twice: the ONNX file, engine, its .json and timing cache are files apart")
+            raise InputError(
+                f"{file} is named twice: the ONNX file, engine, its .json and timing cache "
+                "are files apart"
+            )
         taken.add(real)
 
 
@@ -216,11 +255,16 @@ def _check_place(path: Place | None) -> None:
         return
     parent = Path(path).parent
     if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write {path}: {parent} is no folder that can be written, or the path is a folder")
+        raise InputError(
+            f"cannot write {path}: {parent} is no folder that can be written, or the path "
+            "is a folder"
+        )
 
 
 def _parse(trt: Any, builder: Any, log: Any, onnx_path: Place) -> tuple[Any, Any]:
-    """The network, strongly typed, and its parser, which owns the weights until the engine is built."""
+    """The network, strongly typed, and its parser, which owns the weights until the engine is
+    built.
+    """
     creation = trt.NetworkDefinitionCreationFlag
     # 11 takes the flag without effect, so a later version may drop it
     flags = 1 << int(creation.STRONGLY_TYPED) if hasattr(creation, "STRONGLY_TYPED") else 0
@@ -247,7 +291,9 @@ def _config(trt: Any, builder: Any, workspace_gib: float, hardware_compatible: b
     return config
 
 
-def _add_profile(builder: Any, config: Any, inputs: dict[str, tuple[int | None, ...]], batch: Profile) -> None:
+def _add_profile(
+    builder: Any, config: Any, inputs: dict[str, tuple[int | None, ...]], batch: Profile
+) -> None:
     if not any(None in shape for shape in inputs.values()):
         return
     shapes = builder.create_optimization_profile()
@@ -259,7 +305,9 @@ def _add_profile(builder: Any, config: Any, inputs: dict[str, tuple[int | None, 
 
 
 def _load_cache(config: Any, path: Path) -> Any:
-    """Attaches the timings of the file, or none where there is no file or it is of another GPU or version."""
+    """Attaches the timings of the file, or none where there is no file or it is of another GPU or
+    version.
+    """
     data = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):

@@ -1,4 +1,6 @@
-"""The engine inspector's report, counted. Its schema differs between TensorRT versions, so nothing in it is relied on."""
+"""The engine inspector's report, counted. Its schema differs between TensorRT versions, so nothing
+in it is relied on.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,14 @@ _TYPES = (
 
 
 def count_layers(report: str) -> tuple[dict[str, int], int]:
-    """The layers of an engine by precision, and how many more only change the layout of a tensor (reformats).
+    """The layers of an engine by precision, and how many more only change the layout of a tensor
+    (reformats).
 
-    `report`: what EngineInspector.get_engine_information gives as JSON. A layer whose precision is not told counts as
-    "?"; a report that cannot be read gives ({}, 0). Never raises.
+    `report`: what EngineInspector.get_engine_information gives as JSON. A layer whose precision is
+    not told counts as "?"; a report that cannot be read gives ({}, 0). Never raises.
 
-    >>> count_layers('{"Layers": [{"LayerType": "Conv", "Weights": {"Type": "Int8"}}, {"LayerType": "Reformat"}]}')
+    >>> conv = '{"LayerType": "Conv", "Weights": {"Type": "Int8"}}'
+    >>> count_layers('{"Layers": [' + conv + ', {"LayerType": "Reformat"}]}')
     ({'INT8': 1}, 1)
     """
     counted: dict[str, int] = {}
@@ -55,17 +59,28 @@ def _layers(report: str) -> list[Any]:
 
 def _is_reformat(layer: Any) -> bool:
     # an engine built without details lists names only
-    words = [layer] if not isinstance(layer, dict) else [_entry(layer, k) for k in ("layertype", "origin", "name")]
+    words = (
+        [layer]
+        if not isinstance(layer, dict)
+        else [_entry(layer, k) for k in ("layertype", "origin", "name")]
+    )
     return any(isinstance(w, str) and w.lower().startswith("reformat") for w in words)
 
 
 def _precision(layer: Any) -> str:
-    """By what the layer says itself, else by its weights (an INT8 convolution may give floats), else by its output."""
+    """By what the layer says itself, else by its weights (an INT8 convolution may give floats),
+    else by its output.
+    """
     if not isinstance(layer, dict):
         return UNKNOWN
     weights, outputs = _entry(layer, "weights"), _entry(layer, "outputs")
     first = outputs[0] if isinstance(outputs, list) and outputs else outputs
-    for holder, key in ((layer, "precision"), (weights, "type"), (first, "datatype"), (first, "format/datatype")):
+    for holder, key in (
+        (layer, "precision"),
+        (weights, "type"),
+        (first, "datatype"),
+        (first, "format/datatype"),
+    ):
         kind = _type(_entry(holder, key))
         if kind != UNKNOWN:
             return kind

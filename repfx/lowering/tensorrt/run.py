@@ -1,4 +1,5 @@
-"""A TensorRT engine, run: device memory is torch tensors, which TensorRT is told the addresses of."""
+"""A TensorRT engine, run: device memory is torch tensors, which TensorRT is told the addresses
+of."""
 
 from __future__ import annotations
 
@@ -28,19 +29,22 @@ _DTYPES = {
 
 
 def run(engine_path: Place, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The engine's outputs by name for inputs by name, each (N, ...) with N within the profile. bfloat16 comes as float32.
+    """The engine's outputs by name for inputs by name, each (N, ...) with N within the profile.
+    bfloat16 comes as float32.
 
-    Raises InputError where the engine or a feed does not fit, MissingPart without TensorRT or a CUDA device, CheckError
-    where the engine fails.
-    """
+    Raises InputError where the engine or a feed does not fit, MissingPart without TensorRT or a
+    CUDA device, CheckError where the engine fails."""
     launch, outputs, stream = _prepared(engine_path, feeds)
     launch()
     stream.synchronize()
-    return {n: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for n, t in outputs.items()}
+    return {
+        n: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for n, t in outputs.items()
+    }
 
 
 def latency(engine_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100) -> list[float]:
-    """The milliseconds each of `rounds` runs takes on the GPU, inputs and outputs already there, after a warm-up.
+    """The milliseconds each of `rounds` runs takes on the GPU, inputs and outputs already there,
+    after a warm-up.
 
     Raises what `run` raises.
     """
@@ -75,7 +79,8 @@ def _prepared(
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise InputError(
-            f"TensorRT {trt.__version__} cannot load {engine_path}: {joined(log.errors)}. An engine runs on the version "
+            f"TensorRT {trt.__version__} cannot load {engine_path}: {joined(log.errors)}. "
+            "An engine runs on the version "
             "and the kind of GPU that built it"
         )
     context = engine.create_execution_context()
@@ -84,20 +89,25 @@ def _prepared(
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
     if set(feeds) != set(inputs):
-        raise InputError(f"the engine takes {', '.join(inputs)}; given: {', '.join(feeds) or 'nothing'}")
+        raise InputError(
+            f"the engine takes {', '.join(inputs)}; given: {', '.join(feeds) or 'nothing'}"
+        )
     tensors: dict[str, Tensor] = {}
     for name in inputs:
         tensors[name] = _fed(engine, name, feeds[name])
         if not context.set_input_shape(name, tuple(tensors[name].shape)):
             lowest, _, highest = engine.get_tensor_profile_shape(name, 0)
             raise InputError(
-                f"{name} is {tuple(tensors[name].shape)}; the engine takes {tuple(lowest)} to {tuple(highest)}"
+                f"{name} is {tuple(tensors[name].shape)}; the engine takes {tuple(lowest)} "
+                f"to {tuple(highest)}"
             )
     for name in names:
         if name not in tensors:
             shape = tuple(context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
-                raise InputError(f"the size of output {name} depends on the data, which is not run here")
+                raise InputError(
+                    f"the size of output {name} depends on the data, which is not run here"
+                )
             tensors[name] = torch.empty(shape, dtype=_dtype(engine, name), device=DEVICE)
         if not context.set_tensor_address(name, tensors[name].data_ptr()):
             raise CheckError(f"TensorRT takes no memory for {name}: {joined(log.errors)}")
@@ -118,7 +128,9 @@ def _fed(engine: Any, name: str, value: np.ndarray) -> Tensor:
     wanted = _dtype(engine, name)
     tensor = torch.from_numpy(np.array(value))
     if tensor.dtype != wanted:
-        raise InputError(f"{name} is {value.dtype}; the engine takes {str(wanted).removeprefix('torch.')}")
+        raise InputError(
+            f"{name} is {value.dtype}; the engine takes {str(wanted).removeprefix('torch.')}"
+        )
     return tensor.to(DEVICE)
 
 
