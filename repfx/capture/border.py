@@ -8,28 +8,24 @@ sizes."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from repfx.algebra import pad_with
 from repfx.graph.run_node import call
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 
-aten = torch.ops.aten
-_PADS = {F.pad, aten.pad.default, aten.constant_pad_nd.default}
-_WRITES = {
-    operator.setitem,
-    aten.slice.Tensor,
-    aten.copy_.default,
-    aten.copy.default,
-    aten.slice_scatter.default,
-}
-_SPREADS = {aten.view.default, aten.expand.default, aten.reshape.default, aten.unsqueeze.default}
+_SPREADS = Trait.RESHAPES | Trait.SPREADS
+
+
+def _writes_part(node: fx.Node) -> bool:
+    """Whether it stores into a part of its first argument, or is such a part."""
+    return Trait.STORES in kind_of(node).traits or kind_of(node).name == "slice"
 
 
 def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
@@ -40,7 +36,7 @@ def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
     for node in list(graph.nodes):
         if (
             node.op == "call_function"
-            and node.target in _PADS
+            and kind_of(node).name == "pad"
             and node.args
             and isinstance(node.args[0], fx.Node)
         ):
@@ -71,7 +67,7 @@ class _Border:
         inside, todo = {pad}, [pad]
         while todo:
             for user in todo.pop().users:
-                if user.target in _WRITES and user not in inside:
+                if _writes_part(user) and user not in inside:
                     inside.add(user)
                     todo.append(user)
         writes = sorted(inside - {pad})
@@ -136,8 +132,6 @@ class _Border:
 
 def _root(value: fx.Node, view: GraphView) -> fx.Node | None:
     """The constant that a written value is spread from; None where it is not a constant."""
-    while (
-        view.is_constant(value) and value.target in _SPREADS and isinstance(value.args[0], fx.Node)
-    ):
-        value = value.args[0]
+    while view.is_constant(value) and view.traits(value) & _SPREADS:
+        value = value.all_input_nodes[0]
     return value if view.is_constant(value) else None

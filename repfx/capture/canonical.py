@@ -9,7 +9,6 @@ A spelling is recognised by what it does when it runs, not by how it is written.
 
 from __future__ import annotations
 
-import operator
 from math import prod
 from typing import Any
 
@@ -20,41 +19,27 @@ from torch import Tensor, fx
 from repfx.capture.border import name_border_writes
 from repfx.graph.effects import is_dead
 from repfx.graph.run_node import call
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 
-_STORES = {operator.setitem, torch.ops.aten.copy_.default, torch.ops.aten.slice_scatter.default}
-_LAST = {"view", "reshape", torch.reshape, "flatten", torch.flatten}
-_LAST |= {
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.flatten.using_ints,
-}
-_MOVES = _LAST | {
-    "transpose",
-    torch.transpose,
-    "permute",
-    torch.permute,
-    "contiguous",
-    "swapaxes",
-    torch.swapaxes,
-    "clone",
-}
-_MOVES |= {
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.clone.default,
-}
-_MOVES |= {torch.ops.aten.contiguous.default, "unflatten", torch.ops.aten.unflatten.int}
+_MOVES = ("transpose", "permute", "identity", "clone")  # what stands between two reshapes
+
+
+def _reshapes(node: fx.Node) -> bool:
+    kind = kind_of(node)
+    return Trait.RESHAPES in kind.of_call(node.args, node.kwargs)
 
 
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
     """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns
     it."""
     graph, changed = module.graph, False
-    if any(node.target in _STORES for node in graph.nodes):
+    if any(Trait.STORES in kind_of(node).traits for node in graph.nodes):
         changed = name_border_writes(graph, GraphView(module))
     for node in list(graph.nodes):
-        if node.target in _LAST and not node._erased and len(node.meta.get("shape", ())) >= 3:
+        shape = node.meta.get("shape", ())
+        if _reshapes(node) and not node._erased and len(shape) >= 3:
             changed |= _name_shuffle(graph, node)
     if changed:
         for node in reversed(graph.nodes):
@@ -77,7 +62,8 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
             named.meta = dict(last.meta)
             last.replace_all_uses_with(named)
             return True
-        if source.target not in _MOVES or not source.args or len(source.users) > 1:
+        moved = _reshapes(source) or kind_of(source).name in _MOVES
+        if not moved or not source.args or len(source.users) > 1:
             return False
         moves.append(source)
         source = source.args[0]

@@ -10,14 +10,8 @@ import torch
 from torch import fx
 
 from repfx.graph.effects import is_dead
-
-_ASSERTS = {
-    torch._assert,
-    torch.ops.aten._assert_async.msg,
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten.sym_constrain_range_for_size.default,
-}
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import kind_of
 
 
 def normalise(graph: fx.Graph) -> None:
@@ -25,7 +19,7 @@ def normalise(graph: fx.Graph) -> None:
     place.
     """
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _ASSERTS and not node.users:
+        if Trait.CHECKS in kind_of(node).traits and not node.users:
             graph.erase_node(node)
         elif node.target is torch.ops.aten.dropout.default and node.args[2] is False:
             node.replace_all_uses_with(node.args[0])

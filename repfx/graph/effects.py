@@ -4,96 +4,26 @@ not show.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-_WRITERS = {"iadd", "isub", "imul", "itruediv", "setitem"}
-# Operators whose result is new memory. Whatever is not listed may share memory with any of its
-# inputs.
-_FRESH = {
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "neg",
-        "pow",
-        "rsub",
-        "matmul",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "linear",
-        "bmm",
-    ),
-    *(
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "batch_norm",
-        "layer_norm",
-        "group_norm",
-        "cat",
-        "stack",
-    ),
-    *(
-        "concat",
-        "concatenate",
-        "relu",
-        "sigmoid",
-        "tanh",
-        "silu",
-        "gelu",
-        "softmax",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-    ),
-    *(
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "boolean_dispatch",
-        "clone",
-    ),
-    *(
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
-        "mean",
-        "sum",
-        "exp",
-    ),
-    *(
-        "interpolate",
-        "clamp",
-        "sqrt",
-        "rsqrt",
-        "square",
-        "abs",
-        "amax",
-        "amin",
-        "var",
-        "pixel_shuffle",
-        "pad_with",
-    ),
-}
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import UNKNOWN, kind_of, kind_of_layer
 
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operator of this name overwrites its first argument, or `out`."""
     name = str(getattr(target, "__name__", target))
     says = kwargs.get("inplace") is True or kwargs.get("out") is not None
-    return (name.endswith("_") and not name.endswith("__")) or says or name in _WRITERS
+    # x += y is operator.iadd, which Python looks up as __iadd__.
+    plain = f"__{name[1:]}__" if name[:1] == "i" else ""
+    operators = hasattr(torch.Tensor, f"__{name}__") and hasattr(operator, plain)
+    ends = name.endswith("_") and not name.endswith("__")
+    return ends or says or operators or target is operator.setitem
 
 
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
@@ -211,25 +141,14 @@ class Writes:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             # Ours may give back what they are given.
-            return (
-                not _is_layer(module) or isinstance(module, _VIEW_MODULES) or writes(node, module)
-            )
+            layer, kind = _is_layer(module), kind_of_layer(module)
+            fresh = kind is UNKNOWN or Trait.FRESH in kind.traits
+            return not layer or not fresh or writes(node, module)
         if isinstance(node.target, torch._ops.OpOverload):
             return any(a.alias_info is not None for a in node.target._schema.arguments)
         if node.op not in ("call_function", "call_method"):
             return False
-        package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-        named = package in (
-            "torch",
-            "_operator",
-            "repfx",
-            "builtins",
-        )  # and not somebody's own function of this name
-        return (
-            not named
-            or str(getattr(node.target, "__name__", node.target)) not in _FRESH
-            or writes(node)
-        )
+        return Trait.FRESH not in kind_of(node).traits or writes(node)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -218,6 +218,10 @@ def pad(
     return _pad(c, input, pad, mode, float(value or 0))
 
 
+def constant_pad(c: Constants, input: Any, pad: Sequence[int], value: Any = 0) -> Op:
+    return _pad(c, input, pad, "constant", float(value))
+
+
 def pad_own(c: Constants, input: Any, sides: Sequence[int], value: Any) -> Op:
     """`pad_with`: a padding with one constant a channel."""
     return (

@@ -21,48 +21,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from repfx.graph.moves import FLATTENS, is_same, joined, kind_of, moved_from, moves
-from repfx.graph.ops import Map, Sum
+from repfx.graph.effects import writes
+from repfx.graph.moves import joined, moved_from, moves
+from repfx.graph.ops import Sum
 from repfx.graph.signs import non_negative
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 from repfx.placement.formats import pads_average
-from repfx.quant import FakeQuant, Target
-
-aten = torch.ops.aten
-_AVERAGES = {
-    torch.mean,
-    "mean",
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
-}
-_AVERAGES |= {aten.mean.dim, aten.adaptive_avg_pool2d.default}
-_LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-
-# Rounding to an unsigned grid does the same. (A clip at -1 it does not: that one is read in
-# integers.)
-_CLIPS: set[Any] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_"}
-_CLIPS |= {aten.relu.default, aten.relu_.default}
-
-# One of 256 values in, one of 256 out.
-_TABLES: set[Any] = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default}
-_TABLES |= {nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default}
-_PRODUCTS: set[Any] = {
-    operator.mul,
-    operator.imul,
-    torch.mul,
-    torch.multiply,
-    "mul",
-    "mul_",
-    aten.mul.Tensor,
-}
-_SWISH: set[Any] = {nn.SiLU, F.silu, aten.silu.default, aten.silu_.default}
+from repfx.quant import Target
 
 Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
 
@@ -73,13 +44,11 @@ def spell_out(module: fx.GraphModule, target: Target) -> None:
     """
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes) if target.between == "all" else ():
-        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
-        if kind not in _SWISH or len(node.all_input_nodes) != 1:
+        called = modules[str(node.target)] if node.op == "call_module" else None
+        if Trait.SWISH not in kind_of(node, called).traits or len(node.all_input_nodes) != 1:
             continue
         (x,) = node.all_input_nodes
-        if len(x.users) > 1 and (
-            node.kwargs.get("inplace") or getattr(modules.get(str(node.target)), "inplace", False)
-        ):
+        if len(x.users) > 1 and writes(node, called):
             continue  # the others read what it leaves
         with module.graph.inserting_before(node):
             gate = module.graph.call_function(torch.sigmoid, (x,))
@@ -175,7 +144,7 @@ def _joined(
             whole |= {joined(view, value) for value in view.data_inputs(node)}
             continue
         joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
-        if joins or kind_of(view, node) in _PRODUCTS:
+        if joins or Trait.PRODUCT in view.traits(node):
             found += [
                 (node, value, goals[0])
                 for value in view.data_inputs(node)
@@ -222,7 +191,7 @@ def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
         return (
             pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
         )
-    return [] if is_same(view, node) or kind_of(view, node) in FLATTENS else [node]
+    return [] if view.traits(node) & (Trait.SAME | Trait.RESHAPES) else [node]
 
 
 def _is_divided(view: GraphView, node: fx.Node) -> bool:
@@ -245,7 +214,7 @@ def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]
 
 
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
-    return value.op == "call_module" and isinstance(view.modules[str(value.target)], FakeQuant)
+    return view.quantizer(value) is not None
 
 
 def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place]:
@@ -274,13 +243,14 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
 
 
 def _takes_integers(view: GraphView, node: fx.Node) -> bool:
-    op, kind = view.ops[node], kind_of(view, node)
+    op, traits = view.ops[node], view.traits(node)
     if isinstance(op, Sum):
         several = len({*op.values}) == len(op.terms) > 1
         return (
             several and op.kind in ("add", "concat") and all(factor == 1 for _, factor in op.terms)
         )
-    return kind in _TABLES or (kind in _PRODUCTS and len(view.data_inputs(node)) == 2)
+    pair = len(view.data_inputs(node)) == 2
+    return Trait.TABLE in traits or (Trait.PRODUCT in traits and pair)
 
 
 def _skip(
@@ -301,17 +271,15 @@ def _given(view: GraphView, node: fx.Node) -> fx.Node:
     """What a layer gives, after activations that its rounding does as well."""
     while len(node.users) == 1:
         (reader,) = node.users
-        if not (kind_of(view, reader) in _CLIPS or is_same(view, reader)):
+        if not view.traits(reader) & (Trait.CLIPS | Trait.SAME):
             break
         node = reader
     return node
 
 
 def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
-    op, kind = view.ops[node], kind_of(view, node)
-    average = kind in _LAYERS or kind in _AVERAGES or (isinstance(op, Map) and op.kind == "avgpool")
-    value = node.args[0] if node.args else None
-    return value if average and isinstance(value, fx.Node) and view.is_data(value) else None
+    values = view.data_inputs(node)
+    return values[0] if Trait.AVERAGES in view.traits(node) and len(values) == 1 else None
 
 
 def _reader(node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:

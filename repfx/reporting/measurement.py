@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -20,7 +19,7 @@ from repfx.calibration.biases import tensors_of
 from repfx.capture.model import graphs
 from repfx.capture.running import guess_example, run_eval
 from repfx.errors import InputError
-from repfx.graph.moves import is_max_pool
+from repfx.graph.moves import passes_codes
 from repfx.graph.naming import short
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant
@@ -278,7 +277,7 @@ def _errors(
             name = str(node.args[1].target).rpartition(".")[0]
             calls[node] = name
             source: Any = node.args[0]
-            while is_max_pool(deployed, source) or source.target is F.pad:  # codes pass through
+            while passes_codes(deployed, source):
                 source = source.all_input_nodes[0]
             if _quantizer(deployed, source):
                 inputs[name] = str(source.target)

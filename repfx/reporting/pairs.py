@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from repfx.capture.running import quiet
-from repfx.graph.moves import is_max_pool
+from repfx.graph.moves import passes_codes
 from repfx.graph.run_node import last_readers, step
 from repfx.quant import FakeQuant
 from repfx.reporting.numbers import Activation, Spread
@@ -80,9 +80,7 @@ class Pairs:
             self.signal[name] += float(y.square().sum())
             for i, other in enumerate((step(self.module, node, mixed.__getitem__), rounded[node])):
                 self.noise[name][i] += float((y - other.double()).square().sum())
-        elif (is_max_pool(self.module, node) or node.target is F.pad) and node.all_input_nodes[
-            0
-        ] in alone:
+        elif passes_codes(self.module, node) and node.all_input_nodes[0] in alone:
             alone[node] = step(self.module, node, mixed.__getitem__)
 
     def sqnr(self, name: str) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import with_trait
 from repfx.lowering.lint.rulebook import (
     ONNXRUNTIME,
     OPENVINO,
@@ -33,22 +35,7 @@ from repfx.lowering.onnx.index import (
     out,
 )
 
-_ACTIVATIONS = frozenset(
-    {
-        *(
-            "Relu",
-            "Clip",
-            "LeakyRelu",
-            "PRelu",
-            "ThresholdedRelu",
-            "Sigmoid",
-            "HardSigmoid",
-            "HardSwish",
-            "Tanh",
-        ),
-        *("Gelu", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Mish", "Swish"),
-    }
-)
+_ACTIVATIONS = with_trait(Trait.ACTIVATION)
 _CONVS = frozenset({"Conv", "ConvTranspose"})
 _LINEAR = IDENTITY | {"BatchNormalization"}  # what folds into the layer before it
 

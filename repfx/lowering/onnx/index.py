@@ -12,25 +12,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import with_trait
+
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
-IDENTITY = frozenset({"Identity", "Dropout"})
-# Layers that only move or select values: codes pass through them as they are, so runtimes move Q
-# and DQ across.
-MOVES = IDENTITY | {
-    *(
-        "Reshape",
-        "Transpose",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "MaxPool",
-        "Slice",
-        "Pad",
-        "Split",
-    ),
-    *("DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Gather"),
-}
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+IDENTITY = with_trait(Trait.SAME)
+# Codes pass through these as they are, so runtimes move Q and DQ across.
+MOVES = with_trait(Trait.SAME | Trait.MOVES | Trait.PADS)
+WEIGHTED = with_trait(Trait.LAYER)
 
 
 class Layer(NamedTuple):

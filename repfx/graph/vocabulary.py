@@ -1,0 +1,410 @@
+"""The vocabulary: one row an operator, with every spelling of it, its rule and its traits.
+
+    spelling    F.relu, torch.relu_, x.relu(), aten.relu.default, nn.ReLU, and Relu in ONNX
+    rule        what the operator means to the algebra, a function with the operator's own signature
+    traits      what else is true of it: it clips, it moves values, it gives fresh memory, ...
+
+Everything else asks this table, through `GraphView` where there is a graph. A layer of torch.nn is
+read as the call of the function that it stands for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from repfx.algebra import pad_with
+from repfx.graph import channels, pointwise, spatial, traits
+from repfx.graph.modes import TrainOnly
+from repfx.graph.ops import Op
+from repfx.graph.traits import Trait
+
+Rule = Callable[..., Op]
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Layers of torch.nn that stand for a function: which attributes are its arguments.
+
+    `tensors` are arguments given as paths into the module. `values` are given as they are; where an
+    attribute and its argument have different names, it is written attribute:argument.
+    """
+
+    classes: tuple[type[nn.Module], ...]
+    tensors: str = ""
+    values: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self, path: str, module: nn.Module) -> dict[str, Any]:
+        """The arguments after the input, of the layer at this path."""
+        found = {
+            n: None if getattr(module, n, None) is None else f"{path}.{n}"
+            for n in self.tensors.split()
+        }
+        for name in self.values.split():
+            attribute, _, argument = name.partition(":")
+            if hasattr(module, attribute):
+                found[argument or attribute] = getattr(module, attribute)
+        return {**found, **self.fixed}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One operator. `traits` are those it has however it is called, `when` adds those of a call."""
+
+    name: str
+    traits: Trait = Trait.NONE
+    rule: Rule | None = None
+    when: Callable[..., Trait] | None = None
+    spelled: tuple[Any, ...] = ()
+    leaf: Leaf | None = None
+    onnx: tuple[str, ...] = ()
+
+    def of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trait:
+        """The traits of one call."""
+        if self.when is None:
+            return self.traits
+        try:
+            return self.traits | self.when(*args, **kwargs)
+        except TypeError:  # arguments of another overload
+            return self.traits
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names in the rule, its defaults among them.
+
+        Raises TypeError for arguments that are not the rule's."""
+        assert self.rule is not None
+        call = inspect.signature(self.rule).bind(None, *args, **kwargs)
+        call.apply_defaults()
+        return dict(list(call.arguments.items())[1:])
+
+
+def spellings(name: str) -> Iterator[Any]:
+    """Every function, method and aten overload of this name, in place or not.
+
+    >>> sorted(str(getattr(s, "__module__", s)) for s in spellings("relu6"))[-2:]
+    ['torch.nn.functional', 'torch.nn.functional']
+    """
+    for n in (name, f"i{name}"):
+        if hasattr(torch.Tensor, f"__{n}__") and hasattr(operator, n):
+            yield getattr(operator, n)
+    for n in (name, f"{name}_"):
+        for space in (torch, F):
+            if callable(found := getattr(space, n, None)):
+                yield found
+        if hasattr(torch.Tensor, n) and not isinstance(getattr(torch.Tensor, n), property):
+            yield n
+        if (packet := getattr(aten, n, None)) is not None:
+            yield from (getattr(packet, overload) for overload in packet.overloads())
+
+
+def kind(
+    name: str,
+    traits: Trait = Trait.NONE,
+    names: str = "",
+    *,
+    rule: Rule | None = None,
+    when: Callable[..., Trait] | None = None,
+    also: Iterable[Any] = (),
+    leaf: Leaf | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    onnx: str = "",
+) -> Kind:
+    """A row. `names` stand for every spelling of that name, `also` for exactly what is given."""
+    spelled = (*(s for n in names.split() for s in spellings(n)), *also)
+    if isinstance(leaf, type):
+        leaf = Leaf((leaf,))
+    elif isinstance(leaf, tuple):
+        leaf = Leaf(leaf)
+    return Kind(name, traits, rule, when, tuple(dict.fromkeys(spelled)), leaf, tuple(onnx.split()))
+
+
+T = Trait
+_CONV = "stride padding dilation groups padding_mode:mode"
+_CONV_T = "stride padding output_padding groups dilation"
+_POOL = "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+_NORM = "running_mean running_var weight bias"
+_MOVED = T.MOVES | T.KEEPS_SIGN
+_SHAPED = _MOVED | T.RESHAPES
+_CURVE = T.ACTIVATION | T.FRESH
+_RECTIFIED = _CURVE | T.NON_NEGATIVE
+
+
+def _pads(modes: str, classes: Iterable[type[nn.Module]]) -> Leaf:
+    values = "padding:pad value" if modes == "constant" else "padding:pad"
+    return Leaf(tuple(classes), values=values, fixed={"mode": modes})
+
+
+def _each(name: str) -> tuple[type[nn.Module], ...]:
+    """The layers of one to three dimensions."""
+    return tuple(getattr(nn, f"{name}{n}d") for n in (1, 2, 3))
+
+
+LAYERS = (
+    kind(
+        "conv", T.LAYER | T.FRESH, "conv1d conv2d conv3d", rule=spatial.convolution,
+        leaf=Leaf(_each("Conv"), "weight bias", _CONV), onnx="Conv",
+    ),
+    kind(
+        "conv_transpose", T.LAYER | T.FRESH, "conv_transpose1d conv_transpose2d conv_transpose3d",
+        rule=spatial.transposed_convolution,
+        leaf=Leaf(_each("ConvTranspose"), "weight bias", _CONV_T), onnx="ConvTranspose",
+    ),
+    kind(
+        "linear", T.LAYER | T.FRESH, "linear", rule=spatial.linear,
+        leaf=Leaf((nn.Linear,), "weight bias"), onnx="Gemm MatMul",
+    ),
+)  # fmt: skip
+
+NORMS = (
+    *(
+        kind(
+            "bn", T.FRESH, rule=partial(spatial.batch_norm, axes=axes),
+            leaf=Leaf(classes, _NORM, "eps"),
+        )
+        for axes, classes in (
+            (None, (nn.BatchNorm1d, nn.SyncBatchNorm)),
+            (2, (nn.BatchNorm2d,)),
+            (3, (nn.BatchNorm3d,)),
+        )
+    ),
+    kind("bn", T.FRESH, rule=spatial.batch_norm, also=[F.batch_norm], onnx="BatchNormalization"),
+    kind(
+        "bn", T.FRESH, rule=spatial.aten_batch_norm,
+        also=[torch.batch_norm, aten.batch_norm.default],
+    ),
+    kind(
+        "norm", T.FRESH,
+        "layer_norm group_norm instance_norm local_response_norm normalize rms_norm",
+    ),
+)  # fmt: skip
+
+POINTWISE = (
+    kind("add", T.FRESH, "add", rule=pointwise.add, onnx="Add Sum"),
+    kind("sub", T.FRESH, "sub subtract", rule=pointwise.sub, onnx="Sub"),
+    kind("rsub", T.FRESH, "rsub", rule=pointwise.rsub),
+    kind(
+        "mul", T.FRESH, "mul multiply", rule=pointwise.mul, when=traits.product, onnx="Mul",
+    ),
+    kind(
+        "div", T.FRESH, "div divide true_divide truediv", rule=pointwise.div, onnx="Div",
+    ),
+    kind("neg", T.FRESH, "neg negative", rule=pointwise.neg, onnx="Neg"),
+    kind(
+        "identity", T.SAME, "contiguous alias", rule=pointwise.identity,
+        leaf=nn.Identity, onnx="Identity",
+    ),
+    kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity),
+    kind(
+        "dropout", T.RANDOM,
+        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout",
+        rule=pointwise.dropout,
+    ),
+    kind(
+        "dropout", T.SAME, rule=pointwise.train_only,
+        leaf=(*_each("Dropout"), nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, TrainOnly),
+        onnx="Dropout",
+    ),
+)  # fmt: skip
+
+ACTIVATIONS = (
+    kind("relu", _RECTIFIED | T.CLIPS, "relu", leaf=nn.ReLU, onnx="Relu"),
+    kind("relu6", _RECTIFIED | T.CLIPS, "relu6", leaf=nn.ReLU6),
+    kind("clamp", _CURVE, "clamp clip", when=traits.clamp, onnx="Clip"),
+    kind("clamp_min", _CURVE, "clamp_min", when=traits.clamp_min),
+    kind("clamp_max", _CURVE, "clamp_max"),
+    kind(
+        "hardtanh", _CURVE, "hardtanh", when=traits.hardtanh,
+        leaf=Leaf((nn.Hardtanh,), values="min_val max_val"),
+    ),
+    kind(
+        "threshold", _CURVE, "threshold", when=traits.threshold,
+        leaf=Leaf((nn.Threshold,), values="threshold value"), onnx="ThresholdedRelu",
+    ),
+    kind(
+        "sigmoid", _RECTIFIED | T.TABLE, "sigmoid special_expit", also=[torch.special.expit],
+        leaf=nn.Sigmoid, onnx="Sigmoid",
+    ),
+    kind("leaky_relu", _CURVE | T.TABLE, "leaky_relu", leaf=nn.LeakyReLU, onnx="LeakyRelu"),
+    kind("silu", _CURVE | T.SWISH, "silu", leaf=nn.SiLU, onnx="Swish"),
+    kind("hardsigmoid", _RECTIFIED, "hardsigmoid", leaf=nn.Hardsigmoid, onnx="HardSigmoid"),
+    kind("softplus", _RECTIFIED, "softplus", leaf=nn.Softplus, onnx="Softplus"),
+    kind("hardswish", _CURVE, "hardswish", leaf=nn.Hardswish, onnx="HardSwish"),
+    kind("tanh", _CURVE, "tanh", leaf=nn.Tanh, onnx="Tanh"),
+    kind("gelu", _CURVE, "gelu", leaf=nn.GELU, onnx="Gelu"),
+    kind("elu", _CURVE, "elu", leaf=nn.ELU, onnx="Elu"),
+    kind("selu", _CURVE, "selu", leaf=nn.SELU, onnx="Selu"),
+    kind("celu", _CURVE, "celu", leaf=nn.CELU, onnx="Celu"),
+    kind("mish", _CURVE, "mish", leaf=nn.Mish, onnx="Mish"),
+    kind("softsign", _CURVE, "softsign", leaf=nn.Softsign, onnx="Softsign"),
+    kind("prelu", _CURVE, "prelu", leaf=nn.PReLU, onnx="PRelu"),
+    kind("softmax", T.FRESH | T.NON_NEGATIVE, "softmax", leaf=(nn.Softmax, nn.Softmax2d)),
+    kind("log_softmax", T.FRESH, "log_softmax", leaf=nn.LogSoftmax),
+    kind("abs", T.FRESH | T.NON_NEGATIVE, "abs absolute"),
+    kind("square", T.FRESH | T.NON_NEGATIVE, "square"),
+    kind("sqrt", T.FRESH | T.NON_NEGATIVE, "sqrt rsqrt exp exp2"),
+    kind("pow", T.FRESH, "pow", when=traits.power),
+)  # fmt: skip
+
+POOLS = (
+    *(
+        kind(
+            "avgpool", T.AVERAGES | T.KEEPS_SIGN | T.FRESH, f"avg_pool{n}d",
+            rule=partial(spatial.avg_pool, axes=n),
+            leaf=Leaf((getattr(nn, f"AvgPool{n}d"),), values=_POOL),
+            onnx="AveragePool GlobalAveragePool" if n == 2 else "",
+        )
+        for n in (1, 2, 3)
+    ),
+    kind(
+        "average", T.AVERAGES | T.KEEPS_SIGN | T.FRESH,
+        "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+        leaf=_each("AdaptiveAvgPool"), onnx="ReduceMean",
+    ),
+    kind(
+        "max_pool", _MOVED | T.MAXIMUM | T.FRESH, "max_pool1d max_pool2d max_pool3d",
+        leaf=_each("MaxPool"), onnx="MaxPool",
+    ),
+    kind(
+        "adaptive_max_pool", T.KEEPS_SIGN | T.FRESH,
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+        leaf=_each("AdaptiveMaxPool"),
+    ),
+    kind("reduction", T.FRESH | T.KEEPS_SIGN, "amax amin sum", onnx="GlobalMaxPool ReduceMax"),
+    kind("variance", T.FRESH | T.NON_NEGATIVE, "var std"),
+)  # fmt: skip
+
+PADS = (
+    *(
+        kind("pad", T.FRESH | T.PADS, names, rule=spatial.pad, leaf=_pads(mode, classes), onnx=onnx)
+        for names, mode, classes, onnx in (
+            ("pad", "constant", (*_each("ConstantPad"), *_each("ZeroPad")), "Pad"),
+            ("", "reflect", _each("ReflectionPad"), ""),
+            ("", "replicate", _each("ReplicationPad"), ""),
+            ("", "circular", _each("CircularPad"), ""),
+        )
+    ),
+    kind("pad", T.FRESH | T.PADS, "constant_pad_nd", rule=spatial.constant_pad),
+    kind("pad", T.FRESH | T.PADS, rule=spatial.pad_own, also=[pad_with]),
+)  # fmt: skip
+
+CHANNELS = (
+    kind("cat", T.JOINS | T.FRESH, "cat concat concatenate", rule=channels.cat, onnx="Concat"),
+    kind("stack", T.JOINS | T.FRESH | T.KEEPS_SIGN, "stack hstack vstack dstack"),
+    kind("chunk", _MOVED, "chunk", rule=channels.chunk),
+    kind("split", _MOVED, "split split_with_sizes", rule=channels.split, onnx="Split"),
+    kind("getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem),
+    kind("slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice"),
+    kind("narrow", _MOVED, "narrow", rule=channels.narrow),
+    kind("index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather"),
+    kind("flip", _MOVED, "flip", rule=channels.flip),
+    kind(
+        "channel_shuffle", _MOVED, "channel_shuffle native_channel_shuffle",
+        rule=channels.channel_shuffle, leaf=Leaf((nn.ChannelShuffle,), values="groups"),
+    ),
+    kind("permute", _MOVED, "permute", rule=channels.permute, onnx="Transpose"),
+    kind("transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose),
+)  # fmt: skip
+
+SHAPES = (
+    kind("flatten", _SHAPED, "flatten", leaf=nn.Flatten, onnx="Flatten"),
+    kind(
+        "reshape", _SHAPED, "reshape view_as reshape_as unflatten",
+        leaf=nn.Unflatten, onnx="Reshape",
+    ),
+    kind("reshape", names="view", when=traits.view),
+    kind("squeeze", _SHAPED, "squeeze unsqueeze", onnx="Squeeze Unsqueeze"),
+    kind("expand", _MOVED | T.SPREADS, "expand expand_as", onnx="Expand Tile"),
+    kind(
+        "pixel_shuffle", _MOVED | T.FRESH, "pixel_shuffle pixel_unshuffle",
+        leaf=(nn.PixelShuffle, nn.PixelUnshuffle), onnx="DepthToSpace SpaceToDepth",
+    ),
+    kind(
+        "resize", T.FRESH, "interpolate", when=traits.interpolate,
+        leaf=Leaf(
+            (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+            values="size scale_factor mode",
+        ),
+    ),
+    kind("resize", _MOVED | T.FRESH, "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
+    kind(
+        "resize", T.KEEPS_SIGN | T.FRESH,
+        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d",
+    ),
+    kind("store", T.STORES, "setitem copy slice_scatter", also=[aten.copy_.default]),
+)  # fmt: skip
+
+OTHERS = (
+    kind("product of matrices", T.FRESH, "matmul bmm mm addmm"),
+    kind(
+        "random", T.RANDOM,
+        "rand rand_like randn randn_like randint randint_like randperm normal bernoulli poisson "
+        "multinomial binomial empty empty_like empty_strided new_empty gumbel_softmax rrelu "
+        "uniform exponential cauchy geometric log_normal random fractional_max_pool2d "
+        "fractional_max_pool3d",
+    ),
+    kind(
+        "check", T.CHECKS,
+        also=[
+            torch._assert, aten._assert_async.msg, aten._assert_scalar.default,
+            aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default,
+        ],
+    ),
+)  # fmt: skip
+
+KINDS = (*LAYERS, *NORMS, *POINTWISE, *ACTIVATIONS, *POOLS, *PADS, *CHANNELS, *SHAPES, *OTHERS)
+UNKNOWN = Kind("")
+
+
+def _by(spelled: Callable[[Kind], Iterable[Any]]) -> dict[Any, Kind]:
+    found: dict[Any, Kind] = {}
+    for row in KINDS:
+        for spelling in spelled(row):
+            assert found.setdefault(spelling, row) is row, f"{spelling} stands in two rows"
+    return found
+
+
+_CALLS = _by(lambda row: row.spelled)
+_LEAVES = _by(lambda row: row.leaf.classes if row.leaf else ())
+
+
+def kind_of(node: fx.Node, module: nn.Module | None = None) -> Kind:
+    """The row of what a node calls; UNKNOWN where there is none.
+
+    `module`: the module that a call_module node calls.
+    """
+    if module is not None:
+        return kind_of_layer(module)
+    return (
+        _CALLS.get(node.target, UNKNOWN) if node.op in ("call_function", "call_method") else UNKNOWN
+    )
+
+
+def kind_of_layer(module: nn.Module) -> Kind:
+    """The row of a layer: of its class, or of the base whose forward it still runs."""
+    cls: Any = type(module)
+    for base in cls.__mro__:
+        if base in _LEAVES:
+            kept = cls.forward is base.forward and "forward" not in module.__dict__
+            return _LEAVES[base] if kept else UNKNOWN
+    return UNKNOWN
+
+
+def with_trait(some: Trait) -> frozenset[str]:
+    """The ONNX operators that have one of these traits."""
+    return frozenset(name for row in KINDS for name in row.onnx if row.traits & some)
+
+
+def overrides(module: nn.Module) -> bool:
+    """Whether it is a known layer with a forward of its own."""
+    return (
+        any(base in _LEAVES for base in type(module).__mro__) and kind_of_layer(module) is UNKNOWN
+    )
