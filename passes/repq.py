@@ -15,6 +15,7 @@ about the cost of the one convolution. `fuse` after it gives the deployed net, w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,11 +27,10 @@ from repfx.algebra.norm import MODES
 from repfx.errors import Declined, InputError, unknown
 from repfx.graph.ops import Map
 from repfx.graph.regions import Region
-from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.placement.between import find_places, spell_out
-from repfx.placement.formats import VNNI, why_float
-from repfx.quant import FakeQuant, Grid, search_scale
+from repfx.placement.between import spell_out
+from repfx.placement.quantizers import FLOAT, IntegerLayer, Quantizers, Rounding
+from repfx.quant import Grid
 from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
@@ -61,130 +61,73 @@ class RepQ(Pass):
         if self.bn not in MODES:
             raise unknown("bn", str(self.bn), MODES)
         for bits in (self.bits, self.weight_bits, self.ends):
-            if bits != 32 and bits is not None:
+            if bits != FLOAT and bits is not None:
                 Grid(bits)  # raises for what no grid has
-        if 32 in (self.bits, self.weight_bits) and (self.bits, self.weight_bits) not in (
-            (32, None),
-            (32, 32),
+        if FLOAT in (self.bits, self.weight_bits) and (self.bits, self.weight_bits) not in (
+            (FLOAT, None),
+            (FLOAT, FLOAT),
         ):
             raise InputError("bits=32 trains in float: weights and activations alike")
 
     def run(self, work: Work) -> Result:
-        if self.bits != 32:
+        if self.bits != FLOAT:
             spell_out(work.module, work.target)
-        merges, declined = _regions(work.view())
-        rewrite = _Rewrite(self, work, merges)
-        rewrite.all()
+        view = work.view()
+        merges, declined = _regions(view)
+        names = Names(view, work.module)
+        layers = [self._layer(m, _place(names, m), m in (merges[0], merges[-1])) for m in merges]
+        quantizers = Quantizers(work, view, layers, Rounding(self.per_channel, learned=True))
+        writer = _Writer(self, work, quantizers)
+        for layer, merge in zip(quantizers, merges, strict=True):
+            writer.write(layer, merge)
         return Result(
-            self.name, declined=(*declined, *rewrite.unfit), inserted=tuple(work.inserted)
+            self.name,
+            declined=(*declined, *quantizers.declined),
+            inserted=tuple(work.inserted),
+        )
+
+    def _layer(self, merge: Merge, path: str, is_end: bool) -> IntegerLayer:
+        region, wide = merge.region, self.ends if is_end and self.bits != FLOAT else None
+        return IntegerLayer(
+            region.sink,
+            region.source,
+            path,
+            merge.geometry,
+            wide or self.bits,
+            wide or self.weight_bits or self.bits,
+            tuple(region.removed),
         )
 
 
-class _Rewrite:
-    """One run of the pass over the regions it trains; what was made so far is in the four maps."""
+class _Writer:
+    """Writes each merged layer into the graph, in the place of its region."""
 
-    def __init__(self, rules: RepQ, work: Work, merges: list[Merge]) -> None:
-        self.rules, self.work, self.view = rules, work, work.view()
-        self.names = Names(self.view, work.module)
-        self.merges = {m.region.sink: m for m in merges}
-        self.ends = {merges[i].region.sink for i in (0, -1) if merges and rules.ends is not None}
-        self.readers: dict[
-            fx.Node, list[fx.Node]
-        ] = {}  # of a node or region, its values to quantize
-        self.bits: dict[
-            fx.Node, int
-        ] = {}  # of a quantized value: the most that one of its readers wants
-        self.unfit: list[Declined] = []
-        self.quantizes: set[fx.Node] = set()  # the layers, by their last node
-        if rules.bits != 32:
-            self.quantizes = {sink for sink, m in self.merges.items() if not self._in_float(m)}
-            inside = {n: m.region.sink for m in merges for n in m.region.removed}
-            convolutions = {
-                sink for sink in self.quantizes if self.merges[sink].geometry.source_axis != -1
-            }
-            layers = {
-                sink: m.region.source for sink, m in self.merges.items() if sink in self.quantizes
-            }
-            places, self.origin = find_places(self.view, layers, convolutions, work.target, inside)
-            for reader, value, layer in places:
-                self.readers.setdefault(reader, []).append(value)
-                wide, value = rules.ends if layer in self.ends else None, self.origin[value]
-                self.bits[value] = max(self.bits.get(value, 2), wide or rules.bits)
-        self.grids = {
-            value: work.target.activation(b, non_negative(self.view, value))
-            for value, b in self.bits.items()
-        }
-        self.quants: dict[fx.Node, FakeQuant] = {}  # by where the integers are made
-        self.moved: dict[fx.Node, fx.Node] = {}
-        self.quantized: dict[fx.Node, fx.Node] = {}
+    def __init__(self, rules: RepQ, work: Work, quantizers: Quantizers) -> None:
+        self.rules, self.work, self.quantizers = rules, work, quantizers
         self.moments: dict[fx.Node, fx.Node] = {}
 
-    def _in_float(self, merge: Merge) -> bool:
-        """Whether the target cannot run this layer in integers, which the report then says."""
-        signed = not non_negative(self.view, merge.region.source)
-        why = why_float(merge.geometry, signed, self.work.target)
-        if why:
-            self.unfit.append(Declined(_place(self.names, merge), why, VNNI))
-        return bool(why)
-
-    def all(self) -> None:
-        for (
-            node
-        ) in self.view.nodes:  # in order: the first reader of a value makes what the others share
-            if node in self.merges:
-                self.layer(self.merges[node])
-            for value in () if node in self.merges else dict.fromkeys(self.readers.get(node, ())):
-                path = str(node.target) if node.op == "call_module" else node.name
-                source = self.moved.get(value, value)
-                node.replace_input_with(source, self.quant(node, value, path))
-
-    def quant(self, before: fx.Node, value: fx.Node, path: str) -> fx.Node:
-        """The quantized value, one for all that read it."""
-        source, changed = self.origin[value], self.view.writes.changed(value)
-        if value not in self.quantized or changed:
-            if source not in self.quants or changed:
-                self.quants[source] = FakeQuant(self.grids[source], learned=True)
-            plain = self.moved.get(value, value)
-            self.quantized[value] = self.work.insert(
-                before, plain, f"{path}.input_quant", self.quants[source]
-            )
-        return self.quantized[value]
-
-    def layer(self, merge: Merge) -> None:
-        rules, work, region, graph = self.rules, self.work, merge.region, self.work.module.graph
-        path = _place(self.names, merge)
-        source = self.moved.get(region.source, region.source)
-
-        def seen() -> fx.Node:
-            if region.source not in self.moments or self.view.writes.changed(region.source):
-                estimates, whole = rules.bn in ("estimate", "estimate_paper"), rules.bn == "running"
-                needs = Moments(rules.bn not in ("batch", "frozen"), estimates, whole)
-                self.moments[region.source] = work.insert(
-                    region.sink, source, f"{path}.moments", needs
-                )
-            return self.moments[region.source]
-
-        weight, bias, now = program(work.module, self.view, merge, seen, rules.bn)
-        x = source
-        if region.sink in self.quantizes:
-            if region.source in self.readers.get(
-                region.sink, ()
-            ):  # or it reads a pool of quantized values
-                x = self.quant(region.sink, region.source, path)
-            wide = rules.ends if region.sink in self.ends else None
-            bits = wide or rules.weight_bits or rules.bits
-            grid = work.target.weight(bits, rules.per_channel, merge.geometry.depthwise)
-            scale = search_scale(now, grid, 2.0)
-            weight = work.insert(
-                region.sink, weight, f"{path}.weight_quant", FakeQuant(grid, scale, True, True)
-            )
+    def write(self, layer: IntegerLayer, merge: Merge) -> None:
+        region, graph, view = merge.region, self.work.module.graph, self.quantizers.view
+        seen = partial(self._moments, layer)
+        weight, bias, now = program(self.work.module, view, merge, seen, self.rules.bn)
+        x = self.quantizers.input(layer)
+        weight = self.quantizers.weight(layer, weight, now)
         with graph.inserting_before(region.sink):
             y = _call(graph, merge.geometry, x, weight, bias)
-        y.meta = dict(region.sink.meta)
-        self.moved[region.sink] = y
-        region.sink.replace_all_uses_with(y)
-        for node in sorted(region.removed, reverse=True):
-            graph.erase_node(node)
+        self.quantizers.put(layer, y)
+
+    def _moments(self, layer: IntegerLayer) -> fx.Node:
+        """What the batch norms of a layer need to know of what it reads, one for all that read
+        it.
+        """
+        source, bn = layer.source, self.rules.bn
+        if source not in self.moments or self.quantizers.view.writes.changed(source):
+            estimates, whole = bn in ("estimate", "estimate_paper"), bn == "running"
+            needs = Moments(bn not in ("batch", "frozen"), estimates, whole)
+            self.moments[source] = self.work.insert(
+                layer.node, self.quantizers.now(source), f"{layer.path}.moments", needs
+            )
+        return self.moments[source]
 
 
 def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:

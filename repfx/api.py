@@ -14,6 +14,7 @@ import repfx.passes  # noqa: F401  (registers the passes)
 from repfx.calibration import calibrate, reconstruct, sensitivity
 from repfx.capture.model import capture
 from repfx.capture.running import run_eval
+from repfx.data.batches import Batches
 from repfx.errors import InputError
 from repfx.files.store import load, save, write_whole
 from repfx.lowering import Artifact, Finding, lower
@@ -25,6 +26,8 @@ from repfx.rewrite.difference import Difference, difference
 from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.runner import Report, as_args, rewrite
 from repfx.training import History, fit
+
+IMAGES = 64  # that a report looks at
 
 
 def transform(
@@ -67,17 +70,17 @@ def report(
     """Writes a page, one HTML file, of what the passes do to a float model and what quantization
     costs each layer.
 
-    `data`: batches of inputs (N, ...), or (inputs, labels); the first 64 pictures are used. Without
-    it the page has the weights alone. `against`: another float model to show beside it. `titles`:
-    what the page calls them. `passes`: what makes the deployed net. `json`: a file for the numbers,
-    which are also what is returned, a record a model.
+    `data`: batches of inputs (N, ...), or (inputs, labels); as many are used as hold the first 64
+    images. Without it the page has the weights alone. `against`: another float model to show beside
+    it. `titles`: what the page calls them. `passes`: what makes the deployed net. `json`: a file
+    for the numbers, which are also what is returned, a record a model.
 
     Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that
     cannot be written; MissingPart without jinja2 and plotly."""
     models = [model] if against is None else [model, against]
     if len(titles) < len(models) or not all(isinstance(t, str) for t in titles):
         raise InputError(f"titles names {len(models)} models, not {titles!r}")
-    batches = None if data is None else _first(data)
+    batches = None if data is None else Batches(data, "data").first(IMAGES)
     same: dict[str, Any] = {
         "passes": passes,
         "example": example,
@@ -90,20 +93,6 @@ def report(
     write(found, path)
     if json is not None:
         write_whole(json, lambda part: Path(part).write_text(as_json(found) + "\n"))
-    return found
-
-
-def _first(data: Any, pictures: int = 64) -> Any:
-    """As many batches as `report` looks at."""
-    if not isinstance(data, Iterable):
-        return data
-    found: list[Any] = []
-    for batch in data:
-        found.append(batch)
-        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        pictures -= len(first) if hasattr(first, "__len__") else 1
-        if pictures <= 0:
-            break
     return found
 
 

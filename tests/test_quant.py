@@ -555,9 +555,9 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
         repfx.InputError, match=r"unknown method 'mad'; choose one of: entropy, mae"
     ):
         repfx.calibrate(quantized, pictures(), method="mad")
-    with pytest.raises(repfx.InputError, match="calibration set is empty"):
+    with pytest.raises(repfx.InputError, match="no image in batches: give at least one batch"):
         repfx.calibrate(quantized, [])
-    with pytest.raises(repfx.InputError, match="does not take a calibration batch of shape"):
+    with pytest.raises(repfx.InputError, match="does not take a batch of shape"):
         repfx.calibrate(quantized, [torch.zeros(1, 4, 8, 8)])
     with pytest.raises(repfx.InputError, match="NaN"):
         repfx.calibrate(quantized, [torch.full((1, 3, 8, 8), float("nan"))])
@@ -699,7 +699,7 @@ def test_a_model_that_overwrites_its_input_leaves_the_pictures_alone(method: str
         ([x * float("nan")], "NaN or infinity"),
         ([x[:, :2]], "does not take"),
         ([()], "a tuple or a dict"),
-        (None, "an iterable of inputs"),
+        (None, "an iterable of batches"),
     ):
         with pytest.raises(repfx.InputError, match=text):
             repfx.sensitivity(model, bad)  # type: ignore[arg-type]

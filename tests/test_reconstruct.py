@@ -232,9 +232,9 @@ def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> Non
     code: Any = sys.modules["repfx.calibration.blockwise"]
     learn = code.Run._learn
 
-    def noted(self: Any, index: int, block: Any, rest: list[Any], share: float, *args: Any) -> Any:
-        seen.append((len(rest), round(share, 9)))
-        return learn(self, index, block, rest, share, *args)
+    def noted(self: Any, lesson: Any, *args: Any) -> Any:
+        seen.append((len(lesson.rest), round(lesson.share, 9)))
+        return learn(self, lesson, *args)
 
     monkeypatch.setattr(code.Run, "_learn", noted)
     repfx.reconstruct(quantized(), [pictures(4)], iterations=1, stage=2.0, stages=["1"])
@@ -275,11 +275,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     code: Any = sys.modules["repfx.calibration.blockwise"]
     learn, calls = code.Run._learn, []
 
-    def stops(self: Any, index: int, *args: Any) -> Any:
-        calls.append(index)
+    def stops(self: Any, lesson: Any, *args: Any) -> Any:
+        calls.append(lesson.index)
         if len(calls) == 3:
             raise Stop
-        return learn(self, index, *args)
+        return learn(self, lesson, *args)
 
     monkeypatch.setattr(code.Run, "_learn", stops)
     path = tmp_path / "run.ck"
@@ -319,11 +319,11 @@ def test_bad_pictures_and_options_are_named() -> None:
     broken = x.clone()
     broken[4, 0, 0, 0] = float("nan")
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        ([x, broken], {}, "picture 10 of the calibration set holds NaN"),
+        ([x, broken], {}, "image 10 of batches holds NaN"),
         ([], {}, "at least one batch"),
         ([x[:, :2]], {}, r"does not take pictures of \(2, 12, 12\)"),
         ([x, x[:, :, :8]], {}, "all must have one size"),
-        (["cat"], {}, "a calibration batch is a tensor"),
+        (["cat"], {}, "a batch is a tensor"),
         ([x], {"loss": "l1"}, "unknown loss 'l1'; choose one of: mae, mse"),
         ([x], {"rounding": "up"}, "choose one of: adaround, straight"),
         ([x], {"reading": "some"}, "choose one of: all, last"),

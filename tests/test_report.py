@@ -288,7 +288,7 @@ def test_bad_input(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
     with pytest.raises(repfx.InputError, match="wants the float model"):
         repfx.report(repfx.transform(net(), ["ptq"], example=x), tmp_path / "a.html", data=[x])
-    with pytest.raises(repfx.InputError, match="the data is empty"):
+    with pytest.raises(repfx.InputError, match="no image in data"):
         repfx.report(net(), tmp_path / "a.html", data=[])
     with pytest.raises(repfx.InputError, match="cannot write"):
         repfx.report(net(), tmp_path / "no" / "a.html", data=[x])

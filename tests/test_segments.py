@@ -410,11 +410,11 @@ def test_what_blocks_share_is_learned_once(
     run: Any = sys.modules["repfx.calibration.blockwise"].Run
     learn, calls = run._learn, []
 
-    def stops(self: Any, index: int, *args: Any) -> Any:
-        calls.append(index)
+    def stops(self: Any, lesson: Any, *args: Any) -> Any:
+        calls.append(lesson.index)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return learn(self, index, *args)
+        return learn(self, lesson, *args)
 
     monkeypatch.setattr(run, "_learn", stops)
     with pytest.raises(KeyboardInterrupt):

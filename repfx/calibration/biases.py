@@ -8,7 +8,7 @@ y^ with every layer before it rounded and corrected
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.algebra import CONVS
-from repfx.capture.running import quiet
+from repfx.calibration.feed import device_of
+from repfx.calibration.streams import TwoStreams
+from repfx.data.batches import Batches
 from repfx.errors import InputError
-from repfx.graph.run_node import last_readers, step
-from repfx.quant import Affine, FakeQuant
+from repfx.quant import Affine, FakeQuant, quantizers_of
 
-PICTURES = 128  # activations of so many are held at a time
+IMAGES = 128  # activations of so many are held at a time
 
 
 @torch.no_grad()
@@ -30,121 +31,52 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
     """Corrects the biases of a calibrated model in place and names the layers it left alone:
     without a bias of their own.
 
-    `batches`: tensors (N, ...), or tuples that begin with one; the first 128 pictures are used. It
-    is the last step: a model learned on afterwards would take the corrected biases for those of the
-    float net.
+    `batches`: as `calibrate` takes them; the first 128 images are used. It is the last step: a
+    model learned on afterwards would take the corrected biases for those of the float net.
 
     Raises InputError for a model that is no GraphModule, has several inputs or is not calibrated,
-    where there is no picture, and for one with NaN or of a shape the model does not take."""
-    model = check_correctable(model)
-    raw = [
-        name for name, m in model.named_modules() if isinstance(m, FakeQuant) and not m.calibrated
-    ]
+    where there is no image, and for one with NaN or of a shape the model does not take."""
+    name = input_of(model)
+    assert isinstance(model, fx.GraphModule)
+    raw = [path for path, m in quantizers_of(model).items() if not m.calibrated]
     if raw:
         raise InputError(f"{raw[0]} is not calibrated: run repfx.calibrate first")
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    inputs = [x.to(device) for x in first_of(batches, PICTURES)]
-    if not inputs:
-        raise InputError("there is nothing to correct biases with: give at least one batch")
-    exact: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-    rounded: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+    inputs: list[tuple[Tensor]] = []
+    room, device = IMAGES, device_of(model)
+    for batch in Batches(batches, finite=True).first(IMAGES):
+        x = batch.of_inputs([name])[0][:room].to(device)
+        inputs.append((x,))
+        room -= len(x)
+    streams = TwoStreams(model, inputs)
     left: list[str] = []
-    ends = last_readers(model.graph)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with quiet():
-            for node in model.graph.nodes:
-                if node.op == "output":
-                    break
-                for i, x in enumerate(inputs):
-                    try:
-                        _both(model, node, x, exact[i], rounded[i])
-                    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                        why = str(error).partition("\n")[0]
-                        raise InputError(
-                            f"the model does not take a batch of shape {tuple(x.shape)}: {why}"
-                        ) from error
-                if node.op == "call_function" and node.target in (*CONVS.values(), F.linear):
-                    _correct(model, node, exact, rounded, left)
-                for done in ends[node]:
-                    for values in (*exact, *rounded):
-                        values.pop(done, None)
-    finally:
-        for m, training in modes:
-            m.training = training
+
+    def visit(node: fx.Node) -> None:
+        if node.op == "call_function" and node.target in (*CONVS.values(), F.linear):
+            _correct(streams, node, left)
+
+    streams.walk(visit)
     return tuple(left)
 
 
-def check_correctable(model: nn.Module) -> fx.GraphModule:
-    """The model, where its biases can be corrected. Raises InputError else."""
-    if (
-        not isinstance(model, fx.GraphModule)
-        or sum(n.op == "placeholder" for n in model.graph.nodes) != 1
-    ):
-        raise InputError("biases are corrected in a model of one input that was traced whole")
-    return model
-
-
-def tensors_of(batches: Iterable[Any]) -> Iterator[Tensor]:
-    """The inputs of batches. Raises InputError for what is no tensor."""
-    for batch in batches:
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, Tensor):
-            raise InputError(
-                f"a batch is a tensor (N, ...), or a tuple that begins with one, not {type(x)}"
-            )
-        yield x
-
-
-def first_of(batches: Iterable[Any], count: int) -> Iterator[Tensor]:
-    """Copies of the first `count` inputs of batches. Raises InputError where they hold NaN or
-    infinity.
+def input_of(model: nn.Module) -> str:
+    """The name of the model's input. Raises InputError for a model whose biases cannot be
+    corrected: one of several inputs, or not traced whole.
     """
-    for x in tensors_of(batches) if count > 0 else ():
-        if not bool(torch.isfinite(x).all()):
-            raise InputError("a batch to correct biases with holds NaN or infinity")
-        if len(x):
-            yield x[:count].clone()
-        count -= len(x)
-        if count <= 0:
-            return
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    names = [str(n.target) for n in nodes if n.op == "placeholder"]
+    if len(names) != 1:
+        raise InputError("biases are corrected in a model of one input that was traced whole")
+    return names[0]
 
 
-def _both(
-    model: fx.GraphModule,
-    node: fx.Node,
-    x: Tensor,
-    exact: dict[fx.Node, Any],
-    rounded: dict[fx.Node, Any],
-) -> None:
-    if node.op == "placeholder":
-        exact[node], rounded[node] = x.clone(), x.clone()
-        return
-    rounded[node] = step(model, node, rounded.__getitem__)
-    called = _called(model, node)
-    if node.op == "get_attr":
-        exact[node] = rounded[node]
-    elif isinstance(called, FakeQuant):
-        (source,) = node.all_input_nodes
-        exact[node] = exact[source]
-    else:
-        exact[node] = step(model, node, exact.__getitem__)
-
-
-def _correct(
-    model: fx.GraphModule,
-    node: fx.Node,
-    exact: list[dict[fx.Node, Any]],
-    rounded: list[dict[fx.Node, Any]],
-    left: list[str],
-) -> None:
+def _correct(streams: TwoStreams, node: fx.Node, left: list[str]) -> None:
+    """Corrects the bias of one layer, and what the layer gave on the rounded stream."""
+    model, exact, rounded = streams.module, streams.exact, streams.rounded
     weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
     bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     tensor: Tensor | None
-    if weight.op == "call_function" and isinstance(
-        affine := _called(model, weight.args[0]), Affine
-    ):
+    affine = streams.called(weight.args[0]) if weight.op == "call_function" else None
+    if isinstance(affine, Affine):
         weight, tensor = (
             weight.args[0].args[0],
             affine.eps,
@@ -155,7 +87,7 @@ def _correct(
             n for n in model.graph.nodes if tensor is not None and _constant(model, n) is tensor
         ]
         tensor = None if len(shared) > 1 or (tensor is not None and len(bias.users) > 1) else tensor
-    if not isinstance(_called(model, weight), FakeQuant):
+    if not isinstance(streams.called(weight), FakeQuant):
         return  # in float
     if tensor is None:
         left.append(str(weight.target).rpartition(".")[0])
@@ -169,14 +101,6 @@ def _correct(
     for r in rounded:
         y = r[node]
         y += off if axis == -1 else off.reshape(-1, *(1,) * (y.dim() - 2))
-
-
-def _called(model: fx.GraphModule, node: Any) -> nn.Module | None:
-    return (
-        model.get_submodule(str(node.target))
-        if isinstance(node, fx.Node) and node.op == "call_module"
-        else None
-    )
 
 
 def _constant(model: fx.GraphModule, node: Any) -> Tensor | None:

@@ -16,11 +16,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from repfx.calibration.activations import Rows, Values
-from repfx.calibration.learned import learned
+from repfx.calibration.learned import Learned, learned
 from repfx.calibration.segments import Segment
 from repfx.errors import InputError, unknown
-from repfx.files.store import write_whole
-from repfx.quant import FakeQuant, Observer
+from repfx.files import checkpoint
+from repfx.quant import in_float, observing, quantizers_of
+
+KIND = "repfx.reconstruct"  # of its checkpoints
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "mae": lambda d: d.abs().mean(),
@@ -59,6 +61,21 @@ class Options:
     seed: int
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """One block to learn: what it reads, from the quantized net and from the float one, what it is
+    to give, and the float `rest` of its stage, whose error counts by `share`.
+    """
+
+    index: int
+    block: Segment
+    rest: tuple[Segment, ...]
+    share: float
+    ours: Rows
+    theirs: Rows
+    targets: Rows
+
+
 class Run:
     """One reconstruction: the blocks, quantized and in float, and the activations between them."""
 
@@ -70,31 +87,35 @@ class Run:
         self.same: list[Any] = []
 
     def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
-        """Learns every block. `inputs`: the pictures, a value for each input that the model
-        reads."""
+        """Learns every block. `inputs`: the images, a value for each input that the model reads."""
         ours = theirs = inputs
-        done: list[Block] = []
         ends = self._stages(ours, stages)
         self.same = self._same(inputs, ends)
-        start = self._restore(done)
+        done = self._restore()
+        start = len(done)
         with Progress(disable=not progress, transient=True) as bars:
             bar = bars.add_task("learning", total=len(self.net) * self.o.iterations)
             for i, (block, plain) in enumerate(zip(self.net, self.plain, strict=True)):
-                first = next((e + 1 for e in reversed(ends) if e < i), 0)
-                last = next(e for e in ends if e >= i)
                 with torch.no_grad():
                     targets = theirs.after(plain, self.o.batch)
                 if i >= start:
-                    rest = self.plain[i + 1 : last + 1]
-                    share = self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
+                    rest, share = self._rest_of_stage(i, ends)
                     tick = lambda n, i=i: bars.update(bar, completed=i * self.o.iterations + n)  # noqa: E731
-                    before, after = self._learn(i, block, rest, share, ours, theirs, targets, tick)
-                    done.append(Block(block.name, ends.index(last), before, after))
+                    lesson = Lesson(i, block, rest, share, ours, theirs, targets)
+                    stage = sum(end < i for end in ends)
+                    done.append(Block(block.name, stage, *self._learn(lesson, tick)))
                     self._save(done)
                 if i < len(self.net) - 1:
                     with torch.no_grad():
                         ours, theirs = ours.after(block, self.o.batch), targets
         return done
+
+    def _rest_of_stage(self, i: int, ends: list[int]) -> tuple[tuple[Segment, ...], float]:
+        """The float blocks after block i in its stage, and lambda (i / n) where there are some."""
+        first = next((e + 1 for e in reversed(ends) if e < i), 0)
+        last = next(e for e in ends if e >= i)
+        rest = tuple(self.plain[i + 1 : last + 1])
+        return rest, self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
 
     def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
         """The blocks that stages end with."""
@@ -112,65 +133,57 @@ class Run:
                 sizes.append(x[0].shape[2:])
         return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
 
-    def _learn(
-        self,
-        index: int,
-        block: Segment,
-        rest: list[Segment],
-        share: float,
-        ours: Rows,
-        theirs: Rows,
-        targets: Rows,
-        tick: Callable[[int], Any],
-    ) -> tuple[float, float]:
-        o, known = self.o, self._known(index)
-        self._set_steps(block, ours, known)
-        before = self._error(block, ours, targets)
+    def _learn(self, lesson: Lesson, tick: Callable[[int], Any]) -> tuple[float, float]:
+        """Learns one block; its error before and after, which is never the larger."""
+        o, block, known = self.o, lesson.block, self._known(lesson.index)
+        self._set_steps(block, lesson.ours, known)
+        before = self._error(block, lesson.ours, lesson.targets)
         state = copy.deepcopy(block.module.state_dict())
-        random = torch.Generator().manual_seed((o.seed << 16) + index)
+        random = torch.Generator().manual_seed((o.seed << 16) + lesson.index)
         with learned(block, o.rounding == "adaround", o.drop, random, known) as what:
-            groups = [
-                {"params": what.weights, "lr": o.lr if o.rounding == "straight" else 1e-2},
-                {"params": what.biases, "lr": o.lr},
-                {"params": what.steps, "lr": o.lr_scale},
-                {"params": what.affines, "lr": o.lr_affine},
-            ]
-            groups = [g for g in groups if g["params"]]
+            groups = self._groups(what)
             if not groups:  # a block that was named, of nothing but pools and joins
                 return before, before
             optimizer = torch.optim.Adam(groups)
             fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
             for n in range(o.iterations):
-                rows = torch.randperm(len(ours), generator=random, device="cpu")[: o.batch]
-                x, y = ours[rows], targets[rows]
-                if o.drop:
-                    keep = (
-                        (torch.rand(v.shape, generator=random, device="cpu") < o.drop).to(v.device)
-                        for v in x
-                    )
-                    x = tuple(torch.where(*one) for one in zip(keep, theirs[rows], x, strict=True))
-                what.place()
-                given = block(*x)
-                value = self._off(block, given, y) + what.penalty(n / o.iterations)
-                if share:
-                    value = value + share * self._rest(rest, given, y)
+                value = self._loss(lesson, what, random, n / o.iterations)
                 optimizer.zero_grad()
-                try:
-                    value.backward()
-                except RuntimeError as error:
-                    if "inplace" not in str(error):
-                        raise
-                    raise InputError(
-                        f"block {block.name} changes a value in place that its gradient needs"
-                    ) from error
+                _backward(value, block.name)
                 optimizer.step()
                 fall.step()
                 tick(n + 1)
-        after = self._error(block, ours, targets)
+        after = self._error(block, lesson.ours, lesson.targets)
         if not after <= before:  # never worse than where it started
             block.module.load_state_dict(state)
             after = before
         return before, after
+
+    def _groups(self, what: Learned) -> list[dict[str, Any]]:
+        """What is learned, by the rate at which it is."""
+        rate = self.o.lr if self.o.rounding == "straight" else 1e-2
+        groups = [
+            {"params": what.weights, "lr": rate},
+            {"params": what.biases, "lr": self.o.lr},
+            {"params": what.steps, "lr": self.o.lr_scale},
+            {"params": what.affines, "lr": self.o.lr_affine},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def _loss(self, lesson: Lesson, what: Learned, random: torch.Generator, done: float) -> Tensor:
+        """L_i on a batch of images drawn at random, with so much of the iterations done."""
+        rows = torch.randperm(len(lesson.ours), generator=random, device="cpu")[: self.o.batch]
+        x, y = lesson.ours[rows], lesson.targets[rows]
+        if self.o.drop:
+            keep = (
+                (torch.rand(v.shape, generator=random, device="cpu") < self.o.drop).to(v.device)
+                for v in x
+            )
+            x = tuple(torch.where(*one) for one in zip(keep, lesson.theirs[rows], x, strict=True))
+        what.place()
+        given = lesson.block(*x)
+        value = self._off(lesson.block, given, y) + what.penalty(done)
+        return value + lesson.share * self._rest(lesson.rest, given, y) if lesson.share else value
 
     def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
         """How far what a block made is off: the mean over all of it."""
@@ -179,7 +192,7 @@ class Run:
             off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off])
         )
 
-    def _rest(self, rest: list[Segment], given: Values, y: Values) -> Tensor:
+    def _rest(self, rest: Sequence[Segment], given: Values, y: Values) -> Tensor:
         terms = []
         for following in rest:
             given = following(*given)
@@ -194,33 +207,21 @@ class Run:
         """
         before = [s.module for s in self.net[:index]]
         tensors = (id(t) for m in before for t in (*m.parameters(), *m.buffers()))
-        return frozenset(
-            (*tensors, *(id(q) for m in before for q in m.modules() if isinstance(q, FakeQuant)))
-        )
+        return frozenset((*tensors, *(id(q) for m in before for q in quantizers_of(m).values())))
 
     def _set_steps(self, block: Segment, inputs: Rows, known: frozenset[int]) -> None:
         """Sets the steps of activations from what the quantized net before gives, the block itself
         in float.
         """
-        quants: list[Any] = [m for m in block.modules(FakeQuant).values() if id(m) not in known]
+        quants = [m for m in quantizers_of(block.module).values() if id(m) not in known]
+        weights = [m for m in quants if m.of_weight]
         acts = [m for m in quants if not m.of_weight]
-        on = [(m, m.calibrated) for m in quants if m.of_weight]
-        try:
-            for m in acts:
-                m.observer = Observer(m.grid)
-            for m, _ in on:
-                m.calibrated = False
-            with torch.no_grad():
-                for x in inputs.batches(self.o.batch):
-                    block(*x)
-            scales = [m.observer.scale(self.o.loss) for m in acts]
-        finally:
-            for m in acts:
-                m.observer = None
-            for m, was in on:
-                m.calibrated = was
-        for m, scale in zip(acts, scales, strict=True):
-            m.set_scale(scale.to(m.scale))
+        with torch.no_grad(), in_float(weights), observing(acts) as seen:
+            for x in inputs.batches(self.o.batch):
+                block(*x)
+            scales = {quant: looks.scale(self.o.loss) for quant, looks in seen.items()}
+        for quant, scale in scales.items():
+            quant.set_scale(scale.to(quant.scale))
 
     @torch.no_grad()
     def _error(self, block: Segment, inputs: Rows, targets: Rows) -> float:
@@ -232,43 +233,20 @@ class Run:
     def _save(self, done: list[Block]) -> None:
         if self.path is not None:
             rows = [[b.name, b.stage, b.before, b.after] for b in done]
-            flags = {
-                n: m.calibrated for n, m in self.model.named_modules() if isinstance(m, FakeQuant)
-            }
-            content = {
-                "run": self.same,
-                "done": rows,
-                "model": dict(self.model.state_dict()),
-                "flags": flags,
-            }
-            write_whole(
-                self.path,
-                lambda part: torch.save({"format": "repfx.reconstruct 1", **content}, part),
-            )
+            checkpoint.write(self.path, KIND, self.model, {"run": self.same, "done": rows})
 
-    def _restore(self, done: list[Block]) -> int:
-        """Takes over what a checkpoint has; the number of blocks it did."""
+    def _restore(self) -> list[Block]:
+        """Takes over what a checkpoint has; the blocks that it did."""
         if self.path is None or not self.path.exists():
-            return 0
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
-            same, rows, state, flags = found["run"], found["done"], found["model"], found["flags"]
-        except Exception as error:  # what the unpickler raises on strange bytes has no common class
+            return []
+        found = checkpoint.read(self.path, KIND, ("run", "done"))
+        if found["run"] != self.same:
             raise InputError(
-                f"{self.path} is not a checkpoint of repfx.reconstruct, or it is damaged"
-            ) from error
-        if same != self.same:
-            raise InputError(
-                f"{self.path} is a checkpoint of another run: give the pictures and options "
-                "that it was made with, and the "
-                "model as it was before that run; or another path"
+                f"{self.path} is a checkpoint of another run: give the images and options that it "
+                "was made with, and the model as it was before that run; or another path"
             )
-        self.model.load_state_dict(state)
-        for name, m in self.model.named_modules():
-            if isinstance(m, FakeQuant):
-                m.calibrated = flags[name]
-        done += [Block(*row) for row in rows]
-        return len(done)
+        checkpoint.load_model(self.path, self.model, found)
+        return [Block(*row) for row in found["done"]]
 
     def _same(self, inputs: Rows, ends: list[int]) -> list[Any]:
         """What tells this run from others: its options, blocks and stages, and a digest of the
@@ -280,13 +258,24 @@ class Run:
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(_bytes(value))
-        for name, m in self.model.named_modules():
-            if isinstance(m, FakeQuant):
-                digest.update(f"{name} {m.grid} {m.calibrated}".encode())
+        for name, quant in quantizers_of(self.model).items():
+            digest.update(f"{name} {quant.grid} {quant.calibrated}".encode())
         for values in inputs.batches(self.o.batch):
             for value in values:
                 digest.update(_bytes(value))
         return [repr(self.o), [s.name for s in self.net], ends, digest.hexdigest()]
+
+
+def _backward(value: Tensor, name: str) -> None:
+    """Raises InputError where the block changes a value that its gradient needs."""
+    try:
+        value.backward()
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise InputError(
+            f"block {name} changes a value in place that its gradient needs"
+        ) from error
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor, fx, nn
 
-from repfx.calibration.biases import PICTURES, check_correctable, correct_biases, first_of
-from repfx.capture.running import quiet
+from repfx.calibration.biases import IMAGES, correct_biases, input_of
+from repfx.calibration.feed import feed
+from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import is_foreign
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.quant import METHODS, FakeQuant, Observer
+from repfx.quant import (
+    METHODS,
+    FakeQuant,
+    Observer,
+    in_eval,
+    in_float,
+    observing,
+    quantizers_of,
+)
 
 
 def calibrate(
@@ -28,66 +38,76 @@ def calibrate(
 ) -> nn.Module:
     """Sets the scales of the model's activation quantizers in place and returns the model.
 
-    `batches` yields inputs: a tensor (N, ...), a tuple or list whose first entry is one, as a
-    DataLoader of (image, label) gives, or a dict of keyword arguments. Values are seen as the
-    unquantized model computes them, in eval mode; activations run in place where nothing else reads
-    what they are given. Memory does not grow with the number of batches. `method`: max, percentile,
-    mse, mae or entropy. `bias`: whether biases then take off what rounding adds on average
-    (`correct_biases`), on the first 128 inputs.
+    `batches`: any iterable of tensors (N, ...), of tuples or lists that begin with one, as a
+    DataLoader of (image, label) gives, or of dicts of keyword arguments (`repfx.data.Batches` has
+    the table). Values are seen as the unquantized model computes them, in eval mode; activations
+    run in place where nothing else reads what they are given. Memory does not grow with the number
+    of batches. `method`: max, percentile, mse, mae or entropy. `bias`: whether biases then take off
+    what rounding adds on average (`correct_biases`), on the first 128 images.
 
-    Raises InputError for an unknown method, no batch, a batch the model does not take or that gives
-    NaN, a model without quantizers, and, with `bias`, one that was not traced whole. Whatever
-    happens, no quantizer is left half set."""
+    Raises InputError for an unknown method, for no image, for a batch that the model does not take
+    or that gives NaN, for a model without quantizers, and, with `bias`, for one that was not traced
+    whole. Whatever happens, no quantizer is left half set."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    kept: list[Batch] = []
+    shown: Iterable[Batch] = track(Batches(batches), "calibrating", disable=not progress)
     if bias:
-        check_correctable(model)
-    if not isinstance(batches, Iterable):
-        raise InputError(f"batches is an iterable of inputs, not {batches!r}")
-    quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
-    acts = {name: m for name, m in quants.items() if not m.of_weight}
+        shown = _keeping(shown, input_of(model), kept)
+    acts = quantizers_of(model, of_weight=False)
     if not acts:
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    kept = [(m, m.training) for m in model.modules()]
-    weights_on = [(m, m.calibrated) for m in quants.values() if m.of_weight]
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    seen, first = 0, list[Any]()
-    views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
-    positive, in_place = (
-        _of_non_negative(views),
-        _activations(views[0]) if isinstance(model, fx.GraphModule) else [],
-    )
-    try:
-        model.eval()
-        for activation in in_place:
-            activation.inplace = True
-        for quant in acts.values():
-            quant.observer = Observer(quant.grid, method != "max", non_negative=quant in positive)
-        for quant, _ in weights_on:
-            quant.calibrated = False
-        with torch.no_grad():
-            for batch in track(batches, "calibrating", disable=not progress):
-                feed(model, batch, device)
-                seen += 1
-                if bias:
-                    first += first_of([batch], PICTURES - sum(len(b) for b in first))
-        if not seen:
-            raise InputError("the calibration set is empty: give at least one batch")
-        scales = {name: m.observer.scale(method) for name, m in acts.items() if m.observer.seen}
-    finally:
-        for quant in acts.values():
-            quant.observer = None
-        for quant, on in weights_on:
-            quant.calibrated = on
-        for activation in in_place:
-            activation.inplace = False
-        for m, training in kept:
-            m.training = training
-    for name, scale in scales.items():
-        acts[name].set_scale(scale.to(acts[name].scale))
+    for quant, scale in _scales(model, acts.values(), shown, method).items():
+        quant.set_scale(scale.to(quant.scale))
     if bias:
-        correct_biases(model, first)
+        correct_biases(model, kept)
     return model
+
+
+def _scales(
+    model: nn.Module, quants: Iterable[FakeQuant], batches: Iterable[Batch], method: str
+) -> dict[FakeQuant, Tensor]:
+    """The scale of each quantizer that sees a value while the model runs in float."""
+    views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
+    positive = _of_non_negative(views)
+    in_place = _activations(views[0]) if isinstance(model, fx.GraphModule) else []
+
+    def observer(quant: FakeQuant) -> Observer:
+        return Observer(quant.grid, method != "max", non_negative=quant in positive)
+
+    weights = quantizers_of(model, of_weight=True).values()
+    with (
+        torch.no_grad(),
+        in_eval(model),
+        _writing_in_place(in_place),
+        in_float(weights),
+        observing(quants, observer) as seen,
+    ):
+        for batch in batches:
+            feed(model, batch)
+        return {quant: looks.scale(method) for quant, looks in seen.items() if looks.seen}
+
+
+def _keeping(batches: Iterable[Batch], name: str, kept: list[Batch]) -> Iterator[Batch]:
+    """The batches; copies of the first images for biases go into `kept`."""
+    left = IMAGES
+    for batch in batches:
+        if left > 0:
+            (x,) = batch.of_inputs([name])
+            kept.append(Batch(x[:left].clone()))
+            left -= len(x)
+        yield batch
+
+
+@contextmanager
+def _writing_in_place(activations: Iterable[Any]) -> Iterator[None]:
+    try:
+        for activation in activations:
+            activation.inplace = True
+        yield
+    finally:
+        for activation in activations:
+            activation.inplace = False
 
 
 def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
@@ -138,31 +158,3 @@ def _is_hooked(module: nn.Module) -> bool:
         every._global_forward_pre_hooks,
     )
     return any(hooks)
-
-
-def feed(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """What the model gives of a batch as `calibrate` takes them, run on a copy: some models
-    overwrite their input.
-
-    Raises InputError for one it does not take.
-    """
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    try:
-        if isinstance(batch, Mapping):
-            with quiet():
-                return model(
-                    **{
-                        k: v.to(device, copy=True) if isinstance(v, Tensor) else v
-                        for k, v in batch.items()
-                    }
-                )
-        elif isinstance(batch, Tensor):
-            if batch.shape[:1] == (0,):
-                raise InputError("a calibration batch is empty")
-            with quiet():
-                return model(batch.to(device, copy=True))
-        raise InputError(f"a calibration batch is a tensor, a tuple or a dict, not a {type(batch)}")
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
-        raise InputError(f"the model does not take a calibration batch{shape}: {error}") from error

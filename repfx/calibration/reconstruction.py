@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from repfx.calibration.activations import Rows
 from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run
+from repfx.calibration.feed import device_of
 from repfx.calibration.segments import inputs_of, segments
+from repfx.data.batches import Batches
 from repfx.errors import InputError, unknown
-from repfx.quant import Affine, FakeQuant
+from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
 
 
 def reconstruct(
@@ -54,8 +56,8 @@ def reconstruct(
     """Learns the quantized model to give what it gives in float, in place, and returns it.
 
     `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`, calibrated or not: the
-    steps of activations are set here, before their block, by `loss`. `batches`: tensors (n, ...),
-    tuples that begin with one, or dicts of them by the names of the model's inputs; all are used.
+    steps of activations are set here, before their block, by `loss`. `batches`: as `calibrate`
+    takes them; a dict names the model's inputs; all images are used.
     `loss`: mae or mse. `stage`: lambda, 0 leaves the stage out. `reading`: "last" compares the
     stage's output, "all" the mean over every block that follows in it. `rounding`: straight or
     adaround, whose steps of weights stay. `drop`: share of activations left in float at random
@@ -70,34 +72,23 @@ def reconstruct(
     block; a run goes on from it to the result of a run that was never stopped.
     `model.meta["reconstruct"]` lists what each block gained.
 
-    Raises InputError for no picture, one with NaN, one that the model does not take, for names that
+    Raises InputError for no image, one with NaN, one that the model does not take, for names that
     are not there and numbers out of range, and for a checkpoint of another run."""
     options = Options(
         loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed
     )
     _check(options)
     _check_paths(cache, checkpoint)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise InputError("batches is an iterable of batches: give [x] for one tensor (n, ...)")
+    given = Batches(batches, finite=True)
     inputs = [str(n.target) for n in inputs_of(model)]
-    if not any(isinstance(m, FakeQuant) for m in model.modules()):
+    if not quantizers_of(model):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    training = [(m, m.training) for m in model.modules()]
-    with torch.inference_mode(False), torch.enable_grad():
-        rows = Rows(cache, next(iter([*model.parameters(), *model.buffers()])).device).fill(
-            _checked(batches, inputs)
-        )
-        if not len(rows):
-            raise InputError("the calibration set is empty: give at least one batch")
-        model.eval()
-        try:
-            one = next(rows.batches(1))
-            net = segments(model, one, blocks)
-            plain = segments(_in_float(model), one, blocks)
-            done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
-        finally:
-            for m, mode in training:
-                m.training = mode
+    with torch.inference_mode(False), torch.enable_grad(), in_eval(model):
+        rows = Rows(cache, device_of(model)).fill(_of_one_size(given, inputs))
+        one = next(rows.batches(1))
+        net = segments(model, one, blocks)
+        plain = segments(_in_float(model), one, blocks)
+        done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
     model.meta = {**getattr(model, "meta", {}), "reconstruct": tuple(done)}  # type: ignore[assignment]
     return model
 
@@ -141,51 +132,18 @@ def _check_paths(cache: Any, checkpoint: Any) -> None:
         raise InputError(f"there is no folder {Path(checkpoint).parent} for the checkpoint")
 
 
-def _checked(batches: Iterable[Any], inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
-    """The pictures of each batch, a tensor for each input of the model."""
-    shape, count = None, 0
-    for given in batches:
-        values = _values(given, inputs)
-        rows = len(values[0])
-        for x in values:
-            bad = [i for i, row in enumerate(x) if not bool(torch.isfinite(row).all())]
-            if bad:
-                raise InputError(
-                    f"picture {count + bad[0]} of the calibration set holds NaN or infinity"
-                )
+def _of_one_size(batches: Batches, inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
+    """The images of each batch, a tensor for each input of the model."""
+    shape = None
+    for batch in batches:
+        values = batch.of_inputs(inputs)
         found = [tuple(x.shape[1:]) for x in values]
-        if shape not in (None, found) or any(len(x) != rows for x in values):
+        if shape not in (None, found) or any(len(x) != len(batch) for x in values):
             raise InputError(
-                f"pictures of {_listed(shape or [])} and {_listed(found)}: all must have one size"
+                f"images of {_listed(shape or [])} and {_listed(found)}: all must have one size"
             )
-        shape, count = found, count + rows
-        if rows:
-            yield values
-
-
-def _values(given: Any, inputs: list[str]) -> tuple[Tensor, ...]:
-    if isinstance(given, Mapping):
-        missing = [name for name in inputs if name not in given]
-        if missing:
-            raise InputError(
-                f"a batch has {', '.join(map(str, given))}, but no {missing[0]}, which the "
-                "model reads"
-            )
-        values = tuple(given[name] for name in inputs)
-    elif len(inputs) > 1:
-        raise InputError(
-            f"the model has several inputs: a batch is a dict of {', '.join(inputs)}, not "
-            f"{type(given)}"
-        )
-    else:
-        values = (given[0] if isinstance(given, (tuple, list)) and given else given,)
-    for x in values:
-        if not isinstance(x, Tensor) or x.dim() < 1:
-            raise InputError(
-                "a calibration batch is a tensor (n, ...) or a tuple that begins with one, "
-                f"not {type(x)}"
-            )
-    return values
+        shape = found
+        yield values
 
 
 def _listed(shapes: list[tuple[int, ...]]) -> str:
@@ -197,7 +155,7 @@ def _in_float(model: nn.Module) -> nn.Module:
     found = copy.deepcopy(model).eval().requires_grad_(False)
     for m in found.modules():
         if isinstance(m, FakeQuant):
-            m.calibrated = False
+            m.on = False
         if isinstance(m, Affine):
             nn.init.ones_(m.eta), nn.init.zeros_(m.eps)
     return found

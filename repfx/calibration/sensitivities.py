@@ -8,7 +8,7 @@ SQNR = 10 log10( sum y^2 / sum (y^ - y)^2 )  in dB: lower is worse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from repfx.calibration.ranges import feed
+from repfx.calibration.feed import feed
+from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError
-from repfx.quant import FakeQuant
+from repfx.quant import FakeQuant, in_eval, in_float, quantizers_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
     stays as it is.
 
     `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a
-    model without quantizers or with some that are not calibrated, where there is no batch, and for
-    one that the model does not take or that gives NaN."""
-    quants = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuant)}
+    model without quantizers or with some that are not calibrated, where there is no image, and for
+    a batch that the model does not take or that gives NaN."""
+    quants = quantizers_of(model)
     raw = [name for name, m in quants.items() if not m.calibrated]
     if not quants or raw:
         raise InputError(
@@ -74,25 +75,11 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
             if raw
             else "the model has no quantizers: run the pass ptq first"
         )
-    if not isinstance(batches, Iterable):
-        raise InputError(f"batches is an iterable of inputs, not {batches!r}")
-    inputs = list(batches)
-    if not inputs:
-        raise InputError("there is nothing to measure on: give at least one batch")
-    training = [(m, m.training) for m in model.modules()]
-    rows = []
-    try:
-        model.eval()
-        groups: dict[str, list[FakeQuant]] = {}
-        layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
-        for name in _in_order(model, list(quants), inputs[0]):
-            layer = name.rpartition(".")[0]
-            last = next(
-                reversed(groups), layer
-            )  # what is quantized between layers goes with the one before
-            groups.setdefault(layer if layer in layers else last, []).append(quants[name])
-        _switch(quants.values(), False)
-        truth = [_output(model, x) for x in inputs]
+    inputs = list(Batches(batches))
+    rows: list[LayerError] = []
+    with in_eval(model):
+        groups = _groups(model, quants, inputs[0])
+        truth = _outputs(model, inputs, on=())
         if not all(bool(torch.isfinite(t).all()) for t in truth):
             raise InputError(
                 "the model gives NaN or infinity on a batch: check the batches and the model"
@@ -100,46 +87,48 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
         before: list[FakeQuant] = []
         for layer, own in track(groups.items(), "measuring", disable=not progress):
             before += own
-            errors = []
-            for on in (own, before):
-                _switch(quants.values(), False)
-                _switch(on, True)
-                errors.append(_sqnr(truth, [_output(model, x) for x in inputs]))
+            errors = (_sqnr(truth, _outputs(model, inputs, on)) for on in (own, before))
             rows.append(LayerError(layer, *errors))
-    finally:
-        _switch(quants.values(), True)
-        for m, mode in training:
-            m.training = mode
     return Sensitivity(tuple(rows))
 
 
-def _switch(quants: Iterable[FakeQuant], on: bool) -> None:
-    for quant in quants:
-        quant.calibrated = on
+def _groups(
+    model: nn.Module, quants: dict[str, FakeQuant], batch: Batch
+) -> dict[str, list[FakeQuant]]:
+    """The quantizers of each layer, in the order in which they run; one between layers goes with
+    the layer before it.
+    """
+    groups: dict[str, list[FakeQuant]] = {}
+    layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
+    for name in _in_order(model, list(quants), batch):
+        layer = name.rpartition(".")[0]
+        last = next(reversed(groups), layer)
+        groups.setdefault(layer if layer in layers else last, []).append(quants[name])
+    return groups
 
 
-def _in_order(model: nn.Module, names: list[str], batch: Any) -> list[str]:
+def _in_order(model: nn.Module, names: list[str], batch: Batch) -> list[str]:
     """The quantizers in the order in which they run."""
     seen: dict[str, None] = {}
     modules = dict(model.named_modules())
     hooks = [modules[n].register_forward_hook(lambda *_, n=n: seen.setdefault(n)) for n in names]
     try:
-        _output(model, batch)
+        feed(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return list(seen)
 
 
-def _output(model: nn.Module, batch: Any) -> Tensor:
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    return torch.cat(
-        [
-            t.flatten().double()
-            for t in tree_leaves(feed(model, batch, device))
-            if isinstance(t, Tensor)
-        ]
-    )
+def _outputs(model: nn.Module, batches: Iterable[Batch], on: Collection[FakeQuant]) -> list[Tensor]:
+    """What the model gives for each batch with these quantizers on and all others off, flat."""
+    others = [quant for quant in quantizers_of(model).values() if quant not in on]
+    with in_float(others):
+        found = [tree_leaves(feed(model, batch)) for batch in batches]
+    return [
+        torch.cat([t.flatten().double() for t in leaves if isinstance(t, Tensor)])
+        for leaves in found
+    ]
 
 
 def _sqnr(truth: list[Tensor], found: list[Tensor]) -> float:

@@ -17,8 +17,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from repfx.algebra import KernelNorm, Moments
-from repfx.calibration.ranges import feed
+from repfx.calibration.feed import feed
+from repfx.data.batches import Batches
 from repfx.errors import InputError
+from repfx.quant import in_eval
 
 
 @torch.no_grad()
@@ -30,7 +32,39 @@ def match_statistics(
     `calibrate`.
 
     Raises InputError for a model that `repq` has not rewritten, a norm without gamma and beta, and
-    where there is no batch."""
+    where there is no image."""
+    norms = _seen_by_repq(model)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, norm: KernelNorm, args: Any) -> None:
+        mean, _, var = norm.measure(*args)
+        before = sums.get(name, (0, 0))
+        sums[name] = before[0] + mean.double(), before[1] + var.double()
+
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args, name=name: note(name, m, args))
+        for name, m in norms.items()
+    ]
+    count = 0
+    try:
+        with in_eval(model):
+            for m in model.modules():
+                m.training = isinstance(m, Moments)
+            for batch in track(Batches(batches), "measuring", disable=not progress):
+                feed(model, batch)
+                count += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, (total, spread) in sums.items():
+        _take_over(norms[name], total / count, spread / count)
+    return model
+
+
+def _seen_by_repq(model: nn.Module) -> dict[str, KernelNorm]:
+    """The batch norms whose statistics `repq` computes, by path. Raises InputError where there are
+    none, and for one without gamma and beta.
+    """
     norms = {
         n: m for n, m in model.named_modules() if isinstance(m, KernelNorm) and m.mode != "frozen"
     }
@@ -44,35 +78,7 @@ def match_statistics(
         raise InputError(
             f"{fixed[0]} has no gamma and beta (affine=False), so its output would change"
         )
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    kept = [(m, m.training) for m in model.modules()]
-    hooks = []
-    count = 0
-    try:
-        for m in model.eval().modules():
-            m.training = isinstance(m, Moments)
-        for name, m in norms.items():
-
-            def note(norm: Any, args: Any, name: str = name) -> None:
-                mean, _, var = norm.measure(*args)
-                before = sums.get(name, (0, 0))
-                sums[name] = before[0] + mean.double(), before[1] + var.double()
-
-            hooks.append(m.register_forward_pre_hook(note))
-        device = next(model.parameters()).device
-        for batch in track(batches, "measuring", disable=not progress):
-            feed(model, batch, device)
-            count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, training in kept:
-            m.training = training
-    if not count:
-        raise InputError("there is nothing to measure: give at least one batch")
-    for name, (total, spread) in sums.items():
-        _take_over(norms[name], total / count, spread / count)
-    return model
+    return norms
 
 
 def _take_over(m: KernelNorm, mean: Tensor, var: Tensor) -> None:

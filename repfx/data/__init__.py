@@ -1,7 +1,8 @@
 """Data: batches and data sets made of what people have, folders, zips and array files of images."""
 
+from repfx.data.batches import Batch, Batches
 from repfx.data.folders import Images
 from repfx.data.images import Pictures
 from repfx.data.super_resolution import Pairs
 
-__all__ = ["Images", "Pairs", "Pictures"]
+__all__ = ["Batch", "Batches", "Images", "Pairs", "Pictures"]

@@ -33,12 +33,12 @@ from repfx.files.allowed import (
     methods,
 )
 from repfx.graph.modes import TrainOnly
-from repfx.quant import FakeQuant, Grid
+from repfx.quant import Grid
 
 _VALUES: dict[str, Any] = {"grid": Grid, "geometry": Geometry, "axis": Axis, "links": Links}
 
 FORMAT = "1"
-_INTERNAL = set(nn.Module().__dict__) | {"observer"}
+_INTERNAL = set(nn.Module().__dict__) | {"on", "observer"}
 _PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
 
 
@@ -194,8 +194,6 @@ def _decode_module(
     module._non_persistent_buffers_set = set(data.get("transient", []))
     for name, child in data.get("children", {}).items():
         module._modules[name] = None if child is None else _decode_module(child, tensors, seen)
-    if isinstance(module, FakeQuant):
-        module.observer = None
     if isinstance(module, fx.GraphModule):
         module.graph = _decode_graph(data["graph"])
         module.graph.lint()

@@ -6,6 +6,7 @@ from repfx.quant.affine import Affine
 from repfx.quant.fake_quant import FakeQuant
 from repfx.quant.grid import Grid
 from repfx.quant.observers import METHODS, Observer, search_scale
+from repfx.quant.switches import in_eval, in_float, observing, quantizers_of, same_modes
 from repfx.quant.targets import TARGETS, Target, target_named
 
 __all__ = [
@@ -16,6 +17,11 @@ __all__ = [
     "Grid",
     "Observer",
     "Target",
+    "in_eval",
+    "in_float",
+    "observing",
+    "quantizers_of",
+    "same_modes",
     "search_scale",
     "target_named",
 ]

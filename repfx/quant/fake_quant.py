@@ -1,5 +1,5 @@
-"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet it passes
-values through.
+"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet, or while
+it is off, it passes values through.
 
 With `learned` its scale is a parameter with the gradient of LSQ (Esser et al., 2020), scaled by 1 /
 sqrt(N high):
@@ -21,8 +21,8 @@ SMALLEST = torch.finfo(torch.float32).eps  # of a learned scale, as of PyTorch's
 
 
 class FakeQuant(nn.Module):
-    """y = Q(x) on `grid`, with buffer `scale` () or (channels,). `scale` 0 means not calibrated: y
-    = x.
+    """y = Q(x) on `grid`, with buffer `scale` () or (channels,); y = x while it is not `calibrated`
+    (has no scale yet, which is 0 then), is not `on`, or has an `observer`, which sees x.
 
     `of_weight` tells a quantizer of constants, whose scale follows from them, from one whose scale
     comes from data. A `learned` scale that is not set yet is set by the first value seen in
@@ -30,6 +30,9 @@ class FakeQuant(nn.Module):
 
     is_graph_leaf = True
     scale: Tensor
+    # Of the moment, not of the model: `repfx.quant.switches` sets them for a while.
+    on: bool = True
+    observer: Any = None
 
     def __init__(
         self,
@@ -49,7 +52,6 @@ class FakeQuant(nn.Module):
         self.calibrated = False
         if scale is not None:
             self.set_scale(scale)
-        self.observer: Any = None
 
     def set_scale(self, scale: Tensor) -> None:
         """Sets the scale in place. A scale of 0, as all-zero values give, becomes 1: every scale
@@ -62,6 +64,8 @@ class FakeQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.see(x)
+            return x
+        if not self.on:
             return x
         if self.learned and self.training and not self.calibrated:
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
@@ -92,7 +96,7 @@ class FakeQuant(nn.Module):
         kind = f"{'int' if g.signed else 'uint'}{g.bits}" + (
             "" if g.axis is None else f" per axis {g.axis}"
         )
-        return kind + ("" if self.calibrated else ", not calibrated")
+        return kind + ("" if self.calibrated else ", not calibrated") + ("" if self.on else ", off")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

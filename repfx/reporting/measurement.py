@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from repfx.calibration import calibrate
-from repfx.calibration.biases import tensors_of
 from repfx.capture.model import graphs
 from repfx.capture.running import guess_example, run_eval
+from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError
 from repfx.graph.moves import passes_codes
 from repfx.graph.naming import short
@@ -58,7 +58,7 @@ def measure(
     ):
         model = copy.deepcopy(model).cpu()
     batches = None if data is None else _checked(data)
-    x = next(tensors_of(batches))[:2] if batches else _on_cpu(example)
+    x = batches[0].tensor[:2] if batches else _on_cpu(example)
     ordered = resolve(passes)
     kinds = {p.stage for p in ordered}
     if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
@@ -126,22 +126,17 @@ def _on_cpu(values: Any) -> Any:
     return tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, values)
 
 
-def _checked(data: Iterable[Any]) -> list[Any]:
-    try:
-        batches = [_on_cpu(batch) for batch in data]
-    except TypeError:
-        raise InputError(f"the data is an iterable of batches, not {data!r}") from None
-    for x, batch in zip(tensors_of(batches), batches, strict=True):
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+def _checked(data: Iterable[Any]) -> list[Batch]:
+    batches = [batch.to(torch.device("cpu")) for batch in Batches(data, "data")]
+    for batch in batches:
+        x, labels = batch.tensor, batch.labels
         if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != len(x):
             raise InputError(f"a batch of {len(x)} inputs comes with {len(labels)} labels")
-    if not batches:
-        raise InputError("the data is empty: give at least one batch, or none at all")
     return batches
 
 
 def _forms(
-    parts: dict[str, nn.Module], batches: list[Any] | None, args: tuple[Any, ...] | None
+    parts: dict[str, nn.Module], batches: list[Batch] | None, args: tuple[Any, ...] | None
 ) -> tuple[Form, ...]:
     found = []
     truth: list[Tensor] = []
@@ -151,7 +146,7 @@ def _forms(
         size = sum(p.numel() * coded.get(id(p), 32) // 8 for p in params)
         sqnr = top1 = None
         if batches:
-            outputs = [run_eval(model, (x,)) for x in tensors_of(batches)]
+            outputs = [run_eval(model, (batch.tensor,)) for batch in batches]
             leaves = [
                 [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()]
                 for o in outputs
@@ -188,12 +183,8 @@ def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:
     return found
 
 
-def _top1(outputs: list[Any], batches: list[Any]) -> float | None:
-    labels = [
-        b[1]
-        for b in batches
-        if isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor)
-    ]
+def _top1(outputs: list[Any], batches: list[Batch]) -> float | None:
+    labels = [b.labels for b in batches if isinstance(b.labels, Tensor)]
     logits = all(isinstance(o, Tensor) and o.dim() == 2 for o in outputs)
     if (
         len(labels) != len(outputs)
@@ -264,7 +255,7 @@ def _weight_of(view: GraphView, node: fx.Node) -> Any:
 
 
 def _errors(
-    deployed: fx.GraphModule, layers: list[Layer], batches: list[Any], progress: bool
+    deployed: fx.GraphModule, layers: list[Layer], batches: list[Batch], progress: bool
 ) -> list[Layer]:
     calls: dict[fx.Node, str] = {}
     inputs: dict[str, str] = {}
@@ -282,8 +273,8 @@ def _errors(
             if _quantizer(deployed, source):
                 inputs[name] = str(source.target)
     pairs = Pairs(deployed, calls)
-    for x in track(list(tensors_of(batches)), "measuring", disable=not progress):
-        pairs.add((x,))
+    for batch in track(batches, "measuring", disable=not progress):
+        pairs.add((batch.tensor,))
     found = []
     for layer in layers:
         if layer.name not in calls.values():

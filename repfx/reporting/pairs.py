@@ -12,12 +12,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from repfx.capture.running import quiet
+from repfx.calibration.streams import TwoStreams
 from repfx.graph.moves import passes_codes
-from repfx.graph.run_node import last_readers, step
+from repfx.graph.run_node import step
+from repfx.graph.vocabulary import kind_of
 from repfx.quant import FakeQuant
 from repfx.reporting.numbers import Activation, Spread
 
@@ -29,59 +29,43 @@ class Pairs:
 
     def __init__(self, module: fx.GraphModule, layers: dict[fx.Node, str]) -> None:
         self.module, self.layers = module, layers
-        self.ends = last_readers(module.graph)
         self.signal: dict[str, float] = defaultdict(float)
         self.noise: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.seen: dict[str, Seen] = {}
         self.positions: dict[str, int] = {}
 
-    @torch.no_grad()
-    def add(self, args: tuple[Any, ...]) -> Any:
-        """Runs one batch; the float output."""
-        rounded, exact, given = {}, {}, iter(args)
-        alone: dict[fx.Node, Any] = {}
-        with quiet():
-            for node in self.module.graph.nodes:
-                if node.op == "placeholder":
-                    x: Any = next(given, node.args[0] if node.args else None)
-                    exact[node], rounded[node] = x, x.clone() if isinstance(x, Tensor) else x
-                elif node.op == "output":
-                    return fx.node.map_arg(node.args[0], exact.__getitem__)
-                else:
-                    self._step(node, exact, rounded, alone)
-                for done in self.ends[node]:
-                    for values in (exact, rounded, alone):
-                        values.pop(done, None)
-        return None
+    def add(self, args: tuple[Any, ...]) -> None:
+        """Runs one batch."""
+        streams = TwoStreams(self.module, [args])
+        exact, rounded = streams.exact[0], streams.rounded[0]
+        alone: dict[fx.Node, Any] = {}  # what is rounded, or moves what is, on float inputs
 
-    def _step(self, node: fx.Node, exact: Any, rounded: Any, alone: Any) -> None:
-        called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(called, FakeQuant):
-            source = node.all_input_nodes[0]
-            exact[node] = exact[source]
-            rounded[node] = called(rounded[source])
-            alone[node] = rounded[node] if called.of_weight else called(exact[source])
-            if not called.of_weight:
-                axis = -1 if any(n.target is F.linear for n in node.users) else 1
-                self.seen.setdefault(str(node.target), Seen(called, axis)).add(exact[source])
-            return
-        exact[node] = step(self.module, node, exact.__getitem__)
-        rounded[node] = (
-            exact[node] if node.op == "get_attr" else step(self.module, node, rounded.__getitem__)
-        )
-        mixed = {
-            **{n: exact[n] for n in node.all_input_nodes},
-            **{n: alone[n] for n in node.all_input_nodes if n in alone},
-        }
-        if node in self.layers:
-            name, y = self.layers[node], exact[node].double()
-            outputs = len(exact[node.args[1]])
-            self.positions.setdefault(name, y.numel() // max(1, len(y) * outputs))
-            self.signal[name] += float(y.square().sum())
-            for i, other in enumerate((step(self.module, node, mixed.__getitem__), rounded[node])):
-                self.noise[name][i] += float((y - other.double()).square().sum())
-        elif passes_codes(self.module, node) and node.all_input_nodes[0] in alone:
-            alone[node] = step(self.module, node, mixed.__getitem__)
+        def visit(node: fx.Node) -> None:
+            called = streams.called(node)
+            if isinstance(called, FakeQuant):
+                alone[node] = rounded[node] if called.of_weight else called(exact[node])
+                if not called.of_weight:
+                    linear = any(kind_of(n).name == "linear" for n in node.users)
+                    axis = -1 if linear else 1
+                    self.seen.setdefault(str(node.target), Seen(called, axis)).add(exact[node])
+            elif node in self.layers:
+                y = step(self.module, node, lambda n: alone.get(n, exact[n]))
+                self._count(node, exact, (y, rounded[node]))
+            elif passes_codes(self.module, node) and node.all_input_nodes[0] in alone:
+                alone[node] = step(self.module, node, lambda n: alone.get(n, exact[n]))
+            for done in streams.ends[node]:
+                alone.pop(done, None)
+
+        streams.walk(visit)
+
+    def _count(self, node: fx.Node, exact: Any, others: tuple[Tensor, Tensor]) -> None:
+        """Adds what a layer gives in float, and how far off it is alone and together."""
+        name, y = self.layers[node], exact[node].double()
+        outputs = len(exact[node.args[1]])
+        self.positions.setdefault(name, y.numel() // max(1, len(y) * outputs))
+        self.signal[name] += float(y.square().sum())
+        for i, other in enumerate(others):
+            self.noise[name][i] += float((y - other.double()).square().sum())
 
     def sqnr(self, name: str) -> tuple[float, float]:
         """Alone and together, in dB."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.api import verify
+from repfx.quant import same_modes
 from repfx.rewrite.difference import difference
 from repfx.rewrite.prove import TOLERANCE
 
@@ -57,17 +58,13 @@ def assert_same_elsewhere(
     mode, on x."""
     limit = TOLERANCE[x.dtype] if tolerance is None else tolerance
     generator = torch.Generator().manual_seed(1)
-    kept = [(m, m.training) for model in (before, after) for m in model.modules()]
-    try:
+    with same_modes(before, after):
         for shape in _other_shapes(x.shape):
             _assert_same_in(
                 False, before, after, torch.randn(shape, generator=generator, dtype=x.dtype), limit
             )
         if not any(isinstance(m, _STATEFUL) for m in before.modules()):
             _assert_same_in(True, before, after, x, limit)
-    finally:
-        for m, training in kept:
-            m.training = training
 
 
 def _other_shapes(shape: torch.Size) -> list[tuple[int, ...]]:

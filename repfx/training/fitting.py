@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from repfx.errors import InputError, MissingPart
+from repfx.quant import same_modes
 from repfx.training.history import History
 from repfx.training.loop import Run
-from repfx.training.recipe import recipe
+from repfx.training.options import Options
+from repfx.training.recipe import Recipe, recipe
 from repfx.training.shuffle import source_of
 from repfx.training.tasks import Distilled, Task, data_of, task_of
 
@@ -102,42 +105,58 @@ def fit(
         "l2": l2,
     }
     rules = recipe(preset, given)
-    for name, value in (
-        ("batch", batch),
-        ("accumulate", accumulate),
-        ("checkpoint_every", checkpoint_every or 1),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is a whole number from 1, not {value!r}")
-    if ema is not None and not 0 < ema < 1:
-        raise InputError(f"ema is a decay between 0 and 1, not {ema!r}")
-    if clip is not None and not clip > 0:
-        raise InputError(f"clip is a norm above 0, not {clip!r}")
-    if not 0 <= distill <= 1:
-        raise InputError(f"distill is a share from 0 to 1, not {distill!r}")
+    options = Options(
+        batch=batch,
+        workers=workers,
+        ema=ema,
+        clip=clip,
+        accumulate=accumulate,
+        teacher=teacher,
+        distill=distill,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        log=log,
+        progress=progress,
+        device=device,
+        precision=precision,
+    )
+    return _fit(model, task, (data, valid), rules, options)
+
+
+def _fit(
+    model: nn.Module, task: str | Task, data: tuple[Any, Any], rules: Recipe, options: Options
+) -> History:
+    """`fit` on `data` as it was given: to train on and to validate on."""
     goal = task_of(task)
-    if isinstance(data, (str, os.PathLike)):
-        data, found = data_of(task, data)
+    given, valid = data
+    if isinstance(given, (str, os.PathLike)):
+        given, found = data_of(task, given)
         valid = found if valid is None else valid
-    source = source_of(data, batch, workers)
-    valid_source = None if valid is None else source_of(valid, batch, workers)
-    accelerator = _accelerator(device, precision)
-    if teacher is not None:
-        goal = Distilled(goal, teacher.to(accelerator.device), distill)
+    source = source_of(given, options.batch, options.workers)
+    valid_source = None if valid is None else source_of(valid, options.batch, options.workers)
+    accelerator = _accelerator(options.device, options.precision)
+    if options.teacher is not None:
+        goal = Distilled(goal, options.teacher.to(accelerator.device), options.distill)
+    with same_modes(model), _own_forward(model), torch.enable_grad():
+        run = Run(accelerator, model, goal, source, rules, options)
+        try:
+            return run.all(valid_source)
+        finally:
+            accelerator.unwrap_model(run.net, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Takes off the model, at the end, what mixed precision puts in front of its own forward."""
     before = set(model.__dict__)
-    modes = [(m, m.training) for m in model.modules()]
-    run = Run(accelerator, model, goal, source, rules, ema, clip, accumulate, seed)
     try:
-        with torch.enable_grad():
-            return run.all(valid_source, checkpoint, checkpoint_every, resume, log, progress)
+        yield
     finally:
-        accelerator.unwrap_model(run.net, keep_fp32_wrapper=False)
-        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & set(
-            model.__dict__
-        ) - before:
-            del model.__dict__[name]  # what mixed precision put in front of the class's own forward
-        for m, training in modes:
-            m.training = training
+        put = {"forward", "_original_forward", "_is_accelerate_prepared"} & set(model.__dict__)
+        for name in put - before:
+            del model.__dict__[name]
 
 
 def _accelerator(device: str | None, precision: str | None) -> Any:

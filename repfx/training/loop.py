@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,20 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from repfx.errors import CheckError, InputError
+from repfx.files import checkpoint
 from repfx.files.store import write_whole
-from repfx.quant import FakeQuant
-from repfx.training import checkpoint as saved
+from repfx.quant import quantizers_of
 from repfx.training.average import Average
 from repfx.training.history import Epoch, History
+from repfx.training.options import Options
+from repfx.training.randomness import random_state, set_random_state
 from repfx.training.recipe import Recipe, optimizer_of
 from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
+
+KIND = "repfx.fit"  # of its checkpoints
+STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
 
 
 class Run:
@@ -42,120 +48,105 @@ class Run:
         task: Task,
         source: Source,
         rules: Recipe,
-        ema: float | None,
-        clip: float | None,
-        accumulate: int,
-        seed: int,
+        options: Options,
     ) -> None:
         from accelerate.utils import set_seed
 
-        set_seed(seed, device_specific=True)
-        self.accelerator, self.model, self.task, self.source, self.rules = (
-            accelerator,
-            model,
-            task,
-            source,
-            rules,
-        )
-        self.clip, self.accumulate, self.seed = clip, accumulate, seed
+        set_seed(options.seed, device_specific=True)
+        self.accelerator, self.model, self.task = accelerator, model, task
+        self.source, self.rules, self.options = source, rules, options
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.custom = (
             None if rules.l2 == "plain" else CustomL2.of(model, denominator=rules.l2 == "custom")
         )
         free = () if self.custom is None else self.custom.kernels
         optimizer = optimizer_of(model.to(accelerator.device), rules, free)
-        self.ema = None if ema is None else Average(model, ema)
+        self.ema = None if options.ema is None else Average(model, options.ema)
         self.net = accelerator.prepare_model(model)
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
         self.epoch, self.step = 0, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0  # of the epoch so far
         self.rows: list[Epoch] = []
         self.same = {
-            "seed": seed,
+            "seed": options.seed,
             "samples": len(source.dataset),
             "batch": source.batch,
-            "accumulate": accumulate,
+            "accumulate": options.accumulate,
             "processes": self.world,
-            "ema": ema,
+            "ema": options.ema,
             "optimizer": type(optimizer).__qualname__,
         }
 
-    def all(
-        self,
-        valid: Source | None,
-        path: Any,
-        every: int | None,
-        resume: bool,
-        log: Any,
-        progress: bool,
-    ) -> History:
-        self.path = path
-        resumed = None
-        if path is not None and resume and Path(path).exists():
+    def all(self, valid: Source | None) -> History:
+        """Every epoch that is left, each with the metrics on `valid` at its end."""
+        path, resumed = self.options.checkpoint, None
+        if path is not None and self.options.resume and Path(path).exists():
             self.restore(path)
             resumed = self.epoch + 1
-        if log is not None and self.accelerator.is_main_process:
-            text = "".join(row.line() + "\n" for row in self.rows)
-            write_whole(log, lambda part: Path(part).write_text(text))
+        self.write_log(self.rows, "w")
         console = Console(stderr=True)
-        show = progress and console.is_terminal and self.accelerator.is_main_process
+        show = self.options.progress and console.is_terminal and self.accelerator.is_main_process
         with Progress(console=console, disable=not show, transient=True) as bars:
-            bar = bars.add_task("training", total=self.rules.epochs * self.epoch_steps())
+            each = len(self.steps_of(0))
+            bar = bars.add_task("training", total=self.rules.epochs * each)
             while self.epoch < self.rules.epochs:
-                self.train_epoch(
-                    every,
-                    lambda: bars.update(bar, completed=self.epoch * self.epoch_steps() + self.step),
-                )
-                start = time.perf_counter()
-                metrics = {} if valid is None else self.score(valid)
-                self.seconds += time.perf_counter() - start
-                row = Epoch(
-                    self.epoch + 1, self.loss / self.samples, self.lr, self.seconds, metrics
-                )
-                self.rows.append(row)
-                self.epoch, self.step, self.loss, self.samples, self.seconds = (
-                    self.epoch + 1,
-                    0,
-                    0.0,
-                    0,
-                    0.0,
-                )
+                self.train_epoch(lambda: bars.update(bar, completed=self.epoch * each + self.step))
+                row = self.end_epoch(valid)
                 self.save()
-                if log is not None and self.accelerator.is_main_process:
-                    with open(log, "a") as file:
-                        file.write(row.line() + "\n")
+                self.write_log([row], "a")
                 bars.update(bar, description=f"epoch {row.epoch}, loss {row.loss:.4g}")
         if self.ema is not None:
             self.ema.put(self.model)
         return History(tuple(self.rows), resumed)
 
-    def epoch_steps(self) -> int:
-        return len(self.source.steps(0, self.seed, self.accumulate, self.world, self.rank))
+    def steps_of(self, epoch: int) -> list[list[tuple[list[int], float]]]:
+        """The steps of an epoch for this process."""
+        o = self.options
+        return self.source.steps(epoch, o.seed, o.accumulate, self.world, self.rank)
 
-    def train_epoch(self, every: int | None, done: Callable[[], None]) -> None:
+    def end_epoch(self, valid: Source | None) -> Epoch:
+        """The epoch's row; what counts from here on is of the next one."""
+        start = time.perf_counter()
+        metrics = {} if valid is None else self.score(valid)
+        seconds = self.seconds + time.perf_counter() - start
+        row = Epoch(self.epoch + 1, self.loss / self.samples, self.lr, seconds, metrics)
+        self.rows.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss, self.samples, self.seconds = 0.0, 0, 0.0
+        return row
+
+    def write_log(self, rows: list[Epoch], how: str) -> None:
+        """Writes a line of JSON a row, "w" in place of what is there or "a" after it."""
+        log, text = self.options.log, "".join(row.line() + "\n" for row in rows)
+        if log is None or not self.accelerator.is_main_process:
+            return
+        if how == "w":
+            write_whole(log, lambda part: Path(part).write_text(text))
+        else:
+            with open(log, how) as file:
+                file.write(text)
+
+    def train_epoch(self, done: Callable[[], None]) -> None:
         """The epoch from the step it stands at."""
-        steps = self.source.steps(self.epoch, self.seed, self.accumulate, self.world, self.rank)
+        steps, every = self.steps_of(self.epoch), self.options.checkpoint_every
         if not steps:
             raise InputError(
                 f"{len(self.source.dataset)} samples make no batch for {self.world} processes"
             )
-        self.lr = self.rules.lr_at(self.epoch * len(steps) + len(steps) - 1, len(steps))
+        before = self.epoch * len(steps)
+        self.lr = self.rules.lr_at(before + len(steps) - 1, len(steps))
         batches = [rows for step in steps[self.step :] for rows, _ in step]
-        reader = self.source.reader(batches, self.seed, self.epoch)
+        reader = self.source.reader(batches, self.options.seed, self.epoch)
         self.model.train()
         while self.step < len(steps):
             start = time.perf_counter()
-            self.set_lr(self.rules.lr_at(self.epoch * len(steps) + self.step, len(steps)))
+            self.set_lr(self.rules.lr_at(before + self.step, len(steps)))
             loss = self.train_step(reader, [weight for _, weight in steps[self.step]])
             count = sum(len(rows) for rows, _ in steps[self.step])
             self.step += 1
             self.loss, self.samples = self.loss + loss * count, self.samples + count
             self.seconds += time.perf_counter() - start
-            if (
-                every
-                and (self.epoch * len(steps) + self.step) % every == 0
-                and self.step < len(steps)
-            ):
+            if every and (before + self.step) % every == 0 and self.step < len(steps):
                 self.save()
             done()
         self.share_statistics()
@@ -165,43 +156,37 @@ class Run:
         not finite.
         """
         self.optimizer.zero_grad()
-        new = [
-            m
-            for m in self.model.modules()
-            if isinstance(m, FakeQuant) and m.learned and not m.calibrated
-        ]
+        new = [m for m in quantizers_of(self.model).values() if m.learned and not m.calibrated]
         total = torch.zeros((), device=self.accelerator.device)
         for i, weight in enumerate(weights):
-            batch = self.to_device(next(reader))
             last = i == len(weights) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
-                with self.accelerator.autocast():
-                    loss = self.task.loss(self.net, batch)
-                if not isinstance(loss, Tensor) or loss.dim():
-                    raise InputError(f"the loss of a task is a scalar tensor, not {loss!r}")
-                total += weight * loss.detach()
-                if self.custom is not None:
-                    loss = loss + 0.5 * self.rules.weight_decay * self.custom.penalty()
-                self.accelerator.backward(weight * loss)
+                total += weight * self.backward(self.to_device(next(reader)), weight)
         value = float(self.accelerator.reduce(total, "mean"))
         if not math.isfinite(value):
-            kept = (
-                f"; the last good checkpoint is {self.path}"
-                if self.path and Path(self.path).exists()
-                else ""
-            )
-            raise CheckError(
-                f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1}{kept}"
-            )
+            where = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            raise CheckError(f"the loss is {value} in {where}{self.last_good()}")
         if self.world > 1:  # a scale is set by the first batch a process sees: one scale for all
             for quant in new:
                 quant.scale.data.copy_(self.accelerator.reduce(quant.scale.data, "mean"))
-        if self.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        if self.options.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         return value
+
+    def backward(self, batch: Any, weight: float) -> Tensor:
+        """Adds the gradient of one micro batch, times its weight; the task's loss."""
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.net, batch)
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise InputError(f"the loss of a task is a scalar tensor, not {loss!r}")
+        found = loss.detach()
+        if self.custom is not None:
+            loss = loss + 0.5 * self.rules.weight_decay * self.custom.penalty()
+        self.accelerator.backward(weight * loss)
+        return found
 
     def score(self, valid: Source) -> dict[str, float]:
         """The task's metrics on this data, in eval mode, of the average where there is one."""
@@ -217,7 +202,7 @@ class Run:
         self.model.eval()
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.on(self.model)
         with torch.no_grad(), self.accelerator.autocast(), averaged:
-            for batch in valid.reader(batches, self.seed, 0):
+            for batch in valid.reader(batches, self.options.seed, 0):
                 metric.update(self.model, self.to_device(batch))
         return {name: float(value) for name, value in metric.compute().items()}
 
@@ -237,32 +222,48 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def last_good(self) -> str:
+        """What an error says of the checkpoint that is there."""
+        path = self.options.checkpoint
+        return f"; the last good checkpoint is {path}" if path and Path(path).exists() else ""
+
     def save(self) -> None:
-        saved.check_finite(self.path, self.model)
-        if self.path is None:
+        """Writes the checkpoint, where there is to be one. Raises CheckError where a parameter is
+        not finite; nothing is written then.
+        """
+        for name, p in self.model.named_parameters():
+            if not bool(torch.isfinite(p).all()):
+                raise CheckError(f"parameter {name} is not finite any more{self.last_good()}")
+        if self.options.checkpoint is None:
             return
         from accelerate.utils import gather_object
 
-        states = gather_object([saved.random_state()])
+        states, scaler = gather_object([random_state()]), self.accelerator.scaler
         if self.accelerator.is_main_process:
             content = {
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else [self.ema.steps, self.ema.values],
-                "scaler": None
-                if self.accelerator.scaler is None
-                else self.accelerator.scaler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
                 "at": [self.epoch, self.step, self.loss, self.samples, self.seconds],
                 "rows": [[r.epoch, r.loss, r.lr, r.seconds, r.metrics] for r in self.rows],
                 "run": self.same,
             }
-            saved.write(self.path, self.model, content)
+            checkpoint.write(self.options.checkpoint, KIND, self.model, content)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, path: Any) -> None:
-        found = saved.read(path)
-        saved.load_weights(path, self.model, found)
-        saved.check_same_run(path, self.same, found["run"])
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Takes over a checkpoint. Raises InputError for one of another model, and of a run whose
+        steps would be other ones.
+        """
+        found = checkpoint.read(path, KIND, STATE)
+        checkpoint.load_model(path, self.model, found)
+        for name, value in self.same.items():
+            if found["run"].get(name) != value:
+                raise InputError(
+                    f"{path} was written with {name}={found['run'].get(name)!r}, this run has "
+                    f"{value!r}; or resume=False"
+                )
         self.optimizer.load_state_dict(found["optimizer"])
         if self.ema is not None:
             self.ema.steps = found["ema"][0]
@@ -272,4 +273,4 @@ class Run:
             self.accelerator.scaler.load_state_dict(found["scaler"])
         self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"]
         self.rows = [Epoch(*row) for row in found["rows"]]
-        saved.set_random_state(found["random"][self.rank])
+        set_random_state(found["random"][self.rank])

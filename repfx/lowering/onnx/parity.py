@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ from repfx.capture.running import run_eval
 from repfx.errors import CheckError, InputError, RepfxError
 from repfx.lowering.onnx.finish import codes_name
 from repfx.lowering.runtimes.run import session
-from repfx.quant import FakeQuant
+from repfx.quant import FakeQuant, in_float, quantizers_of
 from repfx.rewrite.difference import Difference, differences, worst
 
 Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Tensor]]]
@@ -213,7 +212,7 @@ def compare(
     free = run_eval(rounded or model, args)
     before = after = None
     if any(isinstance(m, FakeQuant) for m in model.modules()):
-        with _without_rounding(model):
+        with in_float(quantizers_of(model).values()):
             plain = run_eval(model, args)
         before, after = (
             worst(differences(plain, free)),
@@ -306,18 +305,6 @@ def _double(model: nn.Module) -> nn.Module:
         if isinstance(m, FakeQuant) and m.of_weight:
             m.register_forward_hook(same_codes)
     return model
-
-
-@contextmanager
-def _without_rounding(model: nn.Module) -> Iterator[None]:
-    quants = [m for m in model.modules() if isinstance(m, FakeQuant) and m.calibrated]
-    for quant in quants:
-        quant.calibrated = False
-    try:
-        yield
-    finally:
-        for quant in quants:
-            quant.calibrated = True
 
 
 def _largest(values: Tensor) -> float:

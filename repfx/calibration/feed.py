@@ -1,0 +1,33 @@
+"""Showing a batch to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.capture.running import quiet
+from repfx.data.batches import Batch
+from repfx.errors import InputError
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's tensors are."""
+    return next(iter([*model.parameters(), *model.buffers()])).device
+
+
+def feed(model: nn.Module, batch: Batch) -> Any:
+    """What the model gives for a batch, run on a copy of it on the model's device: some models
+    overwrite their input.
+
+    Raises InputError for a batch that the model does not take.
+    """
+    inputs = batch.to(device_of(model), copy=True).inputs
+    try:
+        with quiet():
+            return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in batch.tensors)
+        raise InputError(f"the model does not take a batch of shape {shapes}: {error}") from error

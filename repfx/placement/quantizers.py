@@ -1,0 +1,178 @@
+"""Quantizers: the one way to put rounding into a graph, for `ptq`, `repq` and passes of others.
+
+    for layer in quantizers:                       in the order of the graph
+        x = quantizers.input(layer)                Q(x), one for all that read x
+        w = quantizers.weight(layer, w, value)     Q(W)
+        ...                                        the layer's call on these two
+        quantizers.put(layer, call)                what stands for its output from here on
+
+What the target wants rounded between layers (`repfx.placement.between`) is put in while the walk
+passes it. A layer of FLOAT bits, and one that the target cannot run in integers, which is declined,
+come along in the walk; their weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, fx, nn
+
+from repfx.algebra import Geometry
+from repfx.errors import Declined
+from repfx.graph.signs import non_negative
+from repfx.graph.view import GraphView
+from repfx.placement.between import find_places
+from repfx.placement.formats import VNNI, why_float
+from repfx.quant import FakeQuant, Grid, Target, search_scale
+
+FLOAT = 32
+POWERS = {"max": None, "mse": 2.0, "mae": 1.0}  # of the error that a weight's scale makes least
+
+
+class Inserts(Protocol):
+    """What is needed of a pass's `Work`."""
+
+    @property
+    def target(self) -> Target: ...
+
+    def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node: ...
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A layer to round: `node` gives its output and reads `source`; its quantizers go under `path`.
+
+    `bits` of what it reads and `weight_bits` of its weight, FLOAT for none. `inside`: the nodes
+    that the layer takes the place of, where these are several."""
+
+    node: fx.Node
+    source: fx.Node
+    path: str
+    geometry: Geometry
+    bits: int = 8
+    weight_bits: int = 8
+    inside: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights and scales are: one weight scale per output channel or per tensor, chosen by
+    `weights` (max, mse or mae), and whether scales are `learned`.
+    """
+
+    per_channel: bool = True
+    weights: str = "mse"
+    learned: bool = False
+
+
+class Quantizers:
+    """The quantizers of one run of a pass. `view` is the graph before the first of them; `declined`
+    names the layers that the target cannot run in integers.
+    """
+
+    def __init__(
+        self, work: Inserts, view: GraphView, layers: Iterable[IntegerLayer], how: Rounding
+    ) -> None:
+        self.work, self.view, self.how = work, view, how
+        self.layers = {layer.node: layer for layer in layers}
+        unfit = {node: why for node, layer in self.layers.items() if (why := self._unfit(layer))}
+        self.declined = tuple(
+            Declined(self.layers[node].path, why, VNNI) for node, why in unfit.items()
+        )
+        self._integer = {
+            node: layer
+            for node, layer in self.layers.items()
+            if layer.bits != FLOAT and node not in unfit
+        }
+        self._values: dict[fx.Node, list[fx.Node]] = {}  # of a reader, what it reads rounded
+        self._origin: dict[fx.Node, fx.Node] = {}  # of such a value, where its integers are made
+        self._grids = self._find()
+        self._quants: dict[fx.Node, FakeQuant] = {}  # by where the integers are made
+        self._rounded: dict[fx.Node, fx.Node] = {}  # of a value, the call that rounds it
+        self._moved: dict[fx.Node, fx.Node] = {}
+
+    def __iter__(self) -> Iterator[IntegerLayer]:
+        # In order, so that the first reader of a value makes what the others share.
+        for node in self.view.nodes:
+            if node in self.layers:
+                yield self.layers[node]
+                continue
+            for value in dict.fromkeys(self._values.get(node, ())):
+                path = str(node.target) if node.op == "call_module" else node.name
+                node.replace_input_with(self.now(value), self._round(node, value, path))
+
+    def runs_in_integers(self, layer: IntegerLayer) -> bool:
+        return layer.node in self._integer
+
+    def now(self, value: fx.Node) -> fx.Node:
+        """What stands for a value of the view by now."""
+        return self._moved.get(value, value)
+
+    def input(self, layer: IntegerLayer) -> fx.Node:
+        """What the layer is to read: its source rounded, or as it is where that is in integers
+        already, behind a pool, or stays in float.
+        """
+        if layer.source not in self._values.get(layer.node, ()):
+            return self.now(layer.source)
+        return self._round(layer.node, layer.source, layer.path)
+
+    def weight(self, layer: IntegerLayer, weight: fx.Node, value: Tensor) -> fx.Node:
+        """The layer's weight rounded, where it is. `value` is what it is now, (out, in / groups,
+        ...).
+        """
+        if not self.runs_in_integers(layer):
+            return weight
+        grid = self.work.target.weight(
+            layer.weight_bits, self.how.per_channel, layer.geometry.depthwise
+        )
+        power = POWERS[self.how.weights]
+        scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
+        quant = FakeQuant(grid, scale.detach(), of_weight=True, learned=self.how.learned)
+        return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)
+
+    def put(self, layer: IntegerLayer, call: fx.Node) -> None:
+        """Puts a call in the place of the layer, whose nodes are then gone."""
+        self._moved[layer.node] = call
+        layer.node.replace_all_uses_with(call)
+        call.meta = dict(layer.node.meta)
+        for node in sorted(layer.inside or (layer.node,), reverse=True):
+            node.graph.erase_node(node)
+
+    def _unfit(self, layer: IntegerLayer) -> str:
+        if layer.bits == FLOAT:
+            return ""
+        signed = not non_negative(self.view, layer.source)
+        return why_float(layer.geometry, signed, self.work.target)
+
+    def _find(self) -> dict[fx.Node, Grid]:
+        """Where quantizers go: the number format of each value in which integers are made, the most
+        bits that one of its readers wants.
+        """
+        sources = {node: layer.source for node, layer in self._integer.items()}
+        convolutions = {
+            node for node, layer in self._integer.items() if layer.geometry.source_axis != -1
+        }
+        inside = {n: layer.node for layer in self.layers.values() for n in layer.inside}
+        places, self._origin = find_places(
+            self.view, sources, convolutions, self.work.target, inside
+        )
+        bits: dict[fx.Node, int] = {}
+        for reader, value, wants in places:
+            self._values.setdefault(reader, []).append(value)
+            made = self._origin[value]
+            bits[made] = max(bits.get(made, 2), self.layers[wants].bits)
+        return {
+            value: self.work.target.activation(b, non_negative(self.view, value))
+            for value, b in bits.items()
+        }
+
+    def _round(self, before: fx.Node, value: fx.Node, path: str) -> fx.Node:
+        made, changed = self._origin[value], self.view.writes.changed(value)
+        if value not in self._rounded or changed:
+            if made not in self._quants or changed:
+                self._quants[made] = FakeQuant(self._grids[made], learned=self.how.learned)
+            self._rounded[value] = self.work.insert(
+                before, self.now(value), f"{path}.input_quant", self._quants[made]
+            )
+        return self._rounded[value]

@@ -1,0 +1,77 @@
+"""What version 0.1.0 wrote still works: its files load and mean the same, its runs go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import repfx
+
+SAVED = Path(__file__).parent / "data" / "saved-0.1.0"
+KEYS: dict[str, list[str]] = json.loads((SAVED / "keys.json").read_text())
+OUTPUTS = load_file(SAVED / "outputs.safetensors")
+X, LABELS = OUTPUTS["x"], OUTPUTS["labels"]
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if name != "fit"])
+def test_a_saved_model_gives_what_it_gave(name: str, tmp_path: Path) -> None:
+    model = repfx.load(SAVED / f"{name}.pt")
+    assert list(model.state_dict()) == KEYS[name]
+    assert model.training == (name in ("repq-train", "repq-untrained", "repq-estimate"))
+    repfx.save(model, tmp_path / "again.pt")
+    for found in (model, repfx.load(tmp_path / "again.pt")):
+        with torch.no_grad():
+            y = copy.deepcopy(found)(X.clone())
+        assert torch.allclose(y, OUTPUTS[name], rtol=1e-5, atol=1e-6)
+
+
+def test_quantizers_that_were_off_are_off() -> None:
+    on, off = (repfx.load(SAVED / f"{n}.pt") for n in ("ptq-calibrated", "ptq-weights-in-float"))
+    assert on.state_dict().keys() == off.state_dict().keys()
+    assert not torch.allclose(on(X), off(X), atol=1e-2)
+
+
+def test_a_saved_model_is_input_again() -> None:
+    trained = repfx.load(SAVED / "repq-eval.pt")
+    deployed = repfx.transform(trained, ["fuse"], example=X)
+    assert repfx.verify(trained, deployed, X).relative < 1e-5
+    learned = repfx.load(SAVED / "qprep.pt")
+    folded = repfx.transform(learned, ["fuse"], example=X)
+    assert repfx.verify(learned, folded, X).relative < 1e-5
+    raw, merged = repfx.load(SAVED / "ptq.pt"), repfx.load(SAVED / "fuse.pt")
+    assert 25 < repfx.verify(merged, repfx.calibrate(raw, [X]), X).sqnr < 60
+
+
+def test_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    path = shutil.copy(SAVED / "fit.ck", tmp_path / "fit.ck")
+    model = repfx.load(SAVED / "fit.pt")
+    assert list(model.state_dict()) == KEYS["fit"]
+    history = repfx.fit(
+        model,
+        "classification",
+        (X, LABELS),
+        epochs=3,
+        batch=2,
+        lr=0.05,
+        ema=0.5,
+        checkpoint=path,
+        progress=False,
+        device="cpu",
+    )
+    assert history.resumed == 2 and len(history) == 3
+    assert torch.allclose(model.eval()(X), OUTPUTS["fit"], rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    path = shutil.copy(SAVED / "reconstruct.ck", tmp_path / "reconstruct.ck")
+    same = {"iterations": 3, "batch": 2, "rounding": "adaround", "drop": 0.5, "checkpoint": path}
+    with pytest.raises(repfx.InputError, match="a checkpoint of another run"):
+        repfx.reconstruct(repfx.load(SAVED / "qprep.pt"), [X + 1], **same)
+    model = repfx.reconstruct(repfx.load(SAVED / "qprep.pt"), [X], **same)
+    assert torch.allclose(model(X), OUTPUTS["reconstruct"], rtol=1e-4, atol=1e-5)
