@@ -25,7 +25,8 @@ from repfx.errors import Declined, unknown
 from repfx.graph.edit import free_path, put_module
 from repfx.graph.view import GraphView
 from repfx.rewrite.branches import BranchSum, affine_of, branch_sums
-from repfx.rewrite.contract import Pass, Result, Stage, register
+from repfx.rewrite.contract import Pass, Stage, register
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
 
 

@@ -13,7 +13,7 @@ import repfx
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"errors"},
+    {"errors", "tolerances"},
     {"algebra", "quant", "blocks", "data"},
     {"graph"},
     {"files"},

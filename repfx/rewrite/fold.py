@@ -17,7 +17,7 @@ from repfx.graph.edit import CONV_LAYERS, drop_unreferenced, free_path, put_modu
 from repfx.graph.effects import is_dead
 from repfx.graph.run_node import call as run_node
 from repfx.quant import FakeQuant
-from repfx.rewrite.contract import Merged
+from repfx.rewrite.results import Merged
 
 _LAYERS = {CONVS[axes]: layer for axes, layer in CONV_LAYERS.items()}
 

@@ -23,7 +23,7 @@ from repfx.graph.ops import Map, Ref
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Merge
-from repfx.rewrite.work import weight_of
+from repfx.rewrite.names import weight_of
 
 
 class Recorder(GraphAppendingTracer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repfx.api import verify
 from repfx.rewrite.difference import difference
-from repfx.rewrite.prove import TOLERANCE
+from repfx.tolerances import MERGED
 
 _STATEFUL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
@@ -42,7 +42,7 @@ def assert_same(before: Any, after: Any, x: Any, tolerance: float | None = None)
     over largest).
     """
     first = x[0] if isinstance(x, tuple) else x
-    limit = TOLERANCE[first.dtype] if tolerance is None else tolerance
+    limit = MERGED[first.dtype] if tolerance is None else tolerance
     off = verify(before, after, x)
     assert off.relative <= limit, f"outputs differ: {off}, more than {limit:.0e}"
 
@@ -55,7 +55,7 @@ def assert_same_elsewhere(
 
     Where it holds neither norm nor dropout its mode must make no difference: then also in train
     mode, on x."""
-    limit = TOLERANCE[x.dtype] if tolerance is None else tolerance
+    limit = MERGED[x.dtype] if tolerance is None else tolerance
     generator = torch.Generator().manual_seed(1)
     kept = [(m, m.training) for model in (before, after) for m in model.modules()]
     try:
