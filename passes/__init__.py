@@ -10,7 +10,8 @@ from repfx.passes.ptq import Ptq
 from repfx.passes.qarep import QARep
 from repfx.passes.qprep import QPRep
 from repfx.passes.repq import RepQ
-from repfx.rewrite.contract import Pass, Promise, Result, Stage
+from repfx.rewrite.contract import Pass, Promise, Stage
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
 
 __all__ = [

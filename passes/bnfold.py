@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from repfx.graph.ops import Map, Op
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.contract import Pass, Promise, Stage, register
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
 
 

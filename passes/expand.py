@@ -26,11 +26,13 @@ from repfx.graph.ops import Map
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.rewrite.as_kernel import Lifted, assign, lifted
-from repfx.rewrite.contract import Pass, Result, Stage, register
+from repfx.rewrite.contract import Pass, Stage, register
 from repfx.rewrite.kernel_of import kernel_of
-from repfx.rewrite.prove import TOLERANCE
+from repfx.rewrite.names import weight_of
+from repfx.rewrite.prove import EXACT
+from repfx.rewrite.results import Result
 from repfx.rewrite.weights import in_float64
-from repfx.rewrite.work import Work, weight_of
+from repfx.rewrite.work import Work
 
 
 @register
@@ -228,6 +230,6 @@ def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
         min=1e-30
     )
     off = (given.kernel.weight - wanted.weight).abs().amax() / largest
-    if not off <= TOLERANCE[torch.float64]:
+    if not off <= EXACT:
         raise CheckError(f"block {title} does not hold the convolution: off by {float(off):.1e}")
     given.prove()

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.contract import Pass, Promise, Stage, register
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
 
 

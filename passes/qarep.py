@@ -14,26 +14,35 @@ S1 are the structure that is there."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.algebra import Kernel
 from repfx.blocks.repvgg import VARIANTS, Norms
 from repfx.errors import Declined, unknown
-from repfx.graph.edit import free_path, put_module
+from repfx.graph.edit import drop_unreferenced, free_path, put_module, references
+from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
-from repfx.rewrite.branches import BranchSum, affine_of, branch_sums
-from repfx.rewrite.contract import Pass, Result, Stage, register
+from repfx.rewrite.as_kernel import lifted
+from repfx.rewrite.branches import Branch, BranchSum, affine_of, branch_sums
+from repfx.rewrite.contract import Pass, Stage, register
+from repfx.rewrite.kernel_of import kernel_of
+from repfx.rewrite.results import Result
+from repfx.rewrite.weights import in_float64
 from repfx.rewrite.work import Work
+from repfx.tolerances import MERGED
 
 
 @register
 @dataclass(frozen=True)
 class QARep(Pass):
-    """`variant`: a row of the paper's table. `init="reset"`: fresh weights and statistics, to train
-    from scratch.
+    """`variant`: a row of the paper's table. `init="reset"`: the blocks that it rewrites, and only
+    those, get fresh weights and statistics, to train from scratch.
     """
 
     name: ClassVar[str] = "qarep"
@@ -54,126 +63,189 @@ class QARep(Pass):
         moved: dict[fx.Node, fx.Node] = {}
         for block in branch_sums(view):
             why = _why_not(view, block)
+            if not why:
+                target = _target(view, block, VARIANTS[self.variant])
+                why = "" if self.init == "reset" else _differs(view, block, target)
             if why:
                 declined.append(Declined(view.name(block.sink), why))
-            else:
-                inserted.append(self._rewrite(work, view, block, moved))
+                continue
+            if self.init == "reset":
+                target.reset()
+            moved[block.sink] = _put(work.module, block, target, moved)
+            inserted.append(target.chains[0][0][0])
         if not inserted and not declined:
             declined.append(
                 Declined("qarep", "no sum of a kxk branch with a 1x1 branch or an identity")
             )
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
-    def _rewrite(
-        self, work: Work, view: GraphView, block: BranchSum, moved: dict[fx.Node, fx.Node]
-    ) -> str:
-        keep = VARIANTS[self.variant]
-        modules = {n: view.modules[str(n.target)] for n in block.nodes if n.op == "call_module"}
-        conv3: Any = modules[block.main.conv]  # type: ignore[index]
-        like, out = conv3.weight, conv3.out_channels
-        branches = {"3": block.main, "1": block.point, "0": block.identity}
-        parts = {k: _Part.of(modules, b, like) for k, b in branches.items()}
-        zero = like.new_zeros(out, dtype=torch.float32)  # sums of half numbers in more
-        mean = sum((p.mean for p in parts.values()), zero).to(like)
-        var = sum((p.var for p in parts.values()), zero).to(like)
-        left = like.new_zeros(out)  # shifts that have lost their batch norm
-        point = parts["1"].weight
-        if block.identity is not None and not keep.skip:
-            scale = parts["0"].scale
-            if point is None:
-                point = like.new_zeros(out, like.shape[1], *(1,) * (like.dim() - 2))
-            into = (
-                parts["1"].scale if keep.point and block.point is not None else like.new_ones(out)
-            )
-            if not (keep.point and block.point is not None):
-                point = point * _rows(parts["1"].scale, point)
-                left = left + parts["1"].shift
-            point = point + _diagonal((scale - 1) / into, like.shape[1], point)
-            left = left + parts["0"].shift
-        elif block.point is not None and not keep.point:
-            assert point is not None
-            point, left = point * _rows(parts["1"].scale, point), left + parts["1"].shift
 
-        with work.module.graph.inserting_before(block.sink):
-            return self._write(work, view, block, moved, parts, point, left, mean, var, keep)
+Chain = tuple[tuple[str, nn.Module], ...]  # layers, each with its path, one after another
 
-    def _write(
-        self,
-        work: Work,
-        view: GraphView,
-        block: BranchSum,
-        moved: dict[fx.Node, fx.Node],
-        parts: dict[str, _Part],
-        point: Tensor | None,
-        left: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        keep: Norms,
-    ) -> str:
-        graph, module = work.module.graph, work.module
-        x = moved.get(block.source, block.source)
-        conv3, norm3 = block.main.conv, block.main.norm
-        assert conv3 is not None
-        main: Any = view.modules[str(conv3.target)]
-        gone = [str(n.target) for n in block.nodes if n.op == "call_module"]
 
-        def call(path: str, layer: nn.Module, value: fx.Node) -> fx.Node:
-            put_module(module, path, layer.train(module.training))
-            if path in gone:
-                gone.remove(path)
-            return graph.call_module(path, (value,))
+@dataclass(frozen=True)
+class _Target:
+    """What a block becomes: chains of layers that read the source (the identity is the empty one),
+    added up, and the norm of the sum. The main convolution comes first."""
 
-        if norm3 is None or keep.main:
-            y = call(str(conv3.target), main, x)
-            if norm3 is not None:
-                kept: Any = view.modules[str(norm3.target)]
-                y = call(str(norm3.target), kept if keep.post else _shifted(kept, left), y)
-        else:
-            weight = main.weight * _rows(parts["3"].scale, main.weight)
-            y, left = call(str(conv3.target), _conv(main, weight, None), x), left + parts["3"].shift
-        if point is not None:
-            old = block.point.conv if block.point is not None else None
-            path = str(old.target) if old is not None else free_path(module, f"{conv3.target}_1x1")
-            z = call(path, _conv(main, point, None), x)
-            if block.point is not None and block.point.norm is not None and keep.point:
-                z = call(
-                    str(block.point.norm.target), view.modules[str(block.point.norm.target)], z
-                )
-            y = graph.call_function(torch.add, (y, z))
-        if block.identity is not None:
-            z = x
-            if keep.skip and block.identity.norm is not None:
-                z = call(
-                    str(block.identity.norm.target),
-                    view.modules[str(block.identity.norm.target)],
-                    x,
-                )
-            y = graph.call_function(torch.add, (y, z))
-        if keep.post:
-            path = free_path(module, f"{norm3.target if norm3 is not None else conv3.target}_post")
-            y = call(path, _post(main, mean, var, left), y)
-        y.meta = dict(block.sink.meta)
-        moved[block.sink] = y
-        block.sink.replace_all_uses_with(y)
-        for node in sorted(block.nodes, reverse=True):
-            graph.erase_node(node)
-        for path in gone:
-            parent, _, name = path.rpartition(".")
-            del module.get_submodule(parent)._modules[name]
-        if self.init == "reset":
-            for layer in {
-                id(n): module.get_submodule(str(n.target))
-                for n in graph.nodes
-                if n.op == "call_module"
-            }.values():
-                if hasattr(layer, "reset_parameters"):
-                    layer.reset_parameters()  # type: ignore[operator]
-        return str(conv3.target)
+    chains: tuple[Chain, ...]
+    post: Chain
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for chain in (*self.chains, self.post):
+            yield from chain
+
+    def reset(self) -> None:
+        for _, layer in self.layers():
+            layer.reset_parameters()  # type: ignore[operator]
+
+
+class _Sum(nn.Module):
+    """A target as a module of its own, to be lifted."""
+
+    def __init__(self, target: _Target) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(
+            nn.Sequential(*(layer for _, layer in chain)) for chain in target.chains
+        )
+        self.post = nn.Sequential(*(layer for _, layer in target.post))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.chains[0](x)
+        for chain in self.chains[1:]:
+            total = total + chain(x)
+        return self.post(total)
+
+
+def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
+    """Why the target does not compute what the block does; empty where it does, up to rounding."""
+    region = Region(block.source, block.sink, block.nodes, frozenset())
+    want = kernel_of(view, region, in_float64(view, keep=False))
+    got = lifted(_Sum(target)).kernel
+    dtype = next(p.dtype for _, layer in target.layers() for p in layer.parameters())
+    pairs = [(want.weight, got.weight), (_bias(want), _bias(got))]
+    largest = max(float(w.abs().amax()) for w, _ in pairs)
+    off = max(float((w - g).abs().amax()) for w, g in pairs) / (largest or 1.0)
+    if off <= MERGED[dtype]:
+        return ""
+    if math.isfinite(off):
+        return f"rounding the weights of this variant would move the result by {off:.1e}"
+    return (
+        "a batch norm scales a channel by 0 or almost, and the variant would divide by it; "
+        "init=reset starts it from fresh weights"
+    )
+
+
+def _bias(kernel: Kernel) -> Tensor:
+    return kernel.weight.new_zeros(1) if kernel.bias is None else kernel.bias
+
+
+def _put(
+    module: fx.GraphModule, block: BranchSum, target: _Target, moved: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """Puts the target in the place of the block and returns its value."""
+    graph, before = module.graph, references(module.graph)
+    x = moved.get(block.source, block.source)
+    replaced = []
+
+    def through(chain: Chain, value: fx.Node) -> fx.Node:
+        for path, layer in chain:
+            old = put_module(module, path, layer.train(module.training))
+            replaced.extend([] if old is None or old is layer else [old])
+            value = graph.call_module(path, (value,))
+        return value
+
+    with graph.inserting_before(block.sink):
+        y = through(target.chains[0], x)
+        for chain in target.chains[1:]:
+            y = graph.call_function(torch.add, (y, through(chain, x)))
+        y = through(target.post, y)
+    y.meta = dict(block.sink.meta)
+    block.sink.replace_all_uses_with(y)
+    for node in sorted(block.nodes, reverse=True):
+        graph.erase_node(node)
+    drop_unreferenced(module, before, replaced)
+    return y
+
+
+def _target(view: GraphView, block: BranchSum, keep: Norms) -> _Target:
+    assert block.main.conv is not None
+    main: Any = view.modules[str(block.main.conv.target)]
+    parts = _Parts(*(_Part.of(view, b, main.weight) for b in block.branches))
+    point, left = _point(parts, block, keep, main.weight)
+    trunk, left = _trunk(view, block, parts.main, left, keep)
+    chains = [trunk]
+    if point is not None:
+        old = None if block.point is None else block.point.conv
+        wanted = f"{trunk[0][0]}_1x1"
+        path = free_path(view.module, wanted) if old is None else str(old.target)
+        norm = _norm(view, block.point) if keep.point else ()
+        chains.append(((path, _conv(main, point, None)), *norm))
+    if block.identity is not None:
+        chains.append(_norm(view, block.identity) if keep.skip else ())
+    post: Chain = ()
+    if keep.post:
+        after = block.main.norm or block.main.conv
+        post = ((free_path(view.module, f"{after.target}_post"), _post(main, parts, left)),)
+    return _Target(tuple(chains), post)
+
+
+def _trunk(
+    view: GraphView, block: BranchSum, part: _Part, left: Tensor, keep: Norms
+) -> tuple[Chain, Tensor]:
+    """The main branch, and the shift that is then still left for the norm of the sum.
+
+    Its convolution and its norm stay as they are where the variant has the norm; else the norm goes
+    into the weight. Without a norm of the sum the shift that the other branches lost goes here."""
+    assert block.main.conv is not None and part.weight is not None
+    path = str(block.main.conv.target)
+    main: Any = view.modules[path]
+    norm = _norm(view, block.main)
+    if norm and not keep.main:
+        weight = part.weight * _rows(part.scale, part.weight)
+        return ((path, _conv(main, weight, None)),), left + part.shift
+    if keep.post or not left.any():
+        return ((path, main), *norm), left
+    if norm:
+        ((name, layer),) = norm
+        return ((path, main), (name, _shifted(layer, left))), torch.zeros_like(left)
+    return ((path, _conv(main, part.weight, left + part.shift)),), torch.zeros_like(left)
+
+
+def _point(
+    parts: _Parts, block: BranchSum, keep: Norms, like: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The weight of the 1x1 branch, None where there is none, and the shifts that have lost their
+    batch norm.
+
+    An identity that loses its norm stays as x, and what the norm scaled it by goes in here:
+    C1' = s1 C1 + diag(s0 - 1), or C1 + diag((s0 - 1) / s1) where this branch keeps its norm."""
+    out = like.shape[0]
+    left, into = like.new_zeros(out), like.new_ones(out)
+    weight = parts.point.weight
+    if weight is not None and keep.point:
+        into = parts.point.scale
+    elif weight is not None:
+        weight, left = weight * _rows(parts.point.scale, weight), left + parts.point.shift
+    if block.identity is not None and not keep.skip:
+        if weight is None:
+            weight = like.new_zeros(out, like.shape[1], *(1,) * (like.dim() - 2))
+        weight = weight + _diagonal((parts.identity.scale - 1) / into, like.shape[1], weight)
+        left = left + parts.identity.shift
+    return weight, left
+
+
+def _norm(view: GraphView, branch: Branch | None) -> Chain:
+    if branch is None or branch.norm is None:
+        return ()
+    path = str(branch.norm.target)
+    return ((path, view.modules[path]),)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A branch in numbers: s (W x) + c, and the mean and variance that its norm has seen of it."""
+    """A branch in numbers: s (W x) + c, and the mean and variance that its norm has seen of it.
+    All zeros where there is no such branch."""
 
     weight: Tensor | None
     scale: Tensor
@@ -182,22 +254,39 @@ class _Part:
     var: Tensor
 
     @staticmethod
-    def of(modules: dict[fx.Node, nn.Module], branch: Any, like: Tensor) -> _Part:
+    def of(view: GraphView, branch: Branch | None, like: Tensor) -> _Part:
         zero, one = like.new_zeros(()), like.new_ones(())
         if branch is None:
             return _Part(None, zero, zero, zero, zero)
-        conv: Any = None if branch.conv is None else modules[branch.conv]
+        conv: Any = None if branch.conv is None else view.modules[str(branch.conv.target)]
         weight = None if conv is None else conv.weight.detach()
         if branch.norm is None:
             bias = zero if conv is None or conv.bias is None else conv.bias.detach()
             return _Part(weight, one, bias, bias, one)
-        norm: Any = modules[branch.norm]
+        norm: Any = view.modules[str(branch.norm.target)]
         scale, shift = (t.detach() for t in affine_of(norm))
         gamma = one if norm.weight is None else norm.weight.detach()
         beta = zero if norm.bias is None else norm.bias.detach()
         if conv is not None and conv.bias is not None:
             shift = shift + scale * conv.bias.detach()
         return _Part(weight, scale, shift, beta, gamma.square())
+
+
+@dataclass(frozen=True)
+class _Parts:
+    main: _Part
+    point: _Part
+    identity: _Part
+
+    def moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the sum, as if the branches were independent."""
+        parts = (self.main, self.point, self.identity)
+        zero = like.new_zeros(like.shape[0], dtype=torch.float32)  # half numbers add up in it
+        mean, var = (
+            sum((v for v in values), zero)
+            for values in zip(*((p.mean, p.var) for p in parts), strict=True)
+        )
+        return mean.to(like), var.to(like)
 
 
 def _why_not(view: GraphView, block: BranchSum) -> str:
@@ -263,8 +352,9 @@ def _shifted(norm: Any, left: Tensor) -> nn.Module:
     return twin
 
 
-def _post(main: Any, mean: Tensor, var: Tensor, left: Tensor) -> nn.Module:
+def _post(main: Any, parts: _Parts, left: Tensor) -> nn.Module:
     """A batch norm that adds `left` in eval mode and has the statistics of what it reads."""
+    mean, var = parts.moments(main.weight.detach())
     kind: Any = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[
         type(main)
     ]

@@ -23,7 +23,8 @@ from torch import fx
 from repfx.algebra import CONVS
 from repfx.errors import Declined, InputError
 from repfx.quant import Affine, FakeQuant
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.contract import Pass, Promise, Stage, register
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
 
 

@@ -24,7 +24,8 @@ from repfx.reporting.page import write
 from repfx.rewrite.contract import Pass
 from repfx.rewrite.difference import Difference, difference
 from repfx.rewrite.inspection import Inspection, inspect
-from repfx.rewrite.runner import Report, as_args, rewrite
+from repfx.rewrite.results import Report
+from repfx.rewrite.runner import as_args, rewrite
 from repfx.training import History, fit
 
 IMAGES = 64  # that a report looks at

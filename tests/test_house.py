@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import repfx
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"errors"},
+    {"errors", "tolerances"},
     {"algebra", "quant", "blocks", "data"},
     {"graph"},
     {"files"},
@@ -104,3 +109,79 @@ def test_passes_has_one_name() -> None:
 def test_public_functions_are_documented() -> None:
     for name in repfx.__all__:
         assert getattr(repfx, name).__doc__, name
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = ["repfx", *parts] if parts[0] == "passes" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Nor inside a function, nor for its types alone."""
+    files = {module_name(p): p for p in FILES}
+    reads: dict[str, set[str]] = {}
+    for name, path in files.items():
+        reads[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                below = {f"{node.module}.{a.name}" for a in node.names}
+                reads[name] |= (below & set(files)) or ({node.module} & set(files))
+            elif isinstance(node, ast.Import):
+                reads[name] |= {a.name for a in node.names} & set(files)
+    try:
+        TopologicalSorter(reads).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+LINES, PARAMETERS = 50, 6
+# Being split; a function leaves this list when it is short.
+LONG = {
+    "passes/ptq.py: run",
+    "passes/ptq.py: _quantize",
+    "repfx/calibration/blockwise.py: _learn",
+    "repfx/calibration/learned.py: learned",
+    "repfx/data/images.py: __init__",
+    "repfx/data/super_resolution.py: __init__",
+    "repfx/training/loop.py: __init__",
+}
+
+
+def torch_arguments() -> set[str]:
+    """What torch calls the arguments of its layers and operators: a function that takes these takes
+    them all, in torch's order."""
+    found: set[str] = set()
+    for kind in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.AvgPool2d):
+        found |= set(inspect.signature(kind).parameters)
+    aten = torch.ops.aten
+    for op in (aten.convolution, aten.batch_norm, aten.avg_pool2d):
+        found |= {a.name for a in op.default._schema.arguments}
+    return found
+
+
+def oversized(path: Path) -> Iterator[str]:
+    """The functions of a file that are too long, or take too much. The signature of a command and
+    of a public function is its documentation, and is not counted."""
+    torchs = torch_arguments() | {"self", "cls"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        a = node.args
+        taken = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in torchs]
+        command = any(ast.unparse(d).startswith("app.command(") for d in node.decorator_list)
+        public = getattr(repfx, node.name, None)
+        open_ = node.name in repfx.__all__ and public.__module__ == module_name(path)
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        first = body[0].lineno if command or open_ else node.lineno
+        text = 0
+        if ast.get_docstring(node) and not (command or open_):
+            text = node.body[0].end_lineno - node.body[0].lineno + 1  # type: ignore[operator]
+        long = (node.end_lineno or 0) - first + 1 - text > LINES if body else False
+        if long or (len(taken) > PARAMETERS and not command and not open_):
+            yield f"{path.relative_to(ROOT)}: {node.name}"
+
+
+def test_functions_are_short_and_take_few_things() -> None:
+    found = {name for path in FILES for name in oversized(path)}
+    assert found == LONG, f"too long: {sorted(found - LONG)}; short now: {sorted(LONG - found)}"

@@ -167,3 +167,108 @@ def test_the_custom_decay_and_its_repair() -> None:
     assert repaired.penalty().item() > 1.5 * before[1]
     with pytest.raises(repfx.InputError, match="no sum of a kxk and a 1x1 branch"):
         CustomL2.of(nn.Sequential(nn.Conv2d(4, 4, 3)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_scale_of_0_is_kept_or_declined(variant: str) -> None:
+    """A zero-initialised or pruned channel of the 1x1 branch: S2 would divide by it."""
+    model, x = net("same")
+    with torch.no_grad():
+        model[0].point.norm.weight[1] = 0
+    result = repfx.transform(model, [f"qarep(variant={variant!r})"], example=x)
+    assert_same(model, result, x, 1e-12)
+    told = result.meta["repfx"].results[0]
+    if variant in ("S2", "BN excl. Id + post"):
+        assert [d.reason for d in told.declined] == [
+            "a batch norm scales a channel by 0 or almost, and the variant would divide by it; "
+            "init=reset starts it from fresh weights"
+        ]
+        assert set(result.state_dict()) == set(model.state_dict())
+        fresh = repfx.transform(model, [f"qarep(variant={variant!r}, init=reset)"], example=x)
+        assert all(p.isfinite().all() for p in fresh.parameters())
+    else:
+        assert told.inserted and not told.declined
+
+
+def test_shifts_that_cancel_are_declined_where_rounding_would_show() -> None:
+    model, x = net("same")
+    with torch.no_grad():
+        model[0].main.norm.bias.add_(1e6)
+        model[0].point.norm.bias.sub_(1e6)
+    result = repfx.transform(model, ["qarep"], example=x)
+    assert result.meta["repfx"].results[0].inserted  # float64 holds both
+    single = repfx.transform(model.float(), ["qarep"], example=x.float()).meta["repfx"].results[0]
+    assert not single.inserted
+    assert "rounding the weights of this variant would move" in single.declined[0].reason
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_main_convolution_without_a_norm_keeps_every_shift(variant: str, bias: bool) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=bias)
+            self.skip = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + self.skip(x))
+
+    model, x = randomise(Bare().double().eval()), X[:, :4]
+    result = repfx.transform(model, [f"qarep(variant={variant!r})"], example=x)
+    assert len(result.meta["repfx"].results[0].inserted) == 1
+    assert_same(model, result, x, 1e-12)
+
+
+def test_identities_and_a_literal_0_do_not_hide_a_block() -> None:
+    class Official(nn.Module):
+        """A block whose missing identity is the number 0."""
+
+        def __init__(self, inputs: int, outputs: int, zero: int | nn.Module) -> None:
+            super().__init__()
+            self.dense = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False),
+                nn.Identity(),
+                nn.BatchNorm2d(outputs),
+            )
+            self.point = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, 2, 0, bias=False), nn.BatchNorm2d(outputs)
+            )
+            self.zero = zero
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.dense(x) + self.point(x + 0) + self.zero)
+
+    x = X[:, :3]
+    model = randomise(nn.Sequential(Official(3, 8, 0), Official(8, 8, 0)).double().eval())
+    result = repfx.transform(model, ["qarep"], example=x)
+    assert len(result.meta["repfx"].results[0].inserted) == 2
+    assert not result.meta["repfx"].declined
+    assert_same(model, result, x, 1e-12)
+    other = randomise(nn.Sequential(Official(3, 8, 1)).double().eval())
+    result = repfx.transform(other, ["qarep"], example=x)
+    assert not result.meta["repfx"].results[0].inserted  # a 1 is no identity
+
+
+def test_reset_touches_the_blocks_that_it_rewrites_alone() -> None:
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            RepVGG(4, 4, 3, padding=1),
+            nn.ReLU(),
+            RepVGG(4, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(4, 2, 1),
+        )
+        .double()
+        .eval()
+    )
+    given = {k: v.clone() for k, v in model.state_dict().items()}
+    fresh = repfx.transform(model, ["qarep(init=reset)"], example=X[:, :4])
+    assert all(torch.equal(v, given[k]) for k, v in model.state_dict().items())
+    for name, value in fresh.state_dict().items():
+        inside = name.startswith(("3.", "5."))
+        if name in given and value.is_floating_point():
+            assert torch.equal(value, given[name]) is not inside, name

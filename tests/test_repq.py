@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.algebra import Geometry, KernelNorm, Moments
+from repfx.algebra import Fixed, Geometry, KernelNorm, Moments
 from repfx.algebra.norm import MODES
 from repfx.blocks import BLOCKS
 from repfx.passes import RepQ
@@ -314,3 +314,27 @@ def test_it_is_saved_compiled_and_trained_on(mode: str, tmp_path: Path) -> None:
     )
     compiled = torch.compile(copy.deepcopy(trained), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), again.train()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_is_a_layer_whatever_its_name(tmp_path: Path) -> None:
+    """The algebra's own tensors are told apart by what holds them, in a saved file too."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.my_constant = BLOCKS["repvgg"](4, 4, 3, 1, 1)
+            self.fixed = BLOCKS["repvgg"](4, 4, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fixed(self.my_constant(x).relu())
+
+    model, x = randomise(Net().eval()), pictures(torch.float32)
+    trained = repfx.transform(model, ["repq"], example=x)
+    repfx.save(trained, tmp_path / "trained.pt")
+    for given in (trained, repfx.load(tmp_path / "trained.pt")):
+        fused = repfx.transform(given, ["fuse"], example=x)
+        layers = {n for n, m in fused.named_modules() if isinstance(m, nn.Conv2d)}
+        assert layers == {"my_constant.main.conv", "fixed.main.conv"}
+        merged = fused.meta["repfx"].merged
+        assert [m.params_before for m in merged] == [4 * 4 * 9 + 4 * 4] * 2
+        assert not any(isinstance(m, Fixed) for m in fused.modules())

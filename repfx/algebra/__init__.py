@@ -3,6 +3,7 @@ and into what.
 """
 
 from repfx.algebra.axis import Axis
+from repfx.algebra.fixed import Fixed
 from repfx.algebra.geometry import Geometry
 from repfx.algebra.impulse import impulse_response
 from repfx.algebra.kernel import CONVS, Kernel, dense, swapped
@@ -13,6 +14,7 @@ from repfx.algebra.pad import pad_with
 __all__ = [
     "CONVS",
     "Axis",
+    "Fixed",
     "Geometry",
     "Kernel",
     "KernelNorm",

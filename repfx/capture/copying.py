@@ -1,33 +1,58 @@
-"""Copies that share storage, so that a rewrite costs little memory and can never reach the model it
-was given.
-"""
+"""Copies that share storage with their original until somebody may write into them.
+
+Most weights are only read, and merging replaces them: copying those would cost time and memory for
+nothing. So a copy starts on the original's storage, and `Copy.separate` ends that, before any code
+that is free to write gets to see a tensor."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from repfx.errors import InputError
 
+_TABLES = set(nn.Module().__dict__)
 _VALUES = {type(None), bool, int, float, str, torch.dtype, torch.device}
 
 
-def alias(model: nn.Module) -> nn.Module:
-    """A structural copy that shares storage with the model but no Python object, so tracing cannot
-    change the model.
+@dataclass
+class Copy:
+    """A copy of a model, and the storage that the two share: addresses, none after `separate`."""
+
+    model: nn.Module
+    shared: set[int]
+
+    def separate(self, model: nn.Module) -> None:
+        """Gives what `model`, made from this copy, still shares with the original storage of its
+        own; tied tensors stay tied."""
+        done: set[int] = set()
+        for tensor in _tensors(model) if self.shared else ():
+            if id(tensor) not in done and tensor.untyped_storage().data_ptr() in self.shared:
+                tensor.data = tensor.data.clone()
+                done.add(id(tensor))
+        self.shared.clear()
+
+
+def alias(model: nn.Module) -> Copy:
+    """A structural copy that shares its parameters' storage with the model but no Python object,
+    so tracing cannot change the model.
 
     What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of
     every module."""
     memo: dict[int, Any] = {}
+    shared: set[int] = set()
     for tensor in _tensors(model):
         if id(tensor) not in memo:
             if isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+                shared.add(tensor.untyped_storage().data_ptr())
             else:  # small, and what a forward may write to even in eval mode
                 memo[id(tensor)] = tensor.detach().clone()
     plain: list[tuple[nn.Module, nn.Module]] = []
@@ -43,7 +68,7 @@ def alias(model: nn.Module) -> nn.Module:
                 plain.append((module, memo[id(module)]))
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
-        return memo[id(model)]
+        return Copy(memo[id(model)], shared)
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
 
@@ -59,26 +84,16 @@ def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def own_tensors(model: nn.Module, original: nn.Module | torch.export.ExportedProgram) -> None:
-    """Gives every tensor that `model` still shares with `original` storage of its own, ties
-    kept."""
-    if isinstance(original, nn.Module):
-        theirs = list(_tensors(original))
-    else:
-        theirs = [
-            t
-            for t in [*original.state_dict.values(), *original.constants.values()]
-            if isinstance(t, Tensor)
-        ]
-    shared = {t.untyped_storage().data_ptr() for t in theirs}
-    done = set()
-    for tensor in _tensors(model):
-        if id(tensor) not in done and tensor.untyped_storage().data_ptr() in shared:
-            tensor.data = tensor.data.clone()
-            done.add(id(tensor))
-
-
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module holds: parameters, buffers and plain attributes, those in lists
+    and dicts too."""
     for module in model.modules():
         for store in (module._parameters, module._buffers, module.__dict__):
-            yield from (t for t in store.values() if isinstance(t, Tensor) and not t.is_meta)
+            for name, value in store.items():
+                if isinstance(value, Tensor):
+                    found: list[Any] = [value]
+                elif isinstance(value, (list, tuple, dict)) and name not in _TABLES:
+                    found = tree_leaves(value)
+                else:
+                    continue
+                yield from (t for t in found if isinstance(t, Tensor) and not t.is_meta)

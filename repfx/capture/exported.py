@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from repfx.errors import InputError
 from repfx.files.allowed import is_computation
@@ -98,6 +98,8 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     result = fx.GraphModule(module, module.graph)
     for name in ("_parameters", "_buffers", "_modules"):
         result.__dict__[name] = module.__dict__[name]
+    # Constants that the forward holds are plain attributes.
+    result.__dict__.update({k: v for k, v in vars(module).items() if isinstance(v, Tensor)})
     return result
 
 

@@ -2,8 +2,8 @@
 are GraphModules.
 
 The result has the names, the tensors' values and the modes of the model it was made from, and
-shares its storage until `own_tensors` gives it its own. It is checked against the model on an input
-before anything is rewritten:
+shares its storage until `Captured.separate` gives it its own. It is checked against the model on an
+input before anything is rewritten:
 
     module M --trace--> graph G;   G(example) == M(example), else its children are tried.
 """
@@ -21,12 +21,13 @@ from torch.fx.proxy import TraceError
 
 from repfx.capture.assemble import graph_module
 from repfx.capture.canonical import canonical
-from repfx.capture.copying import alias
+from repfx.capture.copying import Copy, alias
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
 from repfx.capture.running import Noting, agree, describe, guess_example, parameters_of, run_eval
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, signature
 from repfx.errors import Declined, InputError
+from repfx.tolerances import TRACED, TRACED_WIDE
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Captured:
         False  # whether the input's dimensions are the user's word, or those an image must have
     )
     enter_opaque: bool = True
+    copy: Copy = field(default_factory=lambda: Copy(nn.Module(), set()))
+
+    def separate(self) -> None:
+        """From here on, what is written into `model` cannot reach the model it was made from."""
+        self.copy.separate(self.model)
 
 
 def capture(
@@ -71,7 +77,8 @@ def capture(
     if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
         raise InputError("the model is on the meta device: it has no weights yet")
     _refuse_non_finite(model)
-    skeleton = alias(model)
+    twin = alias(model)
+    skeleton = twin.model
     given = example is not None
     if example is None:
         example, expected = guess_example(skeleton)
@@ -85,7 +92,9 @@ def capture(
     # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an
     # image.
     sure = given or (example is not None and example[0].dim() > 2)
-    captured = Captured(skeleton, [], example, expected, given, sure, enter_opaque)
+    captured = Captured(
+        skeleton, [], example, expected, given, sure, enter_opaque=enter_opaque, copy=twin
+    )
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
 
@@ -183,7 +192,7 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
     wide = tuple(
         v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs
     )
-    for give, tolerance in ((wide, 1e-9), (inputs, 1e-4)):
+    for give, tolerance in ((wide, TRACED_WIDE), (inputs, TRACED)):
         try:
             twin = copy.deepcopy(module)
             twin = twin.double() if give is wide else twin

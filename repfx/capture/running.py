@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.tolerances import TRACED
+
 
 class Noting(nn.Module):
     """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is
@@ -109,7 +111,7 @@ def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
                     b.copy_(value)
 
 
-def agree(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
+def agree(a: Any, b: Any, tolerance: float = TRACED) -> bool:
     """Equality of outputs up to rounding, relative to the largest value of each tensor."""
     flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
     if len(flat_a) != len(flat_b):

@@ -88,14 +88,15 @@ class Tracer(fx.Tracer):
             self.stack = [root]
             with torch.random.fork_rng(devices=[]):
                 graph = super().trace(root)
+            # Tensors that are no parameters, which fx keeps on the root. One that a closure or a
+            # global holds is the caller's own, so the graph gets a copy.
+            before = kept[0][1]
             stored = {
                 str(n.target): vars(root)[n.target]
                 for n in graph.nodes
-                if n.op == "get_attr" and n.target in vars(root)
+                if n.op == "get_attr" and n.target in vars(root) and n.target not in before
             }
-            kept[0][1].update(
-                stored
-            )  # tensors that are no parameters, which the tracer keeps on the root
+            before.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in stored.items()})
             return graph
         finally:
             if self.asked.times:

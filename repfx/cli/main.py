@@ -40,7 +40,7 @@ from repfx.data.folders import Images
 from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
-from repfx.rewrite.runner import Report
+from repfx.rewrite.results import Report
 from repfx.training.recipe import PRESETS
 from repfx.training.tasks import TASKS, SuperResolution, data_of, task_of
 

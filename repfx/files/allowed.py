@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from repfx.algebra import KernelNorm, Moments, pad_with
+from repfx.algebra import Fixed, KernelNorm, Moments, pad_with
 from repfx.errors import InputError
 from repfx.graph.modes import Mode
 from repfx.quant import Affine, FakeQuant
 
 _OWN: dict[str, type[nn.Module]] = {"repfx.FakeQuant": FakeQuant, "repfx.Mode": Mode}
-_OWN |= {"repfx.Affine": Affine, "repfx.KernelNorm": KernelNorm, "repfx.Moments": Moments}
+_OWN |= {"repfx.Affine": Affine, "repfx.Fixed": Fixed}
+_OWN |= {"repfx.KernelNorm": KernelNorm, "repfx.Moments": Moments}
 READABLE = {
     "shape",
     "ndim",

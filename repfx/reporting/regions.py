@@ -20,7 +20,8 @@ from repfx.passes import RepQ
 from repfx.reporting.numbers import Branch, Norm, Region
 from repfx.reporting.pairs import spread
 from repfx.rewrite.inspection import inspect
-from repfx.rewrite.runner import Report, rewrite
+from repfx.rewrite.results import Report
+from repfx.rewrite.runner import rewrite
 
 CALLS = {*CONVS.values(), F.linear}  # what a quantized or merged layer is called as
 

@@ -40,6 +40,10 @@ class BranchSum:
     point: Branch | None
     identity: Branch | None
 
+    @property
+    def branches(self) -> tuple[Branch, Branch | None, Branch | None]:
+        return self.main, self.point, self.identity
+
 
 def branch_sums(view: GraphView) -> Iterator[BranchSum]:
     """Every sum of branches of modules of which nothing is read elsewhere, in the graph's order."""
@@ -63,7 +67,7 @@ def _read(
     view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]
 ) -> BranchSum | None:
     terms = _terms(view, sink, source)
-    if not isinstance(view.ops[sink], Sum) or len(terms) < 2:
+    if len(terms) < 2:
         return None
     branches = [_branch(view, t, source) for t in terms]
     if any(b is None for b in branches):
@@ -81,7 +85,8 @@ def _read(
     if _taps(view, convs[0]) == 1:
         return None
     count = sum((b.conv is not None) + (b.norm is not None) for b in (*convs, *rest))
-    if count + len(terms) - 1 != len(nodes):  # something else stands in it
+    steps = [n for n in nodes if view.ops[n].kind != "identity"]  # type: ignore[union-attr]
+    if count + len(terms) - 1 != len(steps):  # something else stands in it
         return None
     return BranchSum(
         source,
@@ -94,10 +99,20 @@ def _read(
 
 
 def _terms(view: GraphView, node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    node = _past_identities(view, node, source)
     op = view.ops[node]
     if node is source or not _plain_sum(op):
         return [node]
     return [t for value, _ in op.terms for t in _terms(view, value, source)]  # type: ignore[union-attr]
+
+
+def _past_identities(view: GraphView, node: fx.Node, source: fx.Node) -> fx.Node:
+    """What a value is before it was passed on as it is: `nn.Identity`, or a literal 0 added."""
+    op = view.ops[node]
+    while node is not source and isinstance(op, Map) and op.kind == "identity":
+        node = op.x
+        op = view.ops[node]
+    return node
 
 
 def _plain_sum(op: Op) -> bool:
@@ -107,6 +122,7 @@ def _plain_sum(op: Op) -> bool:
 def _branch(view: GraphView, node: fx.Node, source: fx.Node) -> Branch | None:
     parts: dict[str, fx.Node] = {}
     for kind in ("bn", "conv"):
+        node = _past_identities(view, node, source)
         op = view.ops[node]
         if (
             node is not source
@@ -115,6 +131,7 @@ def _branch(view: GraphView, node: fx.Node, source: fx.Node) -> Branch | None:
             and node.op == "call_module"
         ):
             parts[kind], node = node, op.x
+    node = _past_identities(view, node, source)
     return Branch(parts.get("conv"), parts.get("bn")) if node is source else None
 
 

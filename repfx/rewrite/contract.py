@@ -9,15 +9,14 @@ from __future__ import annotations
 import ast
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum, IntEnum
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from repfx.errors import Declined, InputError, unknown
-
-if TYPE_CHECKING:
-    from repfx.rewrite.work import Work
+from repfx.errors import InputError, unknown
+from repfx.rewrite.results import Result
+from repfx.rewrite.work import Work
 
 
 class Stage(IntEnum):
@@ -32,40 +31,13 @@ class Stage(IntEnum):
 
 
 class Promise(Enum):
-    """REGIONS: every merged region equals itself, proved as it merges. NAMES: every key of the
-    state_dict stays.
+    """REGIONS: every merged region computes what it did. The verbs of `Work` prove that as they
+    merge; a pass that rewrites the graph by itself is held to the model's output on the example.
+    NAMES: every key of the state_dict stays.
     """
 
     REGIONS = "each merged region computes what it did"
     NAMES = "every key of the state_dict stays"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """One region that became one layer: its operators by name, the layer's path, and what both
-    cost.
-
-    MACs are multiply-accumulates per position of the region's input; `error` is relative, in
-    float64."""
-
-    name: str
-    ops: tuple[str, ...]
-    into: str
-    macs_before: float
-    macs_after: float
-    params_before: int
-    params_after: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one pass did to one graph."""
-
-    name: str
-    merged: tuple[Merged, ...] = ()
-    declined: tuple[Declined, ...] = ()
-    inserted: tuple[str, ...] = ()
 
 
 class Pass(ABC):

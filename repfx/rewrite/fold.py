@@ -6,101 +6,122 @@ F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))   ->   F.conv2d(Q(x), Q(weight),
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import CONVS, KernelNorm, Moments
+from repfx.algebra import CONVS, Fixed, KernelNorm, Moments
 from repfx.graph.edit import CONV_LAYERS, drop_unreferenced, free_path, put_module, references
 from repfx.graph.effects import is_dead
 from repfx.graph.run_node import call as run_node
 from repfx.quant import FakeQuant
-from repfx.rewrite.contract import Merged
+from repfx.rewrite.results import Merged
 
 _LAYERS = {CONVS[axes]: layer for axes, layer in CONV_LAYERS.items()}
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A call of a functional convolution or linear whose weight the graph computes.
+
+    `quant` is the call of the weight's quantizer, where there is one. `values` holds what the
+    program makes of the weights of now, each node after those it reads."""
+
+    call: fx.Node
+    given: dict[str, Any]  # the call's arguments by name
+    quant: fx.Node | None
+    weight: fx.Node
+    bias: fx.Node | None
+    values: dict[fx.Node, Any]
+
+    def reads(self, module: fx.GraphModule) -> list[fx.Node]:
+        """The weights of the model in it: not its vectors, nor what the algebra brought along."""
+        return [
+            n
+            for n, value in self.values.items()
+            if n.op == "get_attr"
+            and value.dim() > 1
+            and not isinstance(module.get_submodule(_owner(n)), Fixed)
+        ]
 
 
 def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
     """Evaluates, in eval meaning, the program of each weight that reads a KernelNorm or is
     quantized, in place.
     """
-    graph, before = module.graph, references(module.graph)
+    before = references(module.graph)
     replaced: list[nn.Module] = []
     done = []
-    calls: list[Any] = list(graph.nodes)
-    for call in calls:
-        if call.target is not F.linear and call.target not in _LAYERS:
-            continue
-        given = _bound(call)
-        weight, bias = given["weight"], given["bias"]
-        if not isinstance(weight, fx.Node):
-            continue
-        quant = _quantizer(module, weight)
-        program: Any = weight.args[0] if quant is not None else weight
-        if program.op == "get_attr" or not _is_program(module, program):
-            continue
-        nodes = _ancestors(module, [n for n in (program, bias) if isinstance(n, fx.Node)])
-        values = _evaluate(module, nodes)
-        now = values[program].detach().contiguous()
-        layer = _layer(
-            call.target, given, now, None if bias is None else values[bias].detach().contiguous()
-        )
-        layer.train(module.training)
-        reads = [
-            n
-            for n in nodes
-            if n.op == "get_attr" and values[n].dim() > 1 and "_constant" not in str(n.target)
-        ]
-        path = str(max(reads, key=lambda n: values[n].numel()).target).rpartition(".")[0]
-        mine = [
-            n
-            for n in graph.nodes
-            if n.op == "get_attr" and str(n.target).rpartition(".")[0] == path
-        ]
-        free = type(layer) is type(module.get_submodule(path)) and not any(
-            set(n.users) - {*nodes, call} for n in mine
-        )
-        if not free:
-            path = free_path(module, f"{path}.merged" if path else "merged")
-        old = put_module(module, path, layer)
-        if old is not None:  # its quantizers hang on it
-            layer._modules.update(old._modules)
-            replaced.append(old)
-        with graph.inserting_before(weight if quant is not None else call):
-            new_weight = graph.get_attr(f"{path}.weight")
-            new_bias = None if bias is None else graph.get_attr(f"{path}.bias")
-        if quant is not None:
-            weight.args = (new_weight,)
-            if bias is not None:
-                call.replace_input_with(bias, new_bias)
-        else:
-            with graph.inserting_before(call):
-                plain = graph.call_module(path, (given["input"],))
-            plain.meta = dict(call.meta)
-            call.replace_all_uses_with(plain)
-            graph.erase_node(call)
-        params = sum(values[n].numel() for n in reads)
-        macs = float(now.numel())
-        done.append(
-            Merged(
-                path,
-                tuple(str(n.target) for n in reads),
-                path,
-                macs,
-                macs,
-                params,
-                now.numel(),
-                0.0,
-            )
-        )
+    for call in list(module.graph.nodes):
+        program = _program(module, call)
+        if program is not None:
+            done.append(_fold(module, program, replaced))
     if done:
-        for node in reversed(graph.nodes):
+        for node in reversed(module.graph.nodes):
             if is_dead(node) or (not node.users and _is_norm(module, node, (KernelNorm, Moments))):
-                graph.erase_node(node)
+                module.graph.erase_node(node)
         drop_unreferenced(module, before, replaced)
     return tuple(done)
+
+
+def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:
+    if call.target is not F.linear and call.target not in _LAYERS:
+        return None
+    given = _bound(call)
+    weight, bias = given["weight"], given["bias"]
+    if not isinstance(weight, fx.Node):
+        return None
+    quant = weight if _quantizer(module, weight) is not None else None
+    weight = weight if quant is None else cast(fx.Node, quant.args[0])
+    if weight.op == "get_attr" or not _is_program(module, weight):
+        return None
+    nodes = _ancestors(module, [n for n in (weight, bias) if isinstance(n, fx.Node)])
+    return _Program(call, given, quant, weight, bias, _evaluate(module, nodes))
+
+
+def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Merged:
+    """Puts a layer of the program's values in, and the call on it: its plain weight in the place of
+    what the quantizer reads or, without one, the layer in the place of the call."""
+    weight = p.values[p.weight].detach().contiguous()
+    bias = None if p.bias is None else p.values[p.bias].detach().contiguous()
+    layer = _layer(p.call.target, p.given, weight, bias).train(module.training)
+    reads = p.reads(module)
+    path = _path(module, p, layer, reads)
+    old = put_module(module, path, layer)
+    if old is not None:  # its quantizers hang on it
+        layer._modules.update(old._modules)
+        replaced.append(old)
+    with module.graph.inserting_before(p.quant or p.call):
+        if p.quant is None:
+            plain = module.graph.call_module(path, (p.given["input"],))
+            plain.meta = dict(p.call.meta)
+            p.call.replace_all_uses_with(plain)
+            module.graph.erase_node(p.call)
+        else:
+            p.quant.args = (module.graph.get_attr(f"{path}.weight"),)
+            if p.bias is not None:
+                p.call.replace_input_with(p.bias, module.graph.get_attr(f"{path}.bias"))
+    names, macs = tuple(str(n.target) for n in reads), float(weight.numel())
+    params = sum(p.values[n].numel() for n in reads)
+    return Merged(path, names, path, macs, macs, params, weight.numel(), 0.0)
+
+
+def _path(module: fx.GraphModule, p: _Program, layer: nn.Module, reads: list[fx.Node]) -> str:
+    """The path of the largest weight's layer, unless something else reads that too."""
+    path = _owner(max(reads, key=lambda n: p.values[n].numel()))
+    mine = [n for n in module.graph.nodes if n.op == "get_attr" and _owner(n) == path]
+    free = all(user in p.values or user is p.call for n in mine for user in n.users)
+    if free and type(layer) is type(module.get_submodule(path)):
+        return path
+    return free_path(module, f"{path}.merged" if path else "merged")
+
+
+def _owner(read: fx.Node) -> str:
+    """The path of the module that holds the tensor of a get_attr."""
+    return str(read.target).rpartition(".")[0]
 
 
 def _quantizer(module: fx.GraphModule, node: fx.Node) -> FakeQuant | None:

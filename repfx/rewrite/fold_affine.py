@@ -12,7 +12,7 @@ from torch import fx, nn
 from repfx.errors import InputError
 from repfx.graph.edit import drop_unreferenced, references
 from repfx.quant import Affine, FakeQuant
-from repfx.rewrite.contract import Merged
+from repfx.rewrite.results import Merged
 
 
 def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:

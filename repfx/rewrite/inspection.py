@@ -16,8 +16,8 @@ from repfx.errors import Declined
 from repfx.graph.naming import layer, operator
 from repfx.graph.view import GraphView
 from repfx.rewrite.merge_regions import plan_merges
+from repfx.rewrite.names import Names
 from repfx.rewrite.runner import as_args, require_convolutions
-from repfx.rewrite.work import Names
 
 
 @dataclass(frozen=True)

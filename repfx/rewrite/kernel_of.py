@@ -24,6 +24,7 @@ from repfx.graph.ops import Map, Sum
 from repfx.graph.regions import Region, nodes_between
 from repfx.graph.view import GraphView
 from repfx.rewrite.weights import Fetch, drawn
+from repfx.tolerances import SAME_CONSTANT
 
 _KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
 _TYPED = (
@@ -237,7 +238,7 @@ def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
         if bias is None:
             bias = torch.zeros_like(fill)
         if fill.numel() not in (1, bias.numel()) or not torch.allclose(
-            bias, fill.expand_as(bias), rtol=1e-9, atol=1e-12
+            bias, fill.expand_as(bias), rtol=SAME_CONSTANT, atol=1e-12
         ):
             return False
     return True

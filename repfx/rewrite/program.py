@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from repfx.algebra import Kernel, KernelNorm
+from repfx.algebra import Fixed, Kernel, KernelNorm
 from repfx.capture.proxies import ConstantProxy
-from repfx.graph.edit import free_path
+from repfx.graph.edit import free_path, put_module
 from repfx.graph.ops import Map, Ref
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Merge
-from repfx.rewrite.work import weight_of
+from repfx.rewrite.names import weight_of
 
 
 class Recorder(GraphAppendingTracer):
@@ -62,11 +62,21 @@ class Recorder(GraphAppendingTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):  # a constant of the algebra's own, such as the identity's ones
             if id(a) not in self.stored:
-                path = free_path(self.module, "_constant")
-                self.module.register_buffer(path, self._now(a), persistent=False)
-                self.stored[id(a)] = (a, path)
+                path, fixed = fixed_of(self.module)
+                self.stored[id(a)] = (a, f"{path}.{fixed.add(self._now(a))}")
             return self.graph.get_attr(self.stored[id(a)][1])
         return super().create_arg(a)
+
+
+def fixed_of(module: fx.GraphModule) -> tuple[str, Fixed]:
+    """Where the algebra's own tensors are kept in a graph, and their holder; made where there is
+    none yet."""
+    for name, child in module.named_children():
+        if isinstance(child, Fixed):
+            return name, child
+    fixed, path = Fixed(), free_path(module, "fixed")
+    put_module(module, path, fixed)
+    return path, fixed
 
 
 def program(

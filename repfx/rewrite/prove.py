@@ -19,9 +19,9 @@ from repfx.graph.ops import Ref
 from repfx.graph.regions import Region
 from repfx.graph.run_node import call
 from repfx.graph.view import GraphView
+from repfx.tolerances import MERGED
 
-# The one place for tolerances: largest difference over largest value, a dtype at a time.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+EXACT = MERGED[torch.float64]
 
 
 def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref], Tensor]) -> float:
@@ -41,14 +41,14 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
                     f"{want.shape}"
                 )
             off, largest = float((got - want).abs().amax()), float(want.abs().amax())
-            if not off <= TOLERANCE[torch.float64] * largest:
+            if not off <= EXACT * largest:
                 # Where branches cancel, rounding is relative to them and not to what is left.
                 seen: list[float] = []
                 _run(view, region, x, fetch, twins, seen)
                 largest = max(seen) or 1.0
             relative = off / largest if largest else off
             worst = max(worst, relative) if relative == relative else float("inf")
-    if not worst <= TOLERANCE[torch.float64]:
+    if not worst <= EXACT:
         raise CheckError(
             f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this "
             "is a bug of repfx"

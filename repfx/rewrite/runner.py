@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from repfx.capture.copying import own_tensors
 from repfx.capture.model import Captured, capture, graphs
 from repfx.capture.running import run_eval
-from repfx.errors import CheckError, Declined, InputError
+from repfx.errors import CheckError, InputError
 from repfx.quant import FakeQuant, Target, target_named
-from repfx.rewrite.contract import Merged, Pass, Promise, Result, resolve
-from repfx.rewrite.difference import difference
+from repfx.rewrite.contract import Pass, Promise, resolve
+from repfx.rewrite.difference import difference, differences
+from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Work
-
-
-@dataclass
-class Report:
-    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed
-    as written.
-    """
-
-    results: list[Result] = field(default_factory=list)
-    untraced: list[Declined] = field(default_factory=list)
-
-    @property
-    def merged(self) -> list[Merged]:
-        return [m for r in self.results for m in r.merged]
-
-    @property
-    def declined(self) -> list[Declined]:
-        return [*self.untraced, *(d for r in self.results for d in r.declined)]
+from repfx.tolerances import KEPT, MERGED
 
 
 def rewrite(
@@ -54,7 +37,7 @@ def rewrite(
         report = _rewrite(captured, ordered, formats)
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
-    own_tensors(captured.model, model)
+    captured.separate()
     if not isinstance(
         getattr(captured.model, "meta", None), nn.Module
     ):  # unless a child of the model has that name
@@ -66,9 +49,90 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
     report = Report(untraced=captured.declined)
     for path, module in list(graphs(captured.model)):
         for p in passes:
-            result = _run(p, Work(module, formats))
+            promised = _Promised(p, captured, module)
+            result = promised.run(Work(module, formats, promised.reached))
             report.results.append(_prefixed(result, path))
     return report
+
+
+class _Promised:
+    """One run of a pass on one graph, and whether it kept its promises.
+
+    A pass that only calls the verbs of its Work has proved all it did. One that reached for the
+    graph itself may have done anything: then the model's output on the example tells."""
+
+    def __init__(self, p: Pass, captured: Captured, module: fx.GraphModule) -> None:
+        self.title = f"pass {p.name!r}"
+        self.kept, self.p = p.promises, p
+        self.captured, self.module = captured, module
+        self.keys = set(module.state_dict())
+        self.before: Any = None  # the output, where it must stay
+
+    def run(self, work: Work) -> Result:
+        """Raises CheckError where a promise is broken, which says by whom."""
+        try:
+            result: object = self.p.run(work)
+        except CheckError as error:
+            raise CheckError(f"{self.title}: {error}") from error
+        if not isinstance(result, Result):
+            raise CheckError(f"{self.title} gave {result!r} and not a Result of what it did")
+        self.module.graph.lint()
+        self.module.recompile()
+        self._check_names()
+        self._check_regions()
+        return result
+
+    def reached(self) -> None:
+        """The pass has asked for what it may write into."""
+        self.captured.separate()
+        if Promise.REGIONS in self.kept:
+            self.module.recompile()  # it may have merged before it asked
+            self.before = self._output()
+
+    def _output(self) -> Any:
+        """None where the model cannot be run, so that nothing can be told."""
+        if self.captured.example is None:
+            return None
+        try:
+            return run_eval(self.captured.model, self.captured.example)
+        except Exception:  # whatever its own forward raises
+            return None
+
+    def _check_names(self) -> None:
+        lost = sorted(self.keys - set(self.module.state_dict()))
+        if Promise.NAMES in self.kept and lost:
+            raise CheckError(
+                f"{self.title} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}"
+            )
+
+    def _check_regions(self) -> None:
+        if self.before is None:
+            return
+        after = self._output()
+        limit = _limit(self.captured.model)
+        why = "the model does not run any more"
+        if after is not None:
+            why = _apart(self.before, after, limit)
+        if why:
+            raise CheckError(f"{self.title} promised that {Promise.REGIONS.value}, and {why}")
+
+
+def _apart(before: Any, after: Any, limit: float) -> str:
+    """In what two outputs of a model differ by more than rounding; empty where they do not.
+
+    Integers, such as indices of the largest, may turn over at a tie that rounding decides.
+    """
+    try:
+        found = differences(before, after)
+    except CheckError as error:
+        return str(error)
+    off = [d for d in found if not d.integers and not d.relative <= limit]
+    return f"the output on the example changed: {off[0]}" if off else ""
+
+
+def _limit(model: nn.Module) -> float:
+    """How far rounding may move the output of a model of this precision."""
+    return max([KEPT, *(MERGED.get(p.dtype, 0.0) for p in model.parameters())])
 
 
 def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
@@ -81,7 +145,9 @@ def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
         off = difference(captured.expected, run_eval(captured.model, captured.example))
     except Exception:  # whatever its own forward raises
         return False
-    return off.relative <= 1e-3 or not all(Promise.REGIONS in p.promises for p in passes)
+    return off.relative <= _limit(captured.model) or not all(
+        Promise.REGIONS in p.promises for p in passes
+    )
 
 
 def as_args(example: Any) -> tuple[Any, ...] | None:
@@ -99,22 +165,6 @@ def require_convolutions(captured: Captured) -> None:
     )
 
 
-def _run(p: Pass, work: Work) -> Result:
-    module = work.module
-    keys = set(module.state_dict())
-    result: object = p.run(work)
-    if not isinstance(result, Result):
-        raise CheckError(f"pass {p.name!r} gave {result!r} and not a Result of what it did")
-    module.graph.lint()
-    module.recompile()
-    if Promise.NAMES in p.promises and not keys <= set(module.state_dict()):
-        lost = sorted(keys - set(module.state_dict()))
-        raise CheckError(
-            f"pass {p.name!r} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}"
-        )
-    return result
-
-
 def _prefixed(result: Result, path: str) -> Result:
     """The result with the names of a nested graph made those of the whole model."""
     if not path:
@@ -123,9 +173,12 @@ def _prefixed(result: Result, path: str) -> Result:
     def full(name: str) -> str:
         return f"{path}.{name}"
 
-    merged = tuple(
-        Merged(full(m.name), tuple(map(full, m.ops)), full(m.into), *list(vars(m).values())[3:])
-        for m in result.merged
+    return Result(
+        result.name,
+        tuple(
+            replace(m, name=full(m.name), ops=tuple(map(full, m.ops)), into=full(m.into))
+            for m in result.merged
+        ),
+        tuple(replace(d, where=full(d.where)) for d in result.declined),
+        tuple(map(full, result.inserted)),
     )
-    declined = tuple(Declined(full(d.where), d.reason, d.cure) for d in result.declined)
-    return Result(result.name, merged, declined, tuple(map(full, result.inserted)))

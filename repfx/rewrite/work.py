@@ -4,9 +4,8 @@ verbs, each proved.
 
 from __future__ import annotations
 
-from collections import Counter
-from fractions import Fraction
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import fx, nn
 
@@ -19,41 +18,58 @@ from repfx.graph.edit import (
     references,
     replace_region,
 )
-from repfx.graph.ops import Map, Ref
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.quant import Target
-from repfx.rewrite.contract import Merged, Result
 from repfx.rewrite.fold import fold_programs
 from repfx.rewrite.fold_affine import fold_affines
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
+from repfx.rewrite.names import Names, weight_of
 from repfx.rewrite.prove import prove
+from repfx.rewrite.results import Merged, Result
 from repfx.rewrite.weights import in_float64
 
 
 class Work:
-    """One GraphModule under rewrite, with the target that number formats are chosen for."""
+    """One GraphModule under rewrite, with the target that number formats are chosen for.
 
-    def __init__(self, module: fx.GraphModule, target: Target) -> None:
-        self.module = module
+    The verbs `merge` and `fold` only read the weights they are given, and prove what they make of
+    them. All else that a pass can reach is free to be written into, so `on_reach` runs before a
+    pass gets hold of it: it ends what the graph shares with the caller's model, and takes note of
+    what must be checked afterwards."""
+
+    def __init__(
+        self, module: fx.GraphModule, target: Target, on_reach: Callable[[], None] | None = None
+    ) -> None:
+        self._module = module
+        self._on_reach = on_reach
         self.target = target
         self.inserted: list[str] = []  # paths of new layers
         self._paths: dict[nn.Module, str] = {}
         self._device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
 
+    @property
+    def module(self) -> fx.GraphModule:
+        """The graph and its layers, a private copy: a pass may write into any tensor of it."""
+        on_reach, self._on_reach = self._on_reach, None
+        if on_reach is not None:
+            on_reach()
+        return self._module
+
     def view(self) -> GraphView:
         """A snapshot of the graph as it is now."""
         return GraphView(self.module)
 
-    def merge(self, name: str, accept: Accept = lambda ops: True) -> Result:
+    def merge(self, name: str, accept: Accept | None = None) -> Result:
         """Merges every region that pays and that `accept` takes, each proved against itself before
         it goes in.
         """
+        module = self._module if accept is None else self.module  # operators lead to the graph
         merged: list[Merged] = []
         while True:
-            view = self.view()
-            plan = plan_merges(view, accept)
+            view = GraphView(module)
+            plan = plan_merges(view, accept or (lambda ops: True))
             merged += self._merge(view, plan)
             if not plan.again:
                 return Result(name, tuple(merged), plan.declined)
@@ -63,17 +79,17 @@ class Work:
         free one, and the graph's mode and device; one that was inserted before is called again."""
         path = self._paths.get(layer)
         if path is None:
-            path = self._paths[layer] = free_path(self.module, wanted)
-            put_module(self.module, path, layer.to(self._device).train(self.module.training))
+            path = self._paths[layer] = free_path(self._module, wanted)
+            put_module(self._module, path, layer.to(self._device).train(self._module.training))
             self.inserted.append(path)
-        with self.module.graph.inserting_before(before):
-            return self.module.graph.call_module(path, (value,))
+        with self._module.graph.inserting_before(before):
+            return self._module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
         """Makes each weight that a program computes a plain weight, and each affine a part of its
         layer.
         """
-        return fold_programs(self.module) + fold_affines(self.module)
+        return fold_programs(self._module) + fold_affines(self._module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> fx.Node:
         """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its
@@ -81,201 +97,75 @@ class Work:
 
         Returns the value that now stands for the region's: other regions of the same view may start
         from it."""
-        before = references(self.module.graph)
-        old = put_module(self.module, path, block)
-        result = inline(self.module.graph, region.source, region.sink, region.nodes, inner, path)
-        drop_unreferenced(self.module, before, [] if old is None else [old])
+        graph = self._module.graph
+        before = references(graph)
+        old = put_module(self._module, path, block)
+        result = inline(graph, region.source, region.sink, region.nodes, inner, path)
+        drop_unreferenced(self._module, before, [] if old is None else [old])
         return result
 
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
-        before = references(self.module.graph)
-        names = Names(view, self.module)
-        layers: list[tuple[Merge, nn.Module, float, str]] = []
-        made: dict[Any, nn.Module] = {}
-        # The largest first: what it needs for a moment is then not on top of all the others'
-        # results.
-        for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
-            layer, error, key = self._layer(view, merge, names, made)
-            layers.append((merge, layer, error, key))
-        return self._apply(view, layers, names, before)
-
-    def _layer(
-        self, view: GraphView, merge: Merge, names: Names, made: dict[Any, nn.Module]
-    ) -> tuple[nn.Module, float, str]:
-        region = merge.region
-        key = names.signature(merge)
-        kernel = kernel_of(view, region, in_float64(view, keep=False))
-        error = prove(view, region, kernel, in_float64(view, keep=True))
-        if key not in made:
-            made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
-            made[key].train(self.module.training)
-        return made[key], error, key
-
-    def _apply(
-        self,
-        view: GraphView,
-        layers: list[tuple[Merge, nn.Module, float, str]],
-        names: Names,
-        before: set[str],
-    ) -> tuple[Merged, ...]:
+        """Puts the merged layers in, in the order of the graph: a region may start where another
+        ends."""
+        before = references(self._module.graph)
+        names = Names(view, self._module)
+        proved = self._proved(view, plan, names)
+        sharing: dict[str, list[Merge]] = {}
+        for p in proved:
+            sharing.setdefault(p.key, []).append(p.merge)
+        paths: dict[str, str] = {}
         moved: dict[fx.Node, fx.Node] = {}
-        paths: dict[int, str] = {}
         replaced: list[nn.Module] = []
-        done: list[tuple[int, Merged]] = []
-        together: dict[str, list[Merge]] = {}
-        for merge, _, _, key in layers:
-            together.setdefault(key, []).append(merge)
-        for merge, layer, error, key in sorted(
-            layers, key=lambda entry: view.index[entry[0].region.sink]
-        ):
-            region = merge.region
-            label = names.label(merge)
-            if id(layer) not in paths:
-                paths[id(layer)] = names.path(together[key])
-                old = put_module(self.module, paths[id(layer)], layer)
-                if old is not None:
-                    replaced.append(old)
-            ops = tuple(view.name(node) for node in region.removed)
-            source = moved.get(region.source, region.source)
-            at = view.index[region.sink]
+        done: list[Merged] = []
+        for p in sorted(proved, key=lambda p: view.index[p.merge.region.sink]):
+            region, label = p.merge.region, names.label(p.merge)
+            if p.key not in paths:
+                paths[p.key] = names.path(sharing[p.key])
+                old = put_module(self._module, paths[p.key], p.layer)
+                replaced += [] if old is None else [old]
+            done.append(p.told(view, label, paths[p.key]))
             moved[region.sink] = replace_region(
-                self.module.graph,
-                source,
+                self._module.graph,
+                moved.get(region.source, region.source),
                 region.sink,
                 region.removed,
-                merge.geometry,
-                paths[id(layer)],
+                p.merge.geometry,
+                paths[p.key],
             )
-            after = float(merge.geometry.macs)
-            counts = (merge.params_before, merge.geometry.params)
-            done.append(
-                (
-                    at,
-                    Merged(
-                        label,
-                        ops,
-                        paths[id(layer)],
-                        float(merge.macs_before),
-                        after,
-                        *counts,
-                        error,
-                    ),
-                )
-            )
-        if layers:
-            drop_unreferenced(self.module, before, replaced)
-        return tuple(m for _, m in sorted(done, key=lambda pair: pair[0]))
+        if proved:
+            drop_unreferenced(self._module, before, replaced)
+        return tuple(done)
+
+    def _proved(self, view: GraphView, plan: Plan, names: Names) -> list[_Proved]:
+        """The merged layers. The largest are made first: what they need for a moment is then not
+        on top of all the others' results."""
+        made: dict[str, nn.Module] = {}
+        proved = []
+        for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
+            key = names.signature(merge)
+            kernel = kernel_of(view, merge.region, in_float64(view, keep=False))
+            error = prove(view, merge.region, kernel, in_float64(view, keep=True))
+            if key not in made:
+                made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
+                made[key].train(self._module.training)
+            proved.append(_Proved(merge, made[key], key, error))
+        return proved
 
 
-class Names:
-    """Where merged layers go: in the place of their region's widest convolution, unless another
-    call still needs it.
-    """
+@dataclass(frozen=True)
+class _Proved:
+    """A merge and its layer. Merges of one `key` share theirs. `error` is the proof's."""
 
-    def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
-        self.view = view
-        self.module = module
-        self.calls: dict[str, list[fx.Node]] = {}  # by the module called
-        self.reads: dict[str, list[fx.Node]] = {}  # of tensors, by the module that holds them
-        self.under: Counter[str] = Counter()  # convolutions and linears, by the modules around them
-        for node in view.nodes:
-            if getattr(view.ops[node], "macs", 0):
-                parts = view.name(node).split(".")
-                self.under.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
-            if node.op == "call_module":
-                self.calls.setdefault(str(node.target), []).append(node)
-            elif node.op == "get_attr":
-                self.reads.setdefault(str(node.target).rpartition(".")[0], []).append(node)
+    merge: Merge
+    layer: nn.Module
+    key: str
+    error: float
 
-    def main(self, merge: Merge) -> fx.Node:
-        def width(node: fx.Node) -> tuple[int, Fraction | int]:
-            op = self.view.ops[node]
-            assert isinstance(op, Map)
-            weight = self.view.tensor(weight_of(node))
-            return (weight[0, 0].numel() if weight.dim() > 2 else 1, op.macs)
-
-        convs = [n for n in merge.region.removed if self.view.ops[n].macs]  # type: ignore[union-attr]
-        return max(convs, key=width)
-
-    def weight(self, merge: Merge) -> Ref:
-        return weight_of(self.main(merge))
-
-    def label(self, merge: Merge) -> str:
-        """The innermost module that holds the region and little else, or else its main
-        convolution."""
-        parts = [self.view.name(n).split(".") for n in merge.region.removed]
-        shared = []
-        for names in zip(*parts, strict=False):
-            if len(set(names)) > 1:
-                break
-            shared.append(names[0])
-        inside = sum(bool(self.view.ops[n].macs) for n in merge.region.removed)  # type: ignore[union-attr]
-        here = shared and 2 * inside > self.under[".".join(shared)]
-        return ".".join(shared) if here else self.view.name(self.main(merge))
-
-    def signature(self, merge: Merge) -> str:
-        """Equal for two calls of the same modules in the same way, which then share one layer; else
-        the sink's name.
-        """
-        region = merge.region
-        if all(
-            len(self.calls.get(str(n.target), [])) < 2
-            for n in region.removed
-            if n.op == "call_module"
-        ):
-            return region.sink.name
-        position = {region.source: -1, **{n: i for i, n in enumerate(region.nodes)}}
-
-        def place(v: Any) -> Any:
-            return repr(position.get(v, v.name)) if isinstance(v, fx.Node) else v
-
-        return repr(
-            [
-                (n.op, n.target, fx.node.map_aggregate((n.args, n.kwargs), place))
-                for n in region.nodes
-            ]
-        )
-
-    def path(self, merges: list[Merge]) -> str:
-        """The path for the layer that these merges share."""
-        removed = {n for m in merges for n in m.region.removed}
-        main = self.main(merges[0])
-        if main.op == "call_module":
-            path = str(main.target)
-            free = all(n in removed for n in self.calls[path]) and self._reads_end_in(path, removed)
-            return path if free else free_path(self.module, f"{path}_merged")
-        weight = weight_of(main)
-        path = (
-            str(weight.target).rpartition(".")[0]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr"
-            else ""
-        )
-        holder = self.module.get_submodule(path) if path else None
-        if (
-            holder is not None
-            and type(holder) is nn.Module
-            and not holder._modules
-            and not holder._buffers
-        ):
-            read = {str(n.target) for n in self.reads.get(path, [])} >= {
-                f"{path}.{k}" for k in holder._parameters
-            }
-            if (
-                read
-                and self._reads_end_in(path, removed)
-                and set(holder._parameters) <= {"weight", "bias"}
-            ):
-                return path
-        scope = path or self.view.name(main).rpartition(".")[0]
-        return free_path(self.module, f"{scope}.merged" if scope else "merged")
-
-    def _reads_end_in(self, path: str, removed: set[fx.Node]) -> bool:
-        """Whether the tensors of the module at `path` are read by removed nodes alone."""
-        return all(user in removed for n in self.reads.get(path, []) for user in n.users)
+    def told(self, view: GraphView, name: str, into: str) -> Merged:
+        m = self.merge
+        ops = tuple(view.name(node) for node in m.region.removed)
+        macs = float(m.macs_before), float(m.geometry.macs)
+        return Merged(name, ops, into, *macs, m.params_before, m.geometry.params, self.error)
 
 
-def weight_of(conv: fx.Node) -> Ref:
-    """Where the weight of a convolution or linear is read from."""
-    if conv.op == "call_module":
-        return f"{conv.target}.weight"
-    return conv.args[1] if len(conv.args) > 1 else conv.kwargs["weight"]  # type: ignore[return-value]
+__all__ = ["Names", "Work", "weight_of"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repfx.api import verify
 from repfx.quant import same_modes
 from repfx.rewrite.difference import difference
-from repfx.rewrite.prove import TOLERANCE
+from repfx.tolerances import MERGED
 
 _STATEFUL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
@@ -43,7 +43,7 @@ def assert_same(before: Any, after: Any, x: Any, tolerance: float | None = None)
     over largest).
     """
     first = x[0] if isinstance(x, tuple) else x
-    limit = TOLERANCE[first.dtype] if tolerance is None else tolerance
+    limit = MERGED[first.dtype] if tolerance is None else tolerance
     off = verify(before, after, x)
     assert off.relative <= limit, f"outputs differ: {off}, more than {limit:.0e}"
 
@@ -56,7 +56,7 @@ def assert_same_elsewhere(
 
     Where it holds neither norm nor dropout its mode must make no difference: then also in train
     mode, on x."""
-    limit = TOLERANCE[x.dtype] if tolerance is None else tolerance
+    limit = MERGED[x.dtype] if tolerance is None else tolerance
     generator = torch.Generator().manual_seed(1)
     with same_modes(before, after):
         for shape in _other_shapes(x.shape):

@@ -1,0 +1,54 @@
+"""What passes tell: each merge, each part left alone, each layer put in; plain data, of use to
+every floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from repfx.errors import Declined
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One region that became one layer: its operators by name, the layer's path, and what both
+    cost.
+
+    MACs are multiply-accumulates per position of the region's input; `error` is relative, in
+    float64."""
+
+    name: str
+    ops: tuple[str, ...]
+    into: str
+    macs_before: float
+    macs_after: float
+    params_before: int
+    params_after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one pass did to one graph."""
+
+    name: str
+    merged: tuple[Merged, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    inserted: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed
+    as written.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    untraced: list[Declined] = field(default_factory=list)
+
+    @property
+    def merged(self) -> list[Merged]:
+        return [m for r in self.results for m in r.merged]
+
+    @property
+    def declined(self) -> list[Declined]:
+        return [*self.untraced, *(d for r in self.results for d in r.declined)]
