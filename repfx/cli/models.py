@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.api import load
 from repfx.capture.exported import is_exported, load_exported
 from repfx.errors import InputError
+from repfx.files.store import load
 
 _SAFE = (
     "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or "
