@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repfx.blocks.repvgg import VARIANTS, Norms
 from repfx.errors import Declined, unknown
@@ -243,13 +244,13 @@ def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         main.dilation,
         main.groups,
     )
-    layer = type(main)(*sizes, bias=False, device="meta")
+    layer: nn.Module = type(main)(*sizes, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), main.weight.requires_grad)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     return layer
 
 
-def _shifted(norm: Any, left: Tensor) -> nn.Module:
+def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
     """The batch norm with `left` on top of its shift; a new one, since another call may read
     this."""
     if not left.any():
@@ -259,16 +260,16 @@ def _shifted(norm: Any, left: Tensor) -> nn.Module:
     )
     twin.load_state_dict(norm.state_dict(), strict=False)
     with torch.no_grad():
-        twin.bias += left
+        twin.bias.add_(left)
     return twin
 
 
 def _post(main: Any, mean: Tensor, var: Tensor, left: Tensor) -> nn.Module:
     """A batch norm that adds `left` in eval mode and has the statistics of what it reads."""
-    kind: Any = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[
-        type(main)
-    ]
+    kinds = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+    kind: type[_BatchNorm] = kinds[type(main)]
     norm = kind(main.out_channels, device=main.weight.device, dtype=main.weight.dtype)
+    assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         norm.running_mean.copy_(mean - left)
         norm.running_var.copy_(var)

@@ -46,10 +46,7 @@ def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
     tree = ast.parse(Path(repfx.__file__).read_text())
     (choice,) = [n for n in tree.body if isinstance(n, ast.If)]
     typed = {
-        (n.module, a.name)
-        for n in choice.body
-        if isinstance(n, ast.ImportFrom)
-        for a in n.names
+        (n.module, a.name) for n in choice.body if isinstance(n, ast.ImportFrom) for a in n.names
     }
     homes = {(home, name) for home, names in repfx._HOMES.items() for name in names}
     assert typed == homes | {("repfx", room) for room in repfx._ROOMS}

@@ -43,7 +43,8 @@ def alias(model: nn.Module) -> nn.Module:
                 plain.append((module, memo[id(module)]))
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
-        return memo[id(model)]
+        copied: nn.Module = memo[id(model)]
+        return copied
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
 

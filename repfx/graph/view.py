@@ -177,4 +177,5 @@ class GraphView:
         if node.op == "get_attr":
             return fetch(str(node.target))
         with torch.no_grad():
-            return call(node, fetch)
+            value: Tensor = call(node, fetch)
+        return value
