@@ -1,6 +1,6 @@
 """What the lint says of other tools' own ONNX files, of a RepVGG block as it is trained and merged.
 
-    pip install nvidia-modelopt requests torchao brevitas onnxoptimizer aimet-torch
+    pip install nvidia-modelopt requests torchao brevitas onnxoptimizer aimet-torch nncf
     python examples/peers_lint.py
 
 A tool that is not installed, or whose export fails, is named and left out.
@@ -133,6 +133,15 @@ def onnxruntime(model: nn.Module, x: Tensor, path: Path) -> None:
     )
 
 
+def nncf(model: nn.Module, x: Tensor, path: Path) -> None:
+    import nncf
+    import onnx
+
+    plain = path.with_suffix(".float.onnx")
+    torch.onnx.export(model, (x,), str(plain), dynamo=False, opset_version=17, input_names=["x"])
+    onnx.save(nncf.quantize(onnx.load(plain), nncf.Dataset([{"x": x.numpy()}])), path)
+
+
 def ours(model: nn.Module, x: Tensor, path: Path) -> None:
     int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), [x])
     repfx.lower(int8, path, example=x)
@@ -146,6 +155,7 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
     "torchao pt2e, XNNPACK": partial(torchao, xnnpack),
     "brevitas": brevitas,
     "aimet": aimet,
+    "nncf": nncf,
 }
 
 

@@ -25,7 +25,8 @@ from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
 from repfx.placement.quantizers import FLOAT, POWERS, IntegerLayer, Quantizers, Rounding
 from repfx.quant import Grid
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.contract import Pass, Promise, Stage, register
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work, weight_of
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repfx.algebra import Kernel
 from repfx.blocks.repvgg import VARIANTS, Norms
@@ -111,10 +112,11 @@ class _Sum(nn.Module):
         self.post = nn.Sequential(*(layer for _, layer in target.post))
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.chains[0](x)
+        total: Tensor = self.chains[0](x)
         for chain in self.chains[1:]:
             total = total + chain(x)
-        return self.post(total)
+        result: Tensor = self.post(total)
+        return result
 
 
 def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
@@ -208,6 +210,7 @@ def _trunk(
         return ((path, main), *norm), left
     if norm:
         ((name, layer),) = norm
+        assert isinstance(layer, _BatchNorm)
         return ((path, main), (name, _shifted(layer, left))), torch.zeros_like(left)
     return ((path, _conv(main, part.weight, left + part.shift)),), torch.zeros_like(left)
 
@@ -332,13 +335,13 @@ def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         main.dilation,
         main.groups,
     )
-    layer = type(main)(*sizes, bias=False, device="meta")
+    layer: nn.Module = type(main)(*sizes, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), main.weight.requires_grad)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     return layer
 
 
-def _shifted(norm: Any, left: Tensor) -> nn.Module:
+def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
     """The batch norm with `left` on top of its shift; a new one, since another call may read
     this."""
     if not left.any():
@@ -348,17 +351,17 @@ def _shifted(norm: Any, left: Tensor) -> nn.Module:
     )
     twin.load_state_dict(norm.state_dict(), strict=False)
     with torch.no_grad():
-        twin.bias += left
+        twin.bias.add_(left)
     return twin
 
 
 def _post(main: Any, parts: _Parts, left: Tensor) -> nn.Module:
     """A batch norm that adds `left` in eval mode and has the statistics of what it reads."""
     mean, var = parts.moments(main.weight.detach())
-    kind: Any = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[
-        type(main)
-    ]
+    kinds = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+    kind: type[_BatchNorm] = kinds[type(main)]
     norm = kind(main.out_channels, device=main.weight.device, dtype=main.weight.dtype)
+    assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         norm.running_mean.copy_(mean - left)
         norm.running_var.copy_(var)

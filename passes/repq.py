@@ -31,10 +31,11 @@ from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
 from repfx.placement.quantizers import FLOAT, IntegerLayer, Quantizers, Rounding
 from repfx.quant import Grid
-from repfx.rewrite.contract import Pass, Promise, Result, Stage, register
+from repfx.rewrite.contract import Pass, Promise, Stage, register
 from repfx.rewrite.kernel_of import geometries
 from repfx.rewrite.merge_regions import Merge, plan_merges
 from repfx.rewrite.program import program
+from repfx.rewrite.results import Result
 from repfx.rewrite.work import Names, Work
 
 

@@ -1,32 +1,27 @@
-"""The public functions. Each is one call into a lower floor."""
+"""The public functions that need more than one room below: transform, report and verify."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 import repfx.passes  # noqa: F401  (registers the passes)
-from repfx.calibration import calibrate, reconstruct, sensitivity
 from repfx.capture.model import capture
 from repfx.capture.running import run_eval
 from repfx.data.batches import Batches
 from repfx.errors import InputError
-from repfx.files.store import load, save, write_whole
-from repfx.lowering import Artifact, Finding, lower
-from repfx.lowering.lint.findings import lint
-from repfx.reporting import Numbers, as_json, measure
-from repfx.reporting.page import write
 from repfx.rewrite.contract import Pass
 from repfx.rewrite.difference import Difference, difference
-from repfx.rewrite.inspection import Inspection, inspect
 from repfx.rewrite.results import Report
 from repfx.rewrite.runner import as_args, rewrite
-from repfx.training import History, fit
+
+if TYPE_CHECKING:
+    from repfx.reporting import Numbers
 
 IMAGES = 64  # that a report looks at
 
@@ -78,6 +73,10 @@ def report(
 
     Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that
     cannot be written; MissingPart without jinja2 and plotly."""
+    from repfx.files.store import write_whole  # here: a transform writes no page
+    from repfx.reporting import as_json, measure
+    from repfx.reporting.page import write
+
     models = [model] if against is None else [model, against]
     if len(titles) < len(models) or not all(isinstance(t, str) for t in titles):
         raise InputError(f"titles names {len(models)} models, not {titles!r}")
@@ -113,24 +112,4 @@ def _output(model: Any, args: tuple[Any, ...]) -> Any:
     return run_eval(model, args)
 
 
-__all__ = [
-    "Artifact",
-    "Difference",
-    "Finding",
-    "History",
-    "Inspection",
-    "Numbers",
-    "Report",
-    "calibrate",
-    "fit",
-    "inspect",
-    "lint",
-    "load",
-    "lower",
-    "reconstruct",
-    "report",
-    "save",
-    "sensitivity",
-    "transform",
-    "verify",
-]
+__all__ = ["Report", "report", "transform", "verify"]

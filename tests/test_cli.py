@@ -21,6 +21,7 @@ from torch import nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.cli.inputs import real_input
+from repfx.cli.models import load_model
 from repfx.cli.options import named, whole
 from repfx.lowering.runtimes.isa import isas, running
 
@@ -521,3 +522,15 @@ def test_a_folder_of_pictures(folder: Path) -> None:
     (pictures / "3.png").write_bytes(b"not a picture")
     done = run(folder, "quantize", "net.pt", "--data", "pictures", "--size", "16", "-o", "x.pt")
     assert done.returncode == 2 and "3.png is not a readable picture" in done.stderr
+
+
+def test_a_saved_model_is_never_taken_for_a_pickle(tmp_path: Path) -> None:
+    """One file in 32 starts with the byte that pickles start with."""
+    path, starts = tmp_path / "net.pt", set()
+    for length in range(1, 300, 4):
+        net = nn.Sequential()
+        net.add_module("c" * length, nn.Conv2d(3, 4, 1))
+        repfx.save(repfx.transform(net.eval(), []), path)
+        starts.add(path.read_bytes()[:1])
+        assert isinstance(load_model(str(path)), nn.Module)
+    assert b"\x80" in starts

@@ -28,6 +28,7 @@ FLOORS = [
     {"reporting"},
     {"api", "testing"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(

@@ -26,4 +26,5 @@ class ACNet(Block):
         self.row = ConvNorm(frame, (1, frame.kernel[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + self.column(x) + self.row(x)
+        y: Tensor = self.main(x) + self.column(x) + self.row(x)
+        return y

@@ -52,7 +52,7 @@ class PointNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv.weight if self.eye is None else self.conv.weight + self.eye
-        y = self.norm(F.conv2d(x, weight, groups=self.groups))
+        y: Tensor = self.norm(F.conv2d(x, weight, groups=self.groups))
         if not any(self.border):
             return y
         shift = shift_of(self.norm)[:, None, None]
@@ -120,4 +120,5 @@ class DBB(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = self.main(x) + self.average_norm(self.average(self.before_average(x)))
         y = y + self.deep_norm(self.deep(self.before_deep(x)))
-        return y if self.point is None else y + self.point(x)
+        total: Tensor = y if self.point is None else y + self.point(x)
+        return total

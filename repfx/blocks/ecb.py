@@ -75,5 +75,6 @@ class ECB(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.pad(x, self.border) if any(self.border) else x
-        y = sum((edge(z) for edge in self.edges), start=self.main(z) + self.deep(self.point(z)))
+        start: Tensor = self.main(z) + self.deep(self.point(z))
+        y = sum((edge(z) for edge in self.edges), start=start)
         return y + x if self.identity else y

@@ -173,4 +173,5 @@ class ConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(frame.outputs) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(F.pad(x, self.margins) if any(self.margins) else x))
+        y: Tensor = self.norm(self.conv(F.pad(x, self.margins) if any(self.margins) else x))
+        return y

@@ -54,4 +54,5 @@ class LargeKernel(Block):
         self.norm = nn.BatchNorm2d(frame.outputs) if outer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(sum((branch(x) for branch in self.small), start=self.main(x)))
+        y: Tensor = self.norm(sum((branch(x) for branch in self.small), start=self.main(x)))
+        return y

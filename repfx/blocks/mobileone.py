@@ -38,7 +38,8 @@ class MobileOne(Block):
             self.others.append(nn.BatchNorm2d(frame.outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum((branch(x) for branch in self.others), start=self.main(x))
+        y: Tensor = sum((branch(x) for branch in self.others), start=self.main(x))
+        return y
 
 
 class RepMixer(Block):
@@ -67,4 +68,5 @@ class RepMixer(Block):
         self.scale = nn.Parameter(torch.full((frame.outputs, 1, 1), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * (self.mixer(x) - self.norm(x))
+        y: Tensor = x + self.scale * (self.mixer(x) - self.norm(x))
+        return y

@@ -107,6 +107,6 @@ class OREPA(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.frame
-        return self.norm(
-            F.conv2d(x, self.weight(), None, f.stride, f.padding, f.dilation, f.groups)
-        )
+        y = F.conv2d(x, self.weight(), None, f.stride, f.padding, f.dilation, f.groups)
+        normed: Tensor = self.norm(y)
+        return normed

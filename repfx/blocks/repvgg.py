@@ -29,7 +29,7 @@ class RepVGG(Block):
         self.skip = nn.BatchNorm2d(frame.outputs) if frame.holds_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.main(x) + self.point(x)
+        y: Tensor = self.main(x) + self.point(x)
         return y if self.skip is None else y + self.skip(x)
 
 
@@ -91,4 +91,6 @@ class QARepVGG(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         others = self.point(x) if self.skip is None else self.point(x) + self.skip(x)
-        return self.norm(self.main(x) + others) if self.post else self.norm(self.main(x)) + others
+        inner = self.main(x) + others if self.post else self.main(x)
+        y: Tensor = self.norm(inner) if self.post else self.norm(inner) + others
+        return y

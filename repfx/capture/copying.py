@@ -68,7 +68,8 @@ def alias(model: nn.Module) -> Copy:
                 plain.append((module, memo[id(module)]))
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
-        return Copy(memo[id(model)], shared)
+        copied: nn.Module = memo[id(model)]
+        return Copy(copied, shared)
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from repfx import api
+import repfx as api
 from repfx.blocks import RepVGG
 from repfx.data.packaged import digits
 from repfx.errors import InputError

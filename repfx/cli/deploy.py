@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from repfx import api
+import repfx as api
 from repfx.cli.inputs import USUAL, random_input, real_input
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole

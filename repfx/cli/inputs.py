@@ -51,7 +51,8 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
         raise InputError(
             f"--shape is {shape}, and an input in {data} is {','.join(map(str, found.shape[1:]))}"
         )
-    return found
+    images: Tensor = found
+    return images
 
 
 def _too_large(shape: str | None, error: BaseException) -> InputError:

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from repfx import api
+import repfx as api
 from repfx.cli import deploy, pages
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.api import load
 from repfx.capture.exported import is_exported, load_exported
 from repfx.errors import InputError
+from repfx.files.store import load
 
 _SAFE = (
     "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or "
@@ -41,7 +41,10 @@ def load_model(name: str, weights: str | None = None, trust_pickle: bool = False
         return load_exported(name, trust_pickle)
     with open(name, "rb") as file:
         head = file.read(9)
-    if zipfile.is_zipfile(name) or head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+    # What repfx.save wrote starts with the length of a header; its low byte may be a pickle's.
+    saved = head[8:] == b"{"
+    pickled = head[:1] == b"\x80" and not saved
+    if zipfile.is_zipfile(name) or pickled or head[:4] == b"PK\x03\x04":
         return _from_pickle(name, trust_pickle)
     return load(name)
 

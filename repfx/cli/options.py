@@ -12,14 +12,32 @@ import torch
 import typer
 from rich.console import Console
 
+from repfx import __version__
 from repfx.errors import InputError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Merge, quantize and lower CNNs.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"repfx {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Merge, quantize and lower CNNs."""
+
+
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 LOWERED = (".onnx", ".engine", ".plan", ".trt", ".xml")
 

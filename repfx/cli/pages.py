@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from repfx import api
+import repfx as api
 from repfx.cli.models import load_model
 from repfx.cli.options import (
     Model,

@@ -56,7 +56,8 @@ def read(path: str | os.PathLike[str], kind: str, keys: Collection[str]) -> dict
     missing = sorted({"model", "flags", *keys} - set(found))
     if missing:
         raise InputError(f"{path} is damaged: it has no {missing[0]}")
-    return found
+    content: dict[str, Any] = found
+    return content
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, found: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ spelling it came in:
     Sum(x, ..)  a weighted sum of values, their channels moved   add, concat, slice, shuffle, ...
     Opaque      anything else, with the reason where it is one a person would want to know
 
-`repfx.graph.table` and `repfx.graph.leaves` say which operator is which.
+`repfx.graph.vocabulary` says which operator is which.
 """
 
 from __future__ import annotations

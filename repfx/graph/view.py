@@ -12,7 +12,6 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -137,6 +136,8 @@ class GraphView:
     @cached_property
     def dominator(self) -> dict[fx.Node, fx.Node | None]:
         """The immediate dominator of each data node; None at the inputs."""
+        import networkx as nx  # here: it takes longer to import than all of repfx
+
         flow = nx.DiGraph()
         for node in self.nodes:
             if self.is_data(node):
@@ -245,4 +246,5 @@ class GraphView:
         if node.op == "get_attr":
             return fetch(str(node.target))
         with torch.no_grad():
-            return call(node, fetch)
+            value: Tensor = call(node, fetch)
+        return value

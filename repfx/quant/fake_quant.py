@@ -82,10 +82,9 @@ class FakeQuant(nn.Module):
 
     def _lsq(self, x: Tensor) -> Tensor:
         """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
-        factor = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
-        return (
-            self.step.detach() + (self.scale - self.scale.detach()) * factor
-        )  # below the floor it moves on as well
+        factor: float = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
+        # below the floor it moves on as well
+        return self.step.detach() + (self.scale - self.scale.detach()) * factor
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""

@@ -42,8 +42,8 @@ class Grid:
     @property
     def high(self) -> int:
         if self.reduced:
-            return 2 ** (self.bits - 2)
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+            return 1 << (self.bits - 2)
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def low(self) -> int:

@@ -137,4 +137,5 @@ def _branch(view: GraphView, node: fx.Node, source: fx.Node) -> Branch | None:
 
 def _taps(view: GraphView, branch: Branch) -> int:
     op: Any = view.ops[branch.conv]  # type: ignore[index]
-    return op.own.taps
+    taps: int = op.own.taps
+    return taps

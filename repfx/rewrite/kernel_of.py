@@ -94,7 +94,8 @@ def kernel_of(
                 readers[value] -= 1
                 if not readers[value]:
                     found.pop(value, None)  # its weights are in the next value: free them
-    return found[region.sink]
+    whole: Kernel = found[region.sink]
+    return whole
 
 
 def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> Geometry:

@@ -125,7 +125,8 @@ def _run(
         for v in node.all_input_nodes:
             if last[v] is node and v is not region.source:
                 values.pop(v, None)
-    return values[region.sink]
+    output: Tensor = values[region.sink]
+    return output
 
 
 def _twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:

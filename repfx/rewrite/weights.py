@@ -67,10 +67,10 @@ def drawn(view: GraphView, seed: int) -> Fetch:
 def _held(view: GraphView, path: str) -> Tensor:
     owner_path, _, name = path.rpartition(".")
     owner = view.modules[owner_path]
-    if nn.utils.parametrize.is_parametrized(
-        owner, name
-    ):  # computed where it is read: in float64 too
-        return getattr(copy.deepcopy(owner).cpu().double().eval(), name).detach()
+    if nn.utils.parametrize.is_parametrized(owner, name):
+        # computed where it is read: in float64 too
+        computed: Tensor = getattr(copy.deepcopy(owner).cpu().double().eval(), name)
+        return computed.detach()
     return _wide(view.tensor(path))
 
 

@@ -175,7 +175,7 @@ def between_readers(d: Draft, a: int) -> int:
     table = WRITES | VIEW_WRITES | (BENT_WRITES if d.nonlinear else {})
     text = d.one(*table)
     d.call(text, table[text], v)
-    second = d.one(lambda: v, lambda: size_kept(d, v, same_channels=True))()
+    second = d.do(lambda: v, lambda: size_kept(d, v, same_channels=True))
     return d.call("v + w", lambda v, w: v + w, first, second)
 
 

@@ -118,9 +118,7 @@ def average(d: Draft, a: int) -> int:
         y = d.add(AVG[d.axes](side, stride, pad), a)
     else:
         y = d.call(options, lambda v: AVG_CALL[d.axes](v, side, stride, pad), a)
-    return d.one(
-        lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes)
-    )()
+    return d.do(lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes))
 
 
 def average_oddly(d: Draft, a: int) -> int:

@@ -37,21 +37,21 @@ def cat_branches(d: Draft, a: int) -> int:
     if d.odds(0.3):
         branches[d.rng.randrange(len(branches))] = a
     y = cat(d, *branches)
-    return d.one(
+    return d.do(
         lambda: y,
         lambda: conv(d, y, kernel_size=(1,) * d.axes, padding=0),
         lambda: plain_norm(d, y),
-    )()
+    )
 
 
 def size_kept(d: Draft, a: int, same_channels: bool = False) -> int:
     """A convolution or norm after which the sizes are what they were."""
     kernel, fixed = per_axis(d, 1, 1, 3), {"out": d.channels(a)} if same_channels else {}
-    return d.one(
+    return d.do(
         lambda: conv(d, a, kernel_size=kernel, padding=keeping(kernel, (1,) * d.axes), **fixed),
         lambda: conv(d, a, kernel_size=kernel, padding=keeping(kernel, (1,) * d.axes), **fixed),
         lambda: d.add(NORM[d.axes](d.channels(a)), a),
-    )()
+    )
 
 
 def sizes_of(d: Draft, channels: int) -> list[int]:

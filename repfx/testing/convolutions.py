@@ -106,9 +106,7 @@ def transposed(d: Draft, a: int) -> int:
     }
     kernel = per_axis(d, 1, 2, 3, 4)
     y = d.add(DECONV[d.axes](inputs, out, kernel, stride, per_axis(d, 0, 1), **options), a)
-    return d.one(
-        lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes)
-    )()
+    return d.do(lambda: y, lambda: plain_norm(d, y), lambda: conv(d, y, kernel_size=(1,) * d.axes))
 
 
 def computed(d: Draft, a: int) -> int:

@@ -113,9 +113,12 @@ class PaddedBy(nn.Module):
             return self.own
         m: Any = self.layer[-1] if isinstance(self.layer, nn.Sequential) else self.layer
         if not isinstance(m, nn.modules.batchnorm._BatchNorm):
-            return m.bias
+            bias: Tensor = m.bias
+            return bias
         norm: Any = m
-        return norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        spread = torch.sqrt(norm.running_var + norm.eps)
+        shift: Tensor = norm.bias - norm.running_mean * norm.weight / spread
+        return shift
 
     def forward(self, x: Tensor) -> Tensor:
         return _SPELLINGS[self.spelling](
@@ -225,7 +228,8 @@ class RowNorm(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        y: Tensor = self.norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return y
 
 
 WEIGHTS: dict[str, Callable[..., Tensor]] = {

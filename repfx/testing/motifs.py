@@ -33,7 +33,8 @@ def _augmented(values: tuple[Tensor, ...]) -> Tensor:
     total: Any = 0
     for v in values:
         total += v
-    return total
+    added: Tensor = total
+    return added
 
 
 def _subtracted(values: tuple[Tensor, ...]) -> Tensor:

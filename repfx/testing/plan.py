@@ -39,16 +39,21 @@ class Draft:
         self.layers: list[nn.Module] = []
 
     def shape(self, a: int) -> torch.Size:
-        return self.values[a].shape
+        shape: torch.Size = self.values[a].shape
+        return shape
 
     def channels(self, a: int) -> int:
-        return self.values[a].shape[1]
+        return self.shape(a)[1]
 
     def odds(self, probability: float) -> bool:
         return self.rng.random() < probability
 
     def one(self, *choices: T) -> T:
         return self.rng.choice(choices)
+
+    def do(self, *choices: Callable[[], int]) -> int:
+        """Draws one of the ways to go on, and goes it."""
+        return self.rng.choice(choices)()
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0.5, 1.5)."""
@@ -93,10 +98,8 @@ class Draft:
 
     def is_own(self, a: int) -> bool:
         """Whether a change of the value in place leaves the caller's input as it is."""
-        return (
-            self.values[a].untyped_storage().data_ptr()
-            != self.values[0].untyped_storage().data_ptr()
-        )
+        own, given = (self.values[i].untyped_storage().data_ptr() for i in (a, 0))
+        return bool(own != given)
 
     def _require_fit(self, value: Tensor) -> None:
         sizes = value.shape[2:]

@@ -59,7 +59,8 @@ class Skip(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.body(x))
+        y: Tensor = self.act(x + self.body(x))
+        return y
 
 
 class Joined(nn.Module):
@@ -88,7 +89,8 @@ class Joined(nn.Module):
             y = self.act(self.norm(y))
         if self.how == "again":
             y = torch.cat([y, values[0]], 1)
-        return self.last(y)
+        out: Tensor = self.last(y)
+        return out
 
 
 class Halves(nn.Module):
@@ -104,7 +106,8 @@ class Halves(nn.Module):
         values = list(self.first(x).chunk(2, 1))
         for step in self.steps:
             values.append(values[-1] + step(values[-1]) if self.skip else step(values[-1]))
-        return self.last(torch.cat(values, 1))
+        y: Tensor = self.last(torch.cat(values, 1))
+        return y
 
 
 class Gate(nn.Module):
@@ -134,7 +137,8 @@ class Neck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.deep(self.down(x))
         y = F.pixel_shuffle(y, 2) if self.shuffles else F.interpolate(y, scale_factor=2.0)
-        return self.last(torch.cat([x, y], 1))
+        out: Tensor = self.last(torch.cat([x, y], 1))
+        return out
 
 
 def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Tensor]:
@@ -145,7 +149,7 @@ def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         c = draw.choice([8, 12, 16])
-        kinds = [
+        kinds: list[Callable[[random.Random, int], nn.Module]] = [
             Skip,
             Joined,
             Halves,

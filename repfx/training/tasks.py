@@ -297,7 +297,8 @@ def data_of(task: str | Task, path: Any, **options: Any) -> tuple[Any, Any]:
         raise InputError(
             f"{type(task)} has no read(path): give fit a data set, tensors or a DataLoader"
         )
-    return reader.read(path, **options)
+    found: tuple[Any, Any] = reader.read(path, **options)
+    return found
 
 
 def task_of(task: str | Task) -> Task:

@@ -254,7 +254,7 @@ def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
     shape = index.shape(arg(dq, 0))
     if not shape:
         return None
-    axis = attribute(dq, "axis", 1) % len(shape)
+    axis: int = attribute(dq, "axis", 1) % len(shape)
     path: list[NodeProto] = []
     name = layer.weight
     while (node := index.made.get(name)) is not None and node is not dq and len(path) < 100:

@@ -323,7 +323,8 @@ def _constant(module: fx.GraphModule, node: Any, quantizer: str) -> Tensor:
         value: Any = module
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
-        return value
+        held: Tensor = value
+        return held
     if node.op in (
         "placeholder",
         "call_module",
@@ -337,4 +338,5 @@ def _constant(module: fx.GraphModule, node: Any, quantizer: str) -> Tensor:
         lambda v: _constant(module, v, quantizer) if isinstance(v, fx.Node) else v,
     )
     f = node.target if callable(node.target) else getattr(type(args[0]), str(node.target))
-    return f(*args, **kwargs)
+    computed: Tensor = f(*args, **kwargs)
+    return computed

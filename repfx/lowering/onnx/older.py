@@ -114,7 +114,7 @@ class _Draft:
     def op(self, kind: str, *inputs: str, to: str = "", **attrs: Any) -> str:
         """A node in place of this one, or before it where `to` names what it makes."""
         dot = f".{to}" if to else ""
-        made = self.node.output[0] + dot
+        made = f"{self.node.output[0]}{dot}"
         self.nodes.append(
             helper.make_node(kind, inputs, [made], name=called(self.node) + dot, **attrs)
         )

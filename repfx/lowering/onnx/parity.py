@@ -277,7 +277,8 @@ def _forced(
                 return None
             seen.append((x, codes))
             see(f"{name}, call {call + 1}" if call else name, m, x, codes.to(x))
-            return codes.to(result) * m.step.to(result)
+            forced: Tensor = codes.to(result) * m.step.to(result)
+            return forced
 
         return hook
 
@@ -297,9 +298,9 @@ def _double(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
 
     def same_codes(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
-        return m.grid.codes(inputs[0].float(), m.step.float()).double() * m.grid.along(
-            m.step, result
-        )
+        codes: Tensor = m.grid.codes(inputs[0].float(), m.step.float()).double()
+        steps: Tensor = m.grid.along(m.step, result)
+        return codes * steps
 
     for m in model.modules():
         if isinstance(m, FakeQuant) and m.of_weight:

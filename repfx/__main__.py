@@ -1,0 +1,5 @@
+"""`python -m repfx`: the command line."""
+
+from repfx.cli import main
+
+main()
