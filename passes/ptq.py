@@ -27,7 +27,7 @@ from repfx.placement.quantizers import FLOAT, POWERS, IntegerLayer, Quantizers, 
 from repfx.quant import Grid
 from repfx.rewrite.contract import Pass, Promise, Stage, register
 from repfx.rewrite.results import Result
-from repfx.rewrite.work import Work, weight_of
+from repfx.rewrite.work import Work
 
 
 @register
@@ -74,7 +74,7 @@ class Ptq(Pass):
             if not quantizers.runs_in_integers(layer):  # but others may want its input rounded
                 node.replace_input_with(quantizers.now(layer.source), x)
                 continue
-            weight = _weight(work.module, node)
+            weight = _weight(work.module, view, node)
             key = str(weight.target) if weight.op == "get_attr" else weight
             if key not in weights:
                 weights[key] = quantizers.weight(layer, weight, view.tensor(key))
@@ -94,7 +94,7 @@ class Ptq(Pass):
             for node, op in view.ops.items()
             if isinstance(op, Map) and op.kind in ("conv", "linear")
         }
-        names = {n: str(n.target) if n.op == "call_module" else _owner(n) for n in found}
+        names = {n: getattr(view.layer(n), "path", "") or n.name for n in found}
         patterns = (self.wide,) if isinstance(self.wide, str) else self.wide
         for pattern in patterns:
             if not fnmatch.filter(names.values(), pattern):
@@ -109,23 +109,14 @@ class Ptq(Pass):
         return layers
 
 
-def _owner(node: fx.Node) -> str:
-    """A path for the quantizers of a functional layer: where its weight lives, or the node's own
-    name.
-    """
-    weight = weight_of(node)
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        return str(weight.target).rpartition(".")[0] or node.name
-    return node.name
-
-
-def _weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _weight(module: fx.GraphModule, view: GraphView, node: fx.Node) -> fx.Node:
     """The weight of a layer as a value of the graph."""
-    ref = weight_of(node)
-    if isinstance(ref, fx.Node):
-        return ref
+    layer = view.layer(node)
+    assert layer is not None
+    if isinstance(layer.weight, fx.Node):
+        return layer.weight
     with module.graph.inserting_before(node):
-        return module.graph.get_attr(ref)
+        return module.graph.get_attr(layer.weight)
 
 
 def _as_function(module: fx.GraphModule, node: fx.Node, x: fx.Node, weight: fx.Node) -> fx.Node:

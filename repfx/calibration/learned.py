@@ -7,9 +7,10 @@ weight     straight through the rounding, or AdaRound (Nagel et al., 2020):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.calibration.segments import Segment
-from repfx.quant import Affine, FakeQuant
+from repfx.quant import Affine, FakeQuant, quantizers_of
 
 
 class AdaRound(nn.Module):
@@ -107,9 +108,7 @@ def learned(
     `known`: the ids of what blocks before it share with it, and have learned; it stays.
     """
     what, module = Learned(), block.module
-    quants: dict[str, Any] = {
-        path: m for path, m in block.modules(FakeQuant).items() if id(m) not in known
-    }
+    quants = {path: m for path, m in quantizers_of(module).items() if id(m) not in known}
     read = {
         str(n.target): str(n.args[0].target)
         for n in module.graph.nodes
@@ -119,29 +118,10 @@ def learned(
     weights = {
         path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known
     }  # no buffers
-    soft: dict[int, AdaRound] = {}
-    held: list[tuple[Any, str, Tensor]] = []
-    grads = [(p, p.requires_grad) for p in module.parameters()]
-    try:
-        for p, _ in grads:
-            p.requires_grad_(False)
-        for path, quant in quants.items():
-            if adaround and quant.of_weight:
-                if path in weights:
-                    first = id(weights[path]) not in soft
-                    layer = soft.setdefault(id(weights[path]), AdaRound(quant, weights[path]))
-                    module.set_submodule(path, layer)
-                    what.rounds += [layer] if first else []
-                    what.weights += [layer.v] if first else []
-                continue
-            kind = "_parameters" if "scale" in quant._parameters else "_buffers"
-            start = getattr(quant, kind).pop("scale")
-            held.append((quant, kind, start))
-            t = torch.zeros_like(start.detach(), requires_grad=True)
-            what.scales.append((quant, start.detach().clone(), t))
-            what.steps.append(t)
-            if drop and not quant.of_weight:
-                module.set_submodule(path, Drop(quant, drop, random))
+    soft = {path: w for path, w in weights.items() if adaround}
+    steps = {path: q for path, q in quants.items() if not (adaround and q.of_weight)}
+    wrap = partial(Drop, share=drop, random=random) if drop else None
+    with _frozen(module), _which_way(module, soft, what), _moving(module, steps, what, wrap):
         if not adaround:
             what.weights += [
                 w.requires_grad_() for w in {id(w): w for w in weights.values()}.values()
@@ -155,6 +135,68 @@ def learned(
             if p.dim() == 1 and id(p) not in taken and not p.requires_grad and p.is_floating_point()
         ]
         yield what
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter has a gradient but those that are given one there."""
+    grads = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        yield
+    finally:
+        for p, on in grads:
+            p.requires_grad_(on)
+
+
+@contextmanager
+def _which_way(
+    module: nn.Module, weights: dict[str, nn.Parameter], what: Learned
+) -> Iterator[None]:
+    """Inside, an AdaRound stands in the place of the quantizer of each of these weights, one for
+    all that round the same; after it the weights are those whose nearest codes were learned.
+    """
+    quants = {path: module.get_submodule(path) for path in weights}
+    soft: dict[int, tuple[AdaRound, nn.Parameter]] = {}
+    try:
+        for path, w in weights.items():
+            if id(w) not in soft:
+                quant: Any = quants[path]
+                soft[id(w)] = AdaRound(quant, w), w
+                what.rounds.append(soft[id(w)][0])
+                what.weights.append(soft[id(w)][0].v)
+            module.set_submodule(path, soft[id(w)][0])
+        yield
+    finally:
+        for path, layer in quants.items():
+            module.set_submodule(path, layer)
+        with torch.no_grad():
+            for rounds, w in soft.values():
+                w.copy_(rounds.settled(w))
+
+
+@contextmanager
+def _moving(
+    module: nn.Module,
+    quants: dict[str, FakeQuant],
+    what: Learned,
+    wrap: Callable[[FakeQuant], nn.Module] | None,
+) -> Iterator[None]:
+    """Inside, the steps of these quantizers are s0 exp(t), and `wrap` stands around those of
+    activations; after it they hold the steps that were learned.
+    """
+    held: list[tuple[Any, str, Tensor]] = []
+    try:
+        for path, quant in quants.items():
+            kind = "_parameters" if "scale" in quant._parameters else "_buffers"
+            start = getattr(quant, kind).pop("scale")
+            held.append((quant, kind, start))
+            t = torch.zeros_like(start.detach(), requires_grad=True)
+            what.scales.append((quant, start.detach().clone(), t))
+            what.steps.append(t)
+            if wrap is not None and not quant.of_weight:
+                module.set_submodule(path, wrap(quant))
+        yield
     finally:
         with torch.no_grad():
             what.place()
@@ -162,10 +204,5 @@ def learned(
                 value = quant.__dict__.pop("scale", start)
                 getattr(quant, kind)["scale"] = start
                 start.data.copy_(value)
-            for path, quant in quants.items():
-                module.set_submodule(path, quant)
-            for w in {id(w): w for w in weights.values()}.values():
-                if id(w) in soft:
-                    w.copy_(soft[id(w)].settled(w))
-        for p, on in grads:
-            p.requires_grad_(on)
+        for path, quant in quants.items():
+            module.set_submodule(path, quant)

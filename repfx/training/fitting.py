@@ -15,6 +15,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -93,35 +94,9 @@ def fit(
     of another model or run; CheckError where the loss or a weight is no longer finite, saying
     where: nothing is written then; MissingPart where accelerate or torchmetrics is not installed.
     """
-    given = {
-        "epochs": epochs,
-        "lr": lr,
-        "optimizer": optimizer,
-        "weight_decay": weight_decay,
-        "momentum": momentum,
-        "schedule": schedule,
-        "warmup": warmup,
-        "decay_norm": decay_norm,
-        "l2": l2,
-    }
-    rules = recipe(preset, given)
-    options = Options(
-        batch=batch,
-        workers=workers,
-        ema=ema,
-        clip=clip,
-        accumulate=accumulate,
-        teacher=teacher,
-        distill=distill,
-        seed=seed,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        log=log,
-        progress=progress,
-        device=device,
-        precision=precision,
-    )
+    said = dict(locals())  # the names of the parameters are those of the fields
+    rules = recipe(preset, {f.name: said[f.name] for f in fields(Recipe)})
+    options = Options(**{f.name: said[f.name] for f in fields(Options)})
     return _fit(model, task, (data, valid), rules, options)
 
 
