@@ -156,8 +156,9 @@ class _Quantizing:
         ptq = Ptq(self.bits, weights="mse" if self.learns else "max")
         if self.keep:
             ptq = self._sparing_the_worst(ptq, model, batches, where, target)
-        result = api.transform(model, [ptq, "qprep"] if self.learns else [ptq], target=target)
-        report, result = result.meta["repfx"], result.to(where)
+        merged = api.transform(model, [ptq, "qprep"] if self.learns else [ptq], target=target)
+        report: Report = merged.meta["repfx"]
+        result: nn.Module = merged.to(where)
         if self.learns:
             api.reconstruct(
                 result,
@@ -179,9 +180,9 @@ class _Quantizing:
     ) -> Ptq:
         """The pass with the layers that lose the most kept wide."""
         tried = api.transform(model, [ptq], target=target).to(where)
-        tried = api.calibrate(tried, batches, method="mae" if self.learns else self.method)
-        worst = api.sensitivity(tried, islice(batches, 4), progress=err.is_terminal)
-        names = worst.worst(self.keep)
+        ranges = api.calibrate(tried, batches, method="mae" if self.learns else self.method)
+        lost = api.sensitivity(ranges, islice(batches, 4), progress=err.is_terminal)
+        names = lost.worst(self.keep)
         say(f"kept wide: {', '.join(names)}")
         return replace(ptq, wide=names, wide_bits=8 if self.bits < 8 else 32)
 
