@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lowering.onnx.parity import CodeDifference, Parity, compare
+from repfx.lowering.onnx.finish import codes_name
+from repfx.lowering.onnx.parity import CodeDifference, Parity, _exactly, compare
+from repfx.quant import FakeQuant, Grid
 from repfx.rewrite.difference import Difference, difference, differences
+from repfx.tolerances import LOWERED
 
 NAN, INF = math.nan, math.inf
 
@@ -381,3 +384,32 @@ def test_masked_outputs(tmp_path: Path) -> None:
             repfx.lower(model, tmp_path / "model.onnx", example=pictures()).parity.output.relative
             < 1e-5
         )
+
+
+class Insists(nn.Module):
+    """Runs in float32 alone, after a quantizer that has already been judged."""
+
+    is_graph_leaf = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32, please")
+        return x * 1
+
+
+def test_a_forward_that_insists_on_float32_is_judged_by_the_same_errors() -> None:
+    """The run in float64 fails half-way: what it has judged until then must not count, nor use up
+    what the second needs."""
+    grid = Grid(8)
+    first, second = (FakeQuant(grid, torch.tensor(1.0)) for _ in range(2))
+    model = nn.Sequential(first, Insists(), second)
+    x = torch.full((4,), 0.49)
+    theirs = {codes_name(f"{i}", 0): torch.ones(4) for i in (0, 2)}
+    # What the quantizers are given in the precision of the file.
+    inputs = {"0": torch.full((4,), 0.53), "2": torch.full((4,), 1.0)}
+    output, found = _exactly(model, (x,), theirs, inputs, LOWERED[False])
+    assert output.dtype == torch.float32
+    # 0.49 is 0.51 from the code 1, and the precision errs by 8 times 0.04 here: a tie.
+    assert found == {"0": CodeDifference(4, 4, 1, 0), "2": CodeDifference(4, 0, 0, 0)}
+    worse = {**inputs, "0": x}
+    assert _exactly(model, (x,), theirs, worse, LOWERED[False])[1]["0"].wrong == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from onnx import load
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 import repfx as api
 from repfx.cli.inputs import USUAL, random_input, real_input
@@ -19,10 +21,12 @@ from repfx.cli.models import load_model
 from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
 from repfx.errors import InputError
 from repfx.files.store import write_whole
-from repfx.lowering.onnx.check import NAMES, checked, on_each, reference
-from repfx.lowering.runtimes.isa import chosen
+from repfx.lowering.onnx.check import NAMES, How, checked, on_each, reference
+from repfx.lowering.onnx.parity import Parity
+from repfx.lowering.runtimes.isa import Isa, chosen
 from repfx.lowering.runtimes.layers import kernels
 from repfx.lowering.runtimes.run import installed, write_ir
+from repfx.lowering.runtimes.timing import Forms
 from repfx.lowering.runtimes.timing import bench as measure
 from repfx.lowering.tensorrt.engine import Profile, build
 from repfx.quant import FakeQuant, target_named
@@ -107,30 +111,53 @@ def lower(
     )
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
-    there, same = artifact.there, reference(net, target, float16)
-    if openvino:
-        there = there or checked("openvino", same, load(file), (example,), float16)
-        say(f"OpenVINO{' in float32' if float16 else ''} against torch: {there}")
-    for stop, found in on_each(stops, runtime, same, load(file), (example,), float16):
-        say(f"{NAMES[runtime]} on {stop.name} against torch: {found}")
-    if runtime in NAMES and _quantized(net):
-        say(f"{NAMES[runtime]}: {kernels(runtime, file)}")
+    written = _Written(file, net, example, target, float16)
+    written.compare(runtime, artifact.there, stops)
     for finding in api.lint(file, target=target_named(target).runtime):
         say(finding)
     if openvino and output.suffix.lower() == ".xml":
         write_ir(file, output)
         say(f"wrote {output}")
     if trt:
-        built = build(
-            file,
-            named(output, ".engine", ".plan", ".trt"),
-            profile=profile,
-            workspace_gib=workspace,
-            timing_cache=timing_cache,
-            progress=err.is_terminal,
-        )
-        layers = ", ".join(f"{n} {name}" for name, n in sorted(built.layers.items()))
-        say(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
+        _build(file, output, profile, workspace, timing_cache)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file that was lowered, and the model it was lowered from."""
+
+    file: Path
+    net: nn.Module
+    example: Tensor
+    target: str
+    float16: bool
+
+    def compare(self, runtime: str, there: Parity | None, stops: Sequence[Isa]) -> None:
+        """Says how the file compares in the runtime that was asked for (`there` where that has been
+        done), and on each instruction set."""
+        same, args = reference(self.net, self.target, self.float16), (self.example,)
+        if runtime == "openvino":
+            there = there or checked(runtime, same, load(self.file), args, How(self.float16))
+            say(f"OpenVINO{' in float32' if self.float16 else ''} against torch: {there}")
+        for stop, found in on_each(stops, runtime, same, load(self.file), args, self.float16):
+            say(f"{NAMES[runtime]} on {stop.name} against torch: {found}")
+        if runtime in NAMES and _quantized(self.net):
+            say(f"{NAMES[runtime]}: {kernels(runtime, self.file)}")
+
+
+def _build(
+    file: Path, output: Path, profile: Profile, workspace: float, timing_cache: Path | None
+) -> None:
+    built = build(
+        file,
+        named(output, ".engine", ".plan", ".trt"),
+        profile=profile,
+        workspace_gib=workspace,
+        timing_cache=timing_cache,
+        progress=err.is_terminal,
+    )
+    layers = ", ".join(f"{n} {name}" for name, n in sorted(built.layers.items()))
+    say(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
 
 
 def _quantized(net: object) -> bool:
@@ -193,16 +220,8 @@ def bench(
         name: api.calibrate(api.transform(net, ["ptq"], example=x, target=name), [x])
         for name in installed()
     }
-    as_written = api.transform(net, [], example=x)
-    found = measure(
-        as_written.eval(),
-        merged.eval(),
-        int8,
-        x,
-        rounds=rounds,
-        threads=threads,
-        progress=err.is_terminal,
-    )
+    forms = Forms(api.transform(net, [], example=x).eval(), merged.eval(), int8)
+    found = measure(forms, x, rounds=rounds, threads=threads, progress=err.is_terminal)
     if json is not None:
         write_whole(json, lambda part: Path(part).write_text(found.json() + "\n"))
     out.print(found)

@@ -5,21 +5,23 @@ installed.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 import repfx as api
 from repfx.cli import deploy, pages
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
 from repfx.cli.options import (
+    Batch,
     Data,
     Device,
     Model,
@@ -28,6 +30,7 @@ from repfx.cli.options import (
     Target,
     Trust,
     Weights,
+    Workers,
     app,
     err,
     numbers,
@@ -97,9 +100,9 @@ def quantize(
         Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")
     ] = None,
     size: Size = 224,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 32,
+    batch: Batch = 32,
     limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    workers: Workers = 0,
     mean: Annotated[
         str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")
     ] = "0.485,0.456,0.406",
@@ -116,39 +119,72 @@ def quantize(
     batches = images.batches(batch, workers)
     where = place(device)
     loaded = load_model(model, weights, trust_pickle)
-    if method not in (*METHODS, "repapq"):
-        raise unknown("method", method, (*METHODS, "repapq"))
-    learn = method == "repapq"
-    ranges = "mae" if learn else method
-    ptq = Ptq(bits, weights="mse" if learn else "max")
-    if keep:
-        result = api.calibrate(
-            api.transform(loaded, [ptq], target=target).to(where), batches, method=ranges
-        )
-        worst = api.sensitivity(result, islice(batches, 4), progress=err.is_terminal).worst(keep)
-        say(f"kept wide: {', '.join(worst)}")
-        ptq = replace(ptq, wide=worst, wide_bits=8 if bits < 8 else 32)
-    result = api.transform(loaded, [ptq, "qprep"] if learn else [ptq], target=target)
-    report, result = result.meta["repfx"], result.to(where)
-    if learn:
-        shown = err.is_terminal
-        api.reconstruct(
-            result,
-            batches,
-            iterations=iterations,
-            checkpoint=checkpoint,
-            cache=cache,
-            progress=shown,
-        )
-        result = api.transform(result, ["fuse"], target=target)
-    else:
-        api.calibrate(result, batches, method=method, bias=bias, progress=err.is_terminal)
-    first, result = next(iter(batches)), result.cpu()
-    off = api.verify(loaded, result, first)
+    how = _Quantizing(bits, method, iterations, bias, keep, checkpoint, cache)
+    result, report = how.run(loaded, batches, where, target)
+    off = api.verify(loaded, result, next(iter(batches)))
     api.save(result, output)
     _print_report(report)
     out.print(f"SQNR against the float model on the first batch: {off.sqnr:.1f} dB")
     say(f"wrote {output}")
+
+
+@dataclass(frozen=True)
+class _Quantizing:
+    """The options of `quantize` that decide the numbers. Raises InputError for an unknown
+    method."""
+
+    bits: int
+    method: str
+    iterations: int
+    bias: bool
+    keep: int
+    checkpoint: Path | None
+    cache: Path | None
+
+    def __post_init__(self) -> None:
+        if self.method not in (*METHODS, "repapq"):
+            raise unknown("method", self.method, (*METHODS, "repapq"))
+
+    @property
+    def learns(self) -> bool:
+        return self.method == "repapq"
+
+    def run(
+        self, model: Any, batches: Any, where: torch.device, target: str
+    ) -> tuple[nn.Module, Report]:
+        """The quantized model, on the CPU, and what merging it told."""
+        ptq = Ptq(self.bits, weights="mse" if self.learns else "max")
+        if self.keep:
+            ptq = self._sparing_the_worst(ptq, model, batches, where, target)
+        merged = api.transform(model, [ptq, "qprep"] if self.learns else [ptq], target=target)
+        report: Report = merged.meta["repfx"]
+        result: nn.Module = merged.to(where)
+        if self.learns:
+            api.reconstruct(
+                result,
+                batches,
+                iterations=self.iterations,
+                checkpoint=self.checkpoint,
+                cache=self.cache,
+                progress=err.is_terminal,
+            )
+            result = api.transform(result, ["fuse"], target=target)
+        else:
+            api.calibrate(
+                result, batches, method=self.method, bias=self.bias, progress=err.is_terminal
+            )
+        return result.cpu(), report
+
+    def _sparing_the_worst(
+        self, ptq: Ptq, model: Any, batches: Any, where: torch.device, target: str
+    ) -> Ptq:
+        """The pass with the layers that lose the most kept wide."""
+        tried = api.transform(model, [ptq], target=target).to(where)
+        ranges = api.calibrate(tried, batches, method="mae" if self.learns else self.method)
+        lost = api.sensitivity(ranges, islice(batches, 4), progress=err.is_terminal)
+        names = lost.worst(self.keep)
+        say(f"kept wide: {', '.join(names)}")
+        return replace(ptq, wide=names, wide_bits=8 if self.bits < 8 else 32)
 
 
 @app.command()
@@ -174,13 +210,13 @@ def train(
         str, typer.Option(help="Passes to run first, separated by commas, such as repq.")
     ] = "",
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 64,
+    batch: Batch = 64,
     size: Annotated[
         int | None, typer.Option(min=1, help="Side of pictures or patches; as they are by default.")
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Super-resolution: times larger.")] = 2,
     channels: Annotated[int, typer.Option(help="Super-resolution: 1 (Y) or 3 (RGB).")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    workers: Workers = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A file to go on from after an interruption.")
     ] = None,
@@ -203,9 +239,7 @@ def train(
         raise InputError(f"no such folder: {output.parent}")
     net = api.transform(net, split(passes), target=target)
     pictures, valid = data_of(goal, data, size=size, skip_broken=skip_broken)
-    for part in (pictures, getattr(valid, "dataset", valid)):
-        for name in getattr(part, "broken", ()):
-            say(f"left out: {name} is not a readable picture")
+    _print_broken(pictures, getattr(valid, "dataset", valid))
     history = api.fit(
         net,
         goal,
@@ -223,6 +257,12 @@ def train(
     api.save(net.eval(), output)
     out.print(history)
     say(f"wrote {output}")
+
+
+def _print_broken(*parts: Any) -> None:
+    for part in parts:
+        for name in getattr(part, "broken", ()):
+            say(f"left out: {name} is not a readable picture")
 
 
 @app.command()

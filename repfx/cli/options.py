@@ -58,6 +58,8 @@ Data = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Where it runs, such as cpu or cuda:0; a GPU where there is one.")
 ]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
 
 

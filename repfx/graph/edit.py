@@ -1,5 +1,5 @@
-"""The only writer of graphs: puts a new module where a region was, and takes out what nothing
-refers to any more.
+"""What rewrites of a graph have in common: to put a new module or graph where a region was, to find
+a free path, and to take out what nothing refers to any more.
 
 A module is never changed, since another call may share it; names of what stays are never touched.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant
 from repfx.reporting.advice import advice
 from repfx.reporting.drawing import drawing
-from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers
+from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers, Region
 from repfx.reporting.pairs import Pairs, reach, spread
 from repfx.reporting.regions import CALLS, branches_of, deployed_layers, norms_of, regions_of
 from repfx.rewrite.contract import Pass, Stage, resolve
 from repfx.rewrite.difference import difference
+from repfx.rewrite.results import Report
 from repfx.rewrite.runner import rewrite
 
 
@@ -51,69 +52,129 @@ def measure(
 
     Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers
     already."""
-    if isinstance(model, nn.Module) and any(isinstance(m, FakeQuant) for m in model.modules()):
-        raise InputError("the report wants the float model: it quantizes a copy itself")
-    if isinstance(model, nn.Module) and any(
-        t.device.type not in ("cpu", "meta") for t in (*model.parameters(), *model.buffers())
-    ):
-        model = copy.deepcopy(model).cpu()
+    model = _float_on_cpu(model)
     batches = None if data is None else _checked(data)
     x = batches[0].tensor[:2] if batches else _on_cpu(example)
-    ordered = resolve(passes)
-    kinds = {p.stage for p in ordered}
-    if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
-        raise InputError(
-            "the passes of a report make the deployed net: one quantizes, such as ptq, none "
-            "is for training"
-        )
-    merging = [p for p in ordered if p.stage < Stage.QUANTIZE]
-    base, _ = rewrite(model, [], x, target)
-    merged, report = rewrite(model, merging, x, target)
-    deployed, _ = rewrite(merged, [p for p in ordered if p not in merging], x, target)
-    if batches:
-        calibrate(deployed, batches, progress=progress)
-    if Stage.ADJUST in kinds:
-        deployed, _ = rewrite(
-            deployed, ["fuse"], x, target
-        )  # what was put in to be learned folds into its layer
-    notes = (
-        [] if batches else ["No data was given: activations, errors and accuracy are not measured."]
+    asked = _Asked.of(passes, x, target, batches, progress)
+    nets = _nets(model, asked)
+    regions = regions_of(model, nets.report, x)
+    layers, notes = _layers(nets, regions, asked)
+    numbers = Numbers(
+        title,
+        asked.bits,
+        _forms(nets.forms, batches, _as_input(x, nets.base)),
+        regions,
+        layers,
+        drawing(nets.base, regions, False),
+        drawing(nets.merged, regions, True),
     )
-    bits = next((p.bits for p in ordered if hasattr(p, "bits")), 8)
+    return replace(numbers, warnings=advice(numbers), notes=notes)
 
-    args = _as_input(x, base)
-    parts: dict[str, nn.Module] = {"as written": base}
-    for p in merging[:-1]:
-        parts[f"after {p.name}"] = rewrite([*parts.values()][-1], [p], x, target)[0]
-    parts |= {"merged": merged, f"INT{bits}" if batches else f"INT{bits}, weights": deployed}
-    forms = _forms(parts, batches, args)
-    regions = regions_of(model, report, x)
-    codes = _coded(deployed)
+
+@dataclass(frozen=True)
+class _Asked:
+    """What to measure: the passes in their order, an input, and batches where there is data."""
+
+    passes: tuple[Pass, ...]
+    x: Any
+    target: str
+    batches: list[Batch] | None
+    progress: bool
+
+    @staticmethod
+    def of(
+        passes: Sequence[str | Pass],
+        x: Any,
+        target: str,
+        batches: list[Batch] | None,
+        progress: bool,
+    ) -> _Asked:
+        """Raises InputError for passes that make no deployed net."""
+        ordered = tuple(resolve(passes))
+        kinds = {p.stage for p in ordered}
+        if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
+            raise InputError(
+                "the passes of a report make the deployed net: one quantizes, such as ptq, none "
+                "is for training"
+            )
+        return _Asked(ordered, x, target, batches, progress)
+
+    @property
+    def merging(self) -> list[Pass]:
+        return [p for p in self.passes if p.stage < Stage.QUANTIZE]
+
+    @property
+    def quantizing(self) -> list[Pass]:
+        return [p for p in self.passes if p.stage >= Stage.QUANTIZE]
+
+    @property
+    def bits(self) -> int:
+        return next((p.bits for p in self.passes if hasattr(p, "bits")), 8)
+
+    def run(self, model: Any, passes: Sequence[str | Pass]) -> tuple[nn.Module, Report]:
+        return rewrite(model, passes, self.x, self.target)
+
+
+@dataclass(frozen=True)
+class _Nets:
+    """The model as written, merged (with the report of that), and as it is deployed; `forms` has
+    these and what stands between them, by title."""
+
+    base: nn.Module
+    merged: nn.Module
+    report: Report
+    deployed: nn.Module
+    forms: dict[str, nn.Module]
+
+
+def _nets(model: Any, asked: _Asked) -> _Nets:
+    base, _ = asked.run(model, [])
+    merged, report = asked.run(model, asked.merging)
+    deployed, _ = asked.run(merged, asked.quantizing)
+    if asked.batches:
+        calibrate(deployed, asked.batches, progress=asked.progress)
+    if any(p.stage is Stage.ADJUST for p in asked.passes):
+        # What was put in to be learned folds into its layer.
+        deployed, _ = asked.run(deployed, ["fuse"])
+    forms: dict[str, nn.Module] = {"as written": base}
+    for p in asked.merging[:-1]:
+        forms[f"after {p.name}"], _ = asked.run([*forms.values()][-1], [p])
+    integers = f"INT{asked.bits}" if asked.batches else f"INT{asked.bits}, weights"
+    return _Nets(base, merged, report, deployed, {**forms, "merged": merged, integers: deployed})
+
+
+def _layers(
+    nets: _Nets, regions: tuple[Region, ...], asked: _Asked
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers of the deployed net, and notes on what could not be measured of them."""
+    codes = _coded(nets.deployed)
     layers = [
         _layer(
             name,
             node,
             view,
             codes.get(name),
-            branches_of(base, regions, name),
-            norms_of(base, regions, name),
+            branches_of(nets.base, regions, name),
+            norms_of(nets.base, regions, name),
         )
-        for name, node, view in deployed_layers(merged)
+        for name, node, view in deployed_layers(nets.merged)
     ]
-    if batches and isinstance(deployed, fx.GraphModule):
-        layers = _errors(deployed, layers, batches, progress)
-    elif batches:
-        notes.append("The model is traced in parts: the errors of its layers are not measured.")
-    numbers = Numbers(
-        title,
-        bits,
-        forms,
-        regions,
-        tuple(layers),
-        drawing(base, regions, False),
-        drawing(merged, regions, True),
-    )
-    return replace(numbers, warnings=advice(numbers), notes=tuple(notes))
+    if not asked.batches:
+        note = "No data was given: activations, errors and accuracy are not measured."
+        return tuple(layers), (note,)
+    if not isinstance(nets.deployed, fx.GraphModule):
+        note = "The model is traced in parts: the errors of its layers are not measured."
+        return tuple(layers), (note,)
+    return tuple(_errors(nets.deployed, layers, asked.batches, asked.progress)), ()
+
+
+def _float_on_cpu(model: Any) -> Any:
+    if not isinstance(model, nn.Module):
+        return model
+    if any(isinstance(m, FakeQuant) for m in model.modules()):
+        raise InputError("the report wants the float model: it quantizes a copy itself")
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    return model if devices <= {"cpu", "meta"} else copy.deepcopy(model).cpu()
 
 
 def _as_input(x: Any, model: nn.Module) -> tuple[Any, ...] | None:

@@ -12,7 +12,7 @@ so a block merges as a whole where that pays, and its inner blocks do where it d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -57,10 +57,9 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
     """Finds every region to merge. `accept` may narrow the choice by the operators a region
     holds."""
     merges: list[Merge] = []
-    declined: dict[str, Declined] = {}
+    told = _Told(view)
     taken: set[fx.Node] = set()
     needed: set[fx.Node] = set()  # what the planned merges read, whatever reads it now
-    explained: set[fx.Node] = set()
     blocked = False
     for sink in reversed(view.nodes):
         if sink in taken or not is_linear(view, sink) or not is_value(view, sink):
@@ -69,22 +68,18 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         blocked |= run.blocked
         if len(run.ends) < 2:
             continue
-        for merge in _cut(view, run, accept, needed, declined, explained):
+        cut = _Cut(view, run, accept, needed)
+        parts = cut.best()
+        _explain(cut, parts, told)
+        for merge in (merge for _, _, merge in parts if merge is not None):
             merges.append(merge)
             needed.add(merge.region.source)
             taken.update(merge.region.removed)
-    accounted = taken | explained
-    for node in view.nodes:
-        op = view.ops[node]
-        if isinstance(op, Opaque):
-            if op.reason and not op.reason.startswith(("a product", "a quotient")):
-                declined.setdefault(view.name(node), Declined(view.name(node), op.reason, op.cure))
-        elif node not in accounted and op.kind in ("add", "bn"):
-            declined.setdefault(view.name(node), Declined(view.name(node), *why_alone(view, node)))
+    told.rest(taken)
     # A merge beside linear values has changed what merging those would cost, or left one with a
     # single reader.
     again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
-    return Plan(tuple(reversed(merges)), tuple(declined.values()), again)
+    return Plan(tuple(reversed(merges)), tuple(told.declined.values()), again)
 
 
 def _beside(view: GraphView, region: Region) -> bool:
@@ -92,128 +87,143 @@ def _beside(view: GraphView, region: Region) -> bool:
     return bool(region.kept) or any(is_linear(view, node) for node in near)
 
 
-def _cut(
-    view: GraphView,
-    run: Run,
-    accept: Accept,
-    needed: set[fx.Node],
-    declined: dict[str, Declined],
-    explained: set[fx.Node],
-) -> Iterator[Merge]:
-    """The cheapest cut of a run, as the merges in it; its reasons go to `declined`, what they are
-    for to `explained`.
-    """
-    n = len(run.steps)
-    nodes = [node for step in run.steps for node in step]
-    rates = _rates(view, run.ends[0], nodes)
-    alone: list[Cost] = [(_macs(view, step, rates), _count(view, step), 0) for step in run.steps]
-    best: list[tuple[Cost, int, Merge | None]] = [((Fraction(0), 0, 0), n, None)]
-    known: list[dict[fx.Node, Geometry | Inexact]] = []
-    for i in reversed(range(n)):
-        after = tuple(node for step in run.steps[i:] for node in step)
-        known.insert(0, geometries(view, run.ends[i], after))
-        choices: list[tuple[Cost, int, Merge | None]] = []
-        for j in range(n, i, -1):
-            stretch = tuple(node for step in run.steps[i:j] for node in step)
-            kept = (
-                region_of(view, run.ends[i], run.ends[j], stretch, needed).kept
-                if view.writes.of
-                else frozenset()
-            )
-            if view.writes.disturb(run.ends[i], stretch, kept):
-                known[0][run.ends[j]] = Inexact(
-                    "a value in it is changed in place between its readers"
-                )
-            whole = known[0][run.ends[j]]
-            if isinstance(whole, Geometry) and whole.why_no_layer:
-                known[0][run.ends[j]] = Inexact(whole.why_no_layer)
-            offer = _offer(
-                view,
-                run.ends[i],
-                run.ends[j],
-                stretch,
-                known[0][run.ends[j]],
-                rates,
-                accept,
-                needed,
-            )
-            rest = best[j - i - 1][0]
-            if offer is not None:
-                choices.append((_plus(offer[0], rest), j, offer[1]))
-            elif j == i + 1:
-                choices.append((_plus(alone[i], rest), j, None))
-        best.insert(0, min(choices, key=lambda c: c[0]))  # the first of equals is the longest
-    i, parts = 0, []
-    while i < n:
-        _, j, merge = best[i]
-        parts.append((i, j))
-        if merge is not None:
-            yield merge
-        elif alone[i][0]:
-            why = known[i][run.ends[j]]
-            reason = (
-                why.reason if isinstance(why, Inexact) else _costly(view, run, i, j, why, rates)
-            )
+Part = tuple[int, int, Merge | None]  # from one end of a run to another, merged or as it is
+
+
+class _Cut:
+    """The search for the cheapest cut of one run."""
+
+    def __init__(self, view: GraphView, run: Run, accept: Accept, needed: set[fx.Node]) -> None:
+        self.view, self.run, self.accept, self.needed = view, run, accept, needed
+        self.rates = _rates(view, run.ends[0], self.between(0, len(run.steps)))
+        # What each stretch is, by its ends: one convolution, or why it is none.
+        self.known: dict[tuple[int, int], Geometry | Inexact] = {}
+
+    def between(self, i: int, j: int) -> tuple[fx.Node, ...]:
+        return tuple(node for step in self.run.steps[i:j] for node in step)
+
+    def best(self) -> list[Part]:
+        """The parts of the cheapest cut, by the recurrence above, from the last end back."""
+        n = len(self.run.steps)
+        best: dict[int, tuple[Cost, int, Merge | None]] = {n: ((Fraction(0), 0, 0), n, None)}
+        for i in reversed(range(n)):
+            found = geometries(self.view, self.run.ends[i], self.between(i, n))
+            choices: list[tuple[Cost, int, Merge | None]] = []
+            for j in range(n, i, -1):
+                self.known[i, j] = self._as_layer(i, j, found[self.run.ends[j]])
+                offer = self._offer(i, j)
+                if offer is not None:
+                    choices.append((_plus(offer[0], best[j][0]), j, offer[1]))
+                elif j == i + 1:
+                    choices.append((_plus(self._alone(i), best[j][0]), j, None))
+            best[i] = min(choices, key=lambda c: c[0])  # the first of equals is the longest
+        parts, i = [], 0
+        while i < n:
+            _, j, merge = best[i]
+            parts.append((i, j, merge))
+            i = j
+        return parts
+
+    def _alone(self, i: int) -> Cost:
+        step = self.run.steps[i]
+        return _macs(self.view, step, self.rates), _count(self.view, step), 0
+
+    def _region(self, i: int, j: int) -> Region:
+        ends = self.run.ends
+        return region_of(self.view, ends[i], ends[j], self.between(i, j), self.needed)
+
+    def _as_layer(self, i: int, j: int, whole: Geometry | Inexact) -> Geometry | Inexact:
+        """The geometry of a stretch, unless what it stands among, or no layer for it, forbids."""
+        kept = self._region(i, j).kept if self.view.writes.of else frozenset()
+        if self.view.writes.disturb(self.run.ends[i], self.between(i, j), kept):
+            return Inexact("a value in it is changed in place between its readers")
+        if isinstance(whole, Geometry) and whole.why_no_layer:
+            return Inexact(whole.why_no_layer)
+        return whole
+
+    def _offer(self, i: int, j: int) -> tuple[Cost, Merge] | None:
+        """The merge of a stretch and what it costs; None where it is not exact, has no convolution
+        or removes nothing.
+        """
+        view, rates, geometry = self.view, self.rates, self.known[i, j]
+        if isinstance(geometry, Inexact):
+            return None
+        region = self._region(i, j)
+        removed, kept = region.removed, tuple(region.kept)
+        ops = [view.ops[node] for node in removed]
+        if not any(isinstance(op, Map) and op.macs for op in ops) or not self.accept(ops):
+            return None
+        left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + geometry.turned
+        rate = rates[region.source]
+        before, merged = _macs(view, removed, rates), geometry.macs * rate
+        if left >= _count(view, removed) or merged > before:
+            return None
+        params = sum(op.params for op in ops if not isinstance(op, Opaque))
+        dropouts = len(removed) - _count(view, removed)
+        cost = (merged + _macs(view, kept, rates), left + _count(view, kept), dropouts)
+        return cost, Merge(region, geometry, before / rate, params)
+
+    def why(self, i: int, j: int) -> tuple[str, str]:
+        """Why a stretch is not merged, and what would help; the reason is empty where it holds no
+        two convolutions to speak of."""
+        known = self.known[i, j]
+        if isinstance(known, Inexact):
+            return known.reason, known.cure
+        region = region_of(self.view, self.run.ends[i], self.run.ends[j], self.between(i, j))
+        before = _macs(self.view, region.removed, self.rates)
+        merged = known.macs * self.rates[self.run.ends[i]]
+        if merged <= before:
+            return "", ""
+        if region.kept:
+            last = described(self.view, max(region.kept, key=self.view.index.__getitem__))
+            return f"{last} inside it is read elsewhere and must stay", ""
+        costs = (
+            f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
+        )
+        return f"one convolution would take {costs}", ""
+
+
+class _Told:
+    """What is left alone, by name, and the nodes that this accounts for."""
+
+    def __init__(self, view: GraphView) -> None:
+        self.view = view
+        self.declined: dict[str, Declined] = {}
+        self.nodes: set[fx.Node] = set()
+
+    def add(self, at: fx.Node, reason: str, cure: str, nodes: Iterable[fx.Node] = ()) -> None:
+        self.declined.setdefault(self.view.name(at), Declined(self.view.name(at), reason, cure))
+        self.nodes.update(nodes)
+
+    def rest(self, taken: set[fx.Node]) -> None:
+        """What stands in no run: sums and batch norms, and operators that only look linear."""
+        accounted = taken | self.nodes
+        for node in self.view.nodes:
+            op = self.view.ops[node]
+            if isinstance(op, Opaque):
+                if op.reason and not op.reason.startswith(("a product", "a quotient")):
+                    self.add(node, op.reason, op.cure)
+            elif node not in accounted and op.kind in ("add", "bn"):
+                self.add(node, *why_alone(self.view, node))
+
+
+def _explain(cut: _Cut, parts: list[Part], told: _Told) -> None:
+    """Says of each part that stays, and of each two neighbours, why they are not one layer."""
+    view, run = cut.view, cut.run
+    for i, j, merge in parts:
+        if merge is None and _macs(view, run.steps[i], cut.rates):
+            reason, cure = cut.why(i, j)
             if reason:
-                cure = why.cure if isinstance(why, Inexact) else ""
-                declined.setdefault(
-                    view.name(run.ends[j]), Declined(view.name(run.ends[j]), reason, cure)
-                )
-                explained.update(run.steps[i])
-        i = j
-    for (i, j), (_, k) in pairwise(parts):
-        why = known[i][run.ends[k]]
-        sides = [
-            [view.ops[n] for step in run.steps[a:b] for n in step] for a, b in ((i, j), (j, k))
-        ]
+                told.add(run.ends[j], reason, cure, run.steps[i])
+    for (i, j, _), (_, k, _) in pairwise(parts):
+        sides = [[view.ops[n] for n in cut.between(*ends)] for ends in ((i, j), (j, k))]
         if not all(any(isinstance(op, Map) for op in side) for side in sides):
             # Only channels move, or values add up: nobody would look for a convolution there.
             continue
-        if isinstance(why, Inexact):
-            reason, cure = why.reason, why.cure
-        else:
-            reason, cure = _costly(view, run, i, k, why, rates), ""
+        reason, cure = cut.why(i, k)
         if reason:
-            explained.update(node for step in run.steps[j:k] for node in step)
-            where = view.name(run.ends[j])
-            declined.setdefault(
-                where,
-                Declined(where, f"not merged with {described(view, run.ends[k])}: {reason}", cure),
-            )
-
-
-def _offer(
-    view: GraphView,
-    source: fx.Node,
-    sink: fx.Node,
-    nodes: tuple[fx.Node, ...],
-    geometry: Geometry | Inexact,
-    rates: dict[fx.Node, Fraction],
-    accept: Accept,
-    needed: set[fx.Node],
-) -> tuple[Cost, Merge] | None:
-    """The merge of a stretch and what it costs; None where it is not exact, has no convolution or
-    removes nothing.
-    """
-    if isinstance(geometry, Inexact):
-        return None
-    region = region_of(view, source, sink, nodes, needed)
-    removed = region.removed
-    ops = [view.ops[node] for node in removed]
-    if not any(isinstance(op, Map) and op.macs for op in ops) or not accept(ops):
-        return None
-    left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + geometry.turned
-    before = _macs(view, removed, rates)
-    merged = geometry.macs * rates[source]
-    if left >= _count(view, removed) or merged > before:
-        return None
-    kept = _macs(view, tuple(region.kept), rates)
-    per_source = before / rates[source]
-    merge = Merge(
-        region, geometry, per_source, sum(op.params for op in ops if not isinstance(op, Opaque))
-    )
-    work = _count(view, removed)
-    return (merged + kept, left + _count(view, tuple(region.kept)), len(removed) - work), merge
+            whole = f"not merged with {described(view, run.ends[k])}: {reason}"
+            told.add(run.ends[j], whole, cure, cut.between(j, k))
 
 
 def _count(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
@@ -225,7 +235,7 @@ def _plus(a: Cost, b: Cost) -> Cost:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
 
 
-def _rates(view: GraphView, source: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, Fraction]:
+def _rates(view: GraphView, source: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Fraction]:
     """Positions of each value per position of the run's first."""
     rates = {source: Fraction(1)}
     for node in nodes:
@@ -237,24 +247,3 @@ def _rates(view: GraphView, source: fx.Node, nodes: list[fx.Node]) -> dict[fx.No
 
 def _macs(view: GraphView, nodes: tuple[fx.Node, ...], rates: dict[fx.Node, Fraction]) -> Fraction:
     return sum((view.ops[node].macs * rates[node] for node in nodes), Fraction(0))  # type: ignore[union-attr]
-
-
-def _costly(
-    view: GraphView, run: Run, i: int, k: int, geometry: Geometry, rates: dict[fx.Node, Fraction]
-) -> str:
-    """Says that a merge would multiply the work; empty where the stretch holds no two convolutions
-    to speak of.
-    """
-    stretch = tuple(node for step in run.steps[i:k] for node in step)
-    region = region_of(view, run.ends[i], run.ends[k], stretch)
-    before = _macs(view, region.removed, rates)
-    merged = geometry.macs * rates[run.ends[i]]
-    if merged <= before:
-        return ""
-    if region.kept:
-        return (
-            f"{described(view, max(region.kept, key=view.index.__getitem__))} inside it is "
-            "read elsewhere and must stay"
-        )
-    costs = f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
-    return f"one convolution would take {costs}"

@@ -5,6 +5,7 @@ to stop at.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -13,7 +14,7 @@ from torch import nn
 from repfx.errors import CheckError
 from repfx.lowering.onnx import half
 from repfx.lowering.onnx.biases import with_integer_biases
-from repfx.lowering.onnx.parity import Parity, as_deployed, compare
+from repfx.lowering.onnx.parity import Parity, Run, as_deployed, compare
 from repfx.lowering.runtimes.isa import Isa
 from repfx.quant import target_named
 
@@ -29,28 +30,37 @@ def reference(model: nn.Module, target: str, float16: bool = False) -> nn.Module
     return with_integer_biases(model) if target_named(target).between == "all" else model
 
 
+@dataclass(frozen=True)
+class How:
+    """How a file is run to be compared. `float16`: it is in half precision. `isa`: stopped at this
+    instruction set. `deployed`: the codes are those of an optimized session."""
+
+    float16: bool = False
+    isa: Isa | None = None
+    deployed: bool = False
+
+    @property
+    def run(self) -> Run | None:
+        return self.isa.run if self.isa else as_deployed if self.deployed else None
+
+
 def checked(
     runtime: str,
     model: nn.Module,
     proto: onnx.ModelProto,
     args: tuple[Any, ...],
-    float16: bool = False,
-    isa: Isa | None = None,
-    deployed: bool = False,
+    how: How = How(),
 ) -> Parity:
-    """The comparison of a `reference` and its file in this runtime. `float16`: of a file in half
-    precision. `deployed`: of the codes of an optimized session.
+    """The comparison of a `reference` and its file in this runtime.
 
     Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a
     float16 file in float32: what its operators give is not rounded.)"""
     rounded = None
-    if float16:
+    if how.float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
-    found = compare(
-        model, proto, args, runtime, rounded, isa.run if isa else as_deployed if deployed else None
-    )
+    found = compare(model, proto, args, runtime, rounded, how.run)
     if not found.agrees:
-        where = NAMES[runtime] + ("" if isa is None else f" on {isa.name}")
+        where = NAMES[runtime] + ("" if how.isa is None else f" on {how.isa.name}")
         raise CheckError(
             f"{where} does not compute what the model computes: {'; '.join(found.wrong[:3])}"
         )
@@ -69,4 +79,4 @@ def on_each(
     something else.
     """
     for isa in isas:
-        yield isa, checked(runtime, model, proto, args, float16, isa)
+        yield isa, checked(runtime, model, proto, args, How(float16, isa))

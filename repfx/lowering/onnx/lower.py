@@ -29,7 +29,7 @@ from repfx.graph.effects import is_dead
 from repfx.graph.view import GraphView
 from repfx.lowering.onnx import finish, half, older, sizes
 from repfx.lowering.onnx.biases import IntegerBias, WrittenBias
-from repfx.lowering.onnx.check import checked, reference
+from repfx.lowering.onnx.check import How, checked, reference
 from repfx.lowering.onnx.exporter import export
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.run import installed
@@ -75,26 +75,71 @@ def lower(
     the example does not fit, the model fixes a size that `dynamic` frees, an output is no tensor or
     the path cannot be written; CheckError where the file is not valid or a runtime computes
     something else."""
+    form = _Form(target, opset, float16, dynamic)
+    args = _inputs(example)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = capture(model, args).model
+    _check_formats(model, target)
+    _check_types(model)
+    _check_outputs(model, args)
+    model = reference(model, target, float16)
+    if float16:
+        half.check_range(model, args)
+    proto = _export(model, args, form)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
+    how = How(float16)
+    parity = checked("onnxruntime", model, proto, args, how)
+    own = target_named(target).runtime
+    # ONNX Runtime runs float16 as it likes
+    fair = own in installed() and (own == "openvino" or not float16)
+    there = checked(own, model, proto, args, How(float16, deployed=True)) if fair else None
+    if dynamic:
+        sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, how))
+    write_whole(path, lambda part: onnx.save(proto, part))
+    return Artifact(Path(path), parity, there)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the file is to be; the options of `lower`. Raises InputError for an opset that there is
+    not."""
+
+    target: str
+    opset: int
+    float16: bool
+    dynamic: bool
+
+    def __post_init__(self) -> None:
+        least = half.OPSET if self.float16 else older.OLDEST
+        if not isinstance(self.opset, int) or not least <= self.opset <= 23:
+            raise InputError(
+                f"opset is a whole number from {least} to "
+                f"23{' with float16' if self.float16 else ''}, not {self.opset!r}"
+            )
+
+
+def _inputs(example: Any) -> tuple[Tensor, ...]:
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
         raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
     if any(a.isnan().any() for a in args):
         raise InputError("the example holds NaN: what the file makes of it would say nothing")
-    if isinstance(model, torch.export.ExportedProgram):
-        model = capture(model, args).model
-    _check_formats(model, target)
+    return args
+
+
+def _check_types(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InputError(
                 f"{name} is {tensor.dtype}: lower the model in float32, with float16=True "
                 "for a float16 file"
             )
-    least = half.OPSET if float16 else older.OLDEST
-    if not isinstance(opset, int) or not least <= opset <= 23:
-        raise InputError(
-            f"opset is a whole number from {least} to "
-            f"23{' with float16' if float16 else ''}, not {opset!r}"
-        )
+
+
+def _check_outputs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     try:
         result = run_eval(model, args)
     except Exception as error:
@@ -106,24 +151,6 @@ def lower(
             raise InputError(
                 f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}"
             )
-    model = reference(model, target, float16)
-    if float16:
-        half.check_range(model, args)
-    proto = _export(model, args, target, opset, float16, dynamic)
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
-    parity = checked("onnxruntime", model, proto, args, float16)
-    own = target_named(target).runtime
-    fair = own in installed() and (
-        own == "openvino" or not float16
-    )  # ONNX Runtime runs float16 as it likes
-    there = checked(own, model, proto, args, float16, deployed=True) if fair else None
-    if dynamic:
-        sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, float16))
-    write_whole(path, lambda part: onnx.save(proto, part))
-    return Artifact(Path(path), parity, there)
 
 
 class _Activation(nn.Module):
@@ -214,13 +241,31 @@ def _check_formats(model: nn.Module, target: str) -> None:
         )
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], target: str, opset: int, float16: bool, dynamic: bool
-) -> onnx.ModelProto:
+def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelProto:
     """The ONNX graph of a copy whose quantizers are symbolic."""
+    formats = target_named(form.target)
+    symbolic = _symbolic(model, formats)
+    wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
+    if form.float16:
+        half.in_half(symbolic)
+        wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
+    proto = export(symbolic, wide, form.opset, form.dynamic)
+    if formats.between == "all":
+        finish.keep_in_float(proto, every=form.float16)
+    if form.float16:
+        half.cast_ends(proto)
+    if form.opset >= 21:
+        quants = {
+            n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight
+        }
+        finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
+    return proto
+
+
+def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
+    """A copy in eval mode, on the CPU, whose quantizers are what the file holds of them."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
     symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    formats = target_named(target)
     rounding = [
         (n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
     ]
@@ -233,21 +278,7 @@ def _export(
             quantizer.calls = 0
 
     symbolic.register_forward_pre_hook(count_anew)  # the exporter may run the model more than once
-    wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
-    if float16:
-        half.in_half(symbolic)
-        wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
-    proto = export(symbolic, wide, opset, dynamic)
-    if formats.between == "all":
-        finish.keep_in_float(proto, every=float16)
-    if float16:
-        half.cast_ends(proto)
-    if opset >= 21:
-        quants = {
-            n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight
-        }
-        finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
-    return proto
+    return symbolic
 
 
 def _make_symbolic(

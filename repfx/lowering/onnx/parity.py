@@ -31,24 +31,9 @@ from repfx.lowering.onnx.finish import codes_name
 from repfx.lowering.runtimes.run import session
 from repfx.quant import FakeQuant, in_float, quantizers_of
 from repfx.rewrite.difference import Difference, differences, worst
+from repfx.tolerances import LOWERED, Limits
 
 Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Tensor]]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far arithmetic may err. `spread`: how many times as far as torch's own does in that
-    precision. `rounding`: of the largest value of the tensor besides. Of an output of indices,
-    `indices` of the entries may differ, `few`, never most."""
-
-    spread: float
-    rounding: float
-    few: int
-    indices: float
-
-
-# By whether it is float16.
-LIMITS = {False: Limits(8, 2**-19, 2, 1e-2), True: Limits(8, 2**-9, 8, 5e-2)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,7 @@ class Parity:
         """What differs by more than ties, in words. Nothing where the file gives, as it is
         deployed, what torch gives.
         """
-        limits = LIMITS[self.float16]
+        limits = LOWERED[self.float16]
         exact = limits.rounding + limits.spread * max(self.errors, default=0.0)
         if self.optimized and self.output.relative <= exact and not self.output.different:
             return ()
@@ -165,62 +150,20 @@ def compare(
     runs the files, both optimized, such as `Isa.run` or `as_deployed`; without it codes are those
     of a session that is not. Raises MissingPart where the runtime is not installed, CheckError
     where it does not run the file, InputError where a quantizer is given NaN."""
-    limits = LIMITS[rounded is not None]
     exposed, steps = expose(proto)
     outputs = len(proto.graph.output)
-    try:
-        reference, deployed = (run or as_written)(runtime, [exposed, proto], args)
-    except RepfxError:
-        raise
-    except Exception as error:  # each runtime has exceptions of its own
-        raise CheckError(
-            f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}"
-        ) from error
+    shown, deployed = _run_files(run or as_written, runtime, [exposed, proto], args)
     theirs = {
         name: (value.double() / step).round().to(torch.int16)
-        for (name, step), value in zip(steps.items(), reference[outputs:], strict=True)
+        for (name, step), value in zip(steps.items(), shown[outputs:], strict=True)
     }
-    computed: dict[str, Tensor] = {}
-    in_precision = _forced(
-        rounded or model, args, theirs, lambda key, m, x, codes: computed.update({key: x.float()})
-    )
-    found: dict[str, CodeDifference] = {}
-
-    def judge(key: str, m: FakeQuant, x: Tensor, codes: Tensor) -> None:
-        x, step = x.double(), m.step.double()
-        error = limits.spread * _largest(
-            computed.pop(key, x).double() - x
-        ) + limits.rounding * _largest(x)
-        u = (x / step).clamp(m.grid.low, m.grid.high)
-        off = (m.grid.codes(x, step) - codes).abs()
-        wrong = (u - codes).abs() > 0.5 + error / step
-        found[key] = CodeDifference(
-            off.numel(), int((off > 0).sum()), int(_largest(off)), int(wrong.sum())
-        )
-
-    try:
-        exact = _forced(
-            _double(model),
-            tuple(a.double() if a.is_floating_point() else a for a in args),
-            theirs,
-            judge,
-        )
-    except RepfxError:
-        raise
-    except Exception:  # a forward that asks for float32
-        exact = _forced(model, args, theirs, judge)
+    in_precision, inputs = _in_precision(rounded or model, args, theirs)
+    exact, found = _exactly(model, args, theirs, inputs, LOWERED[rounded is not None])
     free = run_eval(rounded or model, args)
-    before = after = None
-    if any(isinstance(m, FakeQuant) for m in model.modules()):
-        with in_float(quantizers_of(model).values()):
-            plain = run_eval(model, args)
-        before, after = (
-            worst(differences(plain, free)),
-            worst(differences(_tensors(plain), deployed)),
-        )
+    before, after = _against_float(model, args, free, deployed)
     return Parity(
         worst(differences(_tensors(free), deployed)),
-        differences(_tensors(exact), reference[:outputs]),
+        differences(_tensors(exact), shown[:outputs]),
         found,
         rounded is not None,
         tuple(d.relative for d in differences(exact, in_precision)),
@@ -229,6 +172,76 @@ def compare(
         after,
         run is not None,
     )
+
+
+def _run_files(
+    run: Run, runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    try:
+        return run(runtime, files, args)
+    except RepfxError:
+        raise
+    except Exception as error:  # each runtime has exceptions of its own
+        raise CheckError(
+            f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _in_precision(
+    model: nn.Module, args: tuple[Tensor, ...], theirs: dict[str, Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """The output on the file's codes in the file's own precision, and what each quantizer was
+    given."""
+    inputs: dict[str, Tensor] = {}
+    output = _forced(model, args, theirs, lambda key, m, x, codes: inputs.update({key: x.float()}))
+    return output, inputs
+
+
+def _exactly(
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    theirs: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    limits: Limits,
+) -> tuple[Any, dict[str, CodeDifference]]:
+    """The output on the file's codes in float64, and how far the codes are from what it says of
+    them. In float32 where the forward insists on that.
+
+    `inputs`: what each quantizer is given in the file's precision, which tells how far that errs.
+    """
+    found: dict[str, CodeDifference] = {}
+
+    def judge(key: str, m: FakeQuant, x: Tensor, codes: Tensor) -> None:
+        x, step = x.double(), m.step.double()
+        erred = _largest(inputs.get(key, x).double() - x)
+        error = limits.spread * erred + limits.rounding * _largest(x)
+        u = (x / step).clamp(m.grid.low, m.grid.high)
+        off = (m.grid.codes(x, step) - codes).abs()
+        wrong = (u - codes).abs() > 0.5 + error / step
+        found[key] = CodeDifference(
+            off.numel(), int((off > 0).sum()), int(_largest(off)), int(wrong.sum())
+        )
+
+    wide = tuple(a.double() if a.is_floating_point() else a for a in args)
+    try:
+        return _forced(_double(model), wide, theirs, judge), found
+    except RepfxError:
+        raise
+    except Exception:  # a forward that asks for float32
+        found.clear()
+        return _forced(model, args, theirs, judge), found
+
+
+def _against_float(
+    model: nn.Module, args: tuple[Tensor, ...], free: Any, deployed: list[Tensor]
+) -> tuple[Difference | None, Difference | None]:
+    """How far the torch model and the file are from the model without rounding; None twice where
+    nothing is rounded."""
+    if not any(isinstance(m, FakeQuant) for m in model.modules()):
+        return None, None
+    with in_float(quantizers_of(model).values()):
+        plain = run_eval(model, args)
+    return worst(differences(plain, free)), worst(differences(_tensors(plain), deployed))
 
 
 def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:

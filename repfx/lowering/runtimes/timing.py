@@ -95,31 +95,38 @@ def interleaved(
     return times
 
 
+@dataclass(frozen=True)
+class Forms:
+    """One model three times: as written, merged, and quantized for each runtime by its name."""
+
+    written: nn.Module
+    merged: nn.Module
+    quantized: Mapping[str, nn.Module]
+
+
 def bench(
-    train_form: nn.Module,
-    merged: nn.Module,
-    quantized: Mapping[str, nn.Module],
+    forms: Forms,
     x: Tensor,
     *,
     rounds: int = 20,
     threads: int | None = None,
     progress: bool = False,
 ) -> Bench:
-    """Times the model as written and merged in torch, merged and INT8 in each runtime of
-    `quantized` (name -> its model).
+    """Times the model as written and merged in torch, merged and INT8 in each runtime that it is
+    quantized for.
 
     `x`: (N, ...). Raises InputError where a model does not take it, MissingPart for a runtime that
     is not installed."""
     if rounds < 1:
         raise InputError(f"rounds is a whole number from 1, not {rounds}")
     runs: dict[Any, Callable[[], Any]] = {
-        ("train form", "torch"): lambda: train_form(x),
-        ("merged", "torch"): lambda: merged(x),
+        ("train form", "torch"): lambda: forms.written(x),
+        ("merged", "torch"): lambda: forms.merged(x),
     }
     layers: dict[Any, Kernels] = {}
     with tempfile.TemporaryDirectory() as folder:
-        plain = lower(merged, Path(folder) / "float.onnx", example=x).onnx
-        for name, model in quantized.items():
+        plain = lower(forms.merged, Path(folder) / "float.onnx", example=x).onnx
+        for name, model in forms.quantized.items():
             file = lower(model, Path(folder) / f"{name}.onnx", example=x, target=name).onnx
             for form, path in (("merged", plain), ("INT8", file)):
                 runs[form, name] = partial(session(name, path, threads=threads), (x,))

@@ -85,6 +85,7 @@ def build(
     MissingPart, with the trtexec line, without TensorRT or a CUDA device, CheckError where TensorRT
     builds nothing; KeyboardInterrupt on Ctrl-C. No engine file is left then."""
     profile = profile or Profile()
+    order = _Order(onnx_path, profile, workspace_gib, hardware_compatible)
     goal, beside = Path(engine_path), _metadata(engine_path)
     line = trtexec(
         onnx_path,
@@ -101,12 +102,45 @@ def build(
     )
     log = log_of(trt)
     log.errors.clear()
+    plan, timings = _plan(trt, log, order, timing_cache, progress)
+    found = _described(trt, log, plan, order)
+    about = {"tensorrt": trt.__version__, "gpu": gpu, **order.told(), **found}
+    if timing_cache is not None:
+        write_whole(timing_cache, lambda part: Path(part).write_bytes(timings))
+    write_whole(goal, lambda part: Path(part).write_bytes(plan))
+    write_whole(beside, lambda part: Path(part).write_text(json.dumps(about, indent=1) + "\n"))
+    return Engine(goal, beside, found["layers"], found["reformats"], str(trt.__version__))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What decides the engine that is built."""
+
+    onnx: Place
+    profile: Profile
+    workspace_gib: float
+    hardware_compatible: bool
+
+    def told(self) -> dict[str, Any]:
+        digest = hashlib.sha256(Path(self.onnx).read_bytes()).hexdigest()
+        return {
+            "hardware_compatible": self.hardware_compatible,
+            "onnx": {"name": Path(self.onnx).name, "sha256": digest},
+            "profile": asdict(self.profile),
+            "workspace_gib": self.workspace_gib,
+        }
+
+
+def _plan(
+    trt: Any, log: Any, order: _Order, timing_cache: Place | None, progress: bool
+) -> tuple[Any, Any]:
+    """The engine as bytes, and the timings that were taken for it, None without a cache."""
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
-    network, parser = _parse(trt, builder, log, onnx_path)
-    config = _config(trt, builder, workspace_gib, hardware_compatible)
-    _add_profile(builder, config, _inputs(_read(onnx_path)), profile)
+    network, parser = _parse(trt, builder, log, order.onnx)
+    config = _config(trt, builder, order.workspace_gib, order.hardware_compatible)
+    _add_profile(builder, config, _inputs(_read(order.onnx)), order.profile)
     # the cache must outlive the build
     cache = None if timing_cache is None else _load_cache(config, Path(timing_cache))
     with watched(trt, progress) as monitor:
@@ -117,38 +151,24 @@ def build(
         raise KeyboardInterrupt
     if plan is None:
         raise CheckError(
-            f"TensorRT {trt.__version__} built no engine of {onnx_path}: {joined(log.errors)}"
+            f"TensorRT {trt.__version__} built no engine of {order.onnx}: {joined(log.errors)}"
         )
+    return plan, None if cache is None else cache.serialize()
+
+
+def _described(trt: Any, log: Any, plan: Any, order: _Order) -> dict[str, Any]:
+    """What the engine says of itself: its inputs and outputs, and how many layers of what kind."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise CheckError(
-            f"TensorRT cannot load the engine it built of {onnx_path}: {joined(log.errors)}"
+            f"TensorRT cannot load the engine it built of {order.onnx}: {joined(log.errors)}"
         )
     inspector = engine.create_engine_inspector()
     layers, reformats = count_layers(
         inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     )
-    about = {
-        "tensorrt": trt.__version__,
-        "gpu": gpu,
-        "hardware_compatible": hardware_compatible,
-        "onnx": {
-            "name": Path(onnx_path).name,
-            "sha256": hashlib.sha256(Path(onnx_path).read_bytes()).hexdigest(),
-        },
-        "profile": asdict(profile),
-        "workspace_gib": workspace_gib,
-        **_ports(trt, engine),
-        "layers": layers,
-        "reformats": reformats,
-    }
-    if timing_cache is not None and cache is not None:
-        timings = cache.serialize()
-        write_whole(timing_cache, lambda part: Path(part).write_bytes(timings))
-    write_whole(goal, lambda part: Path(part).write_bytes(plan))
-    write_whole(beside, lambda part: Path(part).write_text(json.dumps(about, indent=1) + "\n"))
-    return Engine(goal, beside, layers, reformats, str(trt.__version__))
+    return {**_ports(trt, engine), "layers": layers, "reformats": reformats}
 
 
 def trtexec(

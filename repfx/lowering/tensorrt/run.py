@@ -71,6 +71,34 @@ def _prepared(
     trt, _ = present("")
     log = log_of(trt)
     log.errors.clear()
+    runtime, engine, context = _loaded(trt, log, engine_path)
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+    if set(feeds) != set(inputs):
+        raise InputError(
+            f"the engine takes {', '.join(inputs)}; given: {', '.join(feeds) or 'nothing'}"
+        )
+    tensors = {name: _given(engine, context, name, feeds[name]) for name in inputs}
+    for name in names:
+        if name not in tensors:
+            tensors[name] = _room(engine, context, name)
+        if not context.set_tensor_address(name, tensors[name].data_ptr()):
+            raise CheckError(f"TensorRT takes no memory for {name}: {joined(log.errors)}")
+    stream = torch.cuda.Stream()
+    # the copies above ran on another stream
+    torch.cuda.synchronize()
+
+    alive = (runtime, engine, tensors)
+
+    def launch() -> None:
+        if not (alive and context.execute_async_v3(stream.cuda_stream)):
+            raise CheckError(f"TensorRT failed to run {engine_path}: {joined(log.errors)}")
+
+    return launch, {n: t for n, t in tensors.items() if n not in feeds}, stream
+
+
+def _loaded(trt: Any, log: Any, engine_path: Place) -> tuple[Any, Any, Any]:
+    """The runtime, the engine and a context to run it in; the first two must outlive the third."""
     try:
         data = Path(engine_path).read_bytes()
     except OSError as error:
@@ -86,42 +114,26 @@ def _prepared(
     context = engine.create_execution_context()
     if context is None:
         raise CheckError(f"TensorRT cannot run {engine_path}: {joined(log.errors)}")
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-    if set(feeds) != set(inputs):
+    return runtime, engine, context
+
+
+def _given(engine: Any, context: Any, name: str, value: np.ndarray) -> Tensor:
+    """An input on the device, its shape told to the context."""
+    tensor = _fed(engine, name, value)
+    if not context.set_input_shape(name, tuple(tensor.shape)):
+        lowest, _, highest = engine.get_tensor_profile_shape(name, 0)
         raise InputError(
-            f"the engine takes {', '.join(inputs)}; given: {', '.join(feeds) or 'nothing'}"
+            f"{name} is {tuple(tensor.shape)}; the engine takes {tuple(lowest)} to {tuple(highest)}"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in inputs:
-        tensors[name] = _fed(engine, name, feeds[name])
-        if not context.set_input_shape(name, tuple(tensors[name].shape)):
-            lowest, _, highest = engine.get_tensor_profile_shape(name, 0)
-            raise InputError(
-                f"{name} is {tuple(tensors[name].shape)}; the engine takes {tuple(lowest)} "
-                f"to {tuple(highest)}"
-            )
-    for name in names:
-        if name not in tensors:
-            shape = tuple(context.get_tensor_shape(name))
-            if min(shape, default=0) < 0:
-                raise InputError(
-                    f"the size of output {name} depends on the data, which is not run here"
-                )
-            tensors[name] = torch.empty(shape, dtype=_dtype(engine, name), device=DEVICE)
-        if not context.set_tensor_address(name, tensors[name].data_ptr()):
-            raise CheckError(f"TensorRT takes no memory for {name}: {joined(log.errors)}")
-    stream = torch.cuda.Stream()
-    # the copies above ran on another stream
-    torch.cuda.synchronize()
+    return tensor
 
-    alive = (runtime, engine, tensors)
 
-    def launch() -> None:
-        if not (alive and context.execute_async_v3(stream.cuda_stream)):
-            raise CheckError(f"TensorRT failed to run {engine_path}: {joined(log.errors)}")
-
-    return launch, {n: t for n, t in tensors.items() if n not in feeds}, stream
+def _room(engine: Any, context: Any, name: str) -> Tensor:
+    """Memory for an output, whose shape follows from those of the inputs."""
+    shape = tuple(context.get_tensor_shape(name))
+    if min(shape, default=0) < 0:
+        raise InputError(f"the size of output {name} depends on the data, which is not run here")
+    return torch.empty(shape, dtype=_dtype(engine, name), device=DEVICE)
 
 
 def _fed(engine: Any, name: str, value: np.ndarray) -> Tensor:
