@@ -50,7 +50,7 @@ def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
         draw.shuffle(order)
         for name, step in order:
             start = time.perf_counter()
-            step()  # type: ignore[operator]
+            step()
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}

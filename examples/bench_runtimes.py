@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -50,7 +51,7 @@ class Once(CalibrationDataReader):
     def __init__(self, name: str, x: Tensor) -> None:
         self.batches = iter([{name: x.numpy()}])
 
-    def get_next(self) -> dict[str, object] | None:
+    def get_next(self) -> dict[str, Any] | None:
         return next(self.batches, None)
 
 

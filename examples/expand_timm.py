@@ -53,7 +53,7 @@ def main() -> None:
         return net.eval()
 
     plain = fit(model, "plain", args.epochs, 0.05)
-    wide = repfx.transform(plain, [Expand(block=ACNet, kernel=3)], example=x)
+    wide: nn.Module = repfx.transform(plain, [Expand(block=ACNet, kernel=3)], example=x)
     print(f"expanded: {repfx.verify(plain, wide, x)}")
     wide = fit(wide, "with branches", args.epochs, 0.02)
     trained = fit(

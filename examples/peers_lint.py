@@ -114,7 +114,7 @@ class Once(CalibrationDataReader):
     def __init__(self, x: Tensor) -> None:
         self.feeds = iter([{"x": x.numpy()}])
 
-    def get_next(self) -> dict[str, object] | None:
+    def get_next(self) -> dict[str, Any] | None:
         return next(self.feeds, None)
 
 

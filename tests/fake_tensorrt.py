@@ -167,7 +167,8 @@ def make(version: str) -> Fake:
 
     class INetworkDefinition(Strict):
         def __init__(self, flags: int) -> None:
-            self._flags, self._ports = flags, {}
+            self._flags = flags
+            self._ports: dict[Any, Any] = {}
 
     class ParserError(Strict):
         def __init__(self, name: str, operator: str, text: str) -> None:
@@ -338,7 +339,9 @@ def make(version: str) -> Fake:
 
     class IExecutionContext(Strict):
         def __init__(self, engine: Any) -> None:
-            self._engine, self._shapes, self._addresses = engine, {}, {}
+            self._engine = engine
+            self._shapes: dict[str, Any] = {}
+            self._addresses: dict[str, int] = {}
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             low, _, high = self._engine.get_tensor_profile_shape(name, 0)

@@ -155,8 +155,8 @@ def test_it_is_one_convolution(name: str, shape: Shape, options: dict[str, Any])
 def test_kernel_and_shift_name_parameters(name: str, shape: Shape, options: dict[str, Any]) -> None:
     block = made(name, shape, options)
     kernel, shift = (
-        block.get_parameter(path) for path in (BLOCKS[name].kernel, BLOCKS[name].shift)
-    )  # type: ignore
+        block.get_parameter(getattr(BLOCKS[name], which)) for which in ("kernel", "shift")
+    )
 
     def pushed(parameter: Tensor, change: Tensor) -> Part:
         with torch.no_grad():
@@ -185,7 +185,7 @@ def test_every_parameter_learns(
     """From the start it is given; called twice before one backward, as a shared block is."""
     block = BLOCKS[name](*shape, **options).double().train(training)
     x = pictures(shape[0], 9, 8)
-    sum((y * torch.randn_like(y)).sum() for y in (block(x), block(x + 1))).backward()  # type: ignore[union-attr]
+    sum((y * torch.randn_like(y)).sum() for y in (block(x), block(x + 1))).backward()
     for path, parameter in block.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), path
         if not (
@@ -214,7 +214,7 @@ def norm(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | float = 0.0) -> Part
 
 
 def total(*parts: Any) -> Part:
-    return sum(p[0] for p in parts), sum(p[1] for p in parts)  # type: ignore[return-value]
+    return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
 
 def then(outer: Tensor, weight: Tensor, bias: Tensor | None = None) -> Part:

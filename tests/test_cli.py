@@ -30,6 +30,8 @@ import torch
 from torch import nn
 from repfx.blocks import RepVGG
 
+pytestmark = pytest.mark.slow
+
 def net():
     torch.manual_seed(0)
     blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()

@@ -41,7 +41,7 @@ def test_names_specs_and_objects_mix_and_run_by_stage() -> None:
 )
 def test_bad_passes(passes: object, text: str) -> None:
     with pytest.raises(repfx.InputError, match=text):
-        resolve(passes)  # type: ignore[arg-type]
+        resolve(passes)
 
 
 def test_a_pass_that_loses_a_name_is_told() -> None:
@@ -77,7 +77,8 @@ def test_what_is_required_comes_along_and_first(monkeypatch: pytest.MonkeyPatch)
 
     assert [p.name for p in resolve([Late()])] == ["fuse", "ptq", "late"]
     assert [p.name for p in resolve([Late(), "ptq(bits=6)"])] == ["fuse", "ptq", "late"]
-    assert next(p for p in resolve([Late(), "ptq(bits=6)"]) if p.name == "ptq").bits == 6
+    (ptq,) = [p for p in resolve([Late(), "ptq(bits=6)"]) if isinstance(p, Ptq)]
+    assert ptq.bits == 6
     monkeypatch.setitem(REGISTRY, "late", Late)
     with pytest.raises(repfx.InputError, match="unknown pass 'nowhere'"):
         resolve([Later()])

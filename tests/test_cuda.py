@@ -23,7 +23,10 @@ from repfx.quant import METHODS, FakeQuant, Grid, Observer
 from repfx.quant.histogram import LARGE
 from repfx.testing import randomise
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +108,8 @@ def test_values_are_counted_alike(size: int, dtype: torch.dtype) -> None:
     x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
     here, there = Observer(Grid(8)), Observer(Grid(8))
     for part in (x, x / 2, 4 * x):
-        here.see(part), there.see(part.cuda())
+        here.see(part)
+        there.see(part.cuda())
     assert here.histogram is not None and there.histogram is not None
     assert torch.equal(here.histogram.counts(), there.histogram.counts())
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from repfx.cli.demo import demo
+
+pytestmark = pytest.mark.slow
 
 
 def test_demo(tmp_path: Path) -> None:

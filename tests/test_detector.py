@@ -105,7 +105,9 @@ class Detector(nn.Module):
 
 def detector() -> Detector:
     torch.manual_seed(1)
-    return randomise(Detector().double().eval())
+    found = Detector().double().eval()
+    randomise(found)
+    return found
 
 
 def picture(*size: int) -> Tensor:
@@ -163,6 +165,7 @@ def test_inspect_says_what_becomes_of_it() -> None:
     assert "20 blocks merge" in text and "cannot be traced" in text
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     "name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_100", "resnet18"]
 )

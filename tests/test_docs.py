@@ -16,6 +16,8 @@ from PIL import Image
 
 import repfx
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 READ_ONLY = {"figures", "architecture"}  # without programs

@@ -94,6 +94,7 @@ def test_there_and_back(block: str, shape: str) -> None:
     assert repfx.verify(model, trained, x).relative > 1e-3
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("block", ["acnet", "dbb", "orepa"])
 def test_resnet18(block: str) -> None:
     import timm
@@ -242,7 +243,7 @@ class Wrong(nn.Conv2d):
     kernel, shift = "weight", "bias"
 
     def __init__(self, **arguments: object) -> None:
-        super().__init__(**{**arguments, "stride": 1})  # type: ignore[arg-type]
+        super().__init__(**{**arguments, "stride": 1})
 
 
 def test_lift_reads_the_convolution_of_a_module() -> None:

@@ -28,6 +28,8 @@ from repfx.training import PRESETS, Classification, CustomL2, fit
 from repfx.training.recipe import Recipe, optimizer_of, recipe
 from repfx.training.shuffle import source_of
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

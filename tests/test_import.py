@@ -11,6 +11,8 @@ import pytest
 
 import repfx
 
+HOMES: dict[str, tuple[str, ...]] = vars(repfx)["_HOMES"]
+ROOMS: tuple[str, ...] = vars(repfx)["_ROOMS"]
 HEAVY = {"networkx", "onnx", "onnxruntime", "onnxscript", "safetensors", "rich", "typer"}
 SMALL = "torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()"
 
@@ -38,7 +40,7 @@ def test_lint_needs_no_runtime() -> None:
 
 
 def test_every_public_name_is_found() -> None:
-    names = ", ".join([*repfx.__all__, *repfx._ROOMS])
+    names = ", ".join([*repfx.__all__, *ROOMS])
     loaded(f"from repfx import {names}\nimport repfx\nassert repfx.lower is lower")
 
 
@@ -48,13 +50,13 @@ def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
     typed = {
         (n.module, a.name) for n in choice.body if isinstance(n, ast.ImportFrom) for a in n.names
     }
-    homes = {(home, name) for home, names in repfx._HOMES.items() for name in names}
-    assert typed == homes | {("repfx", room) for room in repfx._ROOMS}
+    homes = {(home, name) for home, names in HOMES.items() for name in names}
+    assert typed == homes | {("repfx", room) for room in ROOMS}
 
 
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(AttributeError, match="no attribute 'fuse'"):
-        repfx.fuse  # noqa: B018
+        repfx.__getattr__("fuse")
     assert {*repfx.__all__, "passes", "__version__"} <= set(dir(repfx))
 
 

@@ -294,7 +294,7 @@ def test_calibration_leaves_what_others_read() -> None:
     assert in_place(act_of(through_einsum)) == []
 
     act, patched = nn.ReLU(), nn.Upsample(scale_factor=1)
-    patched.forward = lambda x: x
+    patched.__dict__["forward"] = lambda x: x
     assert (
         in_place(act_of(lambda m, x: m.point(m.act(m.conv(x))) + m.patched(x), patched=patched))
         == []

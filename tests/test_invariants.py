@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_parallel_norms_have_one_beta_forever(optimizer: type[torch.optim.Optimizer]) -> None:
+def test_parallel_norms_have_one_beta_forever(
+    optimizer: Callable[..., torch.optim.Optimizer],
+) -> None:
     """Lemma 3.1: the betas of what is added get one gradient, so what starts equal stays equal, to
     the bit.
     """
@@ -92,7 +96,8 @@ def test_without_norms_the_merged_gradients_are_the_branches(groups: int) -> Non
         (
             out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
         ).sum().backward()
-        net.given = x.grad.clone()
+        given: Any = x.grad
+        net.given = given.clone()
     torch.testing.assert_close(merged.given, model.given, rtol=0, atol=1e-12)
     mine = dict(merged.named_parameters())
     for name, p in model.named_parameters():

@@ -33,7 +33,9 @@ class Draft:
     """Writes a graph node by node. Every method returns the name of what it makes."""
 
     def __init__(self, opset: int = 20) -> None:
-        self.opset, self.nodes, self.tensors = opset, [], []
+        self.opset = opset
+        self.nodes: list[Any] = []
+        self.tensors: list[Any] = []
         self.inputs: list[Any] = [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8, 8])
         ]
@@ -732,8 +734,9 @@ def test_our_own_residual_file_is_clean(tmp_path: Path) -> None:
 
 def test_what_onnxruntime_quantizes(tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
+    reader: Any = quantization.CalibrationDataReader
 
-    class Data(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Data(reader):
         def __init__(self) -> None:
             self.left = [
                 {"x": np.random.default_rng(i).standard_normal((1, 8, 8, 8), np.float32)}

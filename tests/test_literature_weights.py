@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ class SeqConv3x3(nn.Module):
         self, kind: str, i: int, o: int, multiplier: float, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.type, self.inp_planes, self.out_planes, self.dtype = kind, i, o, dtype
+        self.type: Any = kind
+        self.inp_planes, self.out_planes, self.dtype = i, o, dtype
         self.mid_planes = int(o * multiplier) if kind == "conv1x1-conv3x3" else o
         conv0 = nn.Conv2d(i, self.mid_planes, kernel_size=1, padding=0)
         self.k0, self.b0 = conv0.weight, conv0.bias
@@ -244,8 +246,8 @@ class SeqConv3x3(nn.Module):
         )
 
     def rep_params(self) -> tuple[Tensor, Tensor]:
-        device = self.k0.get_device()
-        device = None if device < 0 else device
+        index = self.k0.get_device()
+        device = None if index < 0 else index
         if self.type == "conv1x1-conv3x3":
             k1, b1 = self.k1, self.b1
         else:
@@ -303,13 +305,14 @@ class ECB(nn.Module):
         return self.act(y)
 
     def rep_params(self) -> tuple[Tensor, Tensor]:
-        rk, rb = self.conv3x3.weight, self.conv3x3.bias
+        rk: Tensor = self.conv3x3.weight
+        rb: Any = self.conv3x3.bias
         for branch in (self.conv1x1_3x3, self.conv1x1_sbx, self.conv1x1_sby, self.conv1x1_lpl):
             k, b = branch.rep_params()
             rk, rb = rk + k, rb + b
         if self.with_idt:
-            device = rk.get_device()
-            device = None if device < 0 else device
+            index = rk.get_device()
+            device = None if index < 0 else index
             k_idt = torch.zeros(
                 self.out_planes, self.out_planes, 3, 3, device=device, dtype=self.dtype
             )

@@ -18,6 +18,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.lowering.onnx.parity import compare
 from repfx.lowering.runtimes.run import session
+from repfx.rewrite.difference import difference
 from repfx.testing import randomise
 
 
@@ -159,7 +160,7 @@ def test_the_batch_is_dynamic_and_size_one_examples_do(tmp_path: Path) -> None:
     repfx.lower(model, path, example=pictures(1), target="onnxruntime")
     for n in (1, 3, 8):
         (got,) = session("onnxruntime", onnx.load(path))((pictures(n),))
-        assert repfx.rewrite.difference.difference(model.eval()(pictures(n)), got).sqnr > 30
+        assert difference(model.eval()(pictures(n)), got).sqnr > 30
 
 
 def test_a_float_model_lowers_too(tmp_path: Path) -> None:
@@ -357,12 +358,7 @@ def test_an_exported_program(tmp_path: Path) -> None:
     )
     for program in (fixed, any_batch):
         path = repfx.lower(program, tmp_path / "model.onnx", example=x).onnx
-        assert (
-            repfx.rewrite.difference.difference(
-                model(x[:3]), session("onnxruntime", path)((x[:3],))
-            ).relative
-            < 1e-4
-        )
+        assert difference(model(x[:3]), session("onnxruntime", path)((x[:3],))).relative < 1e-4
 
 
 class Odd(nn.Module):

@@ -115,7 +115,7 @@ class Detector(nn.Module):
 def test_a_small_wrong_output_beside_a_large_one(spec: str, float16: bool, tmp_path: Path) -> None:
     x = pictures()
     for divisor in (None, 1):
-        model = Detector(divisor).eval()
+        model: nn.Module = Detector(divisor).eval()
         model = repfx.transform(model, ["fuse"], example=x) if spec == "fuse" else int8(model, x)
         if divisor is None:
             parity = repfx.lower(model, tmp_path / "right.onnx", example=x, float16=float16).parity

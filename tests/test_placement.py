@@ -313,7 +313,11 @@ def test_what_a_dropout_gives_in_training_is_what_is_rounded(target: str) -> Non
     )
 
 
-ZEROS = [(Dense, "onnxruntime", {0, 128}), (Dense, "openvino", {0}), (Dense, "tensorrt", {0})]
+ZEROS: list[tuple[type[nn.Module], str, set[int]]] = [
+    (Dense, "onnxruntime", {0, 128}),
+    (Dense, "openvino", {0}),
+    (Dense, "tensorrt", {0}),
+]
 ZEROS += [(Split, "onnxruntime", {0, 128}), (Split, "openvino", {0, 128}), (Split, "tensorrt", {0})]
 
 

@@ -162,7 +162,7 @@ def test_the_custom_decay_and_its_repair() -> None:
     before = custom.penalty().item(), repaired.penalty().item()
     with torch.no_grad():
         for norm in (custom.blocks[0][1], custom.blocks[0][3]):
-            norm.weight *= 3
+            norm.weight.mul_(3)
     assert custom.penalty().item() == pytest.approx(before[0], rel=1e-12)
     assert repaired.penalty().item() > 1.5 * before[1]
     with pytest.raises(repfx.InputError, match="no sum of a kxk and a 1x1 branch"):

@@ -702,7 +702,7 @@ def test_a_model_that_overwrites_its_input_leaves_the_pictures_alone(method: str
         (None, "an iterable of batches"),
     ):
         with pytest.raises(repfx.InputError, match=text):
-            repfx.sensitivity(model, bad)  # type: ignore[arg-type]
+            repfx.sensitivity(model, bad)
 
 
 class Pooled(nn.Module):

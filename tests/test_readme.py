@@ -9,6 +9,8 @@ import pytest
 
 from repfx.cli.main import app
 
+pytestmark = pytest.mark.zoo
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

@@ -23,6 +23,8 @@ from repfx.passes import Ptq
 from repfx.quant import Affine, FakeQuant, Grid, Observer
 from repfx.testing import randomise
 
+pytestmark = pytest.mark.slow
+
 
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:

@@ -139,7 +139,7 @@ def test_the_segments_are_the_model_and_small(name: str) -> None:
     found = segments(model, (x,))
     for mine, whole in zip(through(found, x), leaves(model(x)), strict=True):
         assert torch.equal(mine, whole)
-    weights = [[m for m in s.modules(FakeQuant).values() if m.of_weight] for s in found]  # type: ignore[attr-defined]
+    weights = [[m for m in s.modules(FakeQuant).values() if m.of_weight] for s in found]
     assert sum(map(len, weights)) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert max(map(len, weights)) <= LARGEST and any(s.passed for s in found)
     # Every place a user may name, one at a time.
@@ -159,7 +159,7 @@ def test_residual_blocks_beside_a_long_skip_stay_whole() -> None:
     # The first block's skip is the long one too, so that a place inside it is as narrow as one
     # beside it.
     assert [len(s.passed) for s in found] == [0, 0, 1, 1, 1, 1, 0, 0]
-    counts = [sum(m.of_weight for m in s.modules(FakeQuant).values()) for s in found]  # type: ignore[misc]
+    counts = [sum(m.of_weight for m in s.modules(FakeQuant).values()) for s in found]
     assert counts == [1, 1, 1, 2, 2, 2, 1, 1]
 
 
@@ -394,14 +394,15 @@ def test_what_blocks_share_is_learned_once(
         pictures(),
         {"iterations": 15, "batch": 8, "lr": 1e-2, "rounding": rounding, "stage": 0.0},
     )
-    whole = repfx.reconstruct(quantized(Shared, bits=3), [x], **options)  # type: ignore[arg-type]
+    whole = repfx.reconstruct(quantized(Shared, bits=3), [x], **options)
     found = segments(whole, (x,))
     assert len({s.name for s in found}) == len(found) == 5
     torch.manual_seed(0)
     plain = segments(
         in_float(repfx.transform(Shared().eval(), ["ptq(bits=3)"], example=pictures(2))), (x,)
     )
-    ours = theirs = (x,)
+    ours: tuple[Tensor, ...] = (x,)
+    theirs = ours
     for mine, block, said in zip(found, plain, whole.meta["reconstruct"], strict=True):
         with torch.no_grad():
             ours, theirs = mine(*ours), block(*theirs)
@@ -418,8 +419,8 @@ def test_what_blocks_share_is_learned_once(
 
     monkeypatch.setattr(run, "_learn", stops)
     with pytest.raises(KeyboardInterrupt):
-        repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")  # type: ignore[arg-type]
-    again = repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")  # type: ignore[arg-type]
+        repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")
+    again = repfx.reconstruct(quantized(Shared, bits=3), [x], **options, checkpoint=tmp_path / "ck")
     assert calls == [0, 1, 2, 3, 3, 4]
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 

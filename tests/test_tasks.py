@@ -23,6 +23,8 @@ from repfx.errors import InputError
 from repfx.training import SuperResolution, fit
 from repfx.training.tasks import psnr
 
+pytestmark = pytest.mark.slow
+
 
 def net() -> nn.Module:
     torch.manual_seed(0)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.network
+
 ROOT = Path(__file__).parent.parent
 WHEELS = {"10": "tensorrt_cu12_bindings==10.13.*", "11": "tensorrt_cu13_bindings==11.4.*"}
 STUBS = {

@@ -18,6 +18,8 @@ from repfx.rewrite.difference import difference
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.testing import assert_same, randomise
 
+pytestmark = pytest.mark.zoo
+
 REPARAMETERIZABLE = [
     "repvgg_a0",
     "repvgg_b1g4",

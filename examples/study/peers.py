@@ -38,7 +38,7 @@ class Reader(CalibrationDataReader):
     def __init__(self, name: str, batches: list[Tensor]) -> None:
         self.feeds = iter([{name: x.numpy()} for x in batches])
 
-    def get_next(self) -> dict[str, object] | None:
+    def get_next(self) -> dict[str, Any] | None:
         return next(self.feeds, None)
 
 

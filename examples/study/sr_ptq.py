@@ -6,6 +6,8 @@ python examples/study/sr_ptq.py --data sr.zip
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from common import Results, command
 from ptq import LEARNED
@@ -59,9 +61,9 @@ def main() -> None:
             passes, options = learned.get(method, ([], {}))
             quantized = repfx.transform(net.eval(), [Ptq(bits, weights="mse"), *passes])
             if method in learned:
-                repfx.reconstruct(
-                    quantized, batches, **{"iterations": args.iterations, "batch": 32, **options}
-                )
+                chosen: dict[str, Any] = {"iterations": args.iterations, "batch": 32}
+                chosen.update(options)
+                repfx.reconstruct(quantized, batches, **chosen)
                 quantized = repfx.transform(quantized, ["fuse"])
             else:
                 repfx.calibrate(quantized, batches, method=method)

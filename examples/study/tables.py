@@ -123,8 +123,8 @@ def main() -> None:
         + table(rows("peers"), lambda r: r["method"], lambda r: r["net"], "top1")
     )
     print("\nlead of ours\n" + lead(rows("peers"), "repfx repapq"))
-    bits = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
-    print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], bits, "top1"))
+    width = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
+    print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], width, "top1"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def load_model(name: str, weights: str | None = None, trust_pickle: bool = False
         return load_exported(name, trust_pickle)
     with open(name, "rb") as file:
         head = file.read(9)
-    # What repfx.save wrote starts with the length of a header; its low byte may be a pickle's.
+    # what repfx.save wrote starts with the length of a header, which may start as a pickle does
     saved = head[8:] == b"{"
     pickled = head[:1] == b"\x80" and not saved
     if zipfile.is_zipfile(name) or pickled or head[:4] == b"PK\x03\x04":
