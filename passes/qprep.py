@@ -17,11 +17,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import fx
 
-from repfx.algebra import CONVS
 from repfx.errors import Declined, InputError
+from repfx.graph.calls import layer_of
 from repfx.quant import Affine, FakeQuant
 from repfx.rewrite.contract import Pass, Promise, Stage, register
 from repfx.rewrite.results import Result
@@ -53,12 +52,13 @@ class QPRep(Pass):
                     "ptq(per_channel=True) only"
                 )
             call = next(iter(node.users))
-            if len(node.users) > 1 or call.target not in {*CONVS.values(), F.linear}:
+            layer = layer_of(call) if len(node.users) == 1 else None
+            if layer is None or layer.weight is not node:
                 declined.append(
                     Declined(path, "its quantized weight is read more than once, or not by a layer")
                 )
                 continue
-            bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+            bias = layer.bias
             if isinstance(bias, fx.Node) and (
                 bias.op != "get_attr" or reads[bias.target] > 1 or len(bias.users) > 1
             ):
@@ -67,7 +67,7 @@ class QPRep(Pass):
                 )
                 continue
             ref = node.args[0]
-            assert isinstance(ref, fx.Node)
+            assert isinstance(ref, fx.Node) and not isinstance(bias, str)
             affine = work.insert(
                 call,
                 node,
@@ -77,9 +77,7 @@ class QPRep(Pass):
             affine.args = (node, bias)
             with graph.inserting_before(call):
                 parts = [graph.call_function(operator.getitem, (affine, i)) for i in (0, 1)]
-            source = call.args[0] if call.args else call.kwargs["input"]
-            call.kwargs = {
-                k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")
-            }
-            call.args = (source, *parts, *call.args[3:])
+            named = ("input", "weight", "bias")
+            call.kwargs = {k: v for k, v in call.kwargs.items() if k not in named}
+            call.args = (layer.x, *parts, *call.args[3:])
         return Result(self.name, declined=tuple(declined), inserted=tuple(work.inserted))

@@ -171,7 +171,8 @@ def oversized(path: Path) -> Iterator[str]:
     """
     torchs = torch_arguments() | {"self", "cls"}
     tree, public = ast.parse(path.read_text()), public_functions(path)
-    offered = getattr(import_module(module_name(path).rpartition(".")[0]), "__all__", ())
+    room = module_name(path).rpartition(".")[0] or "repfx"
+    offered = getattr(import_module(room), "__all__", ())
     makers = [
         f for c in tree.body if isinstance(c, ast.ClassDef) and c.name in offered for f in c.body
     ]

@@ -13,14 +13,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import CONVS
 from repfx.calibration.feed import device_of
 from repfx.calibration.streams import TwoStreams
 from repfx.data.batches import Batches
 from repfx.errors import InputError
+from repfx.graph.calls import Layer, layer_of
 from repfx.quant import Affine, FakeQuant, quantizers_of
 
 IMAGES = 128  # activations of so many are held at a time
@@ -51,8 +50,9 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
     left: list[str] = []
 
     def visit(node: fx.Node) -> None:
-        if node.op == "call_function" and node.target in (*CONVS.values(), F.linear):
-            _correct(streams, node, left)
+        layer = layer_of(node) if node.op == "call_function" else None
+        if layer is not None:
+            _correct(streams, layer, left)
 
     streams.walk(visit)
     return tuple(left)
@@ -69,11 +69,12 @@ def input_of(model: nn.Module) -> str:
     return names[0]
 
 
-def _correct(streams: TwoStreams, node: fx.Node, left: list[str]) -> None:
+def _correct(streams: TwoStreams, layer: Layer, left: list[str]) -> None:
     """Corrects the bias of one layer, and what the layer gave on the rounded stream."""
     model, exact, rounded = streams.module, streams.exact, streams.rounded
-    weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    node, axis = layer.node, layer.channel_axis
+    weight: Any = layer.weight
+    bias: Any = layer.bias
     tensor: Tensor | None
     affine = streams.called(weight.args[0]) if weight.op == "call_function" else None
     if isinstance(affine, Affine):
@@ -92,7 +93,6 @@ def _correct(streams: TwoStreams, node: fx.Node, left: list[str]) -> None:
     if tensor is None:
         left.append(str(weight.target).rpartition(".")[0])
         return
-    axis = -1 if node.target is F.linear else 1
     offs = [
         (e[node] - r[node]).movedim(axis, 0).flatten(1) for e, r in zip(exact, rounded, strict=True)
     ]

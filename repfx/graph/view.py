@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -15,35 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.graph.calls import Layer, call_of, layer_of
 from repfx.graph.effects import Writes, writes
 from repfx.graph.modes import Mode
 from repfx.graph.ops import Map, Op, Opaque, Ref, Sum
 from repfx.graph.run_node import call
 from repfx.graph.traits import Trait
-from repfx.graph.vocabulary import UNKNOWN, Kind, kind_of, overrides
+from repfx.graph.vocabulary import Kind, kind_of, overrides
 from repfx.quant import FakeQuant
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer as a node calls it, its weight quantized or not.
-
-    `x` is what it reads, `weight` and `bias` are nodes, or paths where a module is called. `path`
-    is where its weight lives, `""` where that is computed. `rest` are its other arguments: stride,
-    padding, ..."""
-
-    node: fx.Node
-    kind: Kind
-    x: fx.Node
-    weight: Ref
-    bias: Ref | None
-    path: str
-    rest: dict[str, Any]
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis of the channels in what it gives."""
-        return -1 if self.kind.name == "linear" else 1
 
 
 class GraphView:
@@ -159,8 +137,8 @@ class GraphView:
 
     def traits(self, node: fx.Node) -> Trait:
         """What is true of the value that a node gives, from its spelling and from its Op."""
-        called = self._call(node)
-        found = Trait.NONE if called is None else called[0].of_call(*called[1:])
+        called = call_of(node, self.module_of(node))
+        found = Trait.NONE if called is None else called.traits
         op = self.ops.get(node)
         if isinstance(op, Map) and op.kind in ("identity", "dropout"):
             found |= Trait.SAME | Trait.MOVES | Trait.KEEPS_SIGN
@@ -173,21 +151,7 @@ class GraphView:
 
     def layer(self, node: fx.Node) -> Layer | None:
         """The convolution or linear layer that a node calls; None where it calls none."""
-        called = self._call(node)
-        if called is None or Trait.LAYER not in called[0].traits:
-            return None
-        kind, args, kwargs = called
-        try:
-            given = kind.bound(args, kwargs)
-        except TypeError:
-            return None
-        x, weight, bias = (given.pop(name) for name in ("input", "weight", "bias"))
-        if not isinstance(x, fx.Node) or not isinstance(weight, Ref):
-            return None
-        held = isinstance(weight, str) or weight.op == "get_attr"
-        named = str(weight.target if isinstance(weight, fx.Node) else weight)
-        path = named.rpartition(".")[0] if held else ""
-        return Layer(node, kind, x, weight, bias, path, given)
+        return layer_of(node, self.module_of(node))
 
     def quantizer(self, node: Any) -> FakeQuant | None:
         """The quantizer that a node calls."""
@@ -197,22 +161,6 @@ class GraphView:
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
-
-    def _call(self, node: fx.Node) -> tuple[Kind, tuple[Any, ...], dict[str, Any]] | None:
-        """What a node calls, with the operator's own arguments; None where the vocabulary has no
-        row."""
-        module, args, kwargs = self.module_of(node), node.args, dict(node.kwargs)
-        kind = kind_of(node, module)
-        if kind is UNKNOWN:
-            return None
-        if module is not None and kind.leaf is not None:
-            inputs = (*args, *kwargs.values())
-            if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
-                return None
-            return kind, inputs, kind.leaf.arguments(str(node.target), module)
-        if "self" in kwargs:
-            kwargs["input"] = kwargs.pop("self")
-        return kind, args, kwargs
 
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -228,16 +176,16 @@ class GraphView:
     def _op(self, node: fx.Node) -> Op:
         if not self.is_data(node):
             return Opaque()
-        module, called = self.module_of(node), self._call(node)
+        module = self.module_of(node)
+        called = call_of(node, module)
         if module is not None and overrides(module):
             return Opaque("its class overrides the forward of a known layer")
-        if called is None or called[0].rule is None:
+        if called is None or called.kind.rule is None:
             return Opaque()
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             return Opaque("it has forward hooks", "remove the hooks")
-        _, args, kwargs = called
         try:
-            return called[0].rule(self, *args, **kwargs)
+            return called.kind.rule(self, *called.args, **called.kwargs)
         except TypeError:
             return Opaque("arguments that are not static")
 

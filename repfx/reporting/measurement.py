@@ -19,15 +19,18 @@ from repfx.capture.model import graphs
 from repfx.capture.running import guess_example, run_eval
 from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError
+from repfx.graph.calls import layer_of
 from repfx.graph.moves import passes_codes
 from repfx.graph.naming import short
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of_layer
 from repfx.quant import FakeQuant
 from repfx.reporting.advice import advice
 from repfx.reporting.drawing import drawing
 from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers, Region
 from repfx.reporting.pairs import Pairs, reach, spread
-from repfx.reporting.regions import CALLS, branches_of, deployed_layers, norms_of, regions_of
+from repfx.reporting.regions import branches_of, deployed_layers, norms_of, regions_of
 from repfx.rewrite.contract import Pass, Stage, resolve
 from repfx.rewrite.difference import difference
 from repfx.rewrite.results import Report
@@ -260,9 +263,7 @@ def _top1(outputs: list[Any], batches: list[Batch]) -> float | None:
 def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
     """Convolutions and linear layers, and the multiply-accumulates of one input."""
     if args is None:
-        return sum(
-            1 for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
-        ), 0.0
+        return sum(1 for m in model.modules() if Trait.LAYER in kind_of_layer(m).traits), 0.0
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run_eval(model, args)
     found = counter.get_flop_counts().get("Global", {})
@@ -272,7 +273,7 @@ def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
 
 
 def _weighted(node: fx.Node, view: GraphView) -> bool:
-    return (node.op == "call_function" and node.target in CALLS) or bool(
+    return (node.op == "call_function" and layer_of(node) is not None) or bool(
         getattr(view.ops.get(node), "macs", 0)
     )
 
@@ -311,8 +312,10 @@ def _layer(
 
 
 def _weight_of(view: GraphView, node: fx.Node) -> Any:
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else weight
+    layer = view.layer(node)
+    assert layer is not None
+    weight = layer.weight
+    return str(weight.target) if isinstance(weight, fx.Node) and layer.path else weight
 
 
 def _errors(
@@ -321,14 +324,12 @@ def _errors(
     calls: dict[fx.Node, str] = {}
     inputs: dict[str, str] = {}
     for node in deployed.graph.nodes:
-        if (
-            node.op == "call_function"
-            and node.target in CALLS
-            and _quantizer(deployed, node.args[1])
-        ):
-            name = str(node.args[1].target).rpartition(".")[0]
+        quantized = layer_of(node) if node.op == "call_function" else None
+        if quantized is not None and _quantizer(deployed, quantized.weight):
+            assert isinstance(quantized.weight, fx.Node)
+            name = str(quantized.weight.target).rpartition(".")[0]
             calls[node] = name
-            source: Any = node.args[0]
+            source = quantized.x
             while passes_codes(deployed, source):
                 source = source.all_input_nodes[0]
             if _quantizer(deployed, source):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from repfx.algebra import CONVS, Moments
+from repfx.algebra import Moments
 from repfx.capture.model import graphs
+from repfx.graph.calls import layer_of
 from repfx.graph.naming import operator
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
@@ -22,8 +22,6 @@ from repfx.reporting.pairs import spread
 from repfx.rewrite.inspection import inspect
 from repfx.rewrite.results import Report
 from repfx.rewrite.runner import rewrite
-
-CALLS = {*CONVS.values(), F.linear}  # what a quantized or merged layer is called as
 
 
 def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
@@ -51,9 +49,9 @@ def programs_of(model: Any, example: Any) -> list[tuple[set[str], str]]:
     for path, module in graphs(trained):
         prefix = f"{path}." if path else ""
         for node in module.graph.nodes:
-            weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-            if isinstance(weight, fx.Node) and weight.op != "get_attr" and node.target in CALLS:
-                ends = [weight, *(a for a in node.args[2:3] if isinstance(a, fx.Node))]
+            layer = layer_of(node) if node.op == "call_function" else None
+            if layer is not None and not layer.path:
+                ends = [v for v in (layer.weight, layer.bias) if isinstance(v, fx.Node)]
                 nodes = _ancestors(module, ends)
                 reads = {
                     prefix + str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"
@@ -102,28 +100,9 @@ def deployed_layers(model: nn.Module) -> Iterator[tuple[str, fx.Node, GraphView]
         view = GraphView(module)
         prefix = f"{path}." if path else ""
         for node in view.nodes:
-            op = view.ops[node]
-            if (
-                isinstance(op, Map)
-                and op.macs
-                and op.own is not None
-                and op.kind in ("conv", "linear")
-            ):
-                yield (
-                    prefix + (str(node.target) if node.op == "call_module" else _owner(node)),
-                    node,
-                    view,
-                )
-
-
-def _owner(node: fx.Node) -> str:
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    path = (
-        str(weight.target).rpartition(".")[0]
-        if isinstance(weight, fx.Node) and weight.op == "get_attr"
-        else ""
-    )
-    return path or node.name
+            op, layer = view.ops[node], view.layer(node)
+            if layer is not None and isinstance(op, Map) and op.kind in ("conv", "linear"):
+                yield prefix + (layer.path or node.name), node, view
 
 
 def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Branch, ...]:
@@ -131,8 +110,7 @@ def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tupl
     return tuple(
         Branch(name, spread(view.tensor(f"{node.target}.weight")))
         for name, node, view in _inside(base, regions, into)
-        if node.op == "call_module"
-        and isinstance(view.modules[str(node.target)], (nn.modules.conv._ConvNd, nn.Linear))
+        if node.op == "call_module" and view.layer(node) is not None
     )
 
 

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra import CONVS, Fixed, KernelNorm, Moments
+from repfx.algebra import Fixed, KernelNorm, Moments
+from repfx.graph.calls import Layer, layer_of
 from repfx.graph.edit import CONV_LAYERS, drop_unreferenced, free_path, put_module, references
 from repfx.graph.effects import is_dead
 from repfx.graph.run_node import call as run_node
 from repfx.quant import FakeQuant
 from repfx.rewrite.results import Merged
-
-_LAYERS = {CONVS[axes]: layer for axes, layer in CONV_LAYERS.items()}
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,15 @@ class _Program:
     `quant` is the call of the weight's quantizer, where there is one. `values` holds what the
     program makes of the weights of now, each node after those it reads."""
 
-    call: fx.Node
-    given: dict[str, Any]  # the call's arguments by name
+    layer: Layer
     quant: fx.Node | None
     weight: fx.Node
     bias: fx.Node | None
     values: dict[fx.Node, Any]
+
+    @property
+    def call(self) -> fx.Node:
+        return self.layer.node
 
     def reads(self, module: fx.GraphModule) -> list[fx.Node]:
         """The weights of the model in it: not its vectors, nor what the algebra brought along."""
@@ -68,18 +69,18 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
 
 
 def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:
-    if call.target is not F.linear and call.target not in _LAYERS:
+    layer = layer_of(call) if call.op == "call_function" else None
+    if layer is None or layer.kind.name not in ("conv", "linear"):
         return None
-    given = _bound(call)
-    weight, bias = given["weight"], given["bias"]
-    if not isinstance(weight, fx.Node):
+    weight, bias = layer.weight, layer.bias
+    if not isinstance(weight, fx.Node) or isinstance(bias, str):
         return None
     quant = weight if _quantizer(module, weight) is not None else None
     weight = weight if quant is None else cast(fx.Node, quant.args[0])
     if weight.op == "get_attr" or not _is_program(module, weight):
         return None
     nodes = _ancestors(module, [n for n in (weight, bias) if isinstance(n, fx.Node)])
-    return _Program(call, given, quant, weight, bias, _evaluate(module, nodes))
+    return _Program(layer, quant, weight, bias, _evaluate(module, nodes))
 
 
 def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Merged:
@@ -87,7 +88,7 @@ def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Mer
     what the quantizer reads or, without one, the layer in the place of the call."""
     weight = p.values[p.weight].detach().contiguous()
     bias = None if p.bias is None else p.values[p.bias].detach().contiguous()
-    layer = _layer(p.call.target, p.given, weight, bias).train(module.training)
+    layer = _layer(p.layer, weight, bias).train(module.training)
     reads = p.reads(module)
     path = _path(module, p, layer, reads)
     old = put_module(module, path, layer)
@@ -96,7 +97,7 @@ def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Mer
         replaced.append(old)
     with module.graph.inserting_before(p.quant or p.call):
         if p.quant is None:
-            plain = module.graph.call_module(path, (p.given["input"],))
+            plain = module.graph.call_module(path, (p.layer.x,))
             plain.meta = dict(p.call.meta)
             p.call.replace_all_uses_with(plain)
             module.graph.erase_node(p.call)
@@ -180,23 +181,17 @@ def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Nod
     return values
 
 
-def _bound(call: fx.Node) -> dict[str, Any]:
-    """The arguments of a functional convolution or linear by name."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
-
-
-def _layer(target: Any, given: dict[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module:
-    if target is F.linear:
-        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
+def _layer(call: Layer, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer of these values that does what the call did."""
+    groups = call.rest.get("groups", 1)
+    sizes = (weight.shape[1] * groups, weight.shape[0])
+    if call.kind.name == "linear":
+        layer: nn.Module = nn.Linear(*sizes, bias=False, device="meta")
     else:
-        groups, options = (
-            given["groups"],
-            {k: given[k] for k in ("stride", "padding", "dilation", "groups")},
-        )
-        sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
-        layer = _LAYERS[target](*sizes, bias=False, device="meta", **options)
+        taps = weight.shape[2:]
+        options = {k: call.rest[k] for k in ("stride", "padding", "dilation")}
+        make: Any = CONV_LAYERS[len(taps)]
+        layer = make(*sizes, tuple(taps), groups=groups, bias=False, device="meta", **options)
     layer._parameters["weight"] = nn.Parameter(weight)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias)
     return layer

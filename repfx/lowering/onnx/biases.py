@@ -14,7 +14,6 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.algebra import CONVS
 from repfx.capture.model import graphs
 from repfx.graph.moves import moves
 from repfx.graph.view import GraphView
@@ -66,8 +65,10 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
             module.add_submodule(
                 name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale)
             )
+            layer = view.layer(node)
+            assert layer is not None and isinstance(layer.bias, fx.Node)
             with module.graph.inserting_before(node):
-                node.args = (*node.args[:2], module.graph.call_module(name), *node.args[3:])
+                node.replace_input_with(layer.bias, module.graph.call_module(name))
         module.recompile()
     return model
 
@@ -76,9 +77,12 @@ def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor
     """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight,
     the bias, the codes.
     """
-    if node.target not in CONVS.values() or len(node.args) < 3:
+    layer = view.layer(node)
+    if layer is None or layer.kind.name != "conv":
         return None
-    given, coded, bias = (a if isinstance(a, fx.Node) else None for a in node.args[:3])
+    given, coded, bias = (
+        a if isinstance(a, fx.Node) else None for a in (layer.x, layer.weight, layer.bias)
+    )
     x, weight = _quantizer(view, given), _quantizer(view, coded)
     held = coded.all_input_nodes[0] if coded is not None and coded.all_input_nodes else None
     if x is None or weight is None or not weight.of_weight or held is None or bias is None:

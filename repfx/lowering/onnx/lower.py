@@ -18,7 +18,6 @@ from typing import Any
 
 import onnx
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.capture.model import capture, graphs
@@ -27,6 +26,7 @@ from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.graph.effects import is_dead
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 from repfx.lowering.onnx import finish, half, older, sizes
 from repfx.lowering.onnx.biases import IntegerBias, WrittenBias
 from repfx.lowering.onnx.check import How, checked, reference
@@ -265,7 +265,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
 def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
     """A copy in eval mode, on the CPU, whose quantizers are what the file holds of them."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
-    symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    copied: Any = copy.deepcopy(model).eval().cpu()
+    symbolic: nn.Module = copied.to(memory_format=torch.contiguous_format)
     rounding = [
         (n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
     ]
@@ -292,7 +293,7 @@ def _make_symbolic(
         n for n, q in quants.items() if not q.of_weight and has_offset(n, q.grid, view, target)
     }
     for node in list(graph.nodes):
-        if target.between == "all" and node.target is F.linear:
+        if target.between == "all" and kind_of(node).name == "linear":
             _split_bias(graph, node)
         if isinstance(bias := view.modules.get(str(node.target)), IntegerBias):
             module.add_submodule(str(node.target), WrittenBias(bias.codes, bias.scale))
