@@ -53,7 +53,7 @@ class QPRep(Pass):
                 )
             call = next(iter(node.users))
             layer = layer_of(call) if len(node.users) == 1 else None
-            if layer is None or layer.weight is not node:
+            if layer is None or layer.weight != node:
                 declined.append(
                     Declined(path, "its quantized weight is read more than once, or not by a layer")
                 )
