@@ -10,6 +10,7 @@ from repfx.passes.ptq import Ptq
 from repfx.passes.qarep import QARep
 from repfx.passes.qprep import QPRep
 from repfx.passes.repq import RepQ
+from repfx.placement.quantizers import IntegerLayer, Quantizers, Rounding
 from repfx.rewrite.contract import Pass, Promise, Stage
 from repfx.rewrite.results import Result
 from repfx.rewrite.work import Work
@@ -18,13 +19,16 @@ __all__ = [
     "BnFold",
     "Expand",
     "Fuse",
+    "IntegerLayer",
     "Pass",
     "Promise",
     "Ptq",
     "QARep",
     "QPRep",
+    "Quantizers",
     "RepQ",
     "Result",
+    "Rounding",
     "Stage",
     "Work",
 ]

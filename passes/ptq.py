@@ -15,11 +15,10 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from repfx.algebra import CONVS
 from repfx.errors import unknown
+from repfx.graph.functional import value_of
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
@@ -74,12 +73,15 @@ class Ptq(Pass):
             if not quantizers.runs_in_integers(layer):  # but others may want its input rounded
                 node.replace_input_with(quantizers.now(layer.source), x)
                 continue
-            weight = _weight(work.module, view, node)
+            own = view.layer(node)
+            assert own is not None
+            weight, bias = (value_of(ref, node) for ref in (own.weight, own.bias))
+            assert weight is not None
             key = str(weight.target) if weight.op == "get_attr" else weight
             if key not in weights:
                 weights[key] = quantizers.weight(layer, weight, view.tensor(key))
             if node.op == "call_module":
-                quantizers.put(layer, _as_function(work.module, node, x, weights[key]))
+                quantizers.put(layer, x, weights[key], bias)
             else:
                 node.replace_input_with(quantizers.now(layer.source), x)
                 node.replace_input_with(weight, weights[key])
@@ -107,32 +109,3 @@ class Ptq(Pass):
                 bits = weight_bits = self.wide_bits
             layers.append(IntegerLayer(node, op.x, names[node], op.own, bits, weight_bits))
         return layers
-
-
-def _weight(module: fx.GraphModule, view: GraphView, node: fx.Node) -> fx.Node:
-    """The weight of a layer as a value of the graph."""
-    layer = view.layer(node)
-    assert layer is not None
-    if isinstance(layer.weight, fx.Node):
-        return layer.weight
-    with module.graph.inserting_before(node):
-        return module.graph.get_attr(layer.weight)
-
-
-def _as_function(module: fx.GraphModule, node: fx.Node, x: fx.Node, weight: fx.Node) -> fx.Node:
-    """The call of a module as that of a function, on x and this weight, with the bias as a value of
-    the graph.
-    """
-    graph, name = module.graph, str(node.target)
-    layer: Any = module.get_submodule(name)
-    with graph.inserting_before(node):
-        bias = None if layer.bias is None else graph.get_attr(f"{name}.bias")
-        if isinstance(layer, nn.Linear):
-            return graph.call_function(F.linear, (x, weight, bias))
-        padding = layer.padding
-        if layer.padding_mode != "zeros":
-            sides = list(layer._reversed_padding_repeated_twice)
-            x = graph.call_function(F.pad, (x, sides, layer.padding_mode))
-            padding = (0,) * len(layer.kernel_size)
-        args = (x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
-        return graph.call_function(CONVS[len(layer.kernel_size)], args)

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import fx
 
-from repfx.algebra import CONVS, Geometry, Moments
+from repfx.algebra import Geometry, Moments
 from repfx.algebra.norm import MODES
 from repfx.errors import Declined, InputError, unknown
 from repfx.graph.ops import Map
@@ -108,14 +106,13 @@ class _Writer:
         self.moments: dict[fx.Node, fx.Node] = {}
 
     def write(self, layer: IntegerLayer, merge: Merge) -> None:
-        region, graph, view = merge.region, self.work.module.graph, self.quantizers.view
         seen = partial(self._moments, layer)
-        weight, bias, now = program(self.work.module, view, merge, seen, self.rules.bn)
+        weight, bias, now = program(
+            self.work.module, self.quantizers.view, merge, seen, self.rules.bn
+        )
         x = self.quantizers.input(layer)
         weight = self.quantizers.weight(layer, weight, now)
-        with graph.inserting_before(region.sink):
-            y = _call(graph, merge.geometry, x, weight, bias)
-        self.quantizers.put(layer, y)
+        self.quantizers.put(layer, x, weight, bias)
 
     def _moments(self, layer: IntegerLayer) -> fx.Node:
         """What the batch norms of a layer need to know of what it reads, one for all that read
@@ -181,27 +178,3 @@ def _why_not(view: GraphView, region: Region) -> str:
 def _place(names: Names, merge: Merge) -> str:
     main = names.main(merge)
     return str(main.target) if main.op == "call_module" else names.view.name(main)
-
-
-def _call(
-    graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None
-) -> fx.Node:
-    """The call of one convolution or linear of this geometry, on nodes."""
-    if g.source_axis == -1:
-        y = graph.call_function(F.linear, (x, weight, bias))
-    else:
-        even = all(a.before == a.after >= 0 for a in g.axes) and g.mode == "zeros"
-        for step in [] if even else g.pad_steps:
-            x = graph.call_function(F.pad, (x, *step))
-        pads = tuple(a.before if even else 0 for a in g.axes)
-        args = (
-            x,
-            weight,
-            bias,
-            tuple(a.stride for a in g.axes),
-            pads,
-            tuple(a.gap for a in g.axes),
-            g.groups,
-        )
-        y = graph.call_function(CONVS[len(g.axes)], args)
-    return graph.call_function(torch.permute, (y, list(g.turn))) if g.turned else y

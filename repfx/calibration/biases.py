@@ -19,8 +19,9 @@ from repfx.calibration.feed import device_of
 from repfx.calibration.streams import TwoStreams
 from repfx.data.batches import Batches
 from repfx.errors import InputError
-from repfx.graph.calls import Layer, layer_of
-from repfx.quant import Affine, FakeQuant, quantizers_of
+from repfx.graph.calls import Layer
+from repfx.graph.view import GraphView
+from repfx.quant import Affine, quantizers_of
 
 IMAGES = 128  # activations of so many are held at a time
 
@@ -46,13 +47,18 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
         x = batch.of_inputs([name])[0][:room].to(device)
         inputs.append((x,))
         room -= len(x)
-    streams = TwoStreams(model, inputs)
-    left: list[str] = []
+    streams, view, left = TwoStreams(model, inputs), GraphView(model), list[str]()
 
     def visit(node: fx.Node) -> None:
-        layer = layer_of(node) if node.op == "call_function" else None
-        if layer is not None:
-            _correct(streams, layer, left)
+        layer = view.layer(node)
+        weight = None if layer is None else _weight_quantizer(view, layer)
+        if layer is None or weight is None:
+            return  # in float
+        bias = _own_bias(view, layer)
+        if bias is None:
+            left.append(str(weight.target).rpartition(".")[0])
+        else:
+            _correct(streams, layer, bias)
 
     streams.walk(visit)
     return tuple(left)
@@ -69,37 +75,48 @@ def input_of(model: nn.Module) -> str:
     return names[0]
 
 
-def _correct(streams: TwoStreams, layer: Layer, left: list[str]) -> None:
-    """Corrects the bias of one layer, and what the layer gave on the rounded stream."""
-    model, exact, rounded = streams.module, streams.exact, streams.rounded
+def _weight_quantizer(view: GraphView, layer: Layer) -> fx.Node | None:
+    """The call that rounds the layer's weight, before an affine where there is one."""
+    affine = _affine(view, layer)
+    weight = layer.weight if affine is None else affine.args[0]
+    return weight if isinstance(weight, fx.Node) and view.quantizer(weight) else None
+
+
+def _affine(view: GraphView, layer: Layer) -> fx.Node | None:
+    """The call of the `Affine` that gives the layer its weight and bias."""
+    weight = layer.weight
+    if not isinstance(weight, fx.Node) or weight.op != "call_function":
+        return None
+    source = weight.args[0] if weight.args else None
+    given = isinstance(source, fx.Node) and isinstance(view.module_of(source), Affine)
+    return source if given and isinstance(source, fx.Node) else None
+
+
+def _own_bias(view: GraphView, layer: Layer) -> Tensor | None:
+    """What the layer adds, where no other reads it: what an affine adds, else its bias."""
+    affine = _affine(view, layer)
+    if affine is not None:
+        module = view.module_of(affine)
+        assert isinstance(module, Affine)
+        return module.eps  # added to the bias, and to none where there is none
+    tensor = _constant(view.module, layer.bias)
+    if tensor is None or not isinstance(layer.bias, fx.Node) or len(layer.bias.users) > 1:
+        return None
+    reads = [n for n in view.nodes if _constant(view.module, n) is tensor]
+    return tensor if len(reads) == 1 else None
+
+
+def _correct(streams: TwoStreams, layer: Layer, bias: Tensor) -> None:
+    """Takes the layer's mean error off its bias, and off what it gave on the rounded stream."""
     node, axis = layer.node, layer.channel_axis
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    tensor: Tensor | None
-    affine = streams.called(weight.args[0]) if weight.op == "call_function" else None
-    if isinstance(affine, Affine):
-        weight, tensor = (
-            weight.args[0].args[0],
-            affine.eps,
-        )  # what is added to the bias, and to none where there is none
-    else:
-        tensor = _constant(model, bias)
-        shared = [
-            n for n in model.graph.nodes if tensor is not None and _constant(model, n) is tensor
-        ]
-        tensor = None if len(shared) > 1 or (tensor is not None and len(bias.users) > 1) else tensor
-    if not isinstance(streams.called(weight), FakeQuant):
-        return  # in float
-    if tensor is None:
-        left.append(str(weight.target).rpartition(".")[0])
-        return
     offs = [
-        (e[node] - r[node]).movedim(axis, 0).flatten(1) for e, r in zip(exact, rounded, strict=True)
+        (e[node] - r[node]).movedim(axis, 0).flatten(1)
+        for e, r in zip(streams.exact, streams.rounded, strict=True)
     ]
     off = sum(o.sum(1) for o in offs) / sum(o.shape[1] for o in offs)
-    tensor.add_(off)
-    for r in rounded:
-        y = r[node]
+    bias.add_(off)
+    for values in streams.rounded:
+        y = values[node]
         y += off if axis == -1 else off.reshape(-1, *(1,) * (y.dim() - 2))
 
 

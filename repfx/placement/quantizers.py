@@ -3,8 +3,7 @@
     for layer in quantizers:                       in the order of the graph
         x = quantizers.input(layer)                Q(x), one for all that read x
         w = quantizers.weight(layer, w, value)     Q(W)
-        ...                                        the layer's call on these two
-        quantizers.put(layer, call)                what stands for its output from here on
+        quantizers.put(layer, x, w, b)             the layer's call on these, in its place
 
 What the target wants rounded between layers (`repfx.placement.between`) is put in while the walk
 passes it. A layer of FLOAT bits, and one that the target cannot run in integers, which is declined,
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry
 from repfx.errors import Declined
+from repfx.graph.functional import call_layer
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.placement.between import find_places
@@ -131,13 +131,16 @@ class Quantizers:
         quant = FakeQuant(grid, scale.detach(), of_weight=True, learned=self.how.learned)
         return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)
 
-    def put(self, layer: IntegerLayer, call: fx.Node) -> None:
-        """Puts a call in the place of the layer, whose nodes are then gone."""
+    def put(self, layer: IntegerLayer, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
+        """Puts the layer's call on these in the place of its nodes."""
+        graph = layer.node.graph
+        with graph.inserting_before(layer.node):
+            call = call_layer(graph, layer.geometry, x, weight, bias)
         self._moved[layer.node] = call
         layer.node.replace_all_uses_with(call)
         call.meta = dict(layer.node.meta)
         for node in sorted(layer.inside or (layer.node,), reverse=True):
-            node.graph.erase_node(node)
+            graph.erase_node(node)
 
     def _unfit(self, layer: IntegerLayer) -> str:
         if layer.bits == FLOAT:
