@@ -157,6 +157,8 @@ def public_functions(path: Path) -> set[str]:
     mine = module_name(path)
     found = set()
     for name in {"repfx", mine.rpartition(".")[0] or mine, mine}:
+        if name.endswith("__main__"):  # to import it is to run it
+            continue
         module = import_module(name)
         for public in getattr(module, "__all__", ()):
             thing = getattr(module, public)
@@ -171,7 +173,8 @@ def oversized(path: Path) -> Iterator[str]:
     """
     torchs = torch_arguments() | {"self", "cls"}
     tree, public = ast.parse(path.read_text()), public_functions(path)
-    offered = getattr(import_module(module_name(path).rpartition(".")[0]), "__all__", ())
+    room = module_name(path).rpartition(".")[0] or "repfx"
+    offered = getattr(import_module(room), "__all__", ())
     makers = [
         f for c in tree.body if isinstance(c, ast.ClassDef) and c.name in offered for f in c.body
     ]

@@ -265,7 +265,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
 def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
     """A copy in eval mode, on the CPU, whose quantizers are what the file holds of them."""
     # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
-    symbolic = copy.deepcopy(model).eval().cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    symbolic: nn.Module = copy.deepcopy(model).eval().cpu()
+    symbolic = symbolic.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     rounding = [
         (n, m) for n, m in symbolic.named_modules() if isinstance(m, FakeQuant) and not m.of_weight
     ]
