@@ -157,6 +157,8 @@ def public_functions(path: Path) -> set[str]:
     mine = module_name(path)
     found = set()
     for name in {"repfx", mine.rpartition(".")[0] or mine, mine}:
+        if name.endswith("__main__"):  # to import it is to run it
+            continue
         module = import_module(name)
         for public in getattr(module, "__all__", ()):
             thing = getattr(module, public)
