@@ -345,6 +345,7 @@ def test_proofs_use_odd_and_even_sizes() -> None:
 SEEDS = 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_random_graphs(part: int) -> None:
     """Random graphs, linear and not: nothing wrong, nothing crashed, and a second run finds

@@ -1,5 +1,5 @@
-"""repfx demo: the main job on real data in a minute. Train, merge, calibrate, lower, run, and one
-table of what it gave.
+"""repfx demo: the main job on real data in a minute. It trains, merges, calibrates, lowers and runs
+a model, and prints one table of the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGET = "onnxruntime"
 
 @dataclass
 class Row:
-    """One form of the model: a file, a way to run it on pictures, and what it holds."""
+    """One form of the model: a file, a way to run it, and what it holds."""
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Row:
 
 
 def small_repvgg(classes: int = 10) -> nn.Sequential:
-    """Seven RepVGG blocks for 8x8 pictures of one channel."""
+    """Seven RepVGG blocks for 8x8 images of one channel."""
     sizes = [
         (1, 32, 1),
         (32, 32, 1),
@@ -105,7 +105,8 @@ def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
     for warning in found.warnings[:3]:
         console.print(f"warning: {warning.layer} {warning.what} ({warning.cure})", markup=False)
     console.print(
-        f"files are in {folder}, what was done and what it costs in {pages}", markup=False
+        f"wrote the files to {folder}; open {pages} to see what was done and what it costs",
+        markup=False,
     )
     return rows
 
@@ -118,9 +119,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # 8x8 pictures: threads would mostly wait for each other, and for whatever else runs
+    torch.set_num_threads(1)  # with 8x8 images, threads would mostly wait for each other
     for _ in track(range(epochs), "training", console=console, transient=True):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
@@ -145,7 +144,9 @@ def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _measure(rows: list[Row], batch: Tensor, rounds: int = 30) -> None:
-    """Median milliseconds a batch, the forms taking turns so that the machine's mood is shared."""
+    """Median milliseconds of a batch. The forms take turns, so that each meets the machine's slow
+    moments.
+    """
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     with torch.no_grad():
         for i in range(rounds + 3):
@@ -166,10 +167,10 @@ def _params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _table(rows: list[Row], pictures: int, batch: int) -> Table:
-    table = Table(title=f"handwritten digits, {pictures} test pictures", title_justify="left")
+def _table(rows: list[Row], images: int, batch: int) -> Table:
+    table = Table(title=f"handwritten digits, {images} test images", title_justify="left")
     table.add_column("form")
-    for column in ("convs", "parameters", "file KB", f"ms / {batch} pictures", "accuracy %"):
+    for column in ("convs", "parameters", "file KB", f"ms / {batch} images", "accuracy %"):
         table.add_column(column, justify="right")
     for r in rows:
         size = f"{r.path.stat().st_size / 1000:,.0f}"

@@ -43,48 +43,48 @@ def lower(
     ] = False,
     trt: Annotated[
         bool,
-        typer.Option("--trt", help="That, and the TensorRT engine where TensorRT is installed."),
+        typer.Option("--trt", help="Also build the TensorRT engine, if TensorRT is installed."),
     ] = False,
     openvino: Annotated[
-        bool, typer.Option("--openvino", help="Run in OpenVINO; IR too where -o ends in .xml.")
+        bool, typer.Option("--openvino", help="Compare in OpenVINO; write IR if -o ends in .xml.")
     ] = False,
     shape: Annotated[
-        str | None, typer.Option(help=f"{SHAPE}; {USUAL} or the array's by default.")
+        str | None, typer.Option(help=f"{SHAPE}; by default {USUAL}, or that of the array.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Compare on real inputs: a folder, a zip or a .npy file.")
+        Path | None, typer.Option(help="Real inputs to compare on: a folder, a zip or a .npy file.")
     ] = None,
     batches: Annotated[
         str, typer.Option(help="--trt: smallest, usual and largest batch.")
     ] = "1,8,32",
     workspace: Annotated[
-        float, typer.Option(min=0.01, help="--trt: GiB of device memory a layer may use.")
+        float, typer.Option(min=0.01, help="--trt: GiB of device memory that a layer may use.")
     ] = 4.0,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="--trt: a file that makes the next build faster.")
+        Path | None, typer.Option(help="--trt: a cache file that makes the next build faster.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="What the model was quantized for; follows from the runtime.")
+        str | None,
+        typer.Option(help="What the model was quantized for; by default the runtime."),
     ] = None,
     float16: Annotated[
-        bool, typer.Option("--float16", help="Layers that are not INT8 in float16, scales too.")
+        bool, typer.Option("--float16", help="Run layers that are not INT8 in float16.")
     ] = False,
     opset: Annotated[
-        int, typer.Option(help="13 to 23; from 21 on weights of 4 bits are int4.")
+        int, typer.Option(help="ONNX opset, 13 to 23; from 21 on, 4-bit weights are int4.")
     ] = 20,
     dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="Height and width free in the file, as the batch is.")
+        bool,
+        typer.Option("--dynamic", help="Leave height and width free in the file."),
     ] = False,
     isa: Annotated[
         str | None,
-        typer.Option(help="Compare on these instruction sets too: all, or AVX2,SSE41,..."),
+        typer.Option(help="Also compare on these instruction sets: all, or AVX2,SSE41,..."),
     ] = None,
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Lower a model to ONNX, compare the file with the model in a runtime, and build what that
-    runtime deploys.
-    """
+    """Write a model as ONNX or for a runtime, and compare the file with the model."""
     if not (onnx or trt or openvino):
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
     if trt and dynamic:
@@ -166,27 +166,25 @@ def _quantized(net: object) -> bool:
 
 @app.command()
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Anybody's ONNX file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An ONNX file of any tool.")],
     target: Annotated[
-        str, typer.Option(help="What is to run it: tensorrt, onnxruntime or openvino.")
+        str, typer.Option(help="What will run it: tensorrt, onnxruntime or openvino.")
     ] = "tensorrt",
 ) -> None:
-    """Check an ONNX file for what keeps a runtime from running it in INT8. Exit code 1 where it
-    would fail or be wrong.
-    """
+    """Find what keeps a runtime from running an ONNX file in INT8; exits with 1 on an error."""
     found = api.lint(file, target=target)
     table = Table(
         "rule",
         "",
         "where",
         "what",
-        "cure",
+        "hint",
         title=f"{len(found)} findings in {escape(file.name)}",
         title_justify="left",
     )
     for f in found:
         table.add_row(f.rule, f.severity, *(Text(t) for t in (f.node, f.message, f.cure)))
-    out.print(table if found else "nothing to complain of")
+    out.print(table if found else "nothing found")
     if any(f.severity == "E" for f in found):
         raise typer.Exit(1)
 
@@ -195,10 +193,10 @@ def lint(
 def bench(
     model: Model,
     shape: Annotated[str, typer.Option(help=f"{SHAPE}.")] = USUAL,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a run.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each form.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each form.")] = 20,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads a runtime may use; all by default.")
+        int | None, typer.Option(min=1, help="Threads that a runtime may use; by default all.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="A file for the same numbers.")
@@ -206,9 +204,7 @@ def bench(
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Time a float model as written, merged, and INT8 in every runtime installed, on random
-    pictures.
-    """
+    """Time a float model as written, merged, and INT8 in every installed runtime."""
     x = random_input(shape, batch)
     net = load_model(model, weights, trust_pickle)
     if _quantized(net):

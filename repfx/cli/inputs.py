@@ -26,8 +26,8 @@ def random_input(shape: str, batch: int) -> Tensor:
 
 
 def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
-    """(N, *shape) with N up to `most`. Pictures are resized and their centre is cropped to the
-    shape; an array is taken as it is and without a shape decides it.
+    """(N, *shape) with N up to `most`. Images are resized and cropped around the centre to
+    the shape; an array is taken as it is, and gives the shape if there is none.
 
     Raises InputError where the data cannot be read or does not have this shape.
     """
@@ -38,7 +38,7 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
     if array or dims is None:
         found = next(iter(Images(data).batches(most)))
     elif len(dims) != 3 or dims[0] != 3:
-        raise InputError(f"{data} is pictures, so --shape is 3,HEIGHT,WIDTH, not {shape}")
+        raise InputError(f"{data} holds images, so --shape is 3,HEIGHT,WIDTH, not {shape}")
     else:
         side = max(dims[1:])
         try:

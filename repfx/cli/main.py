@@ -50,7 +50,7 @@ from repfx.training.tasks import TASKS, SuperResolution, data_of, task_of
 
 @app.command()
 def inspect(model: Model, weights: Weights = None, trust_pickle: Trust = False) -> None:
-    """Show every block that would merge, and what would not and why."""
+    """Show which blocks would merge, and which would not and why."""
     out.print(api.inspect(load_model(model, weights, trust_pickle)))
 
 
@@ -59,13 +59,13 @@ def transform(
     model: Model,
     output: Output,
     passes: Annotated[
-        str, typer.Option(help="Passes separated by commas, such as fuse or 'ptq(bits=8)'.")
+        str, typer.Option(help="Passes, separated by commas, such as fuse or 'ptq(bits=8)'.")
     ] = "fuse",
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Rewrite a model and save it."""
+    """Run passes on a model and save the result."""
     result = api.transform(load_model(model, weights, trust_pickle), split(passes), target=target)
     api.save(result, output)
     _print_report(result.meta["repfx"])
@@ -77,42 +77,45 @@ def quantize(
     model: Model,
     data: Data,
     output: Output,
-    bits: Annotated[int, typer.Option(help="Bits of activations and weights.")] = 8,
+    bits: Annotated[int, typer.Option(help="Bits of activations and of weights.")] = 8,
     method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}: ranges alone; repapq: learned too.")
+        str, typer.Option(help=f"{', '.join(METHODS)}: choose ranges only; repapq: also learn.")
     ] = "repapq",
     iterations: Annotated[
-        int, typer.Option(min=1, help="repapq: steps of learning a block.")
+        int, typer.Option(min=1, help="repapq: learning steps for each block.")
     ] = 1000,
     bias: Annotated[
-        bool, typer.Option("--bias", help="Ranges alone: let biases take off what rounding adds.")
+        bool, typer.Option("--bias", help="Without repapq: correct biases for rounding.")
     ] = False,
     keep: Annotated[
         int,
         typer.Option(
-            min=0, help="So many of the worst layers take 8 bits, float where --bits is 8."
+            min=0, help="Keep this many of the worst layers at 8 bits, or in float if --bits is 8."
         ),
     ] = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="repapq: a file to go on from after an interruption.")
+        Path | None, typer.Option(help="repapq: a file to resume from after an interruption.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="repapq: a folder for activations that memory cannot hold.")
+        Path | None,
+        typer.Option(help="repapq: a folder for activations, to save memory."),
     ] = None,
     size: Size = 224,
     batch: Batch = 32,
-    limit: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1024,
+    limit: Annotated[int, typer.Option(min=1, help="Use at most this many images.")] = 1024,
     workers: Workers = 0,
     mean: Annotated[
-        str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")
+        str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")
     ] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
+    std: Annotated[
+        str, typer.Option(help="Standard deviation of each channel.")
+    ] = "0.229,0.224,0.225",
     device: Device = None,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Merge, quantize and calibrate a model on pictures, and save it."""
+    """Merge, quantize and calibrate a model on images, and save it."""
     images = Images(
         data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std)
     )
@@ -193,7 +196,7 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            help="A folder or zip of pictures, best with train/ and test/ in it, or digits."
+            help="A folder or zip of images, best with train/ and test/ in it, or digits."
         ),
     ],
     output: Output,
@@ -201,10 +204,10 @@ def train(
         str, typer.Option(help=f"What to train for: {', '.join(TASKS)}.")
     ] = "classification",
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs; the preset's where there is one.")
+        int | None, typer.Option(min=1, help="Epochs; by default those of the preset.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"Numbers of a paper: {', '.join(PRESETS)}.")
+        str | None, typer.Option(help=f"A paper's recipe: {', '.join(PRESETS)}.")
     ] = None,
     passes: Annotated[
         str, typer.Option(help="Passes to run first, separated by commas, such as repq.")
@@ -212,24 +215,27 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     batch: Batch = 64,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of pictures or patches; as they are by default.")
+        int | None,
+        typer.Option(min=1, help="Side of images or patches, in pixels; by default as they are."),
     ] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Super-resolution: times larger.")] = 2,
+    scale: Annotated[int, typer.Option(min=1, help="Super-resolution: how many times larger.")] = 2,
     channels: Annotated[int, typer.Option(help="Super-resolution: 1 (Y) or 3 (RGB).")] = 1,
     workers: Workers = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A file to go on from after an interruption.")
+        Path | None, typer.Option(help="A file to resume from after an interruption.")
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="A file for a line of JSON an epoch.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="A file that gets one line of JSON per epoch.")
+    ] = None,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
     ] = False,
     seed: int = 0,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Train a model on pictures, quantization-aware with --passes repq, and save it."""
+    """Train a model on images, quantization-aware with --passes repq, and save it."""
     goal = (
         SuperResolution(scale, channels=channels) if task == "super-resolution" else task_of(task)
     )
@@ -262,20 +268,18 @@ def train(
 def _print_broken(*parts: Any) -> None:
     for part in parts:
         for name in getattr(part, "broken", ()):
-            say(f"left out: {name} is not a readable picture")
+            say(f"left out: {name} is not a readable image")
 
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="A folder for what it writes.")
-    ] = Path("out"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write to.")] = Path(
+        "out"
+    ),
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     seed: int = 0,
 ) -> None:
-    """Train a small RepVGG on handwritten digits, merge, quantize, lower and run it in ONNX
-    Runtime.
-    """
+    """Train a small RepVGG on handwritten digits, merge, quantize, lower and run it."""
     run_demo(output, epochs, seed, out)
 
 

@@ -46,21 +46,20 @@ Model = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-pickle", help="Unpickle MODEL: runs whatever code is in it.")
+    bool, typer.Option("--trust-pickle", help="Unpickle MODEL, which runs any code in it.")
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
 Target = Annotated[
-    str, typer.Option(help="tensorrt, onnxruntime or openvino: decides number formats.")
+    str, typer.Option(help="tensorrt, onnxruntime or openvino; decides the number formats.")
 ]
-Data = Annotated[
-    Path, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")
-]
+Data = Annotated[Path, typer.Option(help="A folder or zip of images, or a .npy file (N, C, H, W).")]
 Device = Annotated[
-    str | None, typer.Option(help="Where it runs, such as cpu or cuda:0; a GPU where there is one.")
+    str | None,
+    typer.Option(help="Where to run, such as cpu or cuda:0; by default a GPU if there is one."),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
-Size = Annotated[int, typer.Option(help="Side of the square input pictures, in pixels.", min=1)]
+Size = Annotated[int, typer.Option(help="Side of the square input images, in pixels.", min=1)]
 
 
 def split(passes: str) -> list[str]:

@@ -32,25 +32,27 @@ def report(
     model: Model,
     output: Output,
     data: Annotated[
-        Path | None, typer.Option(help="A folder or zip of pictures, or a .npy file (N, C, H, W).")
+        Path | None, typer.Option(help="A folder or zip of images, or a .npy file (N, C, H, W).")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another float model to show beside it.")
+        str | None, typer.Option(help="Another float model to show beside this one.")
     ] = None,
     passes: Annotated[
-        str, typer.Option(help="What makes the deployed net, separated by commas.")
+        str, typer.Option(help="The passes that make the deployed model, separated by commas.")
     ] = "fuse,ptq",
     json: Annotated[Path | None, typer.Option("--json", help="A file for the numbers.")] = None,
     size: Size = 224,
     mean: Annotated[
-        str, typer.Option(help="Means a channel, of pictures scaled to 0..1.")
+        str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")
     ] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="Standard deviations a channel.")] = "0.229,0.224,0.225",
+    std: Annotated[
+        str, typer.Option(help="Standard deviation of each channel.")
+    ] = "0.229,0.224,0.225",
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
-    """Write a page of what merges, what quantization costs each layer, and what to do about it."""
+    """Write a page: what merges, what quantization costs each layer, and what to do about it."""
     pictures = None
     if data is not None:
         images = Images(
