@@ -22,7 +22,7 @@ from repfx.graph.functional import value_of
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
-from repfx.placement.quantizers import FLOAT, POWERS, IntegerLayer, Quantizers, Rounding
+from repfx.placement.quantizers import FLOAT, IntegerLayer, Quantizers, Rounding
 from repfx.quant import Grid
 from repfx.rewrite.contract import Pass, Promise, Stage, register
 from repfx.rewrite.results import Result
@@ -58,15 +58,12 @@ class Ptq(Pass):
             *([] if self.wide_bits == FLOAT else [self.wide_bits]),
         ):
             Grid(bits)  # raises for what no grid has
-        if self.weights not in POWERS:
-            raise unknown("method for weights", self.weights, POWERS)
+        self._rounding()
 
     def run(self, work: Work) -> Result:
         spell_out(work.module, work.target)
         view = work.view()
-        quantizers = Quantizers(
-            work, view, self._layers(view), Rounding(self.per_channel, self.weights)
-        )
+        quantizers = Quantizers(work, view, self._layers(view), self._rounding())
         weights: dict[Any, fx.Node] = {}  # rounded, of layers that share one
         for layer in quantizers:
             node, x = layer.node, quantizers.input(layer)
@@ -86,6 +83,9 @@ class Ptq(Pass):
                 node.replace_input_with(quantizers.now(layer.source), x)
                 node.replace_input_with(weight, weights[key])
         return Result(self.name, declined=quantizers.declined, inserted=tuple(work.inserted))
+
+    def _rounding(self) -> Rounding:
+        return Rounding(self.per_channel, self.weights)
 
     def _layers(self, view: GraphView) -> list[IntegerLayer]:
         """The convolutions and linear layers, with their bits. Raises InputError for a pattern in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from repfx.blocks import RepVGG
 from repfx.errors import CheckError, InputError
 from repfx.quant import FakeQuant
 from repfx.training import PRESETS, Classification, CustomL2, fit
+from repfx.training.options import Options
 from repfx.training.recipe import Recipe, optimizer_of, recipe
 from repfx.training.shuffle import source_of
 
@@ -396,3 +399,9 @@ def test_the_decay_of_a_block_is_the_one_asked_for(l2: str) -> None:
         torch.testing.assert_close(
             trained[name], p - 0.5 * p.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_every_parameter_of_fit_has_its_place() -> None:
+    places = [f.name for kind in (Recipe, Options) for f in fields(kind)]
+    own = ["model", "task", "data", "valid", "preset"]
+    assert sorted([*own, *places]) == sorted(inspect.signature(fit).parameters)

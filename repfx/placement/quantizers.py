@@ -18,7 +18,7 @@ from typing import Protocol
 from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry
-from repfx.errors import Declined
+from repfx.errors import Declined, unknown
 from repfx.graph.functional import call_layer
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
@@ -27,7 +27,7 @@ from repfx.placement.formats import VNNI, why_float
 from repfx.quant import FakeQuant, Grid, Target, search_scale
 
 FLOAT = 32
-POWERS = {"max": None, "mse": 2.0, "mae": 1.0}  # of the error that a weight's scale makes least
+_POWERS = {"max": None, "mse": 2.0, "mae": 1.0}  # of the error that a weight's scale makes least
 
 
 class Inserts(Protocol):
@@ -58,12 +58,17 @@ class IntegerLayer:
 @dataclass(frozen=True)
 class Rounding:
     """How weights and scales are: one weight scale per output channel or per tensor, chosen by
-    `weights` (max, mse or mae), and whether scales are `learned`.
+    `weights` (max, mse or mae), and whether scales are `learned`. Raises InputError for another
+    `weights`.
     """
 
     per_channel: bool = True
     weights: str = "mse"
     learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in _POWERS:
+            raise unknown("method for weights", self.weights, _POWERS)
 
 
 class Quantizers:
@@ -126,7 +131,7 @@ class Quantizers:
         grid = self.work.target.weight(
             layer.weight_bits, self.how.per_channel, layer.geometry.depthwise
         )
-        power = POWERS[self.how.weights]
+        power = _POWERS[self.how.weights]
         scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
         quant = FakeQuant(grid, scale.detach(), of_weight=True, learned=self.how.learned)
         return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)

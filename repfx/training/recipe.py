@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.errors import InputError, unknown
-from repfx.quant import FakeQuant
+from repfx.quant import quantizers_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "repvgg": {
@@ -116,9 +116,7 @@ def optimizer_of(model: nn.Module, r: Recipe, free: Iterable[Tensor] = ()) -> to
 
     Raises InputError for a model without a parameter to train.
     """
-    spared = {id(m.scale) for m in model.modules() if isinstance(m, FakeQuant)} | {
-        id(p) for p in free
-    }
+    spared = {id(m.scale) for m in quantizers_of(model).values()} | {id(p) for p in free}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("the model has no parameter to train")

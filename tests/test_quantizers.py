@@ -1,0 +1,124 @@
+"""Quantizers: what a pass gets from it, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import repfx
+from repfx.graph.functional import value_of
+from repfx.passes import IntegerLayer, Pass, Promise, Quantizers, Result, Rounding, Stage, Work
+from repfx.placement.quantizers import FLOAT
+from repfx.quant import quantizers_of
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Fork(nn.Module):
+    """Two layers read one value; their sum goes through a pool into the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.head = nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x)) * torch.sigmoid(self.b(x))
+        return self.head(y.mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Some(Pass):
+    """Rounds every layer, those in `narrow` to 4 bits and those in `plain` not."""
+
+    name: ClassVar[str] = "some"
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.NAMES})
+
+    narrow: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    how: Rounding = field(default_factory=Rounding)
+
+    def run(self, work: Work) -> Result:
+        view = work.view()
+        layers = []
+        for node in view.nodes:
+            if found := view.layer(node):
+                low, off = found.path in self.narrow, found.path in self.plain
+                bits = FLOAT if off else 4 if low else 8
+                own = view.ops[node].own  # type: ignore[union-attr]
+                assert own is not None
+                layers.append(IntegerLayer(node, found.x, found.path, own, bits, bits))
+        quantizers = Quantizers(work, view, layers, self.how)
+        walked = []
+        for layer in quantizers:
+            walked.append(layer.path)
+            found = view.layer(layer.node)
+            assert found is not None
+            weight, bias = (value_of(ref, layer.node) for ref in (found.weight, found.bias))
+            assert weight is not None
+            rounded = quantizers.weight(layer, weight, view.tensor(found.weight))
+            assert (rounded is weight) == (layer.path in self.plain)
+            assert quantizers.runs_in_integers(layer) == (layer.path not in self.plain)
+            quantizers.put(layer, quantizers.input(layer), rounded, bias)
+        assert walked == ["a", "b", "head"]
+        return Result(self.name, declined=quantizers.declined, inserted=tuple(work.inserted))
+
+
+def rounded(**options: object) -> tuple[nn.Module, fx.GraphModule]:
+    torch.manual_seed(0)
+    net = Fork().eval()
+    return net, repfx.transform(net, [Some(**options)], example=X)  # type: ignore[arg-type]
+
+
+def test_layers_share_the_quantizer_of_what_they_read() -> None:
+    net, model = rounded()
+    assert set(quantizers_of(model)) == {
+        "a.input_quant",
+        "a.weight_quant",
+        "b.weight_quant",
+        "mean.input_quant",  # the average pool between two layers
+        "head.input_quant",
+        "head.weight_quant",
+    }
+    assert 25 < repfx.verify(net, repfx.calibrate(model, [X]), X).sqnr < 60
+    assert set(net.state_dict()) < set(model.state_dict())
+
+
+def test_a_value_takes_the_most_bits_that_a_reader_wants() -> None:
+    bits = {name: q.grid.bits for name, q in quantizers_of(rounded(narrow=("a",))[1]).items()}
+    assert bits["a.weight_quant"] == 4 and bits["b.weight_quant"] == 8
+    assert bits["a.input_quant"] == 8
+    narrow = quantizers_of(rounded(narrow=("a", "b"))[1])
+    assert narrow["a.input_quant"].grid.bits == 4
+
+
+def test_a_float_layer_stays_as_it_is_and_is_walked() -> None:
+    model = rounded(plain=("a",))[1]
+    assert set(quantizers_of(model)) == {
+        "b.input_quant",
+        "b.weight_quant",
+        "mean.input_quant",
+        "head.input_quant",
+        "head.weight_quant",
+    }
+    reads = {str(n.args[0]) for n in model.graph.nodes if n.name.startswith("conv2d")}
+    assert reads == {"x", "b_input_quant"}
+    assert not quantizers_of(rounded(plain=("a", "b", "head"))[1])
+
+
+def test_how_weights_are_rounded() -> None:
+    grids = quantizers_of(rounded(how=Rounding(per_channel=False, learned=True))[1])
+    assert all(q.learned and q.scale.dim() == 0 for q in grids.values())
+    scales = {
+        kind: quantizers_of(rounded(how=Rounding(weights=kind), narrow=("a",))[1])["a.weight_quant"]
+        for kind in ("max", "mse", "mae")
+    }
+    assert scales["max"].scale.shape == (4,)
+    assert bool((scales["max"].scale > scales["mse"].scale).any())
+    with pytest.raises(repfx.InputError, match="unknown method for weights 'least'; choose one of"):
+        Rounding(weights="least")
