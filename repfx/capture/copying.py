@@ -75,14 +75,20 @@ def alias(model: nn.Module) -> Copy:
 
 
 def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in _VALUES or (kind is tuple and all(type(v) in _VALUES for v in value)):
+    if _is_plain(value):
         return value
+    kind = type(value)
     if id(value) in memo:
         return memo[id(value)]
     if kind is dict or kind is OrderedDict:
         return kind((k, _alias_value(v, memo)) for k, v in value.items()) if value else kind()
     return copy.deepcopy(value, memo)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a value, or a tuple of values, such as a stride: most of what a layer holds."""
+    kind = type(value)
+    return kind in _VALUES or (kind is tuple and all(type(v) in _VALUES for v in value))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -93,7 +99,9 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
             for name, value in store.items():
                 if isinstance(value, Tensor):
                     found: list[Any] = [value]
-                elif isinstance(value, (list, tuple, dict)) and name not in _TABLES:
+                elif name in _TABLES or _is_plain(value):
+                    continue
+                elif isinstance(value, (list, tuple, dict)):
                     found = tree_leaves(value)
                 else:
                     continue

@@ -110,8 +110,9 @@ class _Cut:
             found = geometries(self.view, self.run.ends[i], self.between(i, n))
             choices: list[tuple[Cost, int, Merge | None]] = []
             for j in range(n, i, -1):
-                self.known[i, j] = self._as_layer(i, j, found[self.run.ends[j]])
-                offer = self._offer(i, j)
+                nodes = self.between(i, j)
+                self.known[i, j] = self._as_layer(i, j, nodes, found[self.run.ends[j]])
+                offer = self._offer(i, j, nodes)
                 if offer is not None:
                     choices.append((_plus(offer[0], best[j][0]), j, offer[1]))
                 elif j == i + 1:
@@ -128,27 +129,27 @@ class _Cut:
         step = self.run.steps[i]
         return _macs(self.view, step, self.rates), _count(self.view, step), 0
 
-    def _region(self, i: int, j: int) -> Region:
-        ends = self.run.ends
-        return region_of(self.view, ends[i], ends[j], self.between(i, j), self.needed)
-
-    def _as_layer(self, i: int, j: int, whole: Geometry | Inexact) -> Geometry | Inexact:
+    def _as_layer(
+        self, i: int, j: int, nodes: tuple[fx.Node, ...], whole: Geometry | Inexact
+    ) -> Geometry | Inexact:
         """The geometry of a stretch, unless what it stands among, or no layer for it, forbids."""
-        kept = self._region(i, j).kept if self.view.writes.of else frozenset()
-        if self.view.writes.disturb(self.run.ends[i], self.between(i, j), kept):
+        view, ends, kept = self.view, self.run.ends, frozenset[fx.Node]()
+        if view.writes.of:
+            kept = region_of(view, ends[i], ends[j], nodes, self.needed).kept
+        if view.writes.disturb(ends[i], nodes, kept):
             return Inexact("a value in it is changed in place between its readers")
         if isinstance(whole, Geometry) and whole.why_no_layer:
             return Inexact(whole.why_no_layer)
         return whole
 
-    def _offer(self, i: int, j: int) -> tuple[Cost, Merge] | None:
+    def _offer(self, i: int, j: int, nodes: tuple[fx.Node, ...]) -> tuple[Cost, Merge] | None:
         """The merge of a stretch and what it costs; None where it is not exact, has no convolution
         or removes nothing.
         """
         view, rates, geometry = self.view, self.rates, self.known[i, j]
         if isinstance(geometry, Inexact):
             return None
-        region = self._region(i, j)
+        region = region_of(view, self.run.ends[i], self.run.ends[j], nodes, self.needed)
         removed, kept = region.removed, tuple(region.kept)
         ops = [view.ops[node] for node in removed]
         if not any(isinstance(op, Map) and op.macs for op in ops) or not self.accept(ops):
