@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-LOWER = Path(__file__).parent.parent / "repfx" / "lower"
-FILES = [LOWER / name for name in ("bindings.py", "engine.py", "engine_run.py")]
+ROOM = Path(__file__).parent.parent / "repfx" / "lowering" / "tensorrt"
+FILES = [ROOM / name for name in ("bindings.py", "engine.py", "run.py")]
 # the variables that hold TensorRT objects in those files, by what they are
 VARIABLES = {
     "builder": "Builder",

@@ -167,7 +167,8 @@ def through_numpy(t: Tensor) -> None:
 
 
 def through_storage(t: Tensor) -> None:
-    t.untyped_storage().fill_(1)
+    storage: Any = t.untyped_storage()
+    storage.fill_(1)
 
 
 @dataclass(frozen=True)
@@ -251,10 +252,10 @@ def test_tied_tensors_stay_tied_and_fuse_copies_no_weight_that_it_only_reads() -
             return done
 
     shared: list[int] = []
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-    model.last = nn.Conv2d(4, 4, 1)
-    result = repfx.transform(model, [Reader()], example=torch.randn(1, 3, 8, 8))
-    assert shared == [model.last.weight.data_ptr()]
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    plain.last = nn.Conv2d(4, 4, 1)
+    result = repfx.transform(plain, [Reader()], example=torch.randn(1, 3, 8, 8))
+    assert shared == [plain.last.weight.data_ptr()]
     assert result.get_parameter("last.weight").data_ptr() != shared[0]
 
 

@@ -198,3 +198,11 @@ def oversized(path: Path) -> Iterator[str]:
 def test_functions_are_short_and_take_few_things() -> None:
     found = [name for path in FILES for name in oversized(path)]
     assert not found, f"too long, or takes too much: {found}"
+
+
+def test_the_page_on_architecture_has_these_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    told = {
+        (int(n), room) for n, room in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
+    }
+    assert told == {(i, room) for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -117,7 +117,7 @@ SAME: dict[str, list[Any]] = {
     "concatenation": [
         lambda x: torch.cat([x, x + 1], 1)[:, :4],
         lambda x: torch.concat((x, x + 1), dim=1)[:, :4],
-        lambda x: torch.concatenate([x, x + 1], axis=1)[:, :4],
+        lambda x: torch.concatenate([x, x + 1], **{"axis": 1})[:, :4],
     ],
     "x * gate": [
         lambda x: x * torch.sigmoid(x),

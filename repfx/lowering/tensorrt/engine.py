@@ -156,7 +156,7 @@ def _plan(
     return plan, None if cache is None else cache.serialize()
 
 
-def _described(trt: Any, log: Any, plan: Any, order: _Order) -> dict[str, Any]:
+def _described(trt: Any, log: Any, plan: object, order: _Order) -> dict[str, Any]:
     """What the engine says of itself: its inputs and outputs, and how many layers of what kind."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
