@@ -44,7 +44,7 @@ class RepQ(Pass):
 
     `bn`: how batch norms see their statistics in training, one of running, batch, estimate,
     estimate_paper, sampled, frozen. `ends`: the bits of the first and the last layer, None for
-    those of all. `per_channel`: one weight scale per output channel."""
+    those of all, 32 to leave them in float. `per_channel`: one weight scale per output channel."""
 
     name: ClassVar[str] = "repq"
     stage: ClassVar[Stage] = Stage.TRAIN

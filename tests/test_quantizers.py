@@ -126,3 +126,15 @@ def test_how_weights_are_rounded() -> None:
     assert bool((scales["max"].scale > scales["mse"].scale).any())
     with pytest.raises(repfx.InputError, match="unknown method for weights 'least'; choose one of"):
         Rounding(weights="least")
+
+
+def test_repq_can_leave_its_ends_in_float() -> None:
+    torch.manual_seed(0)
+    a, b, c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+    net = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c)
+    model = repfx.transform(net.eval(), ["repq(ends=32)"], example=X)
+    assert set(quantizers_of(model)) == {"2.input_quant", "2.weight_quant"}
+    model.train()(X)
+    deployed = repfx.transform(model.eval(), ["fuse"], example=X)
+    assert set(quantizers_of(deployed)) == set(quantizers_of(model))
+    assert repfx.verify(model, deployed, X).relative < 1e-6
