@@ -51,7 +51,8 @@ def calibrate(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     kept: list[Batch] = []
-    shown: Iterable[Batch] = track(Batches(batches), "calibrating", disable=not progress)
+    given = Batches(batches, finite=bias)
+    shown: Iterable[Batch] = track(given, "calibrating", disable=not progress)
     if bias:
         shown = _keeping(shown, input_of(model), kept)
     acts = quantizers_of(model, of_weight=False)
