@@ -133,8 +133,8 @@ class _Order:
 
 def _plan(
     trt: Any, log: Any, order: _Order, timing_cache: Place | None, progress: bool
-) -> tuple[Any, Any]:
-    """The engine as bytes, and the timings that were taken for it, None without a cache."""
+) -> tuple[bytes, bytes]:
+    """The engine, and the timings that were taken for it, none without a cache."""
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
@@ -153,10 +153,10 @@ def _plan(
         raise CheckError(
             f"TensorRT {trt.__version__} built no engine of {order.onnx}: {joined(log.errors)}"
         )
-    return plan, None if cache is None else cache.serialize()
+    return plan, b"" if cache is None else cache.serialize()
 
 
-def _described(trt: Any, log: Any, plan: object, order: _Order) -> dict[str, Any]:
+def _described(trt: Any, log: Any, plan: bytes, order: _Order) -> dict[str, Any]:
     """What the engine says of itself: its inputs and outputs, and how many layers of what kind."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
