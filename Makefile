@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 # One file a room, and none that trains, downloads or builds a model of a library.
-QUICK = $(patsubst %,tests/test_%.py,house import algebra contract declined store)
+QUICK = $(patsubst %,tests/test_%.py,house import algebra contract declined store fuse)
 
 .PHONY: demo test quick lint format clean
 
@@ -15,7 +15,7 @@ test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not zoo" $(QUICK)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

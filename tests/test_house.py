@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
@@ -206,3 +207,11 @@ def test_the_page_on_architecture_has_these_floors() -> None:
         (int(n), room) for n, room in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
     }
     assert told == {(i, room) for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
+def test_what_we_call_is_not_deprecated(kind: type[Warning]) -> None:
+    """A warning charged to our code is an error, one charged to a library's is not."""
+    warnings.warn_explicit("old", kind, "there.py", 1, module="torch.export")
+    with pytest.raises(kind):
+        warnings.warn_explicit("old", kind, "here.py", 1, module="repfx.lowering.onnx.exporter")
