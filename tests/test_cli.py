@@ -25,12 +25,12 @@ from repfx.cli.models import load_model
 from repfx.cli.options import named, whole
 from repfx.lowering.runtimes.isa import isas, running
 
+pytestmark = pytest.mark.slow
+
 FACTORY = """
 import torch
 from torch import nn
 from repfx.blocks import RepVGG
-
-pytestmark = pytest.mark.slow
 
 def net():
     torch.manual_seed(0)
