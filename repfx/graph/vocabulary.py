@@ -59,15 +59,26 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Kind:
-    """One operator. `traits` are those it has however it is called, `when` adds those of a call."""
+    """One operator, a row of the table.
+
+    `traits` are those it has however it is called, `when` adds those of a call. `names` stand for
+    every spelling of these names, `also` for exactly what is given; `onnx` are operators of ONNX.
+    """
 
     name: str
     traits: Trait = Trait.NONE
+    names: str = ""
     rule: Rule | None = None
     when: Callable[..., Trait] | None = None
-    spelled: tuple[Any, ...] = ()
+    also: Iterable[Any] = ()
     leaf: Leaf | None = None
-    onnx: tuple[str, ...] = ()
+    onnx: str = ""
+
+    @property
+    def spelled(self) -> tuple[Any, ...]:
+        """Every function, method and aten overload that is this operator."""
+        named = (s for name in self.names.split() for s in spellings(name))
+        return tuple(dict.fromkeys((*named, *self.also)))
 
     def of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trait:
         """The traits of one call."""
@@ -91,8 +102,8 @@ class Kind:
 def spellings(name: str) -> Iterator[Any]:
     """Every function, method and aten overload of this name, in place or not.
 
-    >>> sorted(str(getattr(s, "__module__", s)) for s in spellings("relu6"))[-2:]
-    ['torch.nn.functional', 'torch.nn.functional']
+    >>> [s for s in spellings("relu") if isinstance(s, str)]
+    ['relu', 'relu_']
     """
     for n in (name, f"i{name}"):
         if hasattr(torch.Tensor, f"__{n}__") and hasattr(operator, n):
@@ -105,26 +116,6 @@ def spellings(name: str) -> Iterator[Any]:
             yield n
         if (packet := getattr(aten, n, None)) is not None:
             yield from (getattr(packet, overload) for overload in packet.overloads())
-
-
-def kind(
-    name: str,
-    traits: Trait = Trait.NONE,
-    names: str = "",
-    *,
-    rule: Rule | None = None,
-    when: Callable[..., Trait] | None = None,
-    also: Iterable[Any] = (),
-    leaf: Leaf | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
-    onnx: str = "",
-) -> Kind:
-    """A row. `names` stand for every spelling of that name, `also` for exactly what is given."""
-    spelled = (*(s for n in names.split() for s in spellings(n)), *also)
-    if isinstance(leaf, type):
-        leaf = Leaf((leaf,))
-    elif isinstance(leaf, tuple):
-        leaf = Leaf(leaf)
-    return Kind(name, traits, rule, when, tuple(dict.fromkeys(spelled)), leaf, tuple(onnx.split()))
 
 
 T = Trait
@@ -149,16 +140,16 @@ def _each(name: str) -> tuple[type[nn.Module], ...]:
 
 
 LAYERS = (
-    kind(
+    Kind(
         "conv", T.LAYER | T.FRESH, "conv1d conv2d conv3d", rule=spatial.convolution,
         leaf=Leaf(_each("Conv"), "weight bias", _CONV), onnx="Conv",
     ),
-    kind(
+    Kind(
         "conv_transpose", T.LAYER | T.FRESH, "conv_transpose1d conv_transpose2d conv_transpose3d",
         rule=spatial.transposed_convolution,
         leaf=Leaf(_each("ConvTranspose"), "weight bias", _CONV_T), onnx="ConvTranspose",
     ),
-    kind(
+    Kind(
         "linear", T.LAYER | T.FRESH, "linear", rule=spatial.linear,
         leaf=Leaf((nn.Linear,), "weight bias"), onnx="Gemm MatMul",
     ),
@@ -166,7 +157,7 @@ LAYERS = (
 
 NORMS = (
     *(
-        kind(
+        Kind(
             "bn", T.FRESH, rule=partial(spatial.batch_norm, axes=axes),
             leaf=Leaf(classes, _NORM, "eps"),
         )
@@ -176,87 +167,95 @@ NORMS = (
             (3, (nn.BatchNorm3d,)),
         )
     ),
-    kind("bn", T.FRESH, rule=spatial.batch_norm, also=[F.batch_norm], onnx="BatchNormalization"),
-    kind(
+    Kind("bn", T.FRESH, rule=spatial.batch_norm, also=[F.batch_norm], onnx="BatchNormalization"),
+    Kind(
         "bn", T.FRESH, rule=spatial.aten_batch_norm,
         also=[torch.batch_norm, aten.batch_norm.default],
     ),
-    kind(
+    Kind(
         "norm", T.FRESH,
         "layer_norm group_norm instance_norm local_response_norm normalize rms_norm",
     ),
 )  # fmt: skip
 
 POINTWISE = (
-    kind("add", T.FRESH, "add", rule=pointwise.add, onnx="Add Sum"),
-    kind("sub", T.FRESH, "sub subtract", rule=pointwise.sub, onnx="Sub"),
-    kind("rsub", T.FRESH, "rsub", rule=pointwise.rsub),
-    kind(
+    Kind("add", T.FRESH, "add", rule=pointwise.add, onnx="Add Sum"),
+    Kind("sub", T.FRESH, "sub subtract", rule=pointwise.sub, onnx="Sub"),
+    Kind("rsub", T.FRESH, "rsub", rule=pointwise.rsub),
+    Kind(
         "mul", T.FRESH, "mul multiply", rule=pointwise.mul, when=traits.product, onnx="Mul",
     ),
-    kind(
+    Kind(
         "div", T.FRESH, "div divide true_divide truediv", rule=pointwise.div, onnx="Div",
     ),
-    kind("neg", T.FRESH, "neg negative", rule=pointwise.neg, onnx="Neg"),
-    kind(
+    Kind("neg", T.FRESH, "neg negative", rule=pointwise.neg, onnx="Neg"),
+    Kind(
         "identity", T.SAME, "contiguous alias", rule=pointwise.identity,
-        leaf=nn.Identity, onnx="Identity",
+        leaf=Leaf((nn.Identity,)), onnx="Identity",
     ),
-    kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity),
-    kind(
+    Kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity),
+    Kind(
         "dropout", T.RANDOM,
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout",
         rule=pointwise.dropout,
     ),
-    kind(
+    Kind(
         "dropout", T.SAME, rule=pointwise.train_only,
-        leaf=(*_each("Dropout"), nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, TrainOnly),
+        leaf=Leaf(
+            (*_each("Dropout"), nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, TrainOnly)
+        ),
         onnx="Dropout",
     ),
 )  # fmt: skip
 
 ACTIVATIONS = (
-    kind("relu", _RECTIFIED | T.CLIPS, "relu", leaf=nn.ReLU, onnx="Relu"),
-    kind("relu6", _RECTIFIED | T.CLIPS, "relu6", leaf=nn.ReLU6),
-    kind("clamp", _CURVE, "clamp clip", when=traits.clamp, onnx="Clip"),
-    kind("clamp_min", _CURVE, "clamp_min", when=traits.clamp_min),
-    kind("clamp_max", _CURVE, "clamp_max"),
-    kind(
+    Kind("relu", _RECTIFIED | T.CLIPS, "relu", leaf=Leaf((nn.ReLU,)), onnx="Relu"),
+    Kind("relu6", _RECTIFIED | T.CLIPS, "relu6", leaf=Leaf((nn.ReLU6,))),
+    Kind("clamp", _CURVE, "clamp clip", when=traits.clamp, onnx="Clip"),
+    Kind("clamp_min", _CURVE, "clamp_min", when=traits.clamp_min),
+    Kind("clamp_max", _CURVE, "clamp_max"),
+    Kind(
         "hardtanh", _CURVE, "hardtanh", when=traits.hardtanh,
         leaf=Leaf((nn.Hardtanh,), values="min_val max_val"),
     ),
-    kind(
+    Kind(
         "threshold", _CURVE, "threshold", when=traits.threshold,
         leaf=Leaf((nn.Threshold,), values="threshold value"), onnx="ThresholdedRelu",
     ),
-    kind(
+    Kind(
         "sigmoid", _RECTIFIED | T.TABLE, "sigmoid special_expit", also=[torch.special.expit],
-        leaf=nn.Sigmoid, onnx="Sigmoid",
+        leaf=Leaf((nn.Sigmoid,)), onnx="Sigmoid",
     ),
-    kind("leaky_relu", _CURVE | T.TABLE, "leaky_relu", leaf=nn.LeakyReLU, onnx="LeakyRelu"),
-    kind("silu", _CURVE | T.SWISH, "silu", leaf=nn.SiLU, onnx="Swish"),
-    kind("hardsigmoid", _RECTIFIED, "hardsigmoid", leaf=nn.Hardsigmoid, onnx="HardSigmoid"),
-    kind("softplus", _RECTIFIED, "softplus", leaf=nn.Softplus, onnx="Softplus"),
-    kind("hardswish", _CURVE, "hardswish", leaf=nn.Hardswish, onnx="HardSwish"),
-    kind("tanh", _CURVE, "tanh", leaf=nn.Tanh, onnx="Tanh"),
-    kind("gelu", _CURVE, "gelu", leaf=nn.GELU, onnx="Gelu"),
-    kind("elu", _CURVE, "elu", leaf=nn.ELU, onnx="Elu"),
-    kind("selu", _CURVE, "selu", leaf=nn.SELU, onnx="Selu"),
-    kind("celu", _CURVE, "celu", leaf=nn.CELU, onnx="Celu"),
-    kind("mish", _CURVE, "mish", leaf=nn.Mish, onnx="Mish"),
-    kind("softsign", _CURVE, "softsign", leaf=nn.Softsign, onnx="Softsign"),
-    kind("prelu", _CURVE, "prelu", leaf=nn.PReLU, onnx="PRelu"),
-    kind("softmax", T.FRESH | T.NON_NEGATIVE, "softmax", leaf=(nn.Softmax, nn.Softmax2d)),
-    kind("log_softmax", T.FRESH, "log_softmax", leaf=nn.LogSoftmax),
-    kind("abs", T.FRESH | T.NON_NEGATIVE, "abs absolute"),
-    kind("square", T.FRESH | T.NON_NEGATIVE, "square"),
-    kind("sqrt", T.FRESH | T.NON_NEGATIVE, "sqrt rsqrt exp exp2"),
-    kind("pow", T.FRESH, "pow", when=traits.power),
+    Kind(
+        "leaky_relu", _CURVE | T.TABLE, "leaky_relu", leaf=Leaf((nn.LeakyReLU,)),
+        onnx="LeakyRelu",
+    ),
+    Kind("silu", _CURVE | T.SWISH, "silu", leaf=Leaf((nn.SiLU,)), onnx="Swish"),
+    Kind(
+        "hardsigmoid", _RECTIFIED, "hardsigmoid", leaf=Leaf((nn.Hardsigmoid,)),
+        onnx="HardSigmoid",
+    ),
+    Kind("softplus", _RECTIFIED, "softplus", leaf=Leaf((nn.Softplus,)), onnx="Softplus"),
+    Kind("hardswish", _CURVE, "hardswish", leaf=Leaf((nn.Hardswish,)), onnx="HardSwish"),
+    Kind("tanh", _CURVE, "tanh", leaf=Leaf((nn.Tanh,)), onnx="Tanh"),
+    Kind("gelu", _CURVE, "gelu", leaf=Leaf((nn.GELU,)), onnx="Gelu"),
+    Kind("elu", _CURVE, "elu", leaf=Leaf((nn.ELU,)), onnx="Elu"),
+    Kind("selu", _CURVE, "selu", leaf=Leaf((nn.SELU,)), onnx="Selu"),
+    Kind("celu", _CURVE, "celu", leaf=Leaf((nn.CELU,)), onnx="Celu"),
+    Kind("mish", _CURVE, "mish", leaf=Leaf((nn.Mish,)), onnx="Mish"),
+    Kind("softsign", _CURVE, "softsign", leaf=Leaf((nn.Softsign,)), onnx="Softsign"),
+    Kind("prelu", _CURVE, "prelu", leaf=Leaf((nn.PReLU,)), onnx="PRelu"),
+    Kind("softmax", T.FRESH | T.NON_NEGATIVE, "softmax", leaf=Leaf((nn.Softmax, nn.Softmax2d))),
+    Kind("log_softmax", T.FRESH, "log_softmax", leaf=Leaf((nn.LogSoftmax,))),
+    Kind("abs", T.FRESH | T.NON_NEGATIVE, "abs absolute"),
+    Kind("square", T.FRESH | T.NON_NEGATIVE, "square"),
+    Kind("sqrt", T.FRESH | T.NON_NEGATIVE, "sqrt rsqrt exp exp2"),
+    Kind("pow", T.FRESH, "pow", when=traits.power),
 )  # fmt: skip
 
 POOLS = (
     *(
-        kind(
+        Kind(
             "avgpool", T.AVERAGES | T.KEEPS_SIGN | T.FRESH, f"avg_pool{n}d",
             rule=partial(spatial.avg_pool, axes=n),
             leaf=Leaf((getattr(nn, f"AvgPool{n}d"),), values=_POOL),
@@ -264,27 +263,27 @@ POOLS = (
         )
         for n in (1, 2, 3)
     ),
-    kind(
+    Kind(
         "average", T.AVERAGES | T.KEEPS_SIGN | T.FRESH,
         "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
-        leaf=_each("AdaptiveAvgPool"), onnx="ReduceMean",
+        leaf=Leaf(_each("AdaptiveAvgPool")), onnx="ReduceMean",
     ),
-    kind(
+    Kind(
         "max_pool", _MOVED | T.MAXIMUM | T.FRESH, "max_pool1d max_pool2d max_pool3d",
-        leaf=_each("MaxPool"), onnx="MaxPool",
+        leaf=Leaf(_each("MaxPool")), onnx="MaxPool",
     ),
-    kind(
+    Kind(
         "adaptive_max_pool", T.KEEPS_SIGN | T.FRESH,
         "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
-        leaf=_each("AdaptiveMaxPool"),
+        leaf=Leaf(_each("AdaptiveMaxPool")),
     ),
-    kind("reduction", T.FRESH | T.KEEPS_SIGN, "amax amin sum", onnx="GlobalMaxPool ReduceMax"),
-    kind("variance", T.FRESH | T.NON_NEGATIVE, "var std"),
+    Kind("reduction", T.FRESH | T.KEEPS_SIGN, "amax amin sum", onnx="GlobalMaxPool ReduceMax"),
+    Kind("variance", T.FRESH | T.NON_NEGATIVE, "var std"),
 )  # fmt: skip
 
 PADS = (
     *(
-        kind("pad", T.FRESH | T.PADS, names, rule=spatial.pad, leaf=_pads(mode, classes), onnx=onnx)
+        Kind("pad", T.FRESH | T.PADS, names, rule=spatial.pad, leaf=_pads(mode, classes), onnx=onnx)
         for names, mode, classes, onnx in (
             ("pad", "constant", (*_each("ConstantPad"), *_each("ZeroPad")), "Pad"),
             ("", "reflect", _each("ReflectionPad"), ""),
@@ -292,66 +291,66 @@ PADS = (
             ("", "circular", _each("CircularPad"), ""),
         )
     ),
-    kind("pad", T.FRESH | T.PADS, "constant_pad_nd", rule=spatial.constant_pad),
-    kind("pad", T.FRESH | T.PADS, rule=spatial.pad_own, also=[pad_with]),
+    Kind("pad", T.FRESH | T.PADS, "constant_pad_nd", rule=spatial.constant_pad),
+    Kind("pad", T.FRESH | T.PADS, rule=spatial.pad_own, also=[pad_with]),
 )  # fmt: skip
 
 CHANNELS = (
-    kind("cat", T.JOINS | T.FRESH, "cat concat concatenate", rule=channels.cat, onnx="Concat"),
-    kind("stack", T.JOINS | T.FRESH | T.KEEPS_SIGN, "stack hstack vstack dstack"),
-    kind("chunk", _MOVED, "chunk", rule=channels.chunk),
-    kind("split", _MOVED, "split split_with_sizes", rule=channels.split, onnx="Split"),
-    kind("getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem),
-    kind("slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice"),
-    kind("narrow", _MOVED, "narrow", rule=channels.narrow),
-    kind("index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather"),
-    kind("flip", _MOVED, "flip", rule=channels.flip),
-    kind(
+    Kind("cat", T.JOINS | T.FRESH, "cat concat concatenate", rule=channels.cat, onnx="Concat"),
+    Kind("stack", T.JOINS | T.FRESH | T.KEEPS_SIGN, "stack hstack vstack dstack"),
+    Kind("chunk", _MOVED, "chunk", rule=channels.chunk),
+    Kind("split", _MOVED, "split split_with_sizes", rule=channels.split, onnx="Split"),
+    Kind("getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem),
+    Kind("slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice"),
+    Kind("narrow", _MOVED, "narrow", rule=channels.narrow),
+    Kind("index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather"),
+    Kind("flip", _MOVED, "flip", rule=channels.flip),
+    Kind(
         "channel_shuffle", _MOVED, "channel_shuffle native_channel_shuffle",
         rule=channels.channel_shuffle, leaf=Leaf((nn.ChannelShuffle,), values="groups"),
     ),
-    kind("permute", _MOVED, "permute", rule=channels.permute, onnx="Transpose"),
-    kind("transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose),
+    Kind("permute", _MOVED, "permute", rule=channels.permute, onnx="Transpose"),
+    Kind("transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose),
 )  # fmt: skip
 
 SHAPES = (
-    kind("flatten", _SHAPED, "flatten", leaf=nn.Flatten, onnx="Flatten"),
-    kind(
+    Kind("flatten", _SHAPED, "flatten", leaf=Leaf((nn.Flatten,)), onnx="Flatten"),
+    Kind(
         "reshape", _SHAPED, "reshape view_as reshape_as unflatten",
-        leaf=nn.Unflatten, onnx="Reshape",
+        leaf=Leaf((nn.Unflatten,)), onnx="Reshape",
     ),
-    kind("reshape", names="view", when=traits.view),
-    kind("squeeze", _SHAPED, "squeeze unsqueeze", onnx="Squeeze Unsqueeze"),
-    kind("expand", _MOVED | T.SPREADS, "expand expand_as", onnx="Expand Tile"),
-    kind(
+    Kind("reshape", names="view", when=traits.view),
+    Kind("squeeze", _SHAPED, "squeeze unsqueeze", onnx="Squeeze Unsqueeze"),
+    Kind("expand", _MOVED | T.SPREADS, "expand expand_as", onnx="Expand Tile"),
+    Kind(
         "pixel_shuffle", _MOVED | T.FRESH, "pixel_shuffle pixel_unshuffle",
-        leaf=(nn.PixelShuffle, nn.PixelUnshuffle), onnx="DepthToSpace SpaceToDepth",
+        leaf=Leaf((nn.PixelShuffle, nn.PixelUnshuffle)), onnx="DepthToSpace SpaceToDepth",
     ),
-    kind(
+    Kind(
         "resize", T.FRESH, "interpolate", when=traits.interpolate,
         leaf=Leaf(
             (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
             values="size scale_factor mode",
         ),
     ),
-    kind("resize", _MOVED | T.FRESH, "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
-    kind(
+    Kind("resize", _MOVED | T.FRESH, "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
+    Kind(
         "resize", T.KEEPS_SIGN | T.FRESH,
         "upsample_linear1d upsample_bilinear2d upsample_trilinear3d",
     ),
-    kind("store", T.STORES, "setitem copy slice_scatter", also=[aten.copy_.default]),
+    Kind("store", T.STORES, "setitem copy slice_scatter", also=[aten.copy_.default]),
 )  # fmt: skip
 
 OTHERS = (
-    kind("product of matrices", T.FRESH, "matmul bmm mm addmm"),
-    kind(
+    Kind("product of matrices", T.FRESH, "matmul bmm mm addmm"),
+    Kind(
         "random", T.RANDOM,
         "rand rand_like randn randn_like randint randint_like randperm normal bernoulli poisson "
         "multinomial binomial empty empty_like empty_strided new_empty gumbel_softmax rrelu "
         "uniform exponential cauchy geometric log_normal random fractional_max_pool2d "
         "fractional_max_pool3d",
     ),
-    kind(
+    Kind(
         "check", T.CHECKS,
         also=[
             torch._assert, aten._assert_async.msg, aten._assert_scalar.default,
@@ -400,7 +399,7 @@ def kind_of_layer(module: nn.Module) -> Kind:
 
 def with_trait(some: Trait) -> frozenset[str]:
     """The ONNX operators that have one of these traits."""
-    return frozenset(name for row in KINDS for name in row.onnx if row.traits & some)
+    return frozenset(name for row in KINDS for name in row.onnx.split() if row.traits & some)
 
 
 def overrides(module: nn.Module) -> bool:
