@@ -40,6 +40,9 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 
 
 class Evil:
+    def __repr__(self) -> str:
+        return "a pickled object"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("code came back",)
 
