@@ -103,6 +103,18 @@ BLOCKS = {
         ),
         1,
     ),
+    "even kernel, padding same, batch norm": (
+        nn.Sequential(nn.Conv2d(8, 8, 4, padding="same"), nn.BatchNorm2d(8)),
+        1,
+    ),
+    "even kernel, padding same, dilated, one axis": (
+        nn.Sequential(nn.Conv2d(8, 8, (1, 2), padding="same", dilation=(1, 3)), nn.BatchNorm2d(8)),
+        1,
+    ),
+    "even kernel in one dimension": (
+        nn.Sequential(nn.ZeroPad2d((0, 1, 0, 0)), nn.Conv2d(8, 8, (1, 2)), nn.BatchNorm2d(8)),
+        1,
+    ),
     "pad before a convolution": (
         nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
         1,

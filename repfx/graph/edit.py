@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry, Kernel, dense, swapped
 from repfx.graph.effects import is_dead
+from repfx.graph.spatial import same_padding
 
 CONV_LAYERS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {
@@ -24,7 +25,7 @@ _TRANSPOSED: dict[int, type[nn.Module]] = {
 }
 
 
-def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
+def layer_from(kernel: Kernel, like: Tensor) -> nn.Module:
     """A convolution or linear layer that computes `kernel`, without the padding that it cannot
     express.
 
@@ -54,7 +55,7 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
             g.outputs,
             tuple(len(a.places) for a in g.axes),
             tuple(a.stride for a in g.axes),
-            (0,) * len(g.axes) if uneven(g) else tuple(a.before for a in g.axes),
+            padding_of(g) or (0,) * len(g.axes),
             groups=g.groups,
             dilation=tuple(a.gap for a in g.axes),
             bias=False,
@@ -68,9 +69,19 @@ def layer_of(kernel: Kernel, like: Tensor) -> nn.Module:
     return layer
 
 
+def padding_of(g: Geometry) -> tuple[int, ...] | str | None:
+    """The padding argument of a convolution layer; None where no argument says it.
+
+    "same" puts the odd one of an even kernel's zeros after the image."""
+    if all(a.before == a.after >= 0 for a in g.axes):
+        return tuple(a.before for a in g.axes)
+    same = all(a.stride == 1 and (a.before, a.after) == same_padding(a.taps) for a in g.axes)
+    return "same" if same and g.mode == "zeros" else None
+
+
 def uneven(g: Geometry) -> bool:
     """Whether a pad of its own must stand before the layer: sides that differ, or a crop."""
-    return not g.transposed and any(a.before != a.after or a.before < 0 for a in g.axes)
+    return not g.transposed and padding_of(g) is None
 
 
 def replace_region(

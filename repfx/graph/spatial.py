@@ -285,11 +285,16 @@ def avg_pool(
     return Map(input, "avgpool", geometry, kernel, 0, 0, prod(strides), (axes, 1))
 
 
+def same_padding(taps: int) -> tuple[int, int]:
+    """What padding="same" puts before and after an axis of this many taps, gaps included."""
+    return (taps - 1) // 2, taps - 1 - (taps - 1) // 2
+
+
 def _conv_pads(padding: Any, taps: tuple[int, ...]) -> list[tuple[int, int]]:
     if padding == "valid":
         return [(0, 0)] * len(taps)
     if padding == "same":
-        return [((t - 1) // 2, t - 1 - (t - 1) // 2) for t in taps]
+        return [same_padding(t) for t in taps]
     return [(p, p) for p in _tuple(padding, len(taps))]
 
 

@@ -38,7 +38,13 @@ class Trait(Flag):
     )  # max(x, 0), perhaps with an upper end: what rounding to an unsigned grid does too
     TABLE = auto()  # one of 256 integers in, one of 256 out, on runtimes that have tables for it
     SWISH = auto()  # x * sigmoid(x)
+    MEASURES = auto()  # a size or a type of its input, whatever the entries are
     CHECKS = auto()  # raises where something does not hold, and gives nothing
+
+
+def attribute(input: Any, name: str, *default: Any) -> Trait:
+    """getattr: of what a tensor has, transposes are values and the rest describes it."""
+    return Trait.NONE if name in ("T", "mT", "H", "mH", "real", "imag") else Trait.MEASURES
 
 
 def clamp(input: Any, min: Any = None, max: Any = None) -> Trait:

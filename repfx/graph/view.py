@@ -103,6 +103,18 @@ class GraphView:
             n for n in node.all_input_nodes if n not in self._constants and n not in self._modes
         ]
 
+    def values_of(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a node computes with: its data inputs that are no sizes."""
+        return [n for n in self.data_inputs(node) if not self.is_size(n)]
+
+    def is_size(self, node: fx.Node) -> bool:
+        """Whether it is a size, or computed from sizes alone."""
+        if Trait.MEASURES in self.traits(node):
+            return True
+        inputs = self.data_inputs(node)
+        number = node.op == "call_function" and bool(inputs)
+        return number and all(self.is_size(n) for n in inputs)
+
     def is_data(self, node: fx.Node) -> bool:
         return node not in self._constants and node not in self._modes
 
@@ -180,6 +192,8 @@ class GraphView:
         called = call_of(node, module)
         if module is not None and overrides(module):
             return Opaque("its class overrides the forward of a known layer")
+        if called is None and module is not None and self.kind(node).rule is not None:
+            return Opaque("it is called with more than its input")
         if called is None or called.kind.rule is None:
             return Opaque()
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):

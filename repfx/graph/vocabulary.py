@@ -350,6 +350,8 @@ OTHERS = (
         "uniform exponential cauchy geometric log_normal random fractional_max_pool2d "
         "fractional_max_pool3d",
     ),
+    Kind("size", T.MEASURES, "size dim ndimension numel nelement is_floating_point"),
+    Kind("attribute", when=traits.attribute, also=(getattr,)),
     Kind(
         "check", T.CHECKS,
         also=[

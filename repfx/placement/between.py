@@ -85,7 +85,7 @@ def find_places(
     ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # else what is moved is rounded too, to the same integers
-        found = _before_moves(view, found, owner)
+        found = _before_moves(view, found, owner, target)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, _origins(view, found)
 
@@ -114,7 +114,7 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
         if isinstance(op, Sum):
             layer, value = _skip(view, op, layers)
         else:
-            layer = _reader(node, layers)
+            layer = _reader(view, node, layers)
             value = None if layer is None else _averaged(view, node)
         if layer is not None and value is not None:
             found.append((node, value, layer))
@@ -154,11 +154,11 @@ def _joined(
 
 
 def _before_moves(
-    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]
+    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node], target: Target
 ) -> list[Place]:
     """The places with each quantizer after what moves values put before it, where it has no other
-    readers.
-    """
+    readers. TensorRT moves no DequantizeLinear across a resize, so there the layer after it keeps
+    its own quantizer, of the same scale."""
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
@@ -174,8 +174,9 @@ def _before_moves(
             _is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value)
         )
         if mine and alone and movable and not any(view.writes.changed(end) for end in ends):
-            for end in ends:
-                readers.pop(end, None)
+            if target.runtime != "tensorrt" or view.kind(node).name != "resize":
+                for end in ends:
+                    readers.pop(end, None)
             readers.setdefault(value, []).extend((node, value, layer) for _, _, layer in mine)
     return [place for some in readers.values() for place in some]
 
@@ -260,11 +261,21 @@ def _skip(
     if op.kind != "add" or op.arrange is not None or len(op.terms) != 2:
         return None, None
     a, b = op.values
-    mains = [n for n in (a, b) if n in layers and len(n.users) == 1]
-    if not mains or a is b or any(factor != 1 for _, factor in op.terms):
+    if a is b or any(factor != 1 for _, factor in op.terms):
+        return None, None
+    # A dropout between them is gone in the deployed file.
+    mains = {n: layer for n in (a, b) if (layer := _made_by(view, n)) in layers}
+    if not mains:
         return None, None
     main = max(mains, key=view.index.__getitem__)
-    return main, a if main is b else b
+    return mains[main], a if main is b else b
+
+
+def _made_by(view: GraphView, value: fx.Node) -> fx.Node | None:
+    """What gives this value, before dropouts; None where others read it too."""
+    while len(value.users) == 1 and Trait.SAME in view.traits(value):
+        (value,) = view.values_of(value)
+    return value if len(value.users) == 1 else None
 
 
 def _given(view: GraphView, node: fx.Node) -> fx.Node:
@@ -278,15 +289,16 @@ def _given(view: GraphView, node: fx.Node) -> fx.Node:
 
 
 def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
-    values = view.data_inputs(node)
+    values = view.values_of(node)
     return values[0] if Trait.AVERAGES in view.traits(node) and len(values) == 1 else None
 
 
-def _reader(node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:
-    """The layer that reads what this gives, at most reshaped."""
+def _reader(view: GraphView, node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:
+    """The layer that reads what this gives, at most moved."""
     for _ in range(4):
-        found = next((user for user in node.users if user in layers), None)
-        if found is not None or len(node.users) != 1:
+        users = [user for user in node.users if not view.is_size(user)]
+        found = next((user for user in users if user in layers), None)
+        if found is not None or len(users) != 1:
             return found
-        node = next(iter(node.users))
+        (node,) = users
     return None

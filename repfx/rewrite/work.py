@@ -13,7 +13,7 @@ from repfx.graph.edit import (
     drop_unreferenced,
     free_path,
     inline,
-    layer_of,
+    layer_from,
     put_module,
     references,
     replace_region,
@@ -146,7 +146,7 @@ class Work:
             kernel = kernel_of(view, merge.region, in_float64(view, keep=False))
             error = prove(view, merge.region, kernel, in_float64(view, keep=True))
             if key not in made:
-                made[key] = layer_of(kernel, view.tensor(names.weight(merge)))
+                made[key] = layer_from(kernel, view.tensor(names.weight(merge)))
                 made[key].train(self._module.training)
             proved.append(_Proved(merge, made[key], key, error))
         return proved

@@ -1,0 +1,116 @@
+"""Kinds of models whose TensorRT files once broke our own lint, each in several spellings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import repfx
+from repfx.graph.view import GraphView
+
+
+class Drawn(nn.Module):
+    """Drops the path of whole images in training, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(0.9).div_(0.9)
+
+
+class Pooled(nn.Module):
+    """conv, relu, an average over space, linear."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(torch.relu(self.conv(x))))
+
+
+class Skipped(nn.Module):
+    """A convolution with something after it, added to its input."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.conv, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8))
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.last(torch.relu(x + self.after(self.conv(x))))
+
+
+class Resized(nn.Module):
+    """conv, an activation, a resize by nearest neighbours, conv."""
+
+    def __init__(self, act: nn.Module, resize: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.act, self.resize = act, resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.resize(self.act(self.first(x))))
+
+
+def mean(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+KINDS: dict[str, nn.Module] = {
+    "view by size": Pooled(lambda x: mean(x).view(x.size(0), -1)),
+    "view by the pool's own size": Pooled(lambda x: (y := mean(x)).view(y.size(0), -1)),
+    "reshape by shape": Pooled(lambda x: mean(x).reshape(x.shape[0], 8)),
+    "reshape by len": Pooled(lambda x: mean(x).reshape(x.size()[0], x.size()[1])),
+    "squeezed": Pooled(lambda x: mean(x).squeeze(-1).squeeze(-1)),
+    "window by size": Pooled(lambda x: F.avg_pool2d(x, kernel_size=x.size(3)).flatten(1)),
+    "window by shape": Pooled(lambda x: F.avg_pool2d(x, (x.shape[2], x.shape[3])).flatten(1)),
+    "mean": Pooled(lambda x: x.mean((2, 3))),
+    "skip": Skipped(nn.Identity()),
+    "skip, dropout": Skipped(nn.Dropout(0.1)),
+    "skip, dropout of channels": Skipped(nn.Dropout2d(0.1)),
+    "skip, stochastic depth": Skipped(Drawn()),
+    "skip, two of them": Skipped(nn.Sequential(nn.Dropout(0.1), Drawn())),
+    "resize": Resized(nn.Identity(), nn.Upsample(scale_factor=2)),
+    "resize, leaky": Resized(nn.LeakyReLU(0.1), nn.UpsamplingNearest2d(scale_factor=2)),
+    "resize, relu": Resized(nn.ReLU(), lambda x: F.interpolate(x, scale_factor=2)),
+    "resize, swish": Resized(nn.SiLU(), lambda x: F.interpolate(x, scale_factor=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_file_keeps_the_rules(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = KINDS[name].eval(), torch.randn(2, 3, 16, 16)
+    int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), [x])
+    artifact = repfx.lower(int8, tmp_path / "int8.onnx", example=x)
+    assert not [str(f) for f in repfx.lint(artifact.onnx) if f.severity in "EW"]
+    assert artifact.parity is not None and not artifact.parity.wrong
+    assert repfx.verify(model, int8, x).sqnr > 25
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if n.startswith("resize")])
+def test_both_sides_of_a_resize_have_one_scale(name: str) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    int8 = repfx.calibrate(repfx.transform(KINDS[name].eval(), ["ptq"], example=x), [x])
+    view = GraphView(int8)  # type: ignore[arg-type]
+    (resize,) = (n for n in view.nodes if view.kind(n).name == "resize")
+    before, (after,) = view.quantizer(resize.args[0]), (view.quantizer(n) for n in resize.users)
+    assert before is not None and before is after
+
+
+def test_what_is_computed_from_sizes_is_no_value() -> None:
+    def f(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return x.reshape(x.size(0), -1, height * width) + height
+
+    view = GraphView(torch.fx.symbolic_trace(f))
+    sizes = {n.name for n in view.nodes if view.is_size(n)}
+    assert {"size", "getattr_1", "getitem", "mul"} <= sizes
+    assert not {"x", "reshape", "add", "output"} & sizes
