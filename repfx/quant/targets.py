@@ -31,7 +31,7 @@ class Target:
 
     `offset`: which signed values are written as unsigned codes with zero point 128. The numbers
     stay the same. `all`: every signed value, because the runtime's kernels are fast on unsigned
-    codes. `joined`: only the values that go into or come out of concatenations. `none`: no value.
+    codes. `joined`: only the values that are part of a concatenation. `none`: no value.
     (OpenVINO rounds the inputs of a concatenation. On CPUs without AMX it turns signed codes into
     unsigned ones, and loses their scale when it does so at a concatenation.)
 
