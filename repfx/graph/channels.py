@@ -56,7 +56,7 @@ def split(c: Constants, input: Any, sizes: Any, dim: Any = 0) -> Op:
 
 
 def getitem(c: Constants, input: Any, index: Any) -> Op:
-    """A piece that `chunk` or `split` returned, or x[:, a:b, c:-d]: some channels, space cropped."""
+    """A piece from `chunk` or `split`, or a slice x[:, a:b, c:-d]: some channels, cropped space."""
     whole = c.ops.get(input)
     if isinstance(whole, Sum) and whole.pieces is not None:
         found, at = whole.pieces, index
@@ -117,7 +117,7 @@ def channel_shuffle(c: Constants, input: Any, groups: Any) -> Op:
 
 
 def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
-    """A permutation that moves the channels to the last axis, (0, 2, 3, 1), or back, (0, 3, 1, 2)."""
+    """The permutation (0, 2, 3, 1), which moves the channels to the last axis, or (0, 3, 1, 2)."""
     dims = given if dims is None else (dims,)
     flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     if not all(isinstance(d, int) for d in flat):
@@ -218,7 +218,7 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
 
 
 def _axis(s: slice) -> Axis:
-    """A slice along a spatial axis, as an Axis: what it cuts off at each end is negative padding."""
+    """A slice along a spatial axis, as an Axis: it crops each end, which is negative padding."""
     start, stop = s.start or 0, s.stop
     stop = 0 if stop is None or stop >= _END else stop
     if start < 0 or stop > 0 or (s.stop == 0):

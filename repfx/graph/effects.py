@@ -36,7 +36,7 @@ def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
 
 
 def is_dead(node: fx.Node) -> bool:
-    """Whether the node can be removed. Calls of modules stay, as they may have effects in training."""
+    """Whether the node can be removed. Calls of modules stay: they may have effects in training."""
     kinds = ("get_attr", "call_function", "call_method")
     return node.op in kinds and not node.users and not node.is_impure() and not writes(node)
 

@@ -11,7 +11,7 @@ from repfx.graph.ops import Ref
 
 
 def value_of(ref: Ref | None, before: fx.Node) -> fx.Node | None:
-    """A constant as a node. If it is a path, a node that reads it is inserted in front of `before`."""
+    """A constant as a node. For a path, a node that reads it is inserted in front of `before`."""
     if not isinstance(ref, str):
         return ref
     with before.graph.inserting_before(before):

@@ -95,7 +95,7 @@ def _affine(
     operand: Any,
     bias: bool = False,
 ) -> Op:
-    """y = scale * x + shift, both from one operand: a number or a constant, one entry per channel."""
+    """y = scale * x + shift, both from a number, or a constant tensor with an entry per channel."""
     number = isinstance(operand, (int, float)) and not isinstance(operand, bool)
     if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
         return Opaque()
@@ -140,7 +140,7 @@ def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | N
 
 
 def _widens(operand: Tensor, value: torch.dtype | None) -> bool:
-    """Whether the result has another dtype than the value. Tensors without dimensions do not count."""
+    """Whether the result has another dtype than the value. Scalar tensors do not change it."""
     return (
         value is not None
         and operand.dim() > 0
