@@ -64,7 +64,7 @@ def report(
     json: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> tuple[Numbers, ...]:
-    """Writes one HTML file: what the passes do to a float model, and what each layer loses in INT8.
+    """Writes an HTML page: what the passes do to a float model, and what quantization costs it.
 
     `data`: batches of inputs (N, ...), or of (inputs, labels). The report uses enough batches to
     cover the first 64 images. Without data it shows the weights only. `against`: another float

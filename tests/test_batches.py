@@ -163,7 +163,7 @@ def test_batches_can_be_walked_again_and_know_their_names() -> None:
         assert len(first) == len(second) == 6 and torch.equal(first.labels, LABELS)
     assert torch.equal(second.of_inputs(["y", "x"])[0], 2 * X)
     assert len(second.tensors) == 2
-    with pytest.raises(repfx.InputError, match="has x, y, flag, but no z"):
+    with pytest.raises(repfx.InputError, match="has x, y, flag, but no tensor z"):
         second.of_inputs(["x", "z"])
     with pytest.raises(repfx.InputError, match="several inputs: a batch is a dict of x, y"):
         first.of_inputs(["x", "y"])

@@ -19,7 +19,7 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 def shift_of(norm: nn.BatchNorm2d) -> Tensor:
-    """The norm's output for a zero in eval mode, beta - mean gamma / sqrt(var + eps): (channels,)."""
+    """beta - mean gamma / sqrt(var + eps), the output for a zero in eval mode: (channels,)."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
     # The division comes first, so that backward does not need the statistics. The next forward in

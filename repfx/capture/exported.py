@@ -108,7 +108,7 @@ def _dangers(archive: zipfile.ZipFile) -> Iterator[str]:
     for name in archive.namelist():
         short = name.removeprefix(root)
         if not _ENTRIES.fullmatch(short):
-            yield f"holds {short!r}, which is not plain data"
+            yield f"contains {short!r}, which is not plain data"
         elif short.endswith(".json"):
             yield from _in_json(json.loads(archive.read(name)), "")
 
@@ -121,14 +121,14 @@ def _in_json(value: Any, key: str) -> Iterator[str]:
         for v in value:
             yield from _in_json(v, key)
     elif key == "use_pickle" and value:
-        yield "holds pickled tensors"
+        yield "contains pickled tensors"
     elif isinstance(value, str):
         if key in ("expr_str", "guards_code") and not _is_arithmetic(value):
-            yield f"holds the expression {value[:60]!r}"
+            yield f"contains the expression {value[:60]!r}"
         elif key == "target" and not (_TARGETS.fullmatch(value) and _computes(value)):
             yield f"calls {value[:60]!r}"
         elif (key == "name" or key.endswith("_name")) and not re.fullmatch(r"[\w.]*", value):
-            yield f"holds the name {value[:60]!r}"
+            yield f"contains the name {value[:60]!r}"
 
 
 def _computes(target: str) -> bool:

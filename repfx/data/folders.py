@@ -48,7 +48,7 @@ class Images(Dataset[Tensor]):
             except (ValueError, OSError, EOFError) as error:
                 raise InputError(f"{path} is not an array file: {error}") from error
             if self.array.ndim == 0 or not np.issubdtype(self.array.dtype, np.number):
-                raise InputError(f"{path} holds no batch of numbers")
+                raise InputError(f"{path} is not an array of numbers with a batch axis")
             count = len(self.array)
         else:
             raise InputError(

@@ -34,7 +34,7 @@ from repfx.errors import InputError
 BINS = 4096
 # The size of a block is the product of a number from FAR and one from NEAR, each the first that
 # does not divide the number of values. Blocks of 64 in a batch of 128 images would not do: all
-# values of a block would lie at the same place of their images.
+# values of a block would lie at the same place in their images.
 FAR, NEAR = (31, 29), (5, 7, 3, 11)
 TAIL, ENOUGH = 1 / 4, 256
 RUNS, RUN = 512, 16  # the sample: 512 runs of 16 values; one read of memory fetches a run
