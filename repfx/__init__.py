@@ -1,8 +1,7 @@
-"""repfx: finds every re-parameterizable part of a CNN, merges it into one convolution, quantizes
-and lowers it.
+"""repfx merges the re-parameterizable parts of a CNN into convolutions, quantizes and lowers it.
 
-`import repfx` loads nothing but this file and the errors. A function's room is imported the first
-time the function is asked for, so that merging a model does not wait for onnx, and `lint` does not
+`import repfx` loads only this file and the errors. The package behind a public function is imported
+when the function is first used, so merging a model does not wait for onnx, and `lint` does not
 wait for torch.fx.
 """
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from repfx.rewrite.inspection import Inspection, inspect
     from repfx.training import History, fit
 else:
-    # where each name comes from; a test compares it with the imports above
+    # The module each name comes from. A test compares this table with the imports above.
     _HOMES = {
         "repfx.api": ("Report", "report", "transform", "verify"),
         "repfx.calibration": ("calibrate", "reconstruct", "sensitivity"),
@@ -45,7 +44,7 @@ else:
     _ROOMS = ("blocks", "calibration", "passes", "testing", "training")
 
     def __getattr__(name):
-        """Imports the room of a public name, or a room by its own name, and keeps what it found."""
+        """Imports a public name from its module, or one of the packages, and keeps it here."""
         if name in _HOME:
             found = getattr(import_module(_HOME[name]), name)
         elif name in _ROOMS:

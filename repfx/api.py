@@ -1,4 +1,4 @@
-"""The public functions that need more than one room below: transform, report and verify."""
+"""The public functions that draw on several packages: transform, report and verify."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from repfx.rewrite.runner import as_args, rewrite
 if TYPE_CHECKING:
     from repfx.reporting import Numbers
 
-IMAGES = 64  # that a report looks at
+IMAGES = 64  # a report uses the first ones of its data, and no more
 
 
 def transform(
@@ -33,20 +33,21 @@ def transform(
     example: Any = None,
     target: str = "tensorrt",
 ) -> fx.GraphModule:
-    """A rewritten copy of the model; the model itself is left as it is, and every name that can
-    survive does.
+    """Runs the passes on a copy of the model, keeps its names, and returns the rewritten copy.
 
-    `passes`: names ("fuse"), specs ("ptq(bits=6)") or configured objects
-    (repfx.passes.Ptq(bits=6)), in any mix; they run in the order of their stages, with what they
-    require. `example`: an input or a tuple of inputs, for models whose input cannot be guessed.
-    `target`: tensorrt, onnxruntime or openvino, which decides number formats.
+    `passes`: names ("fuse"), specs ("ptq(bits=6)") and configured objects
+    (repfx.passes.Ptq(bits=6)) can be mixed. They run in the order of their stages, together with
+    the passes that they require. `example`: an input, or a tuple of inputs, for a model whose
+    input cannot be guessed. `target`: the runtime the number formats are for, such as tensorrt,
+    onnxruntime or openvino.
 
-    The result is a GraphModule. Where the model's own forward cannot be traced it is a copy in the
-    model's own class whose traceable children are GraphModules. `result.meta["repfx"]` is the
-    report: `.merged` and `.declined`.
+    The result is a GraphModule. If the model's own forward cannot be traced, the result is a copy
+    in the model's own class, and those of its children that can be traced are GraphModules.
+    `result.meta["repfx"]` is the report, with `.merged` and `.declined`.
 
-    Raises InputError for an unknown pass, option or target, a model without convolutions, with NaN
-    or that does not accept the example; CheckError where a pass broke its promise."""
+    Raises InputError for an unknown pass, option or target, and for a model that has no
+    convolution, holds NaN or does not accept the example. Raises CheckError if a pass broke its
+    promise."""
     return rewrite(model, passes, example, target)[0]  # type: ignore[return-value]
 
 
@@ -63,23 +64,25 @@ def report(
     json: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> tuple[Numbers, ...]:
-    """Writes a page, one HTML file, of what the passes do to a float model and what quantization
-    costs each layer.
+    """Writes an HTML page: what the passes do to a float model, and what quantization costs it.
 
-    `data`: batches of inputs (N, ...), or (inputs, labels); as many are used as hold the first 64
-    images. Without it the page has the weights alone. `against`: another float model to show beside
-    it. `titles`: what the page calls them. `passes`: what makes the deployed net. `json`: a file
-    for the numbers, which are also what is returned, a record a model.
+    `data`: batches of inputs (N, ...), or of (inputs, labels). The report uses enough batches to
+    cover the first 64 images. Without data it shows the weights only. `against`: another float
+    model to show next to this one. `titles`: the names of the models on the page. `passes`: the
+    passes that produce the deployed model. `json`: a file that the numbers are also written to.
 
-    Raises InputError as `transform` and `calibrate` do, for a quantized model and a path that
-    cannot be written; MissingPart without jinja2 and plotly."""
-    from repfx.files.store import write_whole  # here: a transform writes no page
+    Returns the numbers, one record per model.
+
+    Raises InputError where `transform` and `calibrate` do, for a model that is already quantized,
+    and for a path that cannot be written. Raises MissingPart without jinja2 and plotly."""
+    # Imported here because a transform writes no page.
+    from repfx.files.store import write_whole
     from repfx.reporting import as_json, measure
     from repfx.reporting.page import write
 
     models = [model] if against is None else [model, against]
     if len(titles) < len(models) or not all(isinstance(t, str) for t in titles):
-        raise InputError(f"titles names {len(models)} models, not {titles!r}")
+        raise InputError(f"titles must name {len(models)} models, not {titles!r}")
     batches = None if data is None else Batches(data, "data").first(IMAGES)
     same: dict[str, Any] = {
         "passes": passes,
@@ -87,9 +90,10 @@ def report(
         "target": target,
         "progress": progress,
     }
+    # There may be more titles than models.
     found = tuple(
         measure(m, batches, title=t, **same) for m, t in zip(models, titles, strict=False)
-    )  # titles may name more
+    )
     write(found, path)
     if json is not None:
         write_whole(json, lambda part: Path(part).write_text(as_json(found) + "\n"))
@@ -97,10 +101,10 @@ def report(
 
 
 def verify(before: Any, after: Any, x: Any) -> Difference:
-    """How far two models are apart on input x (or a tuple of inputs), both in eval mode.
+    """How far the outputs of two models are apart on x, an input or a tuple of inputs.
 
-    Raises InputError where one does not accept x, CheckError where the outputs have different
-    shapes."""
+    Both models run in eval mode. Raises InputError if one of them does not accept x, and CheckError
+    if their outputs have different shapes."""
     args = as_args(x)
     assert args is not None
     return difference(_output(before, args), _output(after, args))

@@ -1,5 +1,4 @@
-"""Errors a person can act on, and `Declined`: a value, because leaving a graph alone is no
-failure."""
+"""Errors the caller can act on, and `Declined`, a value: leaving a graph alone is not a failure."""
 
 from __future__ import annotations
 
@@ -8,8 +7,7 @@ from dataclasses import dataclass
 
 
 class RepfxError(Exception):
-    """Base of every error raised on purpose. `exit_code` is what the command line returns for
-    it."""
+    """Base class of every error raised on purpose. The command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -21,23 +19,21 @@ class InputError(RepfxError):
 
 
 class CheckError(RepfxError):
-    """A result was computed and is wrong: a trace, a merge or a lowered file that does not equal
-    its source.
-    """
+    """A result is wrong: a trace, merge or lowered file does not compute what its source does."""
 
     exit_code = 1
 
 
 class MissingPart(RepfxError):
-    """An optional part is not installed. The message names the extra that brings it."""
+    """An optional dependency is not installed. The message names the extra to install."""
 
     exit_code = 3
 
 
 class Inexact(RepfxError):
-    """Raised inside the algebra where a composition is not exactly one convolution; `cure` says
-    what would make it so.
-    """
+    """Raised inside the algebra if a composition is not exactly one convolution.
+
+    `cure` is a hint: what would make it one. It may be empty."""
 
     def __init__(self, reason: str, cure: str = "") -> None:
         super().__init__(reason)
@@ -46,9 +42,9 @@ class Inexact(RepfxError):
 
 @dataclass(frozen=True)
 class Declined:
-    """A part of a model that was left alone: where it is, why, and what would make it mergeable
-    (may be empty).
-    """
+    """A part of a model that was left alone: where it is, and why.
+
+    `cure` is a hint: what would make the part mergeable. It may be empty."""
 
     where: str
     reason: str
@@ -59,7 +55,7 @@ class Declined:
 
 
 def unknown(kind: str, given: str, valid: Iterable[str]) -> InputError:
-    """The error for a name that is none of the valid ones.
+    """The error for an unknown name. Its message lists the valid names.
 
     >>> str(unknown("method", "mad", ["max", "mae"]))
     "unknown method 'mad'; choose one of: mae, max"

@@ -1,6 +1,6 @@
-"""The one place for tolerances: how far apart two computations of one thing may be.
+"""Tolerances: how far two computations of the same thing may be apart.
 
-Each is a largest difference over a largest value, unless it says otherwise."""
+Each is the largest difference, relative to the largest value, unless a comment says otherwise."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
-# A merged region against itself. It is proved in float64; the others are what rounding in a dtype
-# of its own makes of that, a whole net long.
+# A merged region against the original one, by dtype. The proof is in float64. The other bounds
+# allow for the rounding of that dtype, added up over a whole network.
 MERGED = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-# Two expressions of the same random weights: equal there, they are equal everywhere.
+# Two expressions evaluated on the same random weights. If they agree there, they are the same.
 SAME_CONSTANT = 1e-9
 
 # A traced graph against the forward it was traced from, in float32 and in float64.
 TRACED = 1e-4
 TRACED_WIDE = 1e-9
 
-# A model's output before and after passes that keep it, in float32.
+# A model's output before and after passes that must not change it, in float32.
 KEPT = 1e-3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a runtime's arithmetic may err. `spread`: how many times as far as torch's own does
-    in that precision. `rounding`: of the largest value of the tensor besides. Of an output of
-    indices, `indices` of the entries may differ, `few`, never most."""
+    """How far the output of a runtime may be off.
+
+    The error may be `spread` times the error that torch itself makes in that precision, plus
+    `rounding` times the largest value of the tensor. In an output of indices, `few` entries may
+    differ, or the share `indices` of them if that is more, but never most of them."""
 
     spread: float
     rounding: float
@@ -35,5 +37,5 @@ class Limits:
     indices: float
 
 
-# A lowered file against the model, by whether the file is float16.
+# A lowered file against the model. The key says whether the file is in float16.
 LOWERED = {False: Limits(8, 2**-19, 2, 1e-2), True: Limits(8, 2**-9, 8, 5e-2)}

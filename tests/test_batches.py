@@ -123,7 +123,7 @@ def test_one_answer_to_what_is_empty_and_to_what_is_no_batches(name: str) -> Non
     for given, kind in ((X, "Tensor"), ({"x": X}, "dict"), ("x", "str"), (5, "int")):
         with pytest.raises(
             repfx.InputError,
-            match=rf"^{called} is an iterable of batches: give \[x\] .*; this is a {kind}$",
+            match=rf"^{called} must be an iterable of batches: give \[x\] .*; this is a {kind}$",
         ):
             f(given)
     for what, given in NO_BATCH.items():
@@ -142,7 +142,7 @@ def test_the_public_report_reads_no_more_than_it_shows(tmp_path: Path) -> None:
 
     repfx.report(net(), tmp_path / "a.html", data=images(), example=X)
     assert len(read) == 11  # 66 images; it looks at 64
-    with pytest.raises(repfx.InputError, match=r"^data is an iterable of batches"):
+    with pytest.raises(repfx.InputError, match=r"^data must be an iterable of batches"):
         repfx.report(net(), tmp_path / "a.html", data=X)  # type: ignore[arg-type]
 
 
@@ -163,7 +163,7 @@ def test_batches_can_be_walked_again_and_know_their_names() -> None:
         assert len(first) == len(second) == 6 and torch.equal(first.labels, LABELS)
     assert torch.equal(second.of_inputs(["y", "x"])[0], 2 * X)
     assert len(second.tensors) == 2
-    with pytest.raises(repfx.InputError, match="has x, y, flag, but no z"):
+    with pytest.raises(repfx.InputError, match="has x, y, flag, but no tensor z"):
         second.of_inputs(["x", "z"])
     with pytest.raises(repfx.InputError, match="several inputs: a batch is a dict of x, y"):
         first.of_inputs(["x", "y"])

@@ -523,7 +523,7 @@ def test_a_folder_of_pictures(folder: Path) -> None:
     assert torch.allclose(batches[1], torch.full((1, 3, 16, 16), 102 / 255 * 2 - 1), atol=1e-6)
     (pictures / "3.png").write_bytes(b"not a picture")
     done = run(folder, "quantize", "net.pt", "--data", "pictures", "--size", "16", "-o", "x.pt")
-    assert done.returncode == 2 and "3.png is not a readable picture" in done.stderr
+    assert done.returncode == 2 and "3.png is not a readable image" in done.stderr
 
 
 def test_a_saved_model_is_never_taken_for_a_pickle(tmp_path: Path) -> None:

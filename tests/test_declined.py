@@ -100,7 +100,7 @@ CASES = {
     ),
     "per-column scale": (
         Net(lambda m, x: m.s(m.a(x)), a=conv(), s=Scale(torch.rand(13) + 0.5)),
-        "is not one number a channel",
+        "is not one number per channel",
     ),
     "norm alone": (
         Net(lambda m, x: m.a(torch.relu(m.n(x))), a=conv(), n=bn(4)),

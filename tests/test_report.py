@@ -304,7 +304,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for passes in (["fuse"], ["repq"]):
         with pytest.raises(repfx.InputError, match="one quantizes, such as ptq"):
             repfx.report(net(), tmp_path / "a.html", data=[x], passes=passes)
-    with pytest.raises(repfx.InputError, match="titles names 2 models"):
+    with pytest.raises(repfx.InputError, match="titles must name 2 models"):
         repfx.report(net(), tmp_path / "a.html", against=net(), titles=["one"])
     assert not list(tmp_path.iterdir())
 

@@ -482,8 +482,8 @@ def test_bfloat16_goes_through_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("batches", "options", "text"),
     [
-        ("x", {}, r"batches is an iterable of batches: give \[x\]"),
-        (None, {}, "batches is an iterable of batches"),
+        ("x", {}, r"batches must be an iterable of batches: give \[x\]"),
+        (None, {}, "batches must be an iterable of batches"),
         (["one"], {}, r"does not take pictures of \(16, 16\), 3 at a time"),
         (["x"], {"cache": "file"}, "cannot be a folder for the cache"),
         (["x"], {"checkpoint": "no/such/run.ck"}, "there is no folder .* for the checkpoint"),

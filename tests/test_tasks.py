@@ -136,7 +136,7 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
     assert isinstance(repfx.load(out), nn.Module)
     (root / "train" / "dark" / "03.png").write_bytes(b"no picture")
     with pytest.raises(
-        InputError, match=r"train/dark/03\.png is not a readable picture; skip_broken=True"
+        InputError, match=r"train/dark/03\.png is not a readable image; skip_broken=True"
     ):
         fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), "classification", root, epochs=1)
     skipped = Pictures(root, "train", skip_broken=True)
@@ -144,7 +144,7 @@ def test_class_folders_and_zips_of_them(tmp_path: Path) -> None:
     (tmp_path / "bad.zip").write_bytes(archive.read_bytes()[:500])
     with pytest.raises(InputError, match="neither a folder nor a readable zip"):
         Pictures(tmp_path / "bad.zip")
-    with pytest.raises(InputError, match="no picture in a class folder"):
+    with pytest.raises(InputError, match="no image in a class folder"):
         Pictures(root / "train" / "dark")
 
 
@@ -184,7 +184,7 @@ def test_pairs_are_read_or_made(tmp_path: Path) -> None:
     moved = cut[5][1]
     cut.set_epoch(0, 0)
     assert not torch.equal(moved, cut[5][1])
-    with pytest.raises(InputError, match="no multiple of the scale"):
+    with pytest.raises(InputError, match="not a multiple of the scale"):
         Pairs(root, patch=15)
     with pytest.raises(InputError, match="smaller than a patch of 64"):
         Pairs(root, "train", patch=64)[0]

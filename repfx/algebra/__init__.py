@@ -1,6 +1,4 @@
-"""Affine, shift-invariant maps as values: what a convolution is, when two of them compose exactly,
-and into what.
-"""
+"""Affine, shift-invariant maps, such as convolutions: when two compose exactly, and into what."""
 
 from repfx.algebra.axis import Axis
 from repfx.algebra.fixed import Fixed

@@ -1,10 +1,9 @@
-"""One spatial axis of a map. With x0 the source extended by zeros (or by a mode of F.pad):
+"""Axis: one spatial axis of a map. With x0 the source, extended by zeros or by a mode of F.pad:
 
     y[o, n] = b[o] + sum_{i, t < taps} K[o, i, t] * x0[i, stride * n + t - before]
     size(y) = floor((size(x) + before + after - taps) / stride) + 1
 
-`before` and `after` are paddings; negative ones crop. A transposed map writes where the other
-reads:
+`before` and `after` are paddings; negative ones crop. A transposed map writes where this one reads:
 
     y[o, stride * n + t - before] += K[o, i, t] * x[i, n]
 """
@@ -17,11 +16,10 @@ from math import gcd
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis of a map: `taps` positions read per output, `stride`, zeros `before` and
-    `after` (in pixels).
+    """One spatial axis of a map: `taps` positions per output, `stride`, and padding, in pixels.
 
-    Of the taps only every `gap`-th, from the first on, may differ from zero: the dilation of a
-    convolution."""
+    Only every `gap`-th tap, starting with the first, may differ from zero. This is the dilation of
+    a convolution."""
 
     taps: int = 1
     stride: int = 1
@@ -58,9 +56,9 @@ class Axis:
         )
 
     def plus(self, other: Axis) -> Axis:
-        """The axis that holds both maps, aligned at their pixel of origin. Assumes equal strides
-        and sizes.
-        """
+        """The axis that has room for both maps, aligned at their origin.
+
+        Both must have the same stride and output size."""
         before = max(self.before, other.before)
         end = max(self.taps - self.before, other.taps - other.before)
         gap = _gap(self, other, self.before - other.before)
@@ -68,9 +66,7 @@ class Axis:
 
     @property
     def surplus(self) -> int:
-        """p + q - T: two axes of one stride give equal sizes for every input exactly when these are
-        equal.
-        """
+        """p + q - T. Two axes with the same stride have the same output sizes iff this is equal."""
         return self.before + self.after - self.taps
 
     @property
@@ -79,5 +75,5 @@ class Axis:
 
 
 def _gap(a: Axis, b: Axis, apart: int = 0) -> int:
-    """The gap of the taps of both, their first ones `apart`. A single tap has none."""
+    """The gap of both sets of taps together, with their first taps `apart`. One tap has no gap."""
     return gcd(*(x.gap for x in (a, b) if x.taps > 1), apart) or 1

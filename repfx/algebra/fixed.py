@@ -1,4 +1,4 @@
-"""Fixed: the tensors that the algebra itself brings into the program of a weight."""
+"""Fixed: constants that the algebra adds to the expression of a merged weight."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 
 class Fixed(nn.Module):
-    """Such as the ones of an identity, or the ninths of a pool. They are no weights of the model:
-    they are not trained, and no key of the state_dict is theirs."""
+    """Constants such as the ones of an identity, or the 1/9 of a 3x3 average pool.
+
+    They are not weights of the model: they are not trained, and not in the state_dict."""
 
     def add(self, value: Tensor) -> str:
-        """Keeps a tensor and returns the name it has here."""
+        """Stores a tensor and returns the name of its buffer."""
         name = f"value_{len(self._buffers)}"
         self.register_buffer(name, value, persistent=False)
         return name

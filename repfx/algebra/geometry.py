@@ -1,8 +1,8 @@
-"""The shape of an affine, shift-invariant map, and the exact conditions under which two of them are
-one.
+"""Geometry: the shape of an affine, shift-invariant map, and when two of them make one map.
 
-Everything here is integers and flags: legality and cost are decided without touching a weight, so a
-zero-valued bias is still a bias. What a map does along one spatial axis is in `repfx.algebra.axis`.
+Everything here is integers and flags. Whether a merge is exact, and what it costs, is decided
+without looking at weights, so a bias of zeros is still a bias. What a map does along one spatial
+axis is in `repfx.algebra.axis`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from repfx.errors import Inexact
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a map: channels, groups, axes, whether it has a bias, how it pads, where its
-    channels stand.
+    """The shape of a map: its channels, groups, axes, bias, padding mode and channel axis.
 
-    `mode`: "zeros", a mode of F.pad, or "own": the padding is the constant that the padded value
-    has everywhere. `channel_axis`: 1 for images (N, C, ...), -1 for linears (..., C), whose axes,
-    if given, are points; `turned` where it is not that of the source. `links` where the channels
-    read are not plain groups, which `groups` then encloses.
+    `mode`: "zeros", a mode of F.pad, or "own", if the padding is the constant that the padded value
+    has for an input of zeros. `channel_axis`: 1 for images (N, C, ...), -1 for linear layers
+    (..., C), whose axes, if given, are points. `turned`: the output has another channel axis than
+    the source. `links`: which channels are read, if these are not plain groups; then `groups` are
+    the smallest groups around them.
 
     >>> a = Geometry.conv(8, 8, taps=(1, 1), bias=True)
     >>> a.then(Geometry.conv(8, 4, taps=(3, 3), pad=(1, 1)))
@@ -74,12 +74,12 @@ class Geometry:
 
     @property
     def geometry(self) -> Geometry:
-        """Itself, so that what holds for a Kernel can be said of its Geometry in the same words."""
+        """The Geometry itself, so that code written for a Kernel works on its Geometry too."""
         return self
 
     @property
     def taps(self) -> int:
-        """Taps that may differ from zero."""
+        """The number of taps that may differ from zero."""
         return prod(len(a.places) for a in self.axes)
 
     @property
@@ -98,7 +98,7 @@ class Geometry:
 
     @property
     def is_diagonal(self) -> bool:
-        """One number a channel: y = a*x + c, as batch norm, layer scale and identity are."""
+        """Whether y = a*x + c per channel, as for a batch norm, a layer scale or the identity."""
         return self.inputs == self.outputs == self.groups and self.is_point
 
     @property
@@ -111,29 +111,26 @@ class Geometry:
 
     @property
     def source_axis(self) -> int:
-        """Where the channels of the source stand."""
+        """The channel axis of the source."""
         return -self.channel_axis if self.turned else self.channel_axis
 
     @property
     def turn(self) -> tuple[int, ...]:
-        """The permutation that brings a layer's output, laid out as the source, to where `turned`
-        channels stand.
-        """
+        """The permutation from a layer's output, laid out as the source, to the `turned` layout."""
         n = len(self.axes)
         return (0, *range(2, n + 2), 1) if self.channel_axis == -1 else (0, n + 1, *range(1, n + 1))
 
     @property
     def why_no_layer(self) -> str:
-        """Why no layer computes this map; empty where one does."""
+        """Why no layer computes this map. Empty if one does."""
         if self.transposed and any(a.before - a.after >= max(a.stride, a.gap) for a in self.axes):
             return "an output padding as large as the stride"
         here = self.source_axis == 1 or self.is_point
-        return "" if here else "a convolution over positions that stand before the channels"
+        return "" if here else "a convolution of a value with channels last"
 
     @property
     def pad_steps(self) -> list[tuple[list[int], str]]:
-        """The padding as calls of F.pad, (sides, mode): what wraps or mirrors comes before what
-        crops.
+        """The padding as calls of F.pad, (sides, mode). Wrapping and mirroring come before crops.
 
         >>> Geometry(1, 1, 1, (Axis(3, 2, -1, 1),), mode="circular").pad_steps
         [([0, 1], 'circular'), ([-1, 0], 'constant')]
@@ -145,12 +142,12 @@ class Geometry:
         return [(s, mode) for s, mode in steps if any(s)]
 
     def then(self, outer: Geometry) -> Geometry:
-        """The geometry of `outer(self(x))`. Raises Inexact where that is not one map for every
-        input size.
-        """
+        """The geometry of `outer(self(x))`.
+
+        Raises Inexact unless that is the same map for every input size."""
         self._same_space(outer)
         if self.outputs != outer.inputs:
-            raise Inexact(f"{self.outputs} channels meet a map of {outer.inputs}")
+            raise Inexact(f"a map of {outer.inputs} channels after {self.outputs} channels")
         if outer.transposed or (self.transposed and not outer.is_point):
             self._scattered_by(outer)
         if outer.pads:
@@ -175,22 +172,20 @@ class Geometry:
         return self
 
     def moved(self, rows: Rows) -> Geometry:
-        """The geometry of y[o] = self(x)[rows[o]]: channels taken, repeated, reordered, or zeros
-        where a row is -1.
-        """
+        """The geometry of y[o] = self(x)[rows[o]], and y[o] = 0 where a row is -1."""
         if rows == tuple(range(self.outputs)):
             return self
         if not rows:
-            raise Inexact("no channel of it is taken")
+            raise Inexact("none of its channels is used")
         links = (self.links or Links.regular(self.inputs, self.outputs, self.groups)).moved(rows)
         return replace(self, outputs=len(rows), **_canonical(links))
 
     def cropped(self, axes: tuple[Axis, ...]) -> Geometry:
-        """The geometry of the output read at the positions of `axes`, which have one tap."""
+        """The geometry of the output, read at the positions of `axes`. These have one tap each."""
         return self.then(replace(Geometry.identity(self.outputs, 0, self.channel_axis), axes=axes))
 
     def turned_to(self, channel_axis: int) -> Geometry:
-        """The same map with the channels of its output moved to another axis."""
+        """The same map, with the channels of its output on another axis."""
         return (
             self
             if channel_axis == self.channel_axis
@@ -198,9 +193,9 @@ class Geometry:
         )
 
     def __add__(self, other: Geometry) -> Geometry:
-        """The geometry of `self(x) + other(x)`. Raises Inexact where the two differ in size, stride
-        or padding mode.
-        """
+        """The geometry of `self(x) + other(x)`.
+
+        Raises Inexact if the two differ in channels, size, stride or padding mode."""
         self._same_space(other)
         if self.outputs != other.outputs or self.inputs != other.inputs:
             raise Inexact(f"the operands have {self.outputs} and {other.outputs} channels")
@@ -234,11 +229,12 @@ class Geometry:
         return _canonical(join(a, b))
 
     def _scattered_by(self, outer: Geometry) -> None:
-        """A transposed map composes with 1x1 maps only; a bias before it is spread unevenly by
-        it."""
+        """Raises Inexact unless a composition with a transposed map is exact.
+
+        It composes with 1x1 maps only, and it spreads a bias in front of it unevenly."""
         if (self.transposed and not outer.is_point) or not self.is_point:
             raise Inexact(
-                "a transposed convolution beside a map that is not 1x1",
+                "a transposed convolution next to a map that is not 1x1",
                 "only 1x1 maps merge with it",
             )
         if outer.transposed and self.bias:
@@ -248,15 +244,15 @@ class Geometry:
 
     def _same_space(self, other: Geometry) -> None:
         if len(self.axes) != len(other.axes) or self.channel_axis != other.channel_axis:
-            raise Inexact("maps over different axes (a linear and a convolution, or 1d and 2d)")
+            raise Inexact("maps over different axes (linear and convolution, or 1d and 2d)")
 
     def _paddable_by(self, outer: Geometry) -> None:
-        """A pad sees the end of y; the single map sees K reach past the end of x. Equal where K
-        finds only zeros there.
+        """Raises Inexact unless a padding of y = K x gives what K gives beyond the ends of x.
 
-        Left: K's last tap at position -1 reads pixel -s + T - 1 - p, beyond the source iff p >= T -
-        s. Right: the worst remainder of the division puts the first position past the end at H - q
-        + T - 1: q >= T - 1."""
+        The padding holds zeros, so K must read only zeros there. On the left, the last tap of K at
+        position -1 reads pixel -s + T - 1 - p, which is outside x iff p >= T - s. On the right, the
+        first position beyond y reads, for the worst remainder of the division, from pixel
+        H + q - T + 1 on, which is outside x iff q >= T - 1."""
         if outer.mode not in ("zeros", "own"):
             if not all(a.is_point for a in self.axes):
                 raise Inexact(
@@ -281,7 +277,7 @@ class Geometry:
 
 
 def _canonical(links: Links) -> dict[str, Any]:
-    """The groups that enclose the links, and the links where they are finer than those."""
+    """The smallest groups around the links, and the links themselves if they are finer."""
     groups, inputs, outputs = links.groups, len(links.inputs), len(links.outputs)
     return {
         "groups": groups,

@@ -1,10 +1,9 @@
-"""The impulse response: the kernel of anything known to be affine and shift-invariant, read off by
-running it.
+"""impulse_response: measures the kernel of an affine, shift-invariant function by running it.
 
     b = f(0),    K[:, i, t] = f(delta_(i, t)) - f(0)
 
-It needs no formula, so it serves the operators that have none here, and it shares no code with
-`Kernel`, so it checks it. It is differentiable in whatever f closes over."""
+No formula is needed, so this works for operators that have none here. It shares no code with
+`Kernel`, so it can check it. The result is differentiable in the parameters of f."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ def impulse_response(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> Kernel:
-    """The Kernel of f, whose geometry is known. f takes (N, in, ...) or, for a linear, (N, in).
+    """The Kernel of f, whose geometry is known. f takes (N, in, ...), or (N, in) if it is linear.
 
-    All groups are probed at once: one run of batch 1 + in / groups * taps.
+    All groups are measured at once, in one run with a batch of 1 + in / groups * taps.
     """
     width = geometry.inputs // geometry.groups
-    # The first output position that reads no padding, and an input just large enough to hold what
-    # it reads.
+    # The first output position that reads no padding, and an input just large enough for what it
+    # reads.
     first = [max(0, -(-a.before // a.stride)) for a in geometry.axes]
     start = [n * a.stride - a.before for n, a in zip(first, geometry.axes, strict=True)]
     sizes = [s + a.taps + max(0, -a.after) for s, a in zip(start, geometry.axes, strict=True)]

@@ -3,9 +3,9 @@
     (a + b)(x)     == a(x) + b(x)
     a.then(b)(x)   == b(a(x))
 
-Both raise `Inexact` where no single map equals that for every input size; `Geometry` decides, this
-file computes. Every operation is a plain differentiable torch expression of the weights with static
-shapes."""
+Both raise `Inexact` if no single map is equal for every input size. `Geometry` decides that, and
+this file computes. Every operation is a differentiable torch expression of the weights, with
+static shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """`weight` (out, in / groups, *taps) and `bias` (out,) or None, under `geometry`."""
+    """A map: its `geometry`, `weight` (out, in / groups, *taps), and `bias` (out,) or None."""
 
     geometry: Geometry
     weight: Tensor
@@ -41,26 +41,24 @@ class Kernel:
 
     @staticmethod
     def identity(geometry: Geometry, like: Tensor) -> Kernel:
-        """The map y = x with the channels and axes of a diagonal `geometry`, in the dtype and on
-        the device of `like`.
-        """
+        """The map y = x with a diagonal `geometry`, in the dtype and on the device of `like`."""
         shape = (geometry.outputs, 1) + (1,) * len(geometry.axes)
         return Kernel(geometry, torch.ones(shape, dtype=like.dtype, device=like.device))
 
     @staticmethod
     def diagonal(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Kernel:
-        """y = scale * x + shift per channel; scale and shift are (channels,)."""
+        """The map y = scale * x + shift per channel. Scale and shift are (channels,)."""
         return Kernel(geometry, scale.reshape((-1, 1) + (1,) * len(geometry.axes)), shift)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Runs the map on x (N, in, ...) or, for a linear, (..., in)."""
+        """Runs the map on x (N, in, ...), or (..., in) for a linear layer."""
         g = self.geometry
         if g.turned:
             return Kernel(g.turned_to(g.source_axis), self.weight, self.bias)(x).permute(g.turn)
         if g.channel_axis == -1:
             return F.linear(x, dense(self).flatten(1), self.bias)
         if not g.axes:
-            raise ValueError("a map without axes runs on linears only")
+            raise ValueError("a map without axes must be linear: its channel axis must be -1")
         strides, gaps = [a.stride for a in g.axes], [a.gap for a in g.axes]
         if g.transposed:
             before, extra = [a.before for a in g.axes], [a.before - a.after for a in g.axes]
@@ -76,7 +74,7 @@ class Kernel:
 
     @property
     def packed(self) -> Tensor:
-        """The weight without the zeros between its taps, as layers with a dilation hold it."""
+        """The weight without the zeros between its taps, as in layers with a dilation."""
         if all(a.gap == 1 for a in self.geometry.axes):
             return self.weight
         return self.weight[
@@ -84,9 +82,9 @@ class Kernel:
         ]
 
     def _tap_by_tap(self, x: Tensor) -> Tensor:
-        """A depthwise map as the sum it is: torch runs one convolution a channel in float64, many
-        times slower.
-        """
+        """Runs a depthwise map as a sum over its taps.
+
+        In float64 torch would run one convolution per channel, which is many times slower."""
         g = self.geometry
         y: Tensor | None = None
         for at in product(*(a.places for a in g.axes)):
@@ -101,9 +99,9 @@ class Kernel:
         return y if self.bias is None else y + self.bias.reshape((-1,) + (1,) * len(g.axes))
 
     def __add__(self, other: Kernel) -> Kernel:
-        """The map x -> self(x) + other(x). Raises Inexact where sizes, strides or padding modes
-        differ.
-        """
+        """The map x -> self(x) + other(x).
+
+        Raises Inexact if channels, sizes, strides or padding modes differ."""
         geometry = self.geometry + other.geometry
         a, b = self._embedded(geometry), other._embedded(geometry)
         if self.bias is None or other.bias is None:
@@ -120,7 +118,7 @@ class Kernel:
         )
 
     def moved(self, rows: Rows) -> Kernel:
-        """The map y[o] = self(x)[rows[o]], zeros where a row is -1."""
+        """The map y[o] = self(x)[rows[o]], and y[o] = 0 where a row is -1."""
         geometry = self.geometry.moved(rows)
         if geometry is self.geometry:
             return self
@@ -143,7 +141,7 @@ class Kernel:
 
         K'[o, i, t + s*u] = sum_{m, u} W[o, m, u] K[m, i, t],    b' = b_W + (sum_u W) b.
 
-        Raises Inexact where padding between the two makes that wrong at the border.
+        Raises Inexact if that would be wrong, as with a padding between the two.
         """
         geometry = self.geometry.then(outer.geometry)
         weight = _regroup(
@@ -163,7 +161,7 @@ class Kernel:
         return Kernel(geometry, weight, bias)
 
     def _embedded(self, geometry: Geometry) -> Tensor:
-        """The weight with the groups and taps of a geometry that holds it."""
+        """The weight with the groups and taps of a geometry that has room for it."""
         weight = _regroup(self.weight, self.geometry.groups, geometry.groups)
         pads: list[int] = []
         for mine, whole in zip(reversed(self.geometry.axes), reversed(geometry.axes), strict=True):
@@ -173,9 +171,9 @@ class Kernel:
 
 
 def _per_input(values: Tensor, g: Geometry) -> Tensor:
-    """Values (in, *taps) of a map's inputs, shaped to multiply its weight: (out, in / groups, *taps
-    or 1s).
-    """
+    """Values (in, *taps) of a map's inputs in the shape of its weight: (out, in / groups, *taps).
+
+    Without taps they have 1s in their place."""
     width = g.inputs // g.groups
     rows = values.reshape(g.groups, 1, width, *values.shape[1:])
     rows = rows.expand(g.groups, g.outputs // g.groups, width, *values.shape[1:])
@@ -188,14 +186,14 @@ def _over_inputs(weight: Tensor) -> Tensor:
 
 
 def dense(kernel: Kernel) -> Tensor:
-    """The weight (out, in, *taps) without groups, zeros where those read nothing."""
+    """The weight (out, in, *taps) without groups, with zeros for channels of other groups."""
     return _regroup(kernel.weight, kernel.geometry.groups, 1)
 
 
 def swapped(weight: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, *taps) as the (in, out / groups, *taps) that transposed convolutions take,
-    and back.
-    """
+    """A weight (out, in / groups, *taps) as (in, out / groups, *taps), or back.
+
+    Transposed convolutions of torch use the second form."""
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return blocks.transpose(1, 2).flatten(0, 1)
 
@@ -210,13 +208,13 @@ def _taken(rows: Tensor, index: Rows) -> Tensor:
 
 
 def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
-    """The weight (out, in / wanted, *taps) of the one of (out, in / groups, *taps): blocks of zeros
-    put in or left out.
-    """
+    """A weight (out, in / groups, *taps) as (out, in / wanted, *taps).
+
+    Blocks of zeros are added or dropped."""
     if groups == wanted:
         return weight
     taps, inner = weight.shape[2:], weight.shape[1]
-    if wanted % groups == 0:  # finer: what stands off the diagonal is zero by structure
+    if wanted % groups == 0:  # more groups: the blocks off the diagonal are known to be zero
         blocks = wanted // groups
         spread = weight.reshape(
             (groups, blocks, weight.shape[0] // wanted, blocks, inner // blocks, *taps)
@@ -236,11 +234,11 @@ def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
 
 
 def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
-    """Sum over middle channels and outer taps, each tap of `outer` shifting `inner` by its position
-    times the stride. In gcd(inner groups, outer groups) groups.
+    """The weight of `outer(inner(x))`, in gcd(inner groups, outer groups) groups.
 
-    Where either map keeps its channels apart (depthwise, batch norm, identity) the sum over
-    channels is one product."""
+    It is a sum over the channels in the middle and the taps of `outer`. Each tap shifts `inner` by
+    its position times the stride. If one of the maps does not mix channels (depthwise, batch norm,
+    identity), the sum over channels is a single product."""
     a, b = inner.geometry, outer.geometry
     groups = gcd(a.groups, b.groups)
     if _is_depthwise(b):

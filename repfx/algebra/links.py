@@ -1,10 +1,9 @@
-"""Links: which inputs each output of a map may read, where that is not the plain blocks of a
-grouped convolution.
+"""Links: which inputs each output of a map may read, if these are not the blocks of plain groups.
 
-Inputs and outputs carry labels; an output reads only inputs of its own label. Slices,
-concatenations and shuffles of channels make such maps on the way from one convolution to the next:
+Inputs and outputs have labels, and an output reads only inputs with its own label. Slices,
+concatenations and shuffles of channels between two convolutions make such maps:
 
-    labels of depthwise:     inputs 0 1 2 3    outputs 0 1 2 3
+    a depthwise map:         inputs 0 1 2 3    outputs 0 1 2 3
     its second half:         inputs 0 1 2 3    outputs 2 3
 """
 
@@ -14,14 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
-Rows = tuple[
-    int, ...
-]  # for each output channel the channel it is taken from, -1 for a channel of zeros
+# For each output channel, the channel it is taken from, or -1 for a channel of zeros.
+Rows = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Links:
-    """`inputs` and `outputs`: one label a channel, numbered by first appearance."""
+    """One label per channel of the `inputs` and `outputs`, numbered by first appearance."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -36,7 +34,7 @@ class Links:
 
     @property
     def groups(self) -> int:
-        """The most groups of a convolution that holds these links.
+        """The largest number of groups of a convolution that has room for these links.
 
         >>> Links((0, 1, 2, 3), (2, 3)).groups, Links((0, 1, 2, 3), (1, 0, 3, 2)).groups
         (1, 2)
@@ -53,7 +51,7 @@ class Links:
         return 1
 
     def then(self, outer: Links) -> Links:
-        """The links of `outer(self(x))`: labels that meet in the middle are one."""
+        """The links of `outer(self(x))`. Labels that meet in the middle become one."""
         same = _joined(zip(self.outputs, outer.inputs, strict=True))
         return _numbered([same((0, v)) for v in self.inputs], [same((1, v)) for v in outer.outputs])
 
@@ -67,7 +65,7 @@ class Links:
         return _numbered([same((0, v)) for v in self.inputs], [same((0, v)) for v in self.outputs])
 
     def moved(self, rows: Rows) -> Links:
-        """The links with output channels taken from `rows`."""
+        """The links whose output channels are those of `rows`."""
         labels = [
             ("none", at) if row < 0 else ("row", self.outputs[row]) for at, row in enumerate(rows)
         ]
@@ -75,9 +73,9 @@ class Links:
 
 
 def _joined(pairs: object) -> Callable[[tuple[int, int]], tuple[int, int]]:
-    """Union-find over labels (side, label): what each stands for once the pairs of (left, right)
-    are one.
-    """
+    """Joins the labels of each pair (left, right) into one, by union-find.
+
+    Returns a function from (side, label) to the label that stands for all joined with it."""
     parent: dict[tuple[int, int], tuple[int, int]] = {}
 
     def root(v: tuple[int, int]) -> tuple[int, int]:

@@ -1,19 +1,20 @@
-"""KernelNorm: a batch norm seen from its kernel. Its input is u = K x + b, so its statistics follow
-from K and x:
+"""KernelNorm: a batch norm computed from the kernel in front of it.
+
+Its input is u = K x + b, so its statistics follow from K and x:
 
     B[u] = scale * u + shift,    scale = gamma / sqrt(var + eps),    shift = beta - mean * scale
 
-and a map followed by it is the map (scale * K, scale * b + shift) without u being computed, but for
-what a mode needs:
+A map followed by it is the map (scale * K, scale * b + shift). So u is computed only if the mode
+needs it:
 
-    running          mean from E[x] (exact, differentiable); var: the moving average, detached
-    batch            mean and biased variance of u, with their gradients: nn.BatchNorm2d itself
-    estimate         mean = sum K E, var = sum K^2 V; E and V of the padded input, a tap at a time
+    running          mean from E[x], exact and differentiable; var: the moving average, detached
+    batch            mean and biased variance of u with their gradients, as in nn.BatchNorm2d
+    estimate         mean = sum K E, var = sum K^2 V; E and V of the padded input, tap by tap
     estimate_paper   mean = E[x] sum K, var = V[x] sum K^2
-    sampled          mean as running; variance of u on a part of the batch, with its gradient
+    sampled          mean as in `running`; variance of u on a part of the batch, with its gradient
     frozen           the moving averages
 
-Eval mode uses the moving averages whatever the mode.
+In eval mode the moving averages are used, whatever the mode.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ Seen = tuple[Tensor, Tensor | None, Tensor | None]  # x and its moments
 
 
 class Moments(nn.Module):
-    """x, and in training its mean over the batch and that of its square where `second`, each (1,
-    channels, ...): what every KernelNorm that reads x needs of it, computed once. `whole`: each
-    will run its kernel on all of x, which is then laid out with channels last, where convolutions
-    on a CPU take two thirds of the time."""
+    """Computes once what the KernelNorms that read x need: x -> (x, mean of x, mean of x^2).
+
+    The means are over the batch, (1, channels, ...). The first is None unless `first`, the second
+    unless `second`, and both are None in eval mode. `whole`: every KernelNorm runs its kernel on
+    all of x. Then x is laid out with channels last, and convolutions on a CPU take a third less
+    time."""
 
     is_graph_leaf = True
 
@@ -55,13 +58,13 @@ class Moments(nn.Module):
 
 
 class KernelNorm(nn.Module):
-    """Takes the place and all that hangs on a batch norm, parameters, buffers and children: (x, K,
-    b) -> (scale, shift), each (channels,).
+    """Replaces a batch norm: (x, K, b) -> (scale, shift), each (channels,).
 
-    x comes with its moments. `geometry` is that of K, `mode` one of MODES; "sampled" reads every
-    `sample`-th of a batch. `exact`: K has taps that are not learned, a mean or a filter for edges.
-    What neighbours have in common is then all that counts, and the estimates, which leave it out,
-    are off by factors: they take the variance of u instead."""
+    It takes over the parameters, buffers and children of the norm. x comes with its moments.
+    `geometry` is that of K, and `mode` is one of MODES. "sampled" reads every `sample`-th image of
+    a batch. `exact`: K has fixed taps, such as an average or an edge filter. Their output depends
+    on the correlation of neighbouring pixels, which the estimates ignore, so these would be off by
+    large factors. They use the variance of u instead."""
 
     is_graph_leaf = True
     weight: Tensor | None
@@ -109,18 +112,14 @@ class KernelNorm(nn.Module):
             self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
             self.running_var.lerp_(unbiased.detach().to(self.running_var), share)
         if self.mode == "running":
-            return (
-                mean,
-                self.running_var.clone(),
-            )  # the next step moves it; backward must not see that
+            # A clone, because the next step changes the buffer before backward may have read it.
+            return mean, self.running_var.clone()
         return mean, var
 
     def measure(
         self, seen: Seen, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the mode says of this batch, each (channels,): mean, variance, and the variance that
-        is kept.
-        """
+        """Mean, variance, and variance for the moving average, of this batch: each (channels,)."""
         x, first, second = seen
         if self.mode == "batch":
             u = Kernel(self.geometry, weight, bias)(x)
@@ -129,9 +128,8 @@ class KernelNorm(nn.Module):
         assert first is not None
         paper = self.mode == "estimate_paper"
         taps = self._taps(first, paper)
-        level = (
-            (weight * self._per_weight(taps)).flatten(1).sum(1)
-        )  # the mean of u without its constant
+        # The mean of u without its bias.
+        level = (weight * self._per_weight(taps)).flatten(1).sum(1)
         mean = level if bias is None else level + bias
         if self.mode in ("estimate", "estimate_paper") and not self.exact:
             assert second is not None
@@ -149,9 +147,9 @@ class KernelNorm(nn.Module):
     def _variance(
         self, x: Tensor, weight: Tensor, level: Tensor, taps: Tensor
     ) -> tuple[Tensor, int]:
-        """Of u on x about its known mean, and over how many values. Where K is a scale by channel,
-        x itself is read.
-        """
+        """The variance of u on x around its known mean, and the number of values per channel.
+
+        If K is one scale per channel, the variance of x itself is scaled."""
         if self.geometry.is_diagonal:
             mean = taps.flatten()
             u = x - (
@@ -167,8 +165,10 @@ class KernelNorm(nn.Module):
         return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
     def _taps(self, x: Tensor, everywhere: bool) -> Tensor:
-        """The mean under each tap of the padded x, a mean over the batch (1, in, ...), over the
-        output positions: (in, *taps), 1s where `everywhere`."""
+        """The mean of what each tap reads, over the output positions: (in, *taps).
+
+        x is a mean over the batch (1, in, ...). With `everywhere` it is the mean of all of x,
+        without padding, and the taps are 1s."""
         g = self.geometry
         if g.channel_axis == -1:
             return x.flatten(0, -2).mean(0).reshape(-1, *(1,) * len(g.axes))

@@ -1,5 +1,4 @@
-"""pad_with: a padding with one constant a channel, which commutes with a map whose constant it
-is."""
+"""pad_with: a padding with one constant per channel, such as the bias of the map before it."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 
 def pad_with(x: Tensor, sides: Sequence[int], value: Tensor) -> Tensor:
-    """x (N, C, ...) with `sides` (as F.pad counts them) of `value` (1, C, 1, ...) around it.
+    """Pads x (N, C, ...) with `value` (1, C, 1, ...). `sides` are in the order of F.pad.
 
     >>> pad_with(torch.zeros(1, 2, 1), [1, 0], torch.tensor([[[3.0], [4.0]]]))
     tensor([[[3., 0.],

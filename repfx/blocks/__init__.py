@@ -1,11 +1,14 @@
-"""Trainable re-parameterizable blocks: drop-ins for nn.Conv2d that equal one in eval mode.
+"""Trainable re-parameterizable blocks: replacements for nn.Conv2d that merge into one.
 
-Each takes the arguments of nn.Conv2d and is affine, without an activation: it equals ONE
-convolution of exactly that kernel size, stride, zero padding, dilation and groups, with a bias, at
-every input size. Two class attributes name parameters: `kernel`, (out, in / groups, kh, kw), and
-`shift`, (out,); the merged convolution is `scale[o] * kernel + rest` and `scale'[o] * shift +
-rest'`, no scale zero, and its weight does not depend on `shift`. In the equations, Ck is a k x k
-convolution, B a batch norm, dw depthwise."""
+Each block takes the arguments of nn.Conv2d and is affine, without an activation. In eval mode it
+equals ONE convolution with exactly that kernel size, stride, zero padding, dilation and groups, and
+with a bias, at every input size.
+
+Two class attributes of a block name parameters: `kernel`, (out, in / groups, kh, kw), and `shift`,
+(out,). The merged convolution has the weight `scale[o] * kernel + rest` and the bias
+`scale'[o] * shift + rest'`. No scale is zero, and the weight does not depend on `shift`.
+
+In the equations, Ck is a k x k convolution, B a batch norm, and dw means depthwise."""
 
 from torch import nn
 

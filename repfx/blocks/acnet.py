@@ -1,4 +1,4 @@
-"""ACNet (Ding et al., 2019): a square kernel with a column and a row through its centre.
+"""ACNet (Ding et al., 2019): a square kernel, plus a column and a row through its centre.
 
 y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x]
 """
@@ -13,9 +13,9 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class ACNet(Block):
-    """y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x]: (N, in, H, W) -> (N, out, H', W') as
-    nn.Conv2d.
-    """
+    """y = B[C(kh,kw) x] + B[C(kh,1) x] + B[C(1,kw) x].
+
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"

@@ -2,9 +2,10 @@
 
     y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]
 
-A is the k x k average, C1 + I a 1x1 kernel that starts as the identity. P pads with what its batch
-norm B[u] = a u + c makes of a zero, the shift c = beta - mean a. Only so is the sequence one
-convolution at the borders, too: it equals B[C1 .] of the zero padded input."""
+A is the k x k average, and C1 + I a 1x1 kernel that starts as the identity. The batch norm before P
+is B[u] = a u + c, and P pads with its value for a zero, the shift c = beta - mean a. Only then is
+the sequence one convolution at the borders too, because it equals B[C1 .] of the zero-padded
+input."""
 
 from __future__ import annotations
 
@@ -18,20 +19,19 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 def shift_of(norm: nn.BatchNorm2d) -> Tensor:
-    """beta - mean gamma / sqrt(var + eps), what the norm makes of a zero in eval mode:
-    (channels,)."""
+    """beta - mean gamma / sqrt(var + eps), the output for a zero in eval mode: (channels,)."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
-    # Divided first, so that backward does not need the statistics, which the next forward in
-    # training changes in place.
+    # The division comes first, so that backward does not need the statistics. The next forward in
+    # training mode changes these in place.
     return norm.bias - norm.weight * (mean / torch.sqrt(var + norm.eps))
 
 
 class PointNorm(nn.Module):
-    """P(B[W x]), W 1x1 or, with `identity`, W + I: (N, in, H, W) -> (N, width, H + 2 ph, W + 2 pw),
-    padded with the shift.
+    """P(B[W x]) with a 1x1 kernel W, or W + I with `identity`.
 
-    The shift is that of the running statistics, in training as well.
+    (N, in, H, W) -> (N, width, H + 2 ph, W + 2 pw), padded with the shift. The shift follows from
+    the running statistics, also in training.
     """
 
     eye: Tensor | None
@@ -60,17 +60,17 @@ class PointNorm(nn.Module):
 
 
 class Average(nn.Module):
-    """The mean under the frame's kernel, channel by channel: (N, out, H, W) -> (N, out, H', W'),
-    without padding.
-    """
+    """The average over the frame's kernel in each channel, without padding.
+
+    (N, out, H, W) -> (N, out, H', W')."""
 
     ones: Tensor
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame, self.taps = frame, frame.kernel[0] * frame.kernel[1]
-        # A convolution, since pooling has no dilation; with ones, since 1/9 is exact in no
-        # precision.
+        # A convolution, because average pools have no dilation. Its weights are ones, because 1/9
+        # is not exact in any precision.
         self.register_buffer("ones", torch.ones(frame.outputs, 1, *frame.kernel), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,13 +81,18 @@ class Average(nn.Module):
 
 
 class DBB(Block):
-    """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])]: (N, in, H, W) -> (N, out,
-    H', W') as nn.Conv2d.
+    """y = B[Ck x] + B[C1 x] + B[A P(B[C1 x])] + B[Ck P(B[(C1 + I) x])].
 
-    `internal` is the width between the 1x1 and the k x k of the last branch: in_channels if not
-    given, 2 in_channels for a depthwise block. There is no + I where it differs from in_channels. A
-    depthwise 1x1 is a mere scale, so a depthwise block has none: y = B[Ck x] + B[A P0 x] + B[Ck
-    P(B[C1 x])], P0 with zeros. Raises ValueError where groups do not divide `internal`."""
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. `internal` is the number
+    of channels between the 1x1 and the k x k of the last branch. By default it is in_channels, or
+    2 in_channels for a depthwise block. The + I is left out if it differs from in_channels.
+
+    A depthwise 1x1 is only a scale, so a depthwise block has one in the last branch only. With P0,
+    which pads with zeros, it is
+
+        y = B[Ck x] + B[A P0 x] + B[Ck P(B[C1 x])]
+
+    Raises ValueError if groups does not divide `internal`."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"

@@ -1,14 +1,13 @@
-"""ECB, edge-oriented convolution block (Zhang et al., 2021): learned kernels beside fixed edge
-filters, no batch norm.
+"""ECB, edge-oriented convolution block (Zhang et al., 2021): learned kernels and edge filters.
 
     y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x)
 
     E_i = Sobel rows, Sobel columns, Laplacian
 
-P pads with the bias of the 1x1 before it, which is what that 1x1 makes of a zero: P(C1 x) = C1
-P0(x), P0 with zeros. So the block pads its input once, and no branch pads. The taps of an edge
-filter add up to zero: a bias before it, so padded, has no effect and no gradient, and C1_i has
-none."""
+There is no batch norm. P pads with the bias of the 1x1 before it, which is the output of that 1x1
+for a zero: P(C1 x) = C1 P0(x), where P0 pads with zeros. So the block pads its input once, and no
+branch pads. The taps of an edge filter add up to zero. With this padding, a bias in front of it
+would have no effect and no gradient, so C1_i has none."""
 
 from __future__ import annotations
 
@@ -28,9 +27,9 @@ EDGES = {
 
 
 class Edge(nn.Module):
-    """(s E) dw (C1 x) + b, E a fixed 3x3 filter, s and b one number a channel: (N, in, H, W) -> (N,
-    out, H', W').
-    """
+    """(s E) dw (C1 x) + b, with a fixed 3x3 filter E, and one s and b per channel.
+
+    (N, in, H, W) -> (N, out, H', W')."""
 
     edge: Tensor
 
@@ -50,12 +49,12 @@ class Edge(nn.Module):
 
 
 class ECB(Block):
-    """y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x): (N, in, H, W) -> (N,
-    out, H', W') as nn.Conv2d.
+    """y = C3 x + C3' P(C1 x) + sum_i [(s_i E_i) dw P(C1_i x) + b_i] (+ x).
 
-    Every convolution but C1_i has a bias; `expand * out_channels` channels stand between C1 and
-    C3'. With `identity`, x is added where in == out, stride is 1 and sizes are kept. Raises
-    ValueError where the kernel is not 3x3 or expand is below 1."""
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. Every convolution except
+    C1_i has a bias. There are `expand * out_channels` channels between C1 and C3'. With `identity`,
+    x is added if in == out, the stride is 1 and sizes are kept. Raises ValueError if the kernel is
+    not 3x3 or expand is below 1."""
 
     kernel: ClassVar[str] = "main.weight"
     shift: ClassVar[str] = "main.bias"

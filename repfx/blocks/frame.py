@@ -1,13 +1,12 @@
-"""The place of a branch: a small kernel sits on the centre taps of the one convolution that the
-block must equal.
+"""Frame: where a branch with a small kernel sits in the convolution that the whole block equals.
 
-A k-tap convolution reads x[s n + d t - p], t < k. A branch of m taps, r of those steps apart, spans
-e = r (m - 1) + 1 of the k taps; centred, it skips o = (k - e) // 2 of them on the left and k - e -
-o on the right, so that its own padding is
+A convolution with k taps reads x[s n + d t - p], t < k. A branch with m taps that are r of these
+steps apart spans e = r (m - 1) + 1 of the k taps. At the centre, it skips o = (k - e) // 2 taps on
+the left and k - e - o on the right, so its own padding is
 
     left = p - d o,    right = p - d (k - e - o)        (negative: a crop)
 
-and its output has the size of the whole block's for every input size.
+and its output has the size of the block's output, for every input size.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pair = tuple[int, int]  # one for the rows, one for the columns
+Pair = tuple[int, int]  # (rows, columns)
 Size = int | Pair
 
 
 def pair(name: str, value: Size, least: int = 1) -> Pair:
-    """The value for both axes. Raises ValueError where it is no int or pair of ints, or is below
-    `least`.
-    """
+    """The value for both axes.
+
+    Raises ValueError unless it is an int or a pair of ints, and at least `least`."""
     given = (value, value) if isinstance(value, int) else value
     if (
         not isinstance(given, (tuple, list))
@@ -40,8 +39,7 @@ def pair(name: str, value: Size, least: int = 1) -> Pair:
 
 @dataclass(frozen=True)
 class Frame:
-    """The arguments of nn.Conv2d that a block was given; sizes in taps and pixels, (rows,
-    columns)."""
+    """The arguments of nn.Conv2d for a block. Sizes are (rows, columns), in taps or pixels."""
 
     inputs: int
     outputs: int
@@ -61,9 +59,9 @@ class Frame:
         dilation: Size = 1,
         groups: int = 1,
     ) -> Frame:
-        """Checks them. Raises ValueError where one is out of range or groups do not divide the
-        channels.
-        """
+        """Checks the arguments.
+
+        Raises ValueError if one is out of range, or if groups does not divide the channels."""
         if min(inputs, outputs, groups) < 1 or inputs % groups or outputs % groups:
             raise ValueError(
                 f"groups={groups} must divide in_channels={inputs} and out_channels={outputs}"
@@ -82,21 +80,21 @@ class Frame:
 
     @property
     def holds_identity(self) -> bool:
-        """Whether y = x is one of the convolutions of this shape, at every input size."""
+        """Whether a convolution of this shape can be y = x, at every input size."""
         axes = zip(self.kernel, self.padding, self.dilation, strict=True)
         same = all(k % 2 == 1 and 2 * p == d * (k - 1) for k, p, d in axes)
         return same and self.inputs == self.outputs and self.stride == (1, 1)
 
     @property
     def border(self) -> tuple[int, int, int, int]:
-        """The padding as F.pad takes it."""
+        """The padding in the order of F.pad."""
         rows, columns = self.padding
         return columns, columns, rows, rows
 
     def margins(self, span: Pair) -> list[Pair]:
-        """Zeros around the input of a branch that spans so many taps: (top, bottom), (left, right).
+        """The zeros around the input of a branch that spans `span` taps.
 
-        Raises ValueError where the span exceeds the kernel.
+        They are (top, bottom), (left, right). Raises ValueError if the span exceeds the kernel.
         """
         if span[0] > self.kernel[0] or span[1] > self.kernel[1]:
             raise ValueError(f"a branch spans {span} taps, more than the kernel's {self.kernel}")
@@ -108,10 +106,10 @@ class Frame:
 
 
 class Block(nn.Module):
-    """Base of every block: nn.Conv2d's arguments, and options of its own, which its `build` names.
+    """Base class of the blocks. It takes the arguments of nn.Conv2d, and those of its `build`.
 
-    `kernel` and `shift` are the parameters that the merged convolution follows, as repfx.blocks
-    says. Raises ValueError where the block has no form for the arguments."""
+    `kernel` and `shift` name two parameters, as described in repfx.blocks. Raises ValueError if the
+    block cannot be built with the arguments."""
 
     kernel: ClassVar[str]
     shift: ClassVar[str]
@@ -134,17 +132,17 @@ class Block(nn.Module):
         )
 
     def build(self, frame: Frame) -> None:
-        """Makes the layers."""
+        """Creates the layers."""
         raise NotImplementedError
 
 
 class ConvNorm(nn.Module):
-    """B[C x]: a convolution without bias at the centre of a frame, then its batch norm: (N, in, H,
-    W) -> (N, out, H', W').
+    """B[C x]: a convolution without bias at the centre of a frame, then a batch norm.
 
-    `kernel` is its own size (the frame's if not given), `spread` the distance between its taps in
-    taps of the frame. The convolution pads what it can; a crop, and padding of which one side has
-    more, go before it. Raises ValueError where the branch spans more taps than the frame has."""
+    (N, in, H, W) -> (N, out, H', W'). `kernel` is the kernel size, by default that of the frame.
+    `spread` is the distance between its taps, in taps of the frame. The convolution pads as much as
+    it can. Crops, and padding that differs between two sides, come before it. Raises ValueError if
+    the branch spans more taps than the frame has."""
 
     def __init__(
         self, frame: Frame, kernel: Size | None = None, spread: Size = 1, norm: bool = True

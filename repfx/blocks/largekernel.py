@@ -1,9 +1,9 @@
-"""Large kernels beside small ones: RepLKNet (Ding et al., 2022) and, with dilated ones, UniRepLKNet
-(Ding et al., 2024).
+"""A large kernel and small ones: RepLKNet (Ding et al., 2022), UniRepLKNet (Ding et al., 2024).
 
     y = B[CK x] + sum_i B[C(k_i, dilation r_i) x],    r_i (k_i - 1) + 1 <= K
 
-A kernel with dilation r is a larger one with r - 1 zeros between its taps.
+In UniRepLKNet the small kernels are dilated. A kernel with dilation r is a larger kernel with r - 1
+zeros between its taps.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ SMALL = {
 
 
 def small_kernels(size: int) -> tuple[tuple[int, int], ...]:
-    """UniRepLKNet's (kernel, dilation) pairs for the largest K that is not above size; below its
-    smallest, one 1x1.
-    """
+    """The (kernel, dilation) pairs of UniRepLKNet for the largest K in its table up to `size`.
+
+    Below the smallest K it is one 1x1 kernel."""
     return SMALL[max(k for k in SMALL if k <= size)] if size >= min(SMALL) else ((1, 1),)
 
 
 class LargeKernel(Block):
-    """y = B[CK x] + sum_i B[C(k_i, dilation r_i) x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d
-    of these arguments.
+    """y = B[CK x] + sum_i B[C(k_i, dilation r_i) x].
 
-    `small` lists the (k_i, r_i), an int or a pair each, r_i in taps of the large kernel:
-    UniRepLKNet's for the kernel's shorter side if not given; RepLKNet's is ((5, 1),). `outer` puts
-    a batch norm around the sum. Raises ValueError where a small kernel spans more taps than the
-    large one has."""
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. `small` lists the
+    (k_i, r_i), each an int or a pair, with r_i in taps of the large kernel. By default it is that
+    of UniRepLKNet for the shorter side of the kernel; RepLKNet has ((5, 1),). `outer` adds a batch
+    norm after the sum. Raises ValueError if a small kernel spans more taps than the large one has.
+    """
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"

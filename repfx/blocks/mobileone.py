@@ -1,9 +1,10 @@
 """MobileOne (Vasu et al., 2023) and FastViT's RepMixer (Vasu et al., 2023).
 
     MobileOne:  y = sum_{i < n} B[Ck_i x] + B[C1 x] + B[x]
-    RepMixer:   y = x + l (M(x) - B[x]),    M a depthwise MobileOne, l a scale a channel
+    RepMixer:   y = x + l (M(x) - B[x]),    M a depthwise MobileOne, l a scale per channel
 
-MobileOne's 1x1 stands where k > 1, its identity where in == out, stride is 1 and sizes are kept.
+MobileOne has the 1x1 branch if k > 1, and the identity branch if in == out, the stride is 1 and
+sizes are kept.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class MobileOne(Block):
-    """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as
-    nn.Conv2d of these arguments.
+    """y = sum_{i < branches} B[Ck_i x] + B[C1 x] + B[x].
 
-    Raises ValueError where branches is below 1.
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. Raises ValueError if
+    `branches` is below 1.
     """
 
     kernel: ClassVar[str] = "main.conv.weight"
@@ -45,9 +46,9 @@ class MobileOne(Block):
 class RepMixer(Block):
     """y = x + l (M(x) - B[x]), M a depthwise MobileOne: (N, C, H, W) -> (N, C, H, W).
 
-    `branches` are M's. `layer_scale` is where l starts: 1, so that a trained convolution fits; the
-    paper has 1e-5, at which the block is almost the identity. Raises ValueError where the
-    convolution is not depthwise, or does not keep sizes."""
+    `branches` is that of M. `layer_scale` is the initial value of l. The default is 1, so that the
+    block can take over a trained convolution. The paper has 1e-5, with which the block is almost
+    the identity. Raises ValueError if the convolution is not depthwise or does not keep sizes."""
 
     kernel: ClassVar[str] = "mixer.main.conv.weight"
     shift: ClassVar[str] = "mixer.main.norm.bias"

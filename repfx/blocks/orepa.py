@@ -1,7 +1,6 @@
-"""OREPA (Hu et al., 2022): the branches are added as kernels, so that training runs one
-convolution, too.
+"""OREPA (Hu et al., 2022): branches are added as kernels, so training runs one convolution too.
 
-    y = B[ W * x ],    W = sum_i s_i W_i,  s_i a scale per channel for branch i's batch norm
+    y = B[ W * x ],    W = sum_i s_i W_i,    s_i a scale per channel, in place of a batch norm
 
     W_i:  K                        k x k
           A M                      1x1, then the k x k average
@@ -26,7 +25,7 @@ from repfx.blocks.frame import Block, Frame, Pair
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
-    """A kernel drawn as nn.Conv2d draws its own."""
+    """A random kernel, initialised as in nn.Conv2d."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -34,8 +33,8 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
 def cosines(channels: int, kernel: Pair) -> Tensor:
     """D[o, 0, h, w] = cos(pi u (h + 1/2) / kh) cos(pi v (w + 1/2) / kw): (channels, 1, kh, kw).
 
-    (u, v) goes through the frequencies of a kh x kw patch in turn, without (0, 0), which is the
-    average."""
+    From channel to channel, (u, v) goes through the frequencies of a kh x kw patch, except (0, 0),
+    which is the average."""
     (rows, columns), channel = kernel, torch.arange(channels)
     frequency = 1 + channel % (rows * columns - 1)
 
@@ -48,11 +47,11 @@ def cosines(channels: int, kernel: Pair) -> Tensor:
 
 
 class OREPA(Block):
-    """y = B[W * x], W = sum_i s_i W_i: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these
-    arguments.
+    """y = B[W * x], W = sum_i s_i W_i.
 
-    W is (out, in / groups, kh, kw); with kernel_size 1 it has the two 1x1 branches only. An input
-    channel has `expand` depthwise kernels. Raises ValueError where expand is below 1."""
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. W is (out, in / groups,
+    kh, kw); with kernel_size 1 it has two 1x1 branches only. Each input channel has `expand`
+    depthwise kernels. Raises ValueError if `expand` is below 1."""
 
     kernel: ClassVar[str] = "full"
     shift: ClassVar[str] = "norm.bias"
@@ -69,7 +68,7 @@ class OREPA(Block):
             frame.kernel,
         )
         taps = rows * columns
-        # Kernels that are composed carry the group as an axis of its own.
+        # Kernels that are composed have a separate axis for the groups.
         self.full = uniform((frame.outputs, ins, rows, columns), ins * taps)
         self.deep = uniform((frame.groups, outs, ins, rows, columns), ins * taps)
         self.deep_point = nn.Parameter(torch.zeros(frame.groups, ins, ins))

@@ -3,9 +3,9 @@
     RepVGG:        y = B[Ck x] + B[C1 x] + B[x]
     QARepVGG (S4): y = B[ B[Ck x] + C1 x + x ]
 
-Adding the branches after a batch norm each lets their variances diverge, which costs the merged
-kernel its precision in 8 bits; QARepVGG norms fewer of them, and the sum. The identity stands where
-in == out, stride is 1 and sizes are kept."""
+If each branch has its own batch norm, their variances can drift apart, and the merged kernel loses
+precision in 8 bits. QARepVGG has batch norms on fewer branches, and one on the sum. The identity
+branch exists if in == out, the stride is 1 and sizes are kept."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from repfx.blocks.frame import Block, ConvNorm, Frame
 
 
 class RepVGG(Block):
-    """y = B[Ck x] + B[C1 x] + B[x]: (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of these
-    arguments.
-    """
+    """y = B[Ck x] + B[C1 x] + B[x].
+
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments."""
 
     kernel: ClassVar[str] = "main.conv.weight"
     shift: ClassVar[str] = "main.norm.bias"
@@ -34,7 +34,7 @@ class RepVGG(Block):
 
 
 class Norms(NamedTuple):
-    """Where a variant has batch norms: on each branch, and after the sum."""
+    """Where a variant has batch norms: on the branches, and (`post`) after the sum."""
 
     main: bool
     point: bool
@@ -56,18 +56,17 @@ VARIANTS = {
 
 
 class QARepVGG(Block):
-    """y = B[B[Ck x] + C1 x + x] (variant S4): (N, in, H, W) -> (N, out, H', W') as nn.Conv2d of
-    these arguments.
+    """y = B[B[Ck x] + C1 x + x] (variant S4).
 
-    `variant` names a row of the paper's ablation; S0, Eq6 and S1 have one structure and differ in
-    their weight decay:
+    (N, in, H, W) -> (N, out, H', W'), as nn.Conv2d with these arguments. `variant` names a row of
+    the paper's ablation. S0, Eq6 and S1 have the same structure and differ in their weight decay:
 
-        S0, Eq6, S1   B[Ck x] + B[C1 x] + B[x]          all BN + post  B[B[Ck x] + B[C1 x] + B[x]]
-        S2            B[Ck x] + B[C1 x] + x             no BN + post         B[Ck x + C1 x + x]
+        S0, Eq6, S1   B[Ck x] + B[C1 x] + B[x]    all BN + post        B[B[Ck x] + B[C1 x] + B[x]]
+        S2            B[Ck x] + B[C1 x] + x       no BN + post         B[Ck x + C1 x + x]
         S3            B[Ck x] + C1 x + x          BN excl. Id + post   B[B[Ck x] + B[C1 x] + x]
         S4            B[B[Ck x] + C1 x + x]
 
-    Raises ValueError where the variant is none of these.
+    Raises ValueError for any other variant.
     """
 
     kernel: ClassVar[str] = "main.conv.weight"
@@ -77,8 +76,8 @@ class QARepVGG(Block):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose one of: {', '.join(VARIANTS)}")
         norms = VARIANTS[variant]
-        # `norm` is the last one after the main branch: of the sum, or, where there is no post norm,
-        # of that branch alone.
+        # `norm` is the last batch norm that the main branch goes through: that of the sum, or, if
+        # there is no post norm, that of the branch itself.
         self.post = norms.post
         self.main = ConvNorm(frame, norm=norms.main and norms.post)
         self.point = ConvNorm(frame, 1, norm=norms.point)

@@ -1,1 +1,1 @@
-"""Capture: any model becomes a private copy whose traceable parts are graphs."""
+"""Capture: makes a private copy of a model and traces the parts that can be traced."""

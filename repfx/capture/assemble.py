@@ -1,5 +1,4 @@
-"""A traced graph and the module it came from, put together as a GraphModule that has lost no
-name."""
+"""Builds a GraphModule from a traced graph and its module, and keeps every name."""
 
 from __future__ import annotations
 
@@ -12,9 +11,7 @@ from repfx.graph.modes import Mode, TrainOnly
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphModule:
-    """A GraphModule over the whole module tree of `root`, so that every key of its state_dict
-    survives.
-    """
+    """A GraphModule over the whole module tree of `root`. It keeps every key of the state_dict."""
     made: dict[int, nn.Module] = {}
     for path in tracer.plain_norms:
         module = root.get_submodule(path)
@@ -34,9 +31,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         result.__dict__[name] = plain_tree.__dict__[name]
     for name, value in root.__dict__.items():
-        if isinstance(
-            value, Tensor
-        ):  # a constant that the tracer stowed away, or a tensor kept as a plain attribute
+        # A constant that the tracer stored, or a tensor that was a plain attribute.
+        if isinstance(value, Tensor):
             result.__dict__[name] = value
     result.training = root.training
     result.graph = graph
@@ -44,12 +40,11 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
 
 
 def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Module]) -> nn.Module:
-    """The module tree with what the graph does not call reduced to plain holders of names."""
+    """The module tree, with modules that the graph does not call replaced by plain holders."""
     if id(module) in memo:
         return memo[id(module)]
-    read_only = (
-        type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-    )  # a layer nobody calls
+    # A layer that is not called; only its tensors may be read.
+    read_only = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
     if path in called or (is_leaf(module) and not read_only):
         memo[id(module)] = module
         return module

@@ -1,10 +1,9 @@
-"""The graphs that spell a padding with a constant by writing the border of a zero padding, named as
-what they are.
+"""Replaces a zero padding whose border is then overwritten with a constant by `pad_with`.
 
     y = F.pad(x, [p] * 4);  y[:, :, :p] = v; y[:, :, -p:] = v; ...  ->  y = pad_with(x, [p] * 4, v)
 
-Which spellings mean it is not decided by their indices: they are run, on random values of several
-sizes."""
+The indices are not analysed. The operators are run on random values of several sizes, and the
+results are compared."""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ _SPREADS = Trait.RESHAPES | Trait.SPREADS
 
 
 def _writes_part(node: fx.Node) -> bool:
-    """Whether it stores into a part of its first argument, or is such a part."""
+    """Whether the node writes into a part of its first argument, or returns such a part."""
     return Trait.STORES in kind_of(node).traits or kind_of(node).name == "slice"
 
 
 def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
-    """Replaces each zero padding whose border is then filled with one constant by `pad_with`, and
-    says if there was one.
-    """
+    """Replaces each zero padding whose border is then filled with one constant by `pad_with`.
+
+    Returns whether there was one."""
     changed = False
     for node in list(graph.nodes):
         if (
@@ -49,9 +48,9 @@ def name_border_writes(graph: fx.Graph, view: GraphView) -> bool:
 
 @dataclass
 class _Border:
-    """A padding `pad`, the operators that write its border, `end`, which holds the result, and the
-    constant written.
-    """
+    """A padding, the operators that write its border, and the constant `value` that they write.
+
+    `end` holds the result."""
 
     pad: fx.Node
     sides: list[int]
@@ -63,7 +62,7 @@ class _Border:
 
     @staticmethod
     def of(pad: fx.Node, view: GraphView) -> _Border | None:
-        """The candidate at a padding, if it has the form of one."""
+        """The candidate that starts at a padding, or None if the graph has another form there."""
         inside, todo = {pad}, [pad]
         while todo:
             for user in todo.pop().users:
@@ -83,19 +82,19 @@ class _Border:
         return _Border(pad, list(sides), writes, read[0], value, 2 + len(sides) // 2, shape.numel())
 
     def is_pad_with(self, view: GraphView) -> bool:
-        """Whether it gives what pad_with gives, on the size it was seen with and on every other
-        that it accepts.
-        """
+        """Whether it computes what pad_with computes.
+
+        Checked on the size seen in the example and on all other sizes tried that run."""
         source: Any = self.pad.args[0]
         own = source.meta.get("shape")
         sizes = [(2, self.channels, *(n + i for i in range(self.rank - 2))) for n in (3, 6)]
-        if own:  # larger, too: an index may name the border of this size only
+        if own:  # larger sizes too, because an index may hit the border at this size only
             sizes += [(*own[:2], *(n + more for n in own[2:])) for more in (1, 8)]
         results = [self._agrees(view, size) for size in ([own] if own else []) + sizes]
         return (results[0] is True if own else all(results)) and False not in results
 
     def _agrees(self, view: GraphView, size: tuple[int, ...]) -> bool | None:
-        """Whether it agrees on one size; None where it does not run on it."""
+        """Whether the two agree on one size. None if the operators do not run on it."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         value = torch.randn(
@@ -131,7 +130,7 @@ class _Border:
 
 
 def _root(value: fx.Node, view: GraphView) -> fx.Node | None:
-    """The constant that a written value is spread from; None where it is not a constant."""
+    """The constant that a written value is expanded from. None if it is not a constant."""
     while view.is_constant(value) and view.traits(value) & _SPREADS:
         value = value.all_input_nodes[0]
     return value if view.is_constant(value) else None

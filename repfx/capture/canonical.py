@@ -1,10 +1,10 @@
-"""canonical: long spellings of one operator replaced by the operator, once a graph has been run and
-checked.
+"""canonical: replaces several operators that together spell one operator by that operator.
 
     F.pad and writes of its border         ->   pad_with(x, sides, value)
     view, transpose, view of channels      ->   channel_shuffle(x, groups)
 
-A spelling is recognised by what it does when it runs, not by how it is written.
+This happens after a graph has been run and checked. A spelling is recognised by what it computes,
+not by how it is written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
 
-_MOVES = ("transpose", "permute", "identity", "clone")  # what stands between two reshapes
+_MOVES = ("transpose", "permute", "identity", "clone")  # what may come between two reshapes
 
 
 def _reshapes(node: fx.Node) -> bool:
@@ -32,8 +32,7 @@ def _reshapes(node: fx.Node) -> bool:
 
 
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
-    """Renames what is spelt out in a graph whose nodes know their shapes, in place, and returns
-    it."""
+    """Rewrites a graph whose nodes know their shapes, in place, and returns the module."""
     graph, changed = module.graph, False
     if any(Trait.STORES in kind_of(node).traits for node in graph.nodes):
         changed = name_border_writes(graph, GraphView(module))
@@ -50,9 +49,9 @@ def canonical(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
-    """Replaces the moves that end in `last` by channel_shuffle, if that is what some last ones of
-    them do, and says so.
-    """
+    """Replaces moves that end in `last` by channel_shuffle, if they are one.
+
+    The shuffle may be the last few of a longer chain of moves. Returns whether there was one."""
     moves, source = [last], last.args[0] if last.args else None
     while isinstance(source, fx.Node):
         groups = _groups_shuffled(moves, source) if len(moves) >= 3 else 0
@@ -71,9 +70,9 @@ def _name_shuffle(graph: fx.Graph, last: fx.Node) -> bool:
 
 
 def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
-    """The groups of the shuffle that the moves are on the source's sizes and every other that they
-    accept; 0 if none.
-    """
+    """The number of groups if the moves are a channel shuffle, else 0.
+
+    Checked on the sizes of the source, and on larger ones if the moves accept them."""
     shape = source.meta.get("shape", ())
     if shape != moves[0].meta["shape"]:
         return 0
@@ -84,9 +83,9 @@ def _groups_shuffled(moves: list[fx.Node], source: fx.Node) -> int:
 
 
 def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> bool | None:
-    """Whether the moves shuffle channels, on the source's own sizes or on larger ones; None where
-    they refuse those.
-    """
+    """Whether the moves shuffle channels on sizes that are `more` larger than the source's.
+
+    None if the moves do not run on those sizes."""
     n, channels, *space = source.meta["shape"]
     x = torch.arange(
         (n + more) * channels * prod(s + more for s in space), dtype=torch.float32, device="cpu"
@@ -104,7 +103,7 @@ def _shuffles(moves: list[fx.Node], source: fx.Node, groups: int, more: int) -> 
 
 
 def _value(node: fx.Node, source: fx.Node, x: Tensor, known: dict[fx.Node, Any]) -> Any:
-    """The value of a node where the source is x; sizes on the way are read from x."""
+    """The value of a node if the source is x. Sizes are read from x too."""
     if node is source:
         return x
     if node not in known:

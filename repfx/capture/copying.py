@@ -1,8 +1,8 @@
-"""Copies that share storage with their original until somebody may write into them.
+"""Copies that share storage with the original model until something may write into them.
 
-Most weights are only read, and merging replaces them: copying those would cost time and memory for
-nothing. So a copy starts on the original's storage, and `Copy.separate` ends that, before any code
-that is free to write gets to see a tensor."""
+Most weights are only read and then replaced by merged ones, so copying them would waste time and
+memory. A copy therefore shares the storage of the original at first. `Copy.separate` ends the
+sharing before any code that might write gets a tensor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _VALUES = {type(None), bool, int, float, str, torch.dtype, torch.device}
 
 @dataclass
 class Copy:
-    """A copy of a model, and the storage that the two share: addresses, none after `separate`."""
+    """A copy of a model, and the addresses of the storage that both share, if any."""
 
     model: nn.Module
     shared: set[int]
 
     def separate(self, model: nn.Module) -> None:
-        """Gives what `model`, made from this copy, still shares with the original storage of its
-        own; tied tensors stay tied."""
+        """Gives `model`, which was made from this copy, storage of its own.
+
+        Tensors that are tied to each other stay tied."""
         done: set[int] = set()
         for tensor in _tensors(model) if self.shared else ():
             if id(tensor) not in done and tensor.untyped_storage().data_ptr() in self.shared:
@@ -41,11 +42,10 @@ class Copy:
 
 
 def alias(model: nn.Module) -> Copy:
-    """A structural copy that shares its parameters' storage with the model but no Python object,
-    so tracing cannot change the model.
+    """A copy of a model that shares the storage of its parameters, but no Python object.
 
-    What copy.deepcopy does, without visiting the dozen empty hook tables and the plain values of
-    every module."""
+    So tracing cannot change the model. It is like copy.deepcopy, but skips the dozen empty hook
+    tables and the plain values of every module. Raises InputError if the model cannot be copied."""
     memo: dict[int, Any] = {}
     shared: set[int] = set()
     for tensor in _tensors(model):
@@ -53,7 +53,7 @@ def alias(model: nn.Module) -> Copy:
             if isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
                 shared.add(tensor.untyped_storage().data_ptr())
-            else:  # small, and what a forward may write to even in eval mode
+            else:  # small, and a forward may write into it even in eval mode
                 memo[id(tensor)] = tensor.detach().clone()
     plain: list[tuple[nn.Module, nn.Module]] = []
     try:
@@ -86,14 +86,13 @@ def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a value, or a tuple of values, such as a stride: most of what a layer holds."""
+    """Whether it is a plain value or a tuple of these, such as a stride. Most attributes are."""
     kind = type(value)
     return kind in _VALUES or (kind is tuple and all(type(v) in _VALUES for v in value))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a module holds: parameters, buffers and plain attributes, those in lists
-    and dicts too."""
+    """Every tensor of a model: parameters, buffers and attributes, also in lists and dicts."""
     for module in model.modules():
         for store in (module._parameters, module._buffers, module.__dict__):
             for name, value in store.items():

@@ -1,8 +1,8 @@
-"""Reading torch.export's archives without running what is in them.
+"""Reads archives of torch.export without running code from them.
 
 `torch.export.load` trusts its file: it unpickles some entries, evaluates size expressions as
-Python, compiles guards and resolves operators by dotted name. So an archive is read here first, and
-loaded only where each of those is plain."""
+Python, compiles guards, and looks operators up by dotted names. So an archive is checked here
+first, and loaded only if each of these is harmless."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _READS = {"size", "stride", "storage_offset", "shape", "ndim", "dtype", "device"
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is an archive of torch.export, by its content."""
+    """Whether the file is an archive of torch.export, judged by its content."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -60,10 +60,10 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 def load_exported(
     path: str | os.PathLike[str], trust: bool = False
 ) -> torch.export.ExportedProgram:
-    """The program in an archive of `torch.export.save`.
+    """Loads an archive written by `torch.export.save`.
 
-    Raises InputError where it is damaged or, unless `trust` is given, where loading it would run
-    code from it."""
+    Raises InputError if it is damaged, or if loading it would run code from it. `trust` skips the
+    second check."""
     if not trust:
         try:
             with zipfile.ZipFile(path) as archive:
@@ -89,7 +89,7 @@ def load_exported(
 
 
 def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a module with its original names, free of the guards that export adds."""
+    """The program as a module with its original names, without the guards that export adds."""
     module = program.module()
     for node in list(module.graph.nodes):
         if node.op == "call_module" and not node.users and str(node.target).startswith("_guards"):
@@ -98,7 +98,7 @@ def from_exported(program: torch.export.ExportedProgram) -> fx.GraphModule:
     result = fx.GraphModule(module, module.graph)
     for name in ("_parameters", "_buffers", "_modules"):
         result.__dict__[name] = module.__dict__[name]
-    # Constants that the forward holds are plain attributes.
+    # Constants of the forward are plain attributes.
     result.__dict__.update({k: v for k, v in vars(module).items() if isinstance(v, Tensor)})
     return result
 
@@ -108,7 +108,7 @@ def _dangers(archive: zipfile.ZipFile) -> Iterator[str]:
     for name in archive.namelist():
         short = name.removeprefix(root)
         if not _ENTRIES.fullmatch(short):
-            yield f"holds {short!r}, which is not plain data"
+            yield f"contains {short!r}, which is not plain data"
         elif short.endswith(".json"):
             yield from _in_json(json.loads(archive.read(name)), "")
 
@@ -121,20 +121,20 @@ def _in_json(value: Any, key: str) -> Iterator[str]:
         for v in value:
             yield from _in_json(v, key)
     elif key == "use_pickle" and value:
-        yield "holds pickled tensors"
+        yield "contains pickled tensors"
     elif isinstance(value, str):
         if key in ("expr_str", "guards_code") and not _is_arithmetic(value):
-            yield f"holds the expression {value[:60]!r}"
+            yield f"contains the expression {value[:60]!r}"
         elif key == "target" and not (_TARGETS.fullmatch(value) and _computes(value)):
             yield f"calls {value[:60]!r}"
         elif (key == "name" or key.endswith("_name")) and not re.fullmatch(r"[\w.]*", value):
-            yield f"holds the name {value[:60]!r}"
+            yield f"contains the name {value[:60]!r}"
 
 
 def _computes(target: str) -> bool:
-    """Whether an aten operator computes from tensors; other targets are arithmetic by their
-    pattern.
-    """
+    """Whether a target computes from tensors, if it is an aten operator.
+
+    The pattern of the other targets allows arithmetic only."""
     if not target.startswith("torch.ops.aten."):
         return True
     op, _, overload = target.removeprefix("torch.ops.aten.").partition(".")
@@ -143,9 +143,7 @@ def _computes(target: str) -> bool:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Whether an expression is sizes, integers and arithmetic, so that evaluating it can do nothing
-    else.
-    """
+    """Whether an expression has sizes, integers and arithmetic only, so evaluating it is safe."""
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):
@@ -155,9 +153,8 @@ def _is_arithmetic(text: str) -> bool:
 
 def _plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return isinstance(
-            node.value, (int, float, bool)
-        )  # no text: torch would evaluate it as an expression again
+        # No strings: torch would evaluate them as expressions again.
+        return isinstance(node.value, (int, float, bool))
     if isinstance(node, ast.Name):
         return bool(_NAMES.fullmatch(node.id))
     if isinstance(node, ast.Attribute):

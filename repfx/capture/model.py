@@ -1,11 +1,10 @@
-"""capture: a module, a GraphModule or an exported program -> a private model whose traceable parts
-are GraphModules.
+"""capture: traces a private copy of a module, GraphModule or exported program.
 
-The result has the names, the tensors' values and the modes of the model it was made from, and
-shares its storage until `Captured.separate` gives it its own. It is checked against the model on an
-input before anything is rewritten:
+The parts of the copy that can be traced are GraphModules. The copy has the names, values and modes
+of the model, and shares its storage until `Captured.separate`. Before anything is rewritten, it is
+checked against the model on an example:
 
-    module M --trace--> graph G;   G(example) == M(example), else its children are tried.
+    module M --trace--> graph G;   if G(example) != M(example), the children of M are tried
 """
 
 from __future__ import annotations
@@ -32,38 +31,36 @@ from repfx.tolerances import TRACED, TRACED_WIDE
 
 @dataclass
 class Captured:
-    """`model`: a GraphModule, or the model's own class with GraphModules inside where its forward
-    cannot be traced.
+    """A captured model, with the example that it was checked on and that example's output.
+
+    `model` is a GraphModule. If its forward cannot be traced, it is an object of the model's own
+    class with GraphModules inside.
     """
 
     model: nn.Module
     declined: list[Declined] = field(default_factory=list)
-    example: tuple[Any, ...] | None = (
-        None  # the input of the whole, given or guessed, and its output
-    )
-    expected: Any = None
-    given: bool = False  # whether the input is the user's
-    sure: bool = (
-        False  # whether the input's dimensions are the user's word, or those an image must have
-    )
+    example: tuple[Any, ...] | None = None  # the input of the whole model, given or guessed
+    expected: Any = None  # the output on the example
+    given: bool = False  # whether the user gave the example
+    sure: bool = False  # whether its number of dimensions is certain: given by the user, or images
     enter_opaque: bool = True
     copy: Copy = field(default_factory=lambda: Copy(nn.Module(), set()))
 
     def separate(self) -> None:
-        """From here on, what is written into `model` cannot reach the model it was made from."""
+        """Gives `model` its own storage, so writing into it cannot change the original model."""
         self.copy.separate(self.model)
 
 
 def capture(
     model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bool = True
 ) -> Captured:
-    """Traces a private copy of the model, in eval meaning, keeping each module's own mode flag.
+    """Traces a private copy of the model as in eval mode, but keeps the mode of each module.
 
-    With `enter_opaque` the children of a module that cannot be traced are traced on their own.
+    With `enter_opaque`, the children of a module that cannot be traced are traced one by one.
 
-    `example` is the tuple of positional arguments of a forward; without one an image or a feature
-    batch is guessed from the first layer. Raises InputError where the model holds NaN or infinity,
-    or does not accept the given example."""
+    `example` is the tuple of positional arguments of the forward. Without one, an image or a batch
+    of features is guessed from the first layer. Raises InputError if `model` is not a model, has no
+    Python forward or no weights, holds NaN or infinity, or does not accept the given example."""
     if isinstance(model, torch.export.ExportedProgram):
         model = from_exported(model)
     if not isinstance(model, nn.Module):
@@ -72,7 +69,7 @@ def capture(
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
-            "a scripted module has no Python forward to trace: give the module it was made from"
+            "a scripted module has no Python forward to trace: pass the module it was made from"
         )
     if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
         raise InputError("the model is on the meta device: it has no weights yet")
@@ -89,8 +86,8 @@ def capture(
             raise InputError(
                 f"the model does not accept the example {describe(example)}: {error}"
             ) from error
-    # A guessed (N, C) for a model of linears could as well be (N, tokens, C); a guessed image is an
-    # image.
+    # For a model of linear layers, the guess (N, C) might be wrong: it could be (N, tokens, C).
+    # A guessed image always has the right number of dimensions.
     sure = given or (example is not None and example[0].dim() > 2)
     captured = Captured(
         skeleton, [], example, expected, given, sure, enter_opaque=enter_opaque, copy=twin
@@ -100,9 +97,7 @@ def capture(
 
 
 def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The GraphModules of a captured model with their paths: the model itself, or those inside what
-    stays opaque.
-    """
+    """The GraphModules of a captured model with their paths: the model itself, or its parts."""
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             yield path, module
@@ -138,15 +133,19 @@ def _capture(
     if not _agrees(module, example, expected):
         _undo(swaps)
         captured.declined[mark:] = [
-            Declined(where, reason, "it reaches into its children, so they are left alone too")
+            Declined(
+                where, reason, "it uses the inside of its children, so they are left alone too"
+            )
         ]
     return module
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, fx.Graph]:
-    """The graph of a module. Where one inside branches on self.training, its training branch is
-    taken if that computes in eval mode what its eval branch does: then the one graph is right in
-    both modes."""
+    """Traces a module and returns its graph.
+
+    If a module inside branches on self.training, its training branch is taken, provided that this
+    branch computes the same as the eval branch in eval mode. Then one graph is right in both modes.
+    """
     names = _names_of(module, example)
     asked: set[str] = set()
     training: set[str] = set()
@@ -155,9 +154,7 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
         failed: Exception | None = None
         try:
             graph = tracer.trace(module)
-        except (
-            Exception
-        ) as error:  # whatever the forward raises; it may be the fault of the branch it took
+        except Exception as error:  # anything the forward raises, maybe because of its branch
             failed = error
         branching = {path: module.get_submodule(path) for path in tracer.branching - asked}
         asked |= set(branching)
@@ -181,12 +178,11 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
 
 
 def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
-    """Whether the training branch of a module's forward gives, in eval mode, what its eval branch
-    gives.
+    """Whether the training branch of a module computes in eval mode what its eval branch computes.
 
-    Asked with the parameters that it has and with others, on the inputs and on larger and stronger
-    ones; in float64, where a difference is more than rounding, or, of a module that runs in its own
-    precision only, in that."""
+    Tested with the module's parameters and with random ones, on the inputs and on larger inputs
+    with larger values. The test runs in float64, where rounding cannot hide a difference, or in the
+    module's own precision if it does not run in float64."""
     if inputs is None:
         return False
     wide = tuple(
@@ -197,7 +193,7 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
             twin = copy.deepcopy(module)
             twin = twin.double() if give is wide else twin
             want = run_eval(twin, give)
-        except Exception:  # it insists on its precision, or does not run at all
+        except Exception:  # it does not run in float64, or does not run at all
             continue
         try:
             graph = (tracer := Tracer(_names_of(twin, inputs), training=frozenset({""}))).trace(
@@ -215,9 +211,7 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
 def _agree_elsewhere(
     module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...], seed: int, tolerance: float
 ) -> bool:
-    """Whether two forwards of the same parameters agree after those are drawn anew, on other
-    inputs.
-    """
+    """Whether two forwards of the same parameters agree on other inputs and random parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -233,7 +227,7 @@ def _agree_elsewhere(
     given = tuple(map(other, inputs))
     try:
         want = run_eval(module, given)
-    except Exception:  # a size that the module does not take
+    except Exception:  # a size that the module does not accept
         given = tuple(v if not isinstance(v, Tensor) else v * 30**seed for v in inputs)
         want = run_eval(module, given)
     return agree(run_eval(traced, given), want, tolerance)
@@ -248,22 +242,21 @@ def _undo(swaps: list[Swap]) -> None:
 
 
 def _agrees(module: nn.Module, example: tuple[Any, ...] | None, expected: Any) -> bool:
-    """Whether the module gives the expected output on the example; nothing can be said without
-    one."""
+    """Whether the module gives the expected output on the example. True if there is none."""
     if example is None:
         return True
     try:
         return agree(run_eval(module, example), expected)
-    except Exception:  # it cannot even run: a child it reached into is gone
+    except Exception:  # it does not even run, because a child that it looked into is replaced
         return False
 
 
 def _inside_opaque(
     result: fx.GraphModule, path: str, opaque: dict[str, Declined], example: Any, captured: Captured
 ) -> list[Swap]:
-    """Captures the children of each leaf that could not be traced, on the inputs they see in a run
-    of the whole.
-    """
+    """Captures the children of each leaf that cannot be traced.
+
+    Their example is what they get when the whole module runs."""
     swaps: list[Swap] = []
     seen = (
         _record(result, [result.get_submodule(name) for name in opaque], example) if opaque else {}
@@ -287,9 +280,9 @@ def _inside_opaque(
 def _children(
     module: nn.Module, path: str, example: tuple[Any, ...] | None, captured: Captured
 ) -> list[Swap]:
-    """Replaces each child that can be traced by its graph and says what it replaced; containers are
-    entered.
-    """
+    """Replaces each child that can be traced by its graph, and returns what was replaced.
+
+    Containers, such as a ModuleList, are entered."""
     parts = list(_parts(module)) if captured.enter_opaque else []
     seen = _record(module, [child for _, _, child in parts], example)
     done: dict[int, nn.Module] = {}
@@ -299,9 +292,8 @@ def _children(
             inputs = seen.get(id(child))
             plain = all(p.default is p.empty for p in parameters_of(child))
             if (example is not None and inputs is None) or (inputs is None and not plain):
-                done[id(child)] = (
-                    child  # never called by the forward, or called in a way a graph could not take
-                )
+                # The forward never calls it, or calls it in a way that a graph cannot follow.
+                done[id(child)] = child
             else:
                 expected = None if inputs is None else run_eval(child, inputs)
                 full = ".".join(p for p in (path, _path_in(module, child)) if p)
@@ -331,9 +323,9 @@ def _path_in(module: nn.Module, child: nn.Module) -> str:
 def _record(
     module: nn.Module, children: list[nn.Module], example: tuple[Any, ...] | None
 ) -> dict[int, tuple[Any, ...]]:
-    """The positional arguments each child is first called with; children called with keywords are
-    left out.
-    """
+    """The positional arguments of each child's first call, by id.
+
+    Children that are called with keyword arguments are left out."""
     seen: dict[int, tuple[Any, ...]] = {}
     if example is None:
         return seen
@@ -356,7 +348,7 @@ def _record(
 def _refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum()):
-            continue  # a finite sum has finite terms
+            continue  # if the sum is finite, so are the terms
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds NaN or infinity")
 

@@ -1,7 +1,8 @@
-"""normalise: drop from a graph what only reads metadata to assert on it, so that values have their
-true readers.
+"""normalise: drops assertions from a graph, with the nodes that only they read.
 
-y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
+    y = conv(x); n = y.ndim; ok = n == 4; _assert(ok)      ->      y = conv(x)
+
+Then the users of a value are those that compute with it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from repfx.graph.vocabulary import kind_of
 
 
 def normalise(graph: fx.Graph) -> None:
-    """Erases assertions and everything that only they read, and dropouts that are off for good, in
-    place.
-    """
+    """Erases assertions, all that only they read, and dropouts that are always off, in place."""
     for node in list(graph.nodes):
         if Trait.CHECKS in kind_of(node).traits and not node.users:
             graph.erase_node(node)

@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 
 class Value(fx.Proxy):
-    """A proxy that records `x += y` and `x[i] = y` as the changes in place that they are, and knows
-    how many pieces a chunk or a split has, which `Tracer.iter` goes through."""
+    """A proxy that records `x += y` and `x[i] = y` as changes in place.
+
+    It also knows how many pieces a chunk or a split has, so that `Tracer.iter` can iterate over
+    them."""
 
     def __len__(self) -> int:
         count = pieces(self.node)
@@ -38,7 +40,7 @@ class Value(fx.Proxy):
 
 
 def pieces(node: fx.Node) -> int | None:
-    """How many values a chunk, or a split by sizes, gives; None for what else there is."""
+    """How many tensors a chunk, or a split by sizes, returns. None for any other node."""
     asked = node.args[1] if len(node.args) > 1 else None
     if node.target in (torch.chunk, "chunk"):
         asked = node.kwargs.get("chunks", asked)
@@ -57,9 +59,9 @@ def pieces(node: fx.Node) -> int | None:
 
 
 class ConstantProxy(Value):
-    """A parameter, a buffer or an expression of them: recorded like any proxy, with the shape and
-    type it really has.
-    """
+    """A parameter, a buffer, or an expression of these. It is recorded like any other proxy.
+
+    Unlike other proxies, it has a concrete shape and dtype."""
 
     def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, value: Tensor) -> None:
         super().__init__(node, tracer)

@@ -1,6 +1,4 @@
-"""Running a model on an example: guessing one, keeping modes and random state, and telling whether
-outputs agree.
-"""
+"""Runs a model on an example without side effects, guesses an example, and compares outputs."""
 
 from __future__ import annotations
 
@@ -16,9 +14,9 @@ from repfx.tolerances import TRACED
 
 
 class Noting(nn.Module):
-    """Runs a GraphModule and notes on each node the value's dtype and shape and, where the input is
-    `sure`, its rank.
-    """
+    """Runs a GraphModule and stores the dtype and shape of each value in its node's `meta`.
+
+    The rank is stored too if the rank of the input is `sure`. `given`: the user gave the input."""
 
     def __init__(self, graph_module: fx.GraphModule, sure: bool, given: bool = True) -> None:
         super().__init__()
@@ -40,7 +38,7 @@ class Noting(nn.Module):
 
 
 def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
-    """A random image or feature batch that the model accepts and what it gives, or twice None."""
+    """A random image or batch of features that the model accepts, and its output; or None, None."""
     required = [p for p in parameters_of(model) if p.default is p.empty]
     if len(required) != 1:
         return None, None
@@ -61,15 +59,14 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
         else:
             continue
         for shape in shapes:
-            if (
-                shape in tried or len(tried) > 8
-            ):  # the first layer in the tree need not be the first that is called
+            # Several shapes: the first layer in the module tree need not be the first one called.
+            if shape in tried or len(tried) > 8:
                 continue
             tried.add(shape)
             x = torch.randn(shape, generator=generator, device="cpu").to(weight)
             try:
                 return (x,), run_eval(model, (x,))
-            except Exception:  # the guess was wrong: the next one, or none
+            except Exception:  # a wrong guess; try the next one
                 continue
     return None, None
 
@@ -83,14 +80,14 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def quiet() -> contextlib.redirect_stderr[io.StringIO]:
-    """Keeps fx from printing a traceback of generated code besides the exception that it raises."""
+    """Keeps fx from printing a traceback of generated code next to the exception it raises."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The eval output. What the forward writes (modes, attributes, buffers, its input, the random
-    state) is as before.
-    """
+    """The output in eval mode, without side effects.
+
+    Afterwards modes, attributes, buffers, inputs and the random state are what they were before."""
     kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
     given = tuple(v.clone() if isinstance(v, Tensor) else v for v in example)
@@ -112,7 +109,7 @@ def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 
 def agree(a: Any, b: Any, tolerance: float = TRACED) -> bool:
-    """Equality of outputs up to rounding, relative to the largest value of each tensor."""
+    """Whether outputs are equal up to rounding, relative to the largest value of each tensor."""
     flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
     if len(flat_a) != len(flat_b):
         return False

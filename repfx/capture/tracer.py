@@ -1,14 +1,14 @@
-"""One torch.fx tracer for models as they are written.
+"""Tracer: a torch.fx tracer for models found in practice.
 
-It differs from `torch.fx.Tracer` in what a rewrite needs:
+It differs from `torch.fx.Tracer` in these points:
 
-- a module whose forward cannot be traced becomes a leaf, and the reason is kept; the rest goes on;
-- parameters and buffers are proxies that know their concrete shape, so weight expressions stay
-  expressions;
-- `self.training` is not baked in: see `repfx.graph.modes`;
-- a BatchNorm subclass that inlines `F.batch_norm` is seen as the batch norm it is; asserts are not
-  recorded;
-- arguments with defaults keep their defaults unless the example names them.
+- A module whose forward cannot be traced becomes a leaf, with the reason. Tracing goes on.
+- Parameters and buffers are proxies with a concrete shape, so that expressions of weights are
+  recorded as expressions.
+- `self.training` is not fixed by the trace: see `repfx.graph.modes`.
+- A BatchNorm subclass that calls `F.batch_norm` itself is recorded as a batch norm.
+- Assertions are not recorded.
+- Arguments with defaults keep these unless the example has a value for them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ BRANCHES = "its forward branches on self.training"
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Modules a graph calls rather than enters: torch.nn's own, what torch has parametrized, and
-    graphs themselves.
-    """
+    """Whether a graph calls this module and does not enter it.
+
+    True for layers of torch.nn, parametrized modules, GraphModules, and modules that say so with
+    the attribute `is_graph_leaf`."""
     if isinstance(module, (Mode, TrainOnly, fx.GraphModule)) or getattr(
         module, "is_graph_leaf", False
     ):
@@ -49,10 +50,11 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Traces one module. `opaque` collects the paths that became leaves, each with its reason.
+    """Traces one module.
 
-    `branching` collects those that became so because of an `if self.training`, "" for the root. Of
-    the modules at the paths `training`, the training branch is taken."""
+    `opaque` collects the paths of modules that became leaves, with the reasons. `branching`
+    collects those that did so because of an `if self.training`, "" for the root. `training` lists
+    the paths of modules whose training branch is traced."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         modules = list(root.modules())
-        # A forward may leave proxies in what it writes.
+        # A forward may store proxies in attributes and buffers.
         kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
         self.asked.training = {id(root.get_submodule(path)) for path in self.training}
         for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
@@ -88,8 +90,8 @@ class Tracer(fx.Tracer):
             self.stack = [root]
             with torch.random.fork_rng(devices=[]):
                 graph = super().trace(root)
-            # Tensors that are no parameters, which fx keeps on the root. One that a closure or a
-            # global holds is the caller's own, so the graph gets a copy.
+            # Tensors that are not parameters; fx stores them on the root. One from a closure or a
+            # global variable belongs to the caller, so the graph gets a copy.
             before = kept[0][1]
             stored = {
                 str(n.target): vars(root)[n.target]
@@ -113,7 +115,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Placeholders for the arguments without defaults, and for those of the example."""
+        """Placeholders for the arguments without defaults, and for those that the example gives."""
         args: list[Any] = [self.root]
         for p in list(inspect.signature(root_fn).parameters.values())[1:]:
             if p.kind is p.VAR_POSITIONAL and len(args) == 1:
@@ -129,7 +131,8 @@ class Tracer(fx.Tracer):
                 )
         if not any(isinstance(a, fx.Proxy) for a in args):
             raise TraceError(
-                "its forward requires no argument; pass an example of those it is called with"
+                "its forward requires no argument; pass an example with the arguments it is called "
+                "with"
             )
         return root_fn, args
 
@@ -137,7 +140,7 @@ class Tracer(fx.Tracer):
         return Value(node, self)
 
     def iter(self, obj: fx.Proxy) -> Any:
-        """The pieces of a chunk or a split, where no fixed number of names asks for them."""
+        """The pieces of a chunk or a split, for code that loops over them."""
         count, piece = pieces(obj.node), cast(Any, obj)
         return super().iter(obj) if count is None else iter([piece[i] for i in range(count)])
 
@@ -173,7 +176,8 @@ class Tracer(fx.Tracer):
         ):
             path = self.path_of_module(self.stack[-1])
             self.plain_norms.add(path)
-            self.asked.times = self.norm_asked  # its `if self.training` is the batch norm's own
+            # The norm's own `if self.training` does not count.
+            self.asked.times = self.norm_asked
             return super().create_proxy(
                 "call_module", path, (args[0] if args else kwargs["input"],), {}
             )
@@ -205,9 +209,8 @@ class Tracer(fx.Tracer):
         except NameError:
             if m.state_dict():
                 raise
-            return forward(
-                *args, **kwargs
-            )  # no part of the model, and without a state: a function like any other
+            # Not a part of the model, and without state: as good as a function.
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         mark = next(iter(reversed(self.graph.nodes)), None)
@@ -218,7 +221,8 @@ class Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
             if self.asked.times == asked:
                 return result
-            self.asked.times = asked  # answered here, whatever the answer: the parents did not ask
+            # The question is settled here, either way, and does not count for the parents.
+            self.asked.times = asked
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -240,9 +244,7 @@ class Tracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _is_own_norm(self, args: Any, kwargs: Any) -> bool:
-        """Whether F.batch_norm was given the module's own state, mode and eps: then the call is the
-        plain layer.
-        """
+        """Whether F.batch_norm got the module's own state, mode and eps, as in the plain layer."""
         m: Any = self.stack[-1]
         names = (
             "input",
@@ -272,9 +274,7 @@ class Tracer(fx.Tracer):
     def _same_in_training(
         self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any
     ) -> bool:
-        """Whether the module's forward records the same operators again where `self.training` is
-        true.
-        """
+        """Whether the module's forward records the same operators if `self.training` is true."""
         end, asked = next(iter(reversed(self.graph.nodes)), None), self.asked.times
         self.asked.value = True
         try:
@@ -282,7 +282,7 @@ class Tracer(fx.Tracer):
             same = _signature(self.graph, mark, end, result) == _signature(
                 self.graph, end, None, again
             )
-        except Exception:  # the training branch cannot be traced: then it is not the same
+        except Exception:  # the training branch cannot be traced, so it is not the same
             same = False
         finally:
             self.asked.value, self.asked.times = False, asked
@@ -305,18 +305,16 @@ def is_mode(node: fx.Node) -> bool:
 
 
 def signature(graph: fx.Graph) -> list[Any]:
-    """What a graph computes, free of node names: equal for two traces that recorded the same
-    operators.
-    """
+    """What a graph computes, without node names: equal if two graphs have the same operators."""
     return _signature(graph, None, None, None)
 
 
 def _signature(
     graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, result: Any
 ) -> list[Any]:
-    """The nodes in (after, until] by operator and position; values from before stand for
-    themselves, as does MODE.
-    """
+    """The nodes in (after, until], by operator and position.
+
+    Earlier values and mode nodes are identified by name."""
     position: dict[fx.Node, Any] = {}
     found: list[Any] = []
     inside = after is None
@@ -344,7 +342,7 @@ def _signature(
 
 
 def _constants(values: Any) -> bool:
-    """Whether the proxies among the arguments are all constants, and at least one is."""
+    """Whether there are proxies among the arguments, and all of them are constants."""
     found = {True: 0, False: 0}
 
     def count(v: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Data: batches and data sets made of what people have, folders, zips and array files of images."""
+"""Data: batches of any common form, and data sets from folders, zips and array files of images."""
 
 from repfx.data.batches import Batch, Batches
 from repfx.data.folders import Images

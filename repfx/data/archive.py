@@ -1,4 +1,4 @@
-"""Archive: the pictures of a folder or a zip, read by name, by any number of processes."""
+"""Archive: the images of a folder or a zip, read by name, by any number of processes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Archive:
-    """`names`: the pictures under a folder or in a zip, as sorted paths with slashes. With `cache`,
-    what was decoded stays in memory. Raises InputError where it is neither, and, when it is read,
-    for a picture that cannot be read, naming it."""
+    """The images of a folder or a zip; `names` are their paths, sorted, with slashes.
+
+    With `cache`, decoded images stay in memory. Raises InputError if the path is neither a folder
+    nor a zip. Reading an image that is damaged raises InputError too, and names the image."""
 
     def __init__(self, path: str | os.PathLike[str], cache: bool = False) -> None:
         self.path = Path(path)
@@ -35,9 +36,9 @@ class Archive:
         return {**self.__dict__, "_zip": None}
 
     def pixels(self, name: str, channels: int = 3, size: int | None = None) -> np.ndarray:
-        """(H, W, channels), 0..255. With `size`, the shorter side is resized to it and the centre
-        cropped.
-        """
+        """One image as (H, W, channels), 0..255.
+
+        With `size`, the shorter side is resized to it and the centre is cropped to a square."""
         key = (name, channels, size)
         if key not in self._decoded:
             found = self._decode(*key)
@@ -59,7 +60,7 @@ class Archive:
             image.DecompressionBombError,
         ) as error:
             raise InputError(
-                f"{self.path}: {name} is not a readable picture; skip_broken=True leaves such out"
+                f"{self.path}: {name} is not a readable image; skip_broken=True skips such images"
             ) from error
         if size is not None:
             scale = size / min(picture.size)
@@ -71,16 +72,15 @@ class Archive:
     def _bytes(self, name: str) -> bytes:
         if self.path.is_dir():
             return (self.path / name).read_bytes()
-        if (
-            self._zip is None or self._zip[0] != os.getpid()
-        ):  # a forked reader must not share the file position
+        # A forked process must not share the file position with its parent.
+        if self._zip is None or self._zip[0] != os.getpid():
             self._zip = (os.getpid(), zipfile.ZipFile(self.path))
         return self._zip[1].read(name)
 
     def readable(
         self, names: list[str], channels: int = 3, size: int | None = None
     ) -> tuple[list[str], list[str]]:
-        """Which of them can be read, and which cannot. Raises InputError where none can."""
+        """The names that can be read, and those that cannot. Raises InputError if none can."""
         good: list[str] = []
         broken: list[str] = []
         for name in names:
@@ -90,14 +90,14 @@ class Archive:
             except InputError:
                 broken.append(name)
         if not good:
-            raise InputError(f"{self.path}: no picture can be read, such as {broken[0]}")
+            raise InputError(f"{self.path}: none of the images can be read, such as {broken[0]}")
         return good, broken
 
 
 def names_in(path: Path) -> list[str]:
-    """The pictures under a folder or in a zip, as sorted paths with slashes. Raises InputError
-    where it is neither.
-    """
+    """The paths of the images under a folder or in a zip, sorted, with slashes.
+
+    Raises InputError if the path is neither."""
     if path.is_dir():
         found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     elif not path.exists():
@@ -111,14 +111,12 @@ def names_in(path: Path) -> list[str]:
                     if not n.endswith("/") and not n.startswith("__MACOSX/")
                 ]
         except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(
-                f"{path} is neither a folder nor a readable zip of pictures"
-            ) from error
+            raise InputError(f"{path} is neither a folder nor a readable zip of images") from error
     return sorted(n for n in found if PurePosixPath(n).suffix.lower() in PICTURES)
 
 
 def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
-    """(H, W, C) of 0..255 -> (C, H, W), scaled to 0..1, less `mean`, over `std`, each (C, 1, 1)."""
+    """Pixels (H, W, C) in 0..255 -> (C, H, W): (pixels / 255 - mean) / std, these (C, 1, 1)."""
     return (
         torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - mean
     ) / std
@@ -132,5 +130,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingPart("reading pictures needs pillow: pip install repfx[data]") from error
+        raise MissingPart("reading images needs pillow: pip install repfx[data]") from error
     return Image

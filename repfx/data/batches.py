@@ -1,15 +1,15 @@
-"""Batches: what a model is shown, in whatever form people have it.
+"""Batches: the inputs of a model, and perhaps labels, in any of the usual forms.
 
-    a batch                              the model is given    labels
+    a batch                              the model gets        labels
     tensor (N, ...)                      the tensor
     (tensor,), (tensor, labels, ...)     the tensor            the second entry
     {"name": tensor, ...}                keyword arguments
     ({"name": tensor, ...}, labels)      keyword arguments     the second entry
 
-A list counts as a tuple, as a DataLoader gives lists. Batches are any iterable of these: a list, a
-tuple, a generator, a DataLoader. A single one is not, because going through a tensor gives its
-images one by one: [x] says what is meant. A batch of no images is left out; no image at all is an
-error."""
+A list counts as a tuple, because a DataLoader returns lists. Batches are any iterable of such
+batches: a list, a tuple, a generator, a DataLoader. A single batch is not accepted, because
+iterating over a tensor gives its images one by one. Write [x] instead. A batch without images is
+skipped, and if there is no image at all, that is an error."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from repfx.errors import InputError
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: `inputs`, a tensor (N, ...) or keyword arguments with at least one, and labels or
-    None. Its length is N.
-    """
+    """One batch of length N, with labels or None.
+
+    `inputs`: a tensor (N, ...), or keyword arguments of which at least one is such a tensor."""
 
     inputs: Tensor | Mapping[str, Any]
     labels: Any = None
 
     @classmethod
     def of(cls, given: Any) -> Batch:
-        """The batch in one of the forms above. Raises InputError for any other."""
+        """The batch given in one of the forms above. Raises InputError for any other form."""
         if isinstance(given, Batch):
             return given
         inputs, labels = given, None
@@ -44,8 +44,8 @@ class Batch:
         found = cls(inputs, labels)
         if not found.tensors or found.tensors[0].dim() < 1:
             raise InputError(
-                "a batch is a tensor (N, ...), a tuple or a dict: a tuple begins with a tensor or "
-                f"a dict, a dict has tensors by the names of the model's inputs; not {_kind(given)}"
+                "a batch is a tensor (N, ...), a tuple that begins with a tensor or a dict, or a "
+                f"dict of tensors by the names of the model's inputs; not {_kind(given)}"
             )
         return found
 
@@ -60,18 +60,18 @@ class Batch:
 
     @property
     def tensor(self) -> Tensor:
-        """The one tensor that the model is given. Raises InputError for a dict."""
+        """The only input of the model. Raises InputError if the batch is a dict."""
         if not isinstance(self.inputs, Tensor):
             raise InputError(
-                "this takes models of one input: a batch is a tensor (N, ...) or a tuple that "
+                "this takes models with one input: a batch is a tensor (N, ...) or a tuple that "
                 "begins with one, not a dict"
             )
         return self.inputs
 
     def of_inputs(self, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """A tensor for each of the model's inputs. Raises InputError where one is missing, or where
-        several are wanted and the batch does not name them.
-        """
+        """The tensors for the model's inputs of these names, in their order.
+
+        Raises InputError if one is missing, or if there are several and the batch is not a dict."""
         if not isinstance(self.inputs, Mapping):
             if len(names) > 1:
                 raise InputError(
@@ -83,12 +83,12 @@ class Batch:
             if not isinstance(self.inputs.get(name), Tensor) or self.inputs[name].dim() < 1:
                 here = ", ".join(map(str, self.inputs))
                 raise InputError(
-                    f"a batch has {here}, but no {name} (N, ...), which the model reads"
+                    f"a batch has {here}, but no tensor {name} (N, ...), which the model needs"
                 )
         return tuple(self.inputs[name] for name in names)
 
     def to(self, device: torch.device, copy: bool = False) -> Batch:
-        """The batch with its tensors on a device; as copies, for a model that writes into them."""
+        """The batch with its tensors on a device; `copy` always copies them."""
 
         def moved(value: Any) -> Any:
             return value.to(device, copy=copy) if isinstance(value, Tensor) else value
@@ -101,17 +101,20 @@ class Batch:
 
 
 class Batches:
-    """The batches of an iterable; each walk over them walks over it again. `name`: what the caller
-    calls it. `finite`: whether each image is looked at for NaN and infinity.
+    """The batches of an iterable. Each iteration goes through the iterable again.
 
-    Raises InputError for what is no iterable of batches, and, on the walk, for what is no batch, an
-    image that holds NaN or infinity, and where there was no image."""
+    `name`: the caller's word for them, used in errors. `finite`: check each image for NaN and
+    infinity.
+
+    Raises InputError if `given` is not an iterable of batches. Iterating raises InputError for an
+    item that is not a batch, for an image that holds NaN or infinity (with `finite`), and if there
+    was no image at all."""
 
     def __init__(self, given: Any, name: str = "batches", finite: bool = False) -> None:
         single = isinstance(given, (Tensor, Mapping, Batch, str, bytes))
         if single or not isinstance(given, Iterable):
             raise InputError(
-                f"{name} is an iterable of batches: give [x] for a single one; this is "
+                f"{name} must be an iterable of batches: give [x] for a single one; this is "
                 f"{_kind(given)}"
             )
         self.given, self.name, self.finite = given, name, finite
@@ -132,9 +135,9 @@ class Batches:
         return length_hint(self.given)
 
     def first(self, images: int) -> list[Batch]:
-        """As many batches as hold the first so many images, or all where there are fewer; no more
-        are read.
-        """
+        """The batches that cover the first `images` images, or all batches if there are fewer.
+
+        Later batches are not read."""
         found: list[Batch] = []
         for batch in self:
             found.append(batch)

@@ -1,4 +1,4 @@
-"""Batches from what people have: a folder or zip of pictures, or an array file."""
+"""Images: batches without labels, from a folder or zip of images, or from an array file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from repfx.errors import InputError
 
 
 class Images(Dataset[Tensor]):
-    """Pictures (C, size, size) without labels, of a folder or zip (searched in depth), or the rows
-    of a .npy file (N, ...).
+    """Images (C, size, size) of a folder or zip and its subfolders, or the rows of a .npy file.
 
-    Pictures are resized so that the shorter side is `size`, cropped in the centre, scaled to 0..1
-    and normalised with `mean` and `std`. An array is taken as it is. `limit` is the number at most,
-    evenly over what is there.
+    Images are resized so that the shorter side is `size`, cropped to the centre, scaled to 0..1 and
+    normalised with `mean` and `std`. The rows of an array (N, ...) are used unchanged. At most
+    `limit` images are used, spread evenly over those found.
 
-    Raises InputError where there is nothing to read, and for a picture that cannot be read;
-    MissingPart where pictures need pillow and it is not there."""
+    Raises InputError if there is nothing to read and for an image that cannot be read. Raises
+    MissingPart if images are read without pillow."""
 
     def __init__(
         self,
@@ -47,16 +46,16 @@ class Images(Dataset[Tensor]):
             try:
                 self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
-                raise InputError(f"{path} is not an array: {error}") from error
+                raise InputError(f"{path} is not an array file: {error}") from error
             if self.array.ndim == 0 or not np.issubdtype(self.array.dtype, np.number):
-                raise InputError(f"{path} holds no batch of numbers")
+                raise InputError(f"{path} is not an array of numbers with a batch axis")
             count = len(self.array)
         else:
             raise InputError(
-                f"{path}: data is a folder or zip of pictures, or a .npy file (N, C, H, W)"
+                f"{path}: data is a folder or zip of images, or a .npy file (N, C, H, W)"
             )
         if not count:
-            raise InputError(f"the calibration set is empty: no picture in {path}")
+            raise InputError(f"the calibration set is empty: no image in {path}")
         kept = count if limit is None else min(limit, count)
         self.rows = [i * count // kept for i in range(kept)]
 
@@ -75,5 +74,5 @@ class Images(Dataset[Tensor]):
         )
 
     def batches(self, batch: int = 32, workers: int = 0) -> DataLoader[Tensor]:
-        """In their order, `batch` at a time, read by `workers` processes."""
+        """Batches of `batch` images, in order, read by `workers` processes."""
         return DataLoader(self, batch, num_workers=workers)

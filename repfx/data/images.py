@@ -1,10 +1,9 @@
-"""Pictures: labelled pictures from class folders, on disk or in a zip. A label is the place of its
-folder in order.
+"""Pictures: labelled images from class folders, on disk or in a zip.
 
-    cats/a.jpg, dogs/b.jpg -> classes ("cats", "dogs"), samples (picture (3, H, W), label)
+    cats/a.jpg, dogs/b.jpg -> classes ("cats", "dogs"), samples (image (3, H, W), label)
 
-Augmentation is a function of (seed, epoch, index), so it does not depend on what was read before or
-by which worker."""
+A label is the index of the class. Augmentation is a function of (seed, epoch, index), so it does
+not depend on what was read before, or on which worker reads."""
 
 from __future__ import annotations
 
@@ -28,18 +27,19 @@ from repfx.errors import InputError
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """(picture (3, H, W), label) of a folder or zip of class folders; `part` is a folder in it,
-    such as "train".
+    """Samples (image (3, H, W), label) of a folder or zip of class folders.
 
-    Pictures are scaled to 0..1 and normalised with `mean` and `std`. With `size`, the shorter side
-    is resized to it and the centre cropped; without, all must have one size. `augment` pads by
-    `pad` pixels (an eighth of the side where it is None), crops at a random place and flips half of
-    them. `classes` fixes the labels' order. `limit` takes that many, evenly over the classes.
-    `cache` keeps decoded pictures in memory.
+    `part`: a folder inside, such as "train", to read instead of the whole. Images are scaled to
+    0..1 and normalised with `mean` and `std`. With `size`, the shorter side is resized to it and
+    the centre is cropped; without it, all images must have the same size. `augment` pads an image
+    by `pad` pixels (by default an eighth of the shorter side), crops it at a random place and flips
+    half of the images. `classes` sets the order of the labels. `limit` takes that many images,
+    evenly over the classes. `cache` keeps decoded images in memory.
 
-    Raises InputError for a missing or damaged archive, for no class folder, and, when it is read,
-    for a picture that cannot be read, naming it. With `skip_broken` all are read once at the start
-    and such ones are left out; `broken` names them. Raises MissingPart without pillow."""
+    Raises InputError for a missing or damaged archive and if there is no class folder. Reading an
+    image that is damaged raises InputError and names it. With `skip_broken` all images are read
+    once at the start; damaged ones are skipped and listed in `broken`. Raises MissingPart without
+    pillow."""
 
     def __init__(
         self,
@@ -72,17 +72,16 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         strange = sorted({n.parts[0] for n in labelled} - set(self.classes))
         if strange:
             raise InputError(
-                f"{path} has the class {strange[0]!r}, which is none of: {', '.join(self.classes)}"
+                f"{path} has the class {strange[0]!r}; it must be one of: {', '.join(self.classes)}"
             )
         if not labelled:
             where = f"{path}, {part}" if part else f"{path}"
             raise InputError(
-                f"no picture in a class folder in {where}: labels come from folders, such "
+                f"no image in a class folder in {where}: labels come from folders, such "
                 "as cats/a.jpg"
             )
-        if limit is not None and limit < len(
-            labelled
-        ):  # evenly over the classes, which stand one after another
+        # Equal steps, because the list is sorted by class.
+        if limit is not None and limit < len(labelled):
             labelled = [labelled[i * len(labelled) // limit] for i in range(limit)]
         self.names = [str(PurePosixPath(part) / n) for n in labelled]
         self.broken: tuple[str, ...] = ()
@@ -102,7 +101,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return normalised(pixels, self.mean, self.std), self.labels[index]
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """The augmentation from here on."""
+        """Sets the seed and epoch that the augmentation follows from."""
         self.seed, self.epoch = seed, epoch
 
     def _moved(self, v: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -116,9 +115,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 def train_and_valid(
     path: str | os.PathLike[str], **options: Any
 ) -> tuple[Pictures, Pictures | None]:
-    """What to train on (augmented) and to validate on: `train/` and `test/`, `val/` or `valid/` in
-    it, or all and None.
-    """
+    """The training set, augmented, and the validation set, or None if there is none.
+
+    They are the folders `train/` and `val/`, `valid/` or `test/`. Without `train/`, everything is
+    the training set. `options` are those of Pictures."""
     found = validation_part(path)
     if found is None:
         return Pictures(path, augment=True, **options), None
@@ -127,9 +127,9 @@ def train_and_valid(
 
 
 def validation_part(path: str | os.PathLike[str]) -> str | None:
-    """`val`, `valid` or `test` beside a `train` in it, "" where there is only that, None where
-    there is no `train`.
-    """
+    """The name of the validation folder next to `train`: the first of `val`, `valid` and `test`.
+
+    It is "" if `train` has no such neighbour, and None if there is no `train`."""
     tops = {PurePosixPath(n).parts[0] for n in names_in(Path(path))}
     if "train" not in tops:
         return None

@@ -1,4 +1,4 @@
-"""Data sets that come inside a package, by name; no download."""
+"""Data sets that come with a Python package, by name. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Labelled = tuple[Tensor, Tensor]
 
 
 def digits(seed: int = 0) -> tuple[Labelled, Labelled]:
-    """scikit-learn's 1 797 handwritten digits, (N, 1, 8, 8) in -1..1 and labels: to train on, then
-    a quarter to test.
-    """
+    """scikit-learn's 1 797 handwritten digits: (training set, test set), a quarter for the test.
+
+    Each is (images (N, 1, 8, 8) in -1..1, labels (N,))."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

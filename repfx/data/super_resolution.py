@@ -1,9 +1,8 @@
-"""Pairs: pictures and themselves made smaller, for super-resolution.
+"""Pairs: images and smaller versions of them, for super-resolution.
 
-    hr/a.png and lr_x2/a.png beside each other, or only pictures: then the small one is made by
-    bicubic resampling
-
-Crops, flips and turns are a function of (seed, epoch, index), as in `Pictures`.
+The small version of hr/a.png is lr_x2/a.png. If there are only large images, the small ones are
+made by bicubic resampling. Crops, flips and rotations are a function of (seed, epoch, index), as in
+`Pictures`.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _LUMA = np.array([65.481, 128.553, 24.966]) / 255
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """(low (C, h, w), high (C, scale h, scale w)) in 0..255 of a folder or zip of pictures; `part`
-    is a folder in it.
+    """Samples (low (C, h, w), high (C, scale h, scale w)) in 0..255 of a folder or zip of images.
 
-    C = 1 is Y of BT.601 (16..235), C = 3 RGB. With `patch`, the side of a square of `high` in
-    pixels, each sample is a random one, flipped and turned, and a picture gives `repeat` of them an
-    epoch; without, the whole picture, cut to a multiple of `scale`. `cache` keeps decoded pictures
-    in memory. `skip_broken` as in `Pictures`.
+    `part`: a folder inside, to read instead of the whole. C = 1 is Y of BT.601 (16..235), C = 3 is
+    RGB. With `patch`, a sample is a random square of `high` with a side of `patch` pixels, flipped
+    and rotated at random, and each image gives `repeat` samples per epoch. Without it, a sample is
+    the whole image, cropped to a multiple of `scale`. `cache` keeps decoded images in memory.
+    `skip_broken` works as in `Pictures`.
 
-    Raises InputError for a missing or damaged archive, no picture, a patch that is no multiple of
-    the scale or larger than a picture, an `hr` without its `lr`, a picture that cannot be read.
-    Raises MissingPart without pillow."""
+    Raises InputError for a missing or damaged archive, if there is no image, for a patch that is
+    not a multiple of the scale or is larger than an image, for a file in `hr` without its small
+    version, and for an image that cannot be read. Raises MissingPart without pillow."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         if channels not in (1, 3):
             raise InputError(f"channels is 1 (Y) or 3 (RGB), not {channels}")
         if patch is not None and (patch < scale or patch % scale):
-            raise InputError(f"patch={patch} is no multiple of the scale {scale}")
+            raise InputError(f"patch={patch} is not a multiple of the scale {scale}")
         self.archive = Archive(path, cache)
         self.scale, self.channels, self.patch, self.repeat = (
             scale,
@@ -76,7 +75,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
                 raise InputError(f"{path} has {name} but no {other}")
             self.names.append((name, other if other in small else None))
         if not self.names:
-            raise InputError(f"no picture in {path}{f', {part}' if part else ''}")
+            raise InputError(f"no image in {path}{f', {part}' if part else ''}")
         self.broken: tuple[str, ...] = ()
         if skip_broken:
             broken = set(self.archive.readable([n for pair in self.names for n in pair if n])[1])
@@ -110,11 +109,11 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         return a, b
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """The crops from here on."""
+        """Sets the seed and epoch that the crops follow from."""
         self.seed, self.epoch = seed, epoch
 
     def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(h, w, C) and (scale h, scale w, C) of one picture."""
+        """One image as (h, w, C) and (scale h, scale w, C)."""
         if index in self._ready:
             return self._ready[index]
         name, other = self.names[index]

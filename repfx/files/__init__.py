@@ -1,1 +1,1 @@
-"""Files: models saved and loaded without pickle, and files that appear whole or not at all."""
+"""Files: models saved and loaded without pickle, and files that are never left half written."""

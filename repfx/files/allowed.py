@@ -1,5 +1,6 @@
-"""What a saved file may name: layers of torch.nn and of repfx, functions torch lists as
-overridable, operators, aten.
+"""What a saved file may name: layers of torch.nn and repfx, and functions that only compute.
+
+The functions are those that torch lists as overridable, Python's operators, and aten operators.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def class_name(module: nn.Module, path: str) -> str:
     ):
         return name
     raise InputError(
-        f"cannot save {path or 'the model'}: {name} is code of your own, which has no form "
+        f"cannot save {path or 'the model'}: {name} is code of your own, which cannot be saved "
         "without pickle. "
-        "Save its state_dict beside your code, or use torch.export.save"
+        "Save its state_dict next to your code, or use torch.export.save"
     )
 
 
@@ -79,10 +80,8 @@ def _functions() -> dict[str, Any]:
     table.update(
         {f"operator.{n}": getattr(operator, n) for n in operator.__all__ if n not in makers}
     )
-    for space in (
-        torch,
-        torch.nn.functional,
-    ):  # the forms that work in place are not listed by torch
+    # torch does not list the variants that work in place.
+    for space in (torch, torch.nn.functional):
         spellings = {
             n: getattr(space, n)
             for n in dir(space)
@@ -113,14 +112,14 @@ def function_name(f: Any) -> str:
     if f in _names():
         return _names()[f]
     raise InputError(
-        f"cannot save: function {getattr(f, '__name__', f)!r} has no form without pickle"
+        f"cannot save: function {getattr(f, '__name__', f)!r} cannot be saved without pickle"
     )
 
 
 def is_computation(op: Any) -> bool:
-    """Whether an aten operator computes from tensors. Those that take none can read and write files
-    (from_file).
-    """
+    """Whether an aten operator computes from tensors.
+
+    Operators without a tensor argument are not safe: from_file, for one, reads and writes files."""
     if not isinstance(op, torch._ops.OpOverload):
         return False
     arguments = [str(a.type) for a in op._schema.arguments]

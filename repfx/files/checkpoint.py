@@ -1,8 +1,9 @@
-"""Checkpoints: a model half way and what else its run needs, as plain tensors, numbers and dicts.
+"""Checkpoints: an unfinished model and the state of its run, as plain tensors, numbers and dicts.
 
     {"format": "repfx.fit 1", "model": state_dict, "flags": {quantizer: has a scale}, ...}
 
-A file appears whole or not at all, and no code comes back from one. `kind` says whose it is."""
+A checkpoint is written completely or not at all, and reading one runs no code. `kind` names the
+function that wrote it, such as repfx.fit."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ VERSION = 1
 def write(
     path: str | os.PathLike[str], kind: str, model: nn.Module, content: dict[str, Any]
 ) -> None:
-    """Writes the model and what else the run needs. Raises InputError where the path cannot be
-    written.
-    """
+    """Writes the model and the state of the run, `content`.
+
+    Raises InputError if the path cannot be written."""
     flags = {name: m.calibrated for name, m in quantizers_of(model).items()}
     whole = {
         "format": f"{kind} {VERSION}",
@@ -38,12 +39,13 @@ def write(
 
 
 def read(path: str | os.PathLike[str], kind: str, keys: Collection[str]) -> dict[str, Any]:
-    """What `write` wrote, with at least these keys. Raises InputError for a file that is damaged,
-    of another kind or version, or no checkpoint.
-    """
+    """Reads what `write` wrote, with at least these keys.
+
+    Raises InputError for a file that is damaged, is not a checkpoint, or is one of another kind or
+    version."""
     try:
         found = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except Exception as error:  # what the unpickler raises on strange bytes has no common class
+    except Exception as error:  # the unpickler raises all kinds of errors on strange bytes
         raise InputError(f"{path} is not a checkpoint of {kind}, or it is damaged") from error
     name, _, version = str(found.get("format") if isinstance(found, dict) else "").rpartition(" ")
     if name != kind:
@@ -61,9 +63,9 @@ def read(path: str | os.PathLike[str], kind: str, keys: Collection[str]) -> dict
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, found: dict[str, Any]) -> None:
-    """Puts the checkpoint's tensors into the model. Raises InputError, naming the first keys, where
-    they do not fit.
-    """
+    """Loads the tensors of a checkpoint into the model.
+
+    Raises InputError if they do not fit, and names the first keys that differ."""
     here: dict[str, Tensor] = model.state_dict()
     there: dict[str, Tensor] = found["model"]
     wrong = [f"{k} is not in the checkpoint" for k in here if k not in there]

@@ -1,8 +1,7 @@
-"""save and load without pickle: tensors in a safetensors file, modules and graphs as JSON in its
-header.
+"""save and load without pickle: a safetensors file with modules and graphs as JSON in its header.
 
-Only what `repfx.files.allowed` lists can come back. Everything else in a file is data, so a file
-cannot run code."""
+Loading creates only the layers and functions that `repfx.files.allowed` lists. Everything else in a
+file is data, so a file cannot run code."""
 
 from __future__ import annotations
 
@@ -43,17 +42,16 @@ _PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the model to `path`: graph, layers, tensors, modes. The file appears whole or not at
-    all.
+    """Writes the graphs, layers, tensors and modes of a model to `path`, completely or not at all.
 
-    A train-only module of a class of one's own (stochastic depth) is saved as the identity that it
-    is in eval mode. Raises InputError where the model holds another module of such a class, or the
-    path cannot be written."""
+    A module of your own class that works in training only, such as stochastic depth, is saved as an
+    identity, which it is in eval mode. Raises InputError if the model has any other module of your
+    own class, or if the path cannot be written."""
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
     tree = _encode_module(model, "", tensors, keys, {})
     text = json.dumps({"format": FORMAT, "model": tree})
-    try:  # what cannot be read back must not be written
+    try:  # check that the file can be read again before it is written
         _decode_module(json.loads(text)["model"], tensors, {})
     except (
         KeyError,
@@ -69,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """The model that `save` wrote. Raises InputError for a missing, damaged or foreign file."""
+    """Loads a model that `save` wrote. Raises InputError for a missing, damaged or other file."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
     try:
@@ -81,7 +79,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             f"{path} is not a model saved by repfx, or it is damaged: {error}"
         ) from error
     if text is None:
-        raise InputError(f"{path} holds tensors but no model: it was not written by repfx.save")
+        raise InputError(f"{path} has tensors but no model: it was not written by repfx.save")
     try:
         data = json.loads(text)
         if data["format"] != FORMAT:
@@ -100,9 +98,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
-    """Calls `write` with a path beside `path` and renames the result, so that no half-written file
-    is ever left.
-    """
+    """Calls `write` with a temporary path and moves the result to `path`.
+
+    So a half-written file is never left. Raises InputError if `path` cannot be written."""
     goal = Path(path)
     try:
         handle, part = tempfile.mkstemp(dir=goal.parent, prefix=f".{goal.name}.")
@@ -260,7 +258,7 @@ def _decode_graph(nodes: list[Any]) -> fx.Graph:
 
 
 def _encode(v: Any, where: str) -> Any:
-    """Plain data as JSON; what JSON lacks is a one-key object."""
+    """Plain data as JSON. Types that JSON lacks become objects with one key."""
     if v is None or isinstance(v, (bool, int, str)) or (isinstance(v, float) and math.isfinite(v)):
         return v
     if isinstance(v, float):
@@ -285,7 +283,7 @@ def _encode(v: Any, where: str) -> Any:
         return {"ellipsis": 0}
     if callable(v):
         return {"function": function_name(v)}
-    raise InputError(f"cannot save {where}: a value of {type(v)} has no form without pickle")
+    raise InputError(f"cannot save {where}: a value of {type(v)} cannot be saved without pickle")
 
 
 def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
@@ -317,7 +315,7 @@ def _decode(v: Any, nodes: dict[str, fx.Node]) -> Any:
 
 
 def _is_name(text: Any) -> bool:
-    """Whether a text may stand in generated code as a name."""
+    """Whether a text is safe as a name in generated code."""
     return isinstance(text, str) and text.isidentifier() and not keyword.iskeyword(text)
 
 

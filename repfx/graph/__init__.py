@@ -1,1 +1,1 @@
-"""What a graph means: the vocabulary of operators, and every question about a node."""
+"""What a graph means: the vocabulary of operators, and views that answer questions about nodes."""

@@ -1,4 +1,4 @@
-"""What a node calls, with the operator's own arguments, whichever way it is written."""
+"""What a node calls, with the arguments of the operator, however the call is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repfx.graph.vocabulary import UNKNOWN, Kind, kind_of
 
 @dataclass(frozen=True)
 class Call:
-    """A call that the vocabulary knows: `args` and `kwargs` are those of the kind's rule."""
+    """A call of a known operator. `args` and `kwargs` are arguments of the rule of its kind."""
 
     kind: Kind
     args: tuple[Any, ...]
@@ -27,11 +27,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer as a node calls it, its weight quantized or not.
+    """A convolution or linear layer that a node calls. Its weight may be quantized.
 
-    `x` is what it reads. `weight` and `bias` are nodes, or paths where a module is called. `path`
-    is where the weight lives, "" where it is computed. `rest` are the other arguments by name:
-    stride, padding, ..."""
+    `x` is its input. `weight` and `bias` are nodes, or paths if the node calls a module. `path` is
+    the module that owns the weight, "" if the weight is computed. `rest` has the other arguments by
+    name: stride, padding, ..."""
 
     node: fx.Node
     kind: Kind
@@ -43,13 +43,14 @@ class Layer:
 
     @property
     def channel_axis(self) -> int:
-        """The axis of the channels in what it gives."""
+        """The channel axis of its output."""
         return -1 if self.kind.name == "linear" else 1
 
 
 def call_of(node: fx.Node, module: nn.Module | None = None) -> Call | None:
-    """What a node calls; None where the vocabulary has no row. `module`: what a call_module node
-    calls."""
+    """What a node calls, or None if the vocabulary does not know it.
+
+    `module`: the module that a call_module node calls."""
     kind, args, kwargs = kind_of(node, module), node.args, dict(node.kwargs)
     if kind is UNKNOWN:
         return None
@@ -58,13 +59,13 @@ def call_of(node: fx.Node, module: nn.Module | None = None) -> Call | None:
         if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
             return None
         return Call(kind, inputs, kind.leaf.arguments(str(node.target), module))
-    if "self" in kwargs:  # the name in aten of what functions call the input
+    if "self" in kwargs:  # what functions call `input` is `self` in aten
         kwargs["input"] = kwargs.pop("self")
     return Call(kind, args, kwargs)
 
 
 def layer_of(node: fx.Node, module: nn.Module | None = None) -> Layer | None:
-    """The convolution or linear layer that a node calls; None where it calls none."""
+    """The convolution or linear layer that a node calls, or None."""
     call = call_of(node, module)
     if call is None or Trait.LAYER not in call.kind.traits:
         return None

@@ -1,8 +1,7 @@
-"""Rules of the operators that move channels: concatenation, slices, chunks, shuffles, permutations
-of the axes.
+"""Rules of the operators that move channels: concatenations, slices, shuffles, permutations, ...
 
-Each is a sum whose values have their channels moved, so a convolution after a concatenation, or of
-a slice, needs no rule of its own:
+Each is read as a sum of values with moved channels. So a convolution of a concatenation, or of a
+slice, needs no rule of its own:
 
     cat(a, b) = [a; 0] + [0; b]
 """
@@ -45,7 +44,7 @@ def chunk(c: Constants, input: Any, chunks: Any, dim: Any = 0) -> Op:
 
 
 def split(c: Constants, input: Any, sizes: Any, dim: Any = 0) -> Op:
-    """`sizes`: of each piece, or one for all but the last."""
+    """`sizes`: the size of each piece, or one size; then the last piece may be smaller."""
     if isinstance(sizes, int):
         return _split(c, input, dim, lambda _: sizes)
     if not all(isinstance(s, int) for s in sizes):
@@ -57,7 +56,7 @@ def split(c: Constants, input: Any, sizes: Any, dim: Any = 0) -> Op:
 
 
 def getitem(c: Constants, input: Any, index: Any) -> Op:
-    """A piece of what `chunk` returned, or x[:, a:b, c:-d]: channels taken and space cropped."""
+    """A piece from `chunk` or `split`, or a slice x[:, a:b, c:-d]: some channels, cropped space."""
     whole = c.ops.get(input)
     if isinstance(whole, Sum) and whole.pieces is not None:
         found, at = whole.pieces, index
@@ -118,7 +117,7 @@ def channel_shuffle(c: Constants, input: Any, groups: Any) -> Op:
 
 
 def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
-    """Channels moved to the last axis, (0, 2, 3, 1), or back, (0, 3, 1, 2)."""
+    """The permutation (0, 2, 3, 1), which moves the channels to the last axis, or (0, 3, 1, 2)."""
     dims = given if dims is None else (dims,)
     flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
     if not all(isinstance(d, int) for d in flat):
@@ -137,7 +136,7 @@ def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
             or (g.channel_axis == 1 and not last)
             or (g.channel_axis == -1 and not first)
         ):
-            raise Inexact("a permutation of its axes in space")
+            raise Inexact("a permutation of the spatial axes")
         return [values[0].turned_to(-g.channel_axis)]
 
     return Sum(
@@ -149,9 +148,9 @@ def permute(c: Constants, input: Any, *given: Any, dims: Any = None) -> Op:
 
 
 def transpose(c: Constants, input: Any, *given: Any, **named: Any) -> Op:
-    """Of (N, C, L) and (N, L, C); in more dimensions it also swaps axes in space. Axes are dim0,
-    dim1 or axis0, axis1.
-    """
+    """A transpose from (N, C, L) to (N, L, C) or back. In more dimensions it would reorder space.
+
+    The axes may be called dim0, dim1 or axis0, axis1."""
     dim0, dim1 = (*given, *named.values())
     swaps = {dim0, dim1} in ({1, 2}, {1, -1}, {2, -2}, {-1, -2}) and c.rank(input) == 3
     return permute(c, input, 0, 2, 1) if swaps else Opaque()
@@ -199,13 +198,13 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
         if dims[0] != slice(None):
             raise Inexact("a slice of the batch")
         if g.channel_axis == -1 and any((s.step or 1) != 1 for s in dims):
-            raise Inexact("a slice with steps of positions that stand before the channels")
+            raise Inexact("a slice with steps, along positions in a value with channels last")
         taken = values[0].moved(tuple(range(g.outputs)[channels]))
         axes = [_axis(s) for s in dims[1:]]
         if all(a.is_point for a in axes):
             return [taken]
         if not g.axes:
-            raise Inexact("a crop of a linear's positions")
+            raise Inexact("a crop of the positions of a linear layer")
         return [taken.cropped(tuple(axes))]
 
     steps = (
@@ -219,9 +218,7 @@ def _sliced(c: Constants, input: Any, index: list[Any]) -> Op:
 
 
 def _axis(s: slice) -> Axis:
-    """A slice of one axis in space as an axis: what it leaves out at each end is a negative
-    padding.
-    """
+    """A slice along a spatial axis, as an Axis: it crops each end, which is negative padding."""
     start, stop = s.start or 0, s.stop
     stop = 0 if stop is None or stop >= _END else stop
     if start < 0 or stop > 0 or (s.stop == 0):
@@ -250,8 +247,8 @@ def _is_plain(s: Any) -> bool:
 
 
 def _check_dim(c: Constants, dim: int, g: Geometry, node: fx.Node) -> None:
-    """Raises Inexact unless `dim` is where the channels of a value of geometry g stand."""
+    """Raises Inexact unless `dim` is the channel axis of a value with geometry g."""
     rank = len(g.axes) + 2 if g.channel_axis == 1 or g.axes else c.rank(node)
     if dim == g.channel_axis or (rank is not None and dim % rank == g.channel_axis % rank):
         return
-    raise Inexact("it joins, splits or moves an axis that is not the channels")
+    raise Inexact("it joins, splits or moves along an axis that is not the channel axis")

@@ -1,7 +1,6 @@
-"""What rewrites of a graph have in common: to put a new module or graph where a region was, to find
-a free path, and to take out what nothing refers to any more.
+"""Edits of a graph: put a module or graph in place of a region, find free paths, drop dead modules.
 
-A module is never changed, since another call may share it; names of what stays are never touched.
+Existing modules are never changed, because another call may share them. What stays keeps its name.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ _TRANSPOSED: dict[int, type[nn.Module]] = {
 
 
 def layer_from(kernel: Kernel, like: Tensor) -> nn.Module:
-    """A convolution or linear layer that computes `kernel`, without the padding that it cannot
-    express.
+    """A convolution or linear layer that computes `kernel`, except for padding it cannot express.
 
-    In the dtype and on the device of `like`, and trainable if that is.
+    It has the dtype and device of `like`, and is trainable if `like` is.
     """
     g, weight = kernel.geometry, kernel.packed
     if g.source_axis == -1:
@@ -80,7 +78,7 @@ def padding_of(g: Geometry) -> tuple[int, ...] | str | None:
 
 
 def uneven(g: Geometry) -> bool:
-    """Whether a pad of its own must stand before the layer: sides that differ, or a crop."""
+    """Whether a pad must come before the layer, because the sides differ or one is cropped."""
     return not g.transposed and padding_of(g) is None
 
 
@@ -92,9 +90,9 @@ def replace_region(
     g: Geometry,
     target: str,
 ) -> fx.Node:
-    """Calls module `target` on the source in place of the removed nodes, the last of which is the
-    sink.
-    """
+    """Replaces the removed nodes by a call of module `target` on the source.
+
+    The last of them is the sink. Returns the node that replaces it."""
     with graph.inserting_before(sink):
         x = source
         if g.source_axis != -1 and uneven(g):
@@ -129,9 +127,10 @@ def inline(
     inner: fx.Graph,
     path: str,
 ) -> fx.Node:
-    """Computes what `inner`, the graph of a module of one input that now stands at `path`, computes
-    of the source, in place of the removed nodes, the last of which is the sink. Returns the value
-    that now stands for the sink's."""
+    """Replaces the removed nodes by a copy of `inner`, applied to the source.
+
+    `inner` is the graph of a module with one input, and that module is at `path` now. The last of
+    the removed nodes is the sink. Returns the node that replaces it."""
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(sink):
         for node in inner.nodes:
@@ -154,9 +153,9 @@ def inline(
 
 
 def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
-    """Puts a module at a dotted path, making plain holders on the way. Returns the module that
-    stood there.
-    """
+    """Puts a module at a dotted path and returns the module that was there before, or None.
+
+    Parents that are missing are made as plain holders."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
@@ -168,7 +167,7 @@ def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module | Non
 
 
 def free_path(root: nn.Module, wanted: str) -> str:
-    """`wanted`, or the first of wanted_1, wanted_2, ... that names nothing yet."""
+    """The first path of wanted, wanted_1, wanted_2, ... that is not taken."""
     path, n = wanted, 0
     while _exists(root, path):
         n += 1
@@ -184,28 +183,25 @@ def references(graph: fx.Graph) -> set[str]:
 def drop_unreferenced(
     module: fx.GraphModule, before: set[str], replaced: Iterable[nn.Module]
 ) -> None:
-    """Takes out dead constants, then the modules and tensors that the graph read before and does
-    not read now.
-    """
+    """Removes dead constants, then the modules and tensors that the graph does not read any more.
+
+    `before`: the paths that the graph read before the rewrite."""
     graph = module.graph
     for node in reversed(graph.nodes):
         if is_dead(node):
             graph.erase_node(node)
     now = references(graph)
-    # A path stays if something below it is still read, or if it now is a tensor of a new layer
-    # above it.
+    # A path stays if something below it is still read, or if a new layer above it owns it now.
     above = {path[:i] for path in now for i, c in enumerate(path) if c == "."}
-    gone: dict[int, Any] = {
-        id(m): m for m in replaced
-    }  # held, so that no new object takes one of their ids
+    # The objects are kept here, so that no new object gets the id of one of them.
+    gone: dict[int, Any] = {id(m): m for m in replaced}
     for path in sorted(before - now, key=lambda p: -p.count(".")):  # the inner ones first
         if path.rpartition(".")[0] in now:
             continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)
-        if (
-            path in above
-        ):  # a batch norm that carries its activation: what it normalised with goes, the rest stays
+        # A batch norm that contains its activation: its own tensors go, the rest stays.
+        if path in above:
             rest = nn.Module()
             old: Any = holder._modules[name]
             rest._modules, rest.training = dict(old._modules), old.training
@@ -219,7 +215,7 @@ def drop_unreferenced(
                 gone[id(found)] = found
                 del store[name]
         if parent and parent not in now and parent not in above and not _holds_anything(holder):
-            gone[id(holder)] = holder  # a layer that has lost its weights is no layer
+            gone[id(holder)] = holder  # a layer without its weights is useless
     live = {id(module.get_submodule(path)) for path in now if _is_module(module, path)}
     for holder in list(module.modules()):
         for name in [
@@ -237,7 +233,7 @@ def _holds_anything(module: nn.Module) -> bool:
 
 
 def _prune(module: nn.Module, live: set[int]) -> None:
-    """Removes plain holders with nothing left in them."""
+    """Removes plain holders that are empty now."""
     for name, child in list(module._modules.items()):
         if child is None:
             continue

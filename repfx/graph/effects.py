@@ -1,6 +1,4 @@
-"""Operators that change a value they read, and values that share memory: what data flow alone does
-not show.
-"""
+"""Changes in place and shared memory: the effects of operators that data flow does not show."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from repfx.graph.vocabulary import UNKNOWN, kind_of, kind_of_layer
 
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator of this name overwrites its first argument, or `out`."""
+    """Whether an operator with this name overwrites its first argument, or `out`."""
     name = str(getattr(target, "__name__", target))
     says = kwargs.get("inplace") is True or kwargs.get("out") is not None
     # x += y is operator.iadd, which Python looks up as __iadd__.
@@ -27,9 +25,9 @@ def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
-    """Whether the node overwrites its first argument, or `out`. `module` is what a call_module node
-    calls.
-    """
+    """Whether the node overwrites its first argument, or `out`.
+
+    `module`: the module that a call_module node calls."""
     if module is not None:
         return bool(getattr(module, "inplace", False)) or is_foreign(module)
     if isinstance(node.target, torch._ops.OpOverload):
@@ -38,17 +36,13 @@ def writes(node: fx.Node, module: nn.Module | None = None) -> bool:
 
 
 def is_dead(node: fx.Node) -> bool:
-    """Whether taking the node out changes nothing. A module's call may have an effect in training,
-    so it stays.
-    """
+    """Whether the node can be removed. Calls of modules stay: they may have effects in training."""
     kinds = ("get_attr", "call_function", "call_method")
     return node.op in kinds and not node.users and not node.is_impure() and not writes(node)
 
 
 class Writes:
-    """Every change in place of a graph: for each value, the operators that change memory it may
-    share.
-    """
+    """The changes in place of a graph: `of` each value, the nodes that may change its memory."""
 
     def __init__(
         self, modules: dict[str, nn.Module], nodes: Iterable[fx.Node], index: dict[fx.Node, int]
@@ -65,13 +59,11 @@ class Writes:
                     self.of.setdefault(value, []).append(node)
 
     def changed(self, value: fx.Node) -> bool:
-        """Whether some reader of the value may find it changed."""
+        """Whether some reader of the value may see a changed value."""
         return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
     def may_write(self, node: fx.Node) -> bool:
-        """Whether nobody would notice if the node overwrote its first argument: new memory that
-        only the node reads.
-        """
+        """Whether the node may overwrite its first argument: fresh memory that only it reads."""
         value = node.args[0] if node.args else None
         if not isinstance(value, fx.Node) or value.op not in (
             "call_module",
@@ -79,21 +71,19 @@ class Writes:
             "call_method",
         ):
             return False
-        if isinstance(
-            value.target, torch._ops.OpOverload
-        ):  # some give back their input without saying so
+        # Some aten operators return their input without declaring it.
+        if isinstance(value.target, torch._ops.OpOverload):
             return False
         return list(value.users) == [node] and not self._may_alias(value)
 
     def disturb(
         self, source: fx.Node, nodes: tuple[fx.Node, ...], kept: frozenset[fx.Node]
     ) -> bool:
-        """Whether computing `nodes` at once, where the last of them stands, would read or leave
-        other values.
+        """Whether values would differ if `nodes` were computed at once, in place of the last one.
 
-        The source is read late, after what still changes it: wrong for all that read it before.
-        Changes made by nodes that are not kept are not made any more: wrong for what reads after
-        them, inside or outside."""
+        The source would be read after the nodes that change it, which is wrong for readers that
+        came before such a change. Changes made by nodes that are not kept would be lost, which is
+        wrong for readers that come after one, inside the region or outside."""
         if not self.of:
             return False
         inside, end = set(nodes), self.index[nodes[-1]]
@@ -113,7 +103,7 @@ class Writes:
         return False
 
     def _before(self, value: fx.Node, writer: fx.Node) -> bool:
-        """Values made by a writer or after it hold the change as a matter of course."""
+        """Whether a value is older than a write. Younger values include the change anyway."""
         return self.index[value] < self.index[writer]
 
     def _aliases(self, value: fx.Node) -> set[fx.Node]:
@@ -128,19 +118,17 @@ class Writes:
         return found
 
     def _shared(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs whose memory the result may share: of what overwrites its first, that one
-        alone.
-        """
+        """The inputs whose memory the result may share. A writer returns what it overwrites."""
         if not self._may_alias(node):
             return []
         called = self.modules[str(node.target)] if node.op == "call_module" else None
         return _written(node, called) if writes(node, called) else node.all_input_nodes
 
     def _may_alias(self, node: fx.Node) -> bool:
-        """Whether the result may be, or be a part of, one of the inputs."""
+        """Whether the result may be one of the inputs, or a part of one."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            # Ours may give back what they are given.
+            # Modules of repfx may return their input.
             layer, kind = _is_layer(module), kind_of_layer(module)
             fresh = kind is UNKNOWN or Trait.FRESH in kind.traits
             return not layer or not fresh or writes(node, module)
@@ -152,7 +140,7 @@ class Writes:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's layers and does what they do."""
+    """Whether a module is a layer of PyTorch with its own forward."""
     name = type(module).__module__
     return (
         name.startswith("torch.nn.")
@@ -162,14 +150,14 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether a module is code that nobody here has read, or runs such code."""
+    """Whether a module is unknown code: from neither PyTorch nor repfx, or with another forward."""
     return not (_is_layer(module) or type(module).__module__.startswith("repfx."))
 
 
 def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
-    """The values that a writer may overwrite: `out`, else its first argument, or all that foreign
-    code is given.
-    """
+    """The values that a node which writes may overwrite: `out` if given, else its first argument.
+
+    Foreign code may overwrite all of its inputs."""
     if module is not None and is_foreign(module):
         return node.all_input_nodes
     first = (

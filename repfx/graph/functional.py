@@ -1,4 +1,4 @@
-"""A convolution or linear layer as a call on values of the graph: its input, weight and bias."""
+"""Calls of a convolution or linear layer whose weight and bias are values of the graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from repfx.graph.ops import Ref
 
 
 def value_of(ref: Ref | None, before: fx.Node) -> fx.Node | None:
-    """A constant as a value of the graph, read before this node where it is a path."""
+    """A constant as a node. For a path, a node that reads it is inserted in front of `before`."""
     if not isinstance(ref, str):
         return ref
     with before.graph.inserting_before(before):
@@ -21,9 +21,10 @@ def value_of(ref: Ref | None, before: fx.Node) -> fx.Node | None:
 def call_layer(
     graph: fx.Graph, g: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None
 ) -> fx.Node:
-    """The call of the layer of this geometry, with its own padding where no convolution has it, and
-    its output turned to where the geometry has its channels.
-    """
+    """Calls the layer of this geometry and returns the node of its output.
+
+    Padding that a convolution does not offer becomes a call of F.pad. The output is permuted if the
+    geometry moves the channels to another axis."""
     if g.source_axis == -1:
         y = graph.call_function(F.linear, (x, weight, bias))
     else:

@@ -1,6 +1,4 @@
-"""What makes a traced graph follow `.train()` and `.eval()`: two stateless modules that read the
-flag when they run.
-"""
+"""Modules that let a traced graph follow `.train()` and `.eval()`, and the flag used in tracing."""
 
 from __future__ import annotations
 
@@ -10,18 +8,16 @@ from torch import Tensor, nn
 
 
 class Mode(nn.Module):
-    """Returns whether it is in training mode: the argument `training=` of F.dropout and
-    F.batch_norm in a graph.
-    """
+    """Returns whether it is in training mode, for `training=` of F.dropout and F.batch_norm."""
 
     def forward(self) -> bool:
         return self.training
 
 
 class TrainOnly(nn.Module):
-    """`inner` in training mode, y = x in eval mode: stochastic depth and its kin, seen by the
-    rewrite as an identity.
-    """
+    """Runs `inner` in training mode and returns x in eval mode, as stochastic depth does.
+
+    Rewrites treat it as an identity."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -32,9 +28,10 @@ class TrainOnly(nn.Module):
 
 
 class Asked:
-    """What a trace answers to `if self.training`, and how often it was asked; `training` lists the
-    modules (by id) whose training branch is taken always, because it computes in eval mode what
-    their eval branch does."""
+    """What a trace answers to `if self.training`, and how often it was asked.
+
+    `training`: the ids of modules whose training branch is always taken, because it computes in
+    eval mode what their eval branch computes."""
 
     def __init__(self, value: bool) -> None:
         self.value = value
@@ -43,9 +40,10 @@ class Asked:
 
 
 class ModeFlag:
-    """Stands for the `training` of one module while a model is traced: an `if` on it takes the
-    branch of `asked` and is noted, and an argument made of it becomes a `Mode` node that reads that
-    module's flag."""
+    """Replaces the attribute `training` of a module during a trace.
+
+    An `if` on it takes the branch that `asked` says, and is counted. Passed as an argument, it
+    becomes a `Mode` node that reads the flag of that module."""
 
     def __init__(self, asked: Asked, owner: nn.Module) -> None:
         self.asked, self.owner = asked, owner

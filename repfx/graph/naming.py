@@ -1,4 +1,4 @@
-"""What a report calls things: a layer by its shape, a node by its name and what it is."""
+"""Names for reports: of a layer, by its shape, and of a node, by its name and operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repfx.graph.view import GraphView
 
 
 def layer(g: Geometry) -> str:
-    """A layer with its channels.
+    """Describes a layer with its channels.
 
     >>> layer(Geometry.conv(64, 128, taps=(3, 3), stride=(2, 2), pad=(1, 1), groups=4))
     'conv 3x3, 64 → 128, stride 2, groups 4'
@@ -30,7 +30,7 @@ def layer(g: Geometry) -> str:
 
 
 def short(g: Geometry) -> str:
-    """A layer by its kind and kernel."""
+    """Describes a layer by its kind and kernel size."""
     if g.source_axis == -1:
         return "linear"
     depthwise = "depthwise " if 1 < g.groups == g.inputs == g.outputs else ""
@@ -41,14 +41,14 @@ def short(g: Geometry) -> str:
 
 
 def operator(op: Op) -> str:
-    """An operator by its kind, a convolution with its kernel."""
+    """Describes an operator by its kind, a convolution with its kernel size too."""
     if isinstance(op, Opaque):
         return ""
     return short(op.own) if isinstance(op, Map) and op.own is not None else op.kind
 
 
 def described(view: GraphView, node: fx.Node) -> str:
-    """A node as a reader of the report knows it, with the reason where it was refused one."""
+    """Describes a node for a report, with the reason why it has no place in a block, if any."""
     op = view.ops[node]
     if node.op == "placeholder":
         return f"the input {node.name!r}"

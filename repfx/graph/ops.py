@@ -1,9 +1,8 @@
-"""Op: what an operator of a graph means to the algebra. It is one of three things, whatever
-spelling it came in:
+"""Op: what an operator of a graph means to the algebra, however it is spelled.
 
-    Map(x)      an affine, shift-invariant map of one value    convolution, batch norm, pad, ...
-    Sum(x, ..)  a weighted sum of values, their channels moved   add, concat, slice, shuffle, ...
-    Opaque      anything else, with the reason where it is one a person would want to know
+    Map(x)      an affine, shift-invariant map of one value      convolution, batch norm, pad, ...
+    Sum(x, ..)  a weighted sum of values with moved channels     add, concat, slice, shuffle, ...
+    Opaque      anything else, with a reason if the user may want to know it
 
 `repfx.graph.vocabulary` says which operator is which.
 """
@@ -20,16 +19,15 @@ from torch import Tensor, fx
 
 from repfx.algebra import Axis, Geometry, Kernel
 
-Ref = (
-    str | fx.Node
-)  # a tensor that does not depend on the input: an attribute's path, or an expression of such
+# A tensor that does not depend on the input: the path of an attribute, or an expression of such.
+Ref = str | fx.Node
 Fetch = Callable[[Ref], Tensor]
 
 
 class Constants(Protocol):
     """What a rule may ask of the graph."""
 
-    ops: dict[fx.Node, Op]  # of the nodes before
+    ops: dict[fx.Node, Op]  # of the nodes so far
 
     def is_constant(self, value: Any) -> bool: ...
     def follows_mode(self, value: Any) -> bool: ...
@@ -40,13 +38,14 @@ class Constants(Protocol):
 
 @dataclass(frozen=True)
 class Map:
-    """y = map(x). `geometry` takes that of x relative to the source; `kernel` fetches the weights
-    of that geometry.
+    """y = map(x).
 
-    `macs` is per output position, `stride` the positions of x per output position. `space` is
-    (number of axes, channel axis) of x and `inputs` its channels, where known. `fill` is what the
-    padding holds: a number or a constant. `own` is the geometry of a layer that is the same
-    whatever it reads."""
+    `geometry` takes the geometry of x, relative to the source, and returns that of this map.
+    `kernel` fetches the weights for that geometry. `macs` is counted per output position, and
+    `stride` is the number of positions of x per output position. `space` is (number of axes,
+    channel axis) of x, and `inputs` the number of its channels, as far as known. `fill` is the
+    value of the padding: a number or a constant. `own` is the geometry of a layer, which is the
+    same for every input."""
 
     x: fx.Node
     kind: str
@@ -69,9 +68,9 @@ class Map:
 class Sum:
     """y = sum of factor * arranged value over `terms`.
 
-    `arrange` moves the channels of the values, Geometries or Kernels alike. `pieces` is given by
-    what returns several tensors (chunk, split): the channels of each, from the number of channels;
-    the op itself is then the whole."""
+    `arrange` moves the channels of the values; it works on Geometries and on Kernels. Operators
+    that return several tensors (chunk, split) have `pieces`, which maps the number of channels to
+    the channels of each piece. The Op itself then stands for the whole."""
 
     terms: tuple[tuple[fx.Node, float], ...]
     kind: str = "add"
@@ -89,7 +88,9 @@ class Sum:
 
 @dataclass(frozen=True)
 class Opaque:
-    """Not a map of this algebra. `reason` is given where the operator looks as if it were one."""
+    """Not a map of this algebra. It has a `reason` if the operator looks like one.
+
+    `cure` is a hint: what would make it one."""
 
     reason: str = ""
     cure: str = ""
@@ -99,7 +100,7 @@ Op: TypeAlias = Map | Sum | Opaque
 
 
 def pointwise(g: Geometry, bias: bool = False) -> Geometry:
-    """The geometry of a map with one number a channel, on the channels and axes of g's output."""
+    """The geometry of a map with one factor per channel, on the channels and axes of g's output."""
     return Geometry(
         g.outputs, g.outputs, g.outputs, (Axis(),) * len(g.axes), bias, channel_axis=g.channel_axis
     )

@@ -1,4 +1,4 @@
-"""Rules of the operators that act a pixel at a time: sums, scales, shifts, identities."""
+"""Rules of the operators that act on each pixel alone: sums, scales, shifts, identities."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def identity(c: Constants, input: Any, *_: Any, **__: Any) -> Map:
 
 
 def train_only(c: Constants, input: Any) -> Op:
-    """The identity in eval mode and something else in training: taken out only inside a block that
-    merges.
-    """
+    """The identity in eval mode, and something else in training.
+
+    It is removed only inside a block that is merged."""
     return replace(identity(c, input), kind="dropout")
 
 
@@ -81,7 +81,7 @@ def _scale(c: Constants, x: Any, factor: Any, power: int = 1) -> Op:
 
 def _shift(c: Constants, x: Any, sign: float, amount: Any, alpha: float) -> Op:
     if isinstance(amount, (int, float)) and amount == 0 and sign == 1:
-        return identity(c, x)  # the literal that sum() starts from
+        return identity(c, x)  # Python's sum() starts from the number 0
     return _affine(
         c, x, "shift", lambda v: (torch.full_like(v, sign), alpha * v), amount, bias=True
     )
@@ -95,16 +95,14 @@ def _affine(
     operand: Any,
     bias: bool = False,
 ) -> Op:
-    """y = scale * x + shift from one operand that is a number or a constant tensor with one entry a
-    channel.
-    """
+    """y = scale * x + shift, both from a number, or a constant tensor with an entry per channel."""
     number = isinstance(operand, (int, float)) and not isinstance(operand, bool)
     if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
         return Opaque()
     shape = () if number else tuple(c.tensor(operand).shape)
     seen = c.dtype(x)
     if not number and (c.tensor(operand).is_complex() or _widens(c.tensor(operand), seen)):
-        return Opaque("its operand changes the type of the value")
+        return Opaque("its operand changes the dtype of the value")
 
     def geometry(g: Geometry) -> Geometry:
         _per_channel(shape, g, lambda: c.rank(x))
@@ -120,9 +118,9 @@ def _affine(
 
 
 def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | None]) -> None:
-    """Raises Inexact unless an operand of this shape gives one number per channel and leaves the
-    value's shape alone.
-    """
+    """Raises Inexact unless an operand of this shape has one number per channel.
+
+    The shape of the value must stay the same too."""
     if shape == ():
         return
     channels_last = g.channel_axis == -1
@@ -136,12 +134,13 @@ def _per_channel(shape: tuple[int, ...], g: Geometry, rank: Callable[[], int | N
         or (at >= 0 and shape[at] not in (1, g.outputs))
     ):
         raise Inexact(
-            f"an operand of shape {tuple(shape)} is not one number a channel", "use shape (C, 1, 1)"
+            f"an operand of shape {tuple(shape)} is not one number per channel",
+            "use shape (C, 1, 1)",
         )
 
 
 def _widens(operand: Tensor, value: torch.dtype | None) -> bool:
-    """Whether the result is of another type than the value; numbers in tensors do not count."""
+    """Whether the result has another dtype than the value. Scalar tensors do not change it."""
     return (
         value is not None
         and operand.dim() > 0

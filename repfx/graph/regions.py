@@ -1,9 +1,9 @@
-"""Where to look for blocks: runs of dominators with nothing but linear operators between them.
+"""Where to look for blocks: runs of dominators with only linear operators between them.
 
     x --> {conv3, bn3, conv1, bn1, +} --> s --> {bn} --> y        the run [x, s, y]
 
-Every candidate block is a stretch of such a run: linear between one input and one output. Which
-stretch is worth merging is not decided here."""
+Every candidate for a block is a part of such a run, linear from one input to one output. Which of
+them is worth merging is not decided here."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from repfx.graph.naming import described
 from repfx.graph.ops import Map, Sum
 from repfx.graph.view import GraphView
 
-# A linear run longer than this is cut: the search in it is quadratic, and no convolution spans
-# dozens of operators.
+# A longer run is cut, because the search in a run takes quadratic time, and no block has that many
+# operators in a row.
 LONGEST = 48
 
 
 @dataclass(frozen=True)
 class Run:
-    """Dominators d0 ... dn, and per step the nodes strictly between two of them with the later one,
-    in order.
-    """
+    """Dominators d0 ... dn, and the steps between them.
+
+    A step has the nodes after one dominator, up to and including the next, in order."""
 
     ends: tuple[fx.Node, ...]
     steps: tuple[tuple[fx.Node, ...], ...]
-    blocked: bool  # whether a node already taken cut it short
+    blocked: bool  # whether it stopped at a node that another block has taken
 
 
 @dataclass(frozen=True)
 class Region:
-    """A block: linear from `source` to `sink`. `nodes` are in order and end with the sink; `kept`
-    are read elsewhere.
-    """
+    """A candidate for a block, linear from `source` to `sink`.
+
+    `nodes` are in order and end with the sink. `kept` are those that must stay, because their
+    values are needed elsewhere."""
 
     source: fx.Node
     sink: fx.Node
@@ -52,14 +53,12 @@ def is_linear(view: GraphView, node: fx.Node) -> bool:
 
 
 def is_value(view: GraphView, node: fx.Node) -> bool:
-    """Whether a linear node gives one tensor, so that a block may begin or end there."""
+    """Whether a linear node returns one tensor, so that a block may begin or end there."""
     return getattr(view.ops[node], "pieces", None) is None
 
 
 def run_to(view: GraphView, sink: fx.Node, taken: set[fx.Node]) -> Run:
-    """The longest run of linear steps that ends in `sink` and touches no node of `taken` but at its
-    start.
-    """
+    """The longest run of linear steps that ends in `sink`. Only its start may be a `taken` node."""
     ends, steps, blocked = [sink], [], False
     while (
         len(ends) <= LONGEST
@@ -87,9 +86,9 @@ def region_of(
     nodes: tuple[fx.Node, ...],
     needed: set[fx.Node] | None = None,
 ) -> Region:
-    """The region with the parts that must stay: those read from outside or `needed`, and what they
-    are computed from.
-    """
+    """The region, with the nodes that must stay marked as kept.
+
+    These are the nodes that are read from outside or `needed`, and those they are computed from."""
     inside, kept = set(nodes), set()
     for node in reversed(nodes):
         read = any(user not in inside or user in kept for user in node.users)
@@ -99,9 +98,9 @@ def region_of(
 
 
 def boundary(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """The values a linear node is computed from: what a walk back through linear operators stops
-    at, in order.
-    """
+    """The values that are not linear and that a linear node is computed from, in graph order.
+
+    A walk back through linear operators ends at them."""
     found, seen, todo = set(), {node}, [node]
     while todo:
         for value in view.ops[todo.pop()].values:  # type: ignore[union-attr]
@@ -115,7 +114,7 @@ def boundary(view: GraphView, node: fx.Node) -> list[fx.Node]:
 
 
 def why_alone(view: GraphView, node: fx.Node) -> tuple[str, str]:
-    """Reason and cure for a linear node that no run leads to."""
+    """The reason and the hint for a linear node that no run leads to."""
     ends = boundary(view, node)
     if isinstance(view.ops[node], Sum) and len(ends) > 1:
         inner = [e for e in ends if e is not view.dominator.get(node)]
@@ -133,8 +132,7 @@ def why_alone(view: GraphView, node: fx.Node) -> tuple[str, str]:
 
 
 def nodes_between(view: GraphView, source: fx.Node, sink: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The nodes on paths from source to sink, sink included; None where one of them is not
-    linear."""
+    """The nodes on paths from source to sink, with the sink. None if one of them is not linear."""
     if source is sink:
         return ()
     seen, todo = {sink}, [sink]

@@ -1,4 +1,4 @@
-"""Running single nodes of a graph on values of one's own."""
+"""Runs single nodes of a graph on given values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import fx, nn
 
 
 def call(node: fx.Node, value: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
-    """What a node computes with its inputs from `value`: a function, a method, or `module`, which
-    the node calls.
-    """
+    """Runs the function, method or `module` that a node calls, on the inputs that `value` gives."""
     args, kwargs = fx.node.map_aggregate(
         (node.args, node.kwargs), lambda v: value(v) if isinstance(v, fx.Node) else v
     )
@@ -23,7 +21,7 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any], module: nn.Module | Non
 
 
 def step(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    """What any node but an input or the output gives in this module."""
+    """Runs a node of this module, any but an input or the output."""
     if node.op == "get_attr":
         return attrgetter(str(node.target))(module)
     return call(
@@ -32,7 +30,7 @@ def step(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any])
 
 
 def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the values that nothing reads after it."""
+    """For each node, the values that no later node reads."""
     index = {n: i for i, n in enumerate(graph.nodes)}
     found: dict[fx.Node, list[fx.Node]] = {n: [] for n in index}
     for n in index:

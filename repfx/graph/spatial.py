@@ -1,4 +1,4 @@
-"""Rules of the operators with a shape in space: convolutions, linears, batch norms, pads, pools."""
+"""Rules of convolutions, linear layers, batch norms, pads and average pools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def convolution(
     groups: int = 1,
     mode: str = "zeros",
 ) -> Op:
-    """K, with d - 1 zeros between the taps."""
+    """The kernel K of a convolution, with d - 1 zeros between its taps."""
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
     shape = c.tensor(weight).shape
@@ -75,7 +75,7 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Op:
-    """y[o, s*n + t - p] += K[o, i, t] x[i, n]; its weight is (in, out / groups, *taps)."""
+    """y[o, s*n + t - p] += K[o, i, t] x[i, n]. The weight is (in, out / groups, *taps)."""
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
     shape = c.tensor(weight).shape
@@ -117,7 +117,7 @@ def linear(c: Constants, input: Any, weight: Any, bias: Any = None) -> Op:
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
     if c.tensor(weight).dim() != 2:
-        return Opaque("its weight is no matrix")
+        return Opaque("its weight is not a matrix")
     out, inputs = c.tensor(weight).shape
     whole = Geometry(inputs, out, 1, (), bias is not None, channel_axis=-1)
 
@@ -167,11 +167,11 @@ def batch_norm(
 
     def geometry(g: Geometry) -> Geometry:
         if g.channel_axis == -1 and g.axes:
-            raise Inexact("a batch norm over an axis that is not the channels")
+            raise Inexact("a batch norm over an axis that is not the channel axis")
         if g.channel_axis == -1 and c.rank(input) != 2:
-            raise Inexact("a batch norm after a linear of unknown rank", "pass an example")
+            raise Inexact("a batch norm after a linear layer of unknown rank", "pass an example")
         if g.outputs != channels:
-            raise Inexact(f"{g.outputs} channels meet a batch norm of {channels}")
+            raise Inexact(f"a batch norm of {channels} channels after {g.outputs} channels")
         return pointwise(g, bias=True)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
@@ -212,7 +212,7 @@ def aten_batch_norm(
 def pad(
     c: Constants, input: Any, pad: Sequence[int], mode: str = "constant", value: Any = None
 ) -> Op:
-    """The identity with wider axes; a negative amount crops."""
+    """A padding: the identity with wider axes. Negative amounts crop."""
     if value is not None and not isinstance(value, (int, float)):
         return Opaque("a padding with a computed value")
     return _pad(c, input, pad, mode, float(value or 0))
@@ -223,7 +223,7 @@ def constant_pad(c: Constants, input: Any, pad: Sequence[int], value: Any = 0) -
 
 
 def pad_own(c: Constants, input: Any, sides: Sequence[int], value: Any) -> Op:
-    """`pad_with`: a padding with one constant a channel."""
+    """`pad_with`: a padding with one constant per channel."""
     return (
         _pad(c, input, sides, "constant", value)
         if c.is_constant(value)
@@ -261,7 +261,7 @@ def avg_pool(
     *,
     axes: int,
 ) -> Op:
-    """Depthwise 1 / k^2, its taps read off by an impulse."""
+    """An average pool: a depthwise kernel of 1 / k^2. Its taps are measured with an impulse."""
     if ceil_mode:
         return Opaque("an average pool with ceil_mode")
     if divisor_override is not None:
@@ -299,7 +299,7 @@ def _conv_pads(padding: Any, taps: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _dilate(w: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Zeros between the taps, d - 1 of them."""
+    """The weight with d - 1 zeros between its taps."""
     for axis, d in enumerate(dilations, start=2):
         if d > 1 and w.shape[axis] > 1:
             w = w.unsqueeze(axis + 1)

@@ -1,7 +1,7 @@
-"""Traits: what else is true of an operator, beside its rule. Each row of the vocabulary has some.
+"""Traits: facts about an operator beyond its rule, such as that its output is never negative.
 
-Some depend on how the operator is called: clamp(x, 0, 6) is a ReLU6, clamp(x, -1, 1) is not. The
-functions below have the operator's own signature and say which.
+Some depend on the arguments: clamp(x, 0, 6) is a ReLU6, clamp(x, -1, 1) is not. The functions below
+have the signatures of their operators, and return the traits of a call.
 """
 
 from __future__ import annotations
@@ -14,32 +14,30 @@ from torch import fx
 
 
 class Trait(Flag):
-    """Facts about the value that an operator gives."""
+    """Facts about the value that an operator returns."""
 
     NONE = 0
     LAYER = auto()  # a convolution or linear layer: it has a weight
-    FRESH = auto()  # new memory, which it shares with none of its inputs
-    RANDOM = auto()  # drawn at random, or never written
-    NON_NEGATIVE = auto()  # no entry is below zero
-    KEEPS_SIGN = auto()  # no entry is below zero if no entry of its inputs is
-    SAME = auto()  # the input as it is, in eval mode
-    MOVES = auto()  # entries of its input in other places, or some of them; nothing is computed
-    RESHAPES = auto()  # entries in the order they had, in another shape
+    FRESH = auto()  # new memory, not shared with any input
+    RANDOM = auto()  # random or uninitialised values
+    NON_NEGATIVE = auto()  # no entry is negative
+    KEEPS_SIGN = auto()  # no entry is negative unless an entry of an input is
+    SAME = auto()  # the input itself, in eval mode
+    MOVES = auto()  # entries of the input, or some of them, in other places; nothing is computed
+    RESHAPES = auto()  # the same entries in the same order, in another shape
     SPREADS = auto()  # entries repeated along axes of size one
-    PADS = auto()  # entries of its input and a constant around them
-    JOINS = auto()  # entries of several values side by side
-    STORES = auto()  # entries written into the memory of another value
+    PADS = auto()  # the input with a constant around it
+    JOINS = auto()  # several values side by side
+    STORES = auto()  # writes into the memory of another value
     MAXIMUM = auto()  # the largest entry of each window
     AVERAGES = auto()  # means of entries
     PRODUCT = auto()  # a product of two values
-    ACTIVATION = auto()  # a function of one entry at a time that is not linear
-    CLIPS = (
-        auto()
-    )  # max(x, 0), perhaps with an upper end: what rounding to an unsigned grid does too
-    TABLE = auto()  # one of 256 integers in, one of 256 out, on runtimes that have tables for it
+    ACTIVATION = auto()  # a nonlinear function of each entry
+    CLIPS = auto()  # max(x, 0), perhaps with an upper limit; rounding to an unsigned grid does this
+    TABLE = auto()  # runtimes compute it on 8-bit integers with a table of 256 entries
     SWISH = auto()  # x * sigmoid(x)
     MEASURES = auto()  # a size or a type of its input, whatever the entries are
-    CHECKS = auto()  # raises where something does not hold, and gives nothing
+    CHECKS = auto()  # an assertion: it raises an error or returns nothing
 
 
 def attribute(input: Any, name: str, *default: Any) -> Trait:
@@ -64,7 +62,7 @@ def clamp_min(input: Any, min: Any) -> Trait:
 
 
 def threshold(input: Any, threshold: Any, value: Any, inplace: bool = False) -> Trait:
-    """x where it is above the threshold, else the value."""
+    """F.threshold: x where x is above the threshold, else `value`."""
     return clamp(input, 0) if threshold == 0 and value == 0 else Trait.NONE
 
 
@@ -81,20 +79,20 @@ def interpolate(
     *_: Any,
     **__: Any,
 ) -> Trait:
-    """Nearest neighbours are moved, linear weights are positive, cubic ones are not."""
+    """Nearest-neighbour only moves entries. Linear weights are not negative, cubic ones may be."""
     if mode in ("nearest", "nearest-exact"):
         return Trait.MOVES | Trait.KEEPS_SIGN
     return Trait.NONE if mode == "bicubic" else Trait.KEEPS_SIGN
 
 
 def product(input: Any, other: Any) -> Trait:
-    """Of two values; a factor that is a number may be negative."""
+    """A product of two values keeps the sign. A factor that is a number may be negative."""
     both = isinstance(input, fx.Node) and isinstance(other, fx.Node)
     return Trait.PRODUCT | Trait.KEEPS_SIGN if both else Trait.PRODUCT
 
 
 def view(input: Any, *sizes: Any, **named: Any) -> Trait:
-    """Of another shape; or of another type, whose entries are the same bits and other numbers."""
+    """A view with another shape. With another dtype the same bits are other numbers."""
     given = (*sizes, *named.values())
     if any(isinstance(v, torch.dtype) for v in given):
         return Trait.NONE

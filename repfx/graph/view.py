@@ -1,7 +1,7 @@
-"""GraphView: a read-only snapshot of a graph, as the algebra sees it.
+"""GraphView: a read-only view of a graph that answers every question about its nodes.
 
-Every node has an Op; nodes that do not depend on the input are constants; the data-flow graph of
-the rest has dominators: d dominates v when every path from the input to v passes through d."""
+Every node has an Op. Nodes that do not depend on the input are constants. The data flow of the
+other nodes has dominators: d dominates v if every path from the input to v passes through d."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ from repfx.quant import FakeQuant
 
 
 class GraphView:
-    """Reads one GraphModule; the graph must not change while a view of it is in use."""
+    """A view of one GraphModule. The graph must not change while the view is in use."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.own_padding: dict[
-            tuple[fx.Node, fx.Node], bool
-        ] = {}  # what a reader found of (source, padding)
+        # A cache for `repfx.rewrite.kernel_of`: what it found out about (source, padding).
+        self.own_padding: dict[tuple[fx.Node, fx.Node], bool] = {}
         self._tensors: dict[Ref, Tensor] = {}
         self._modes: set[fx.Node] = set()
         self._constants: set[fx.Node] = set()
-        self._written = {
-            n for n in self.writes.of if n.op == "get_attr"
-        }  # what a forward changes is no constant
+        # A tensor that a forward changes is not a constant.
+        self._written = {n for n in self.writes.of if n.op == "get_attr"}
         for node in self.nodes:
             self._classify(node)
         self.ops: dict[fx.Node, Op] = {}
@@ -58,7 +56,7 @@ class GraphView:
         if ref not in self._tensors:
             if isinstance(ref, str):
                 owner = self.modules.get(ref.rpartition(".")[0])
-                # What parametrizes it may move its own state in training.
+                # In training mode a parametrization may change its own state.
                 owner = (
                     copy.deepcopy(owner).eval()
                     if owner and nn.utils.parametrize.is_parametrized(owner)
@@ -74,24 +72,22 @@ class GraphView:
         return self._tensors[ref]
 
     def rank(self, node: fx.Node) -> int | None:
-        """The number of dimensions of a value, noted when the graph was checked on an example; None
-        if it was not.
-        """
+        """The number of dimensions of a value, or None if unknown.
+
+        It was stored when the graph was checked on an example."""
         return node.meta.get("rank")
 
     def dtype(self, node: fx.Node) -> torch.dtype | None:
-        """The type of a value, noted as its rank is."""
+        """The dtype of a value, or None if unknown."""
         return node.meta.get("dtype")
 
     def channels(self, node: fx.Node, channel_axis: int) -> int | None:
-        """The number of channels of a value, noted as its rank is."""
+        """The number of channels of a value, or None if unknown."""
         shape = node.meta.get("shape")
         return None if shape is None or len(shape) < 2 else shape[channel_axis]
 
     def name(self, node: fx.Node) -> str:
-        """What a person calls this node: a module's path, or the operator with the module it stands
-        in.
-        """
+        """A readable name: the path of a module, or an operator with the module it belongs to."""
         if node.op in ("call_module", "get_attr"):
             return str(node.target)
         stack = node.meta.get("nn_module_stack")
@@ -120,13 +116,13 @@ class GraphView:
 
     @cached_property
     def writes(self) -> Writes:
-        """The changes in place."""
+        """The changes in place of this graph."""
         return Writes(self.modules, self.nodes, self.index)
 
     @cached_property
     def dominator(self) -> dict[fx.Node, fx.Node | None]:
-        """The immediate dominator of each data node; None at the inputs."""
-        import networkx as nx  # here: it takes longer to import than all of repfx
+        """The immediate dominator of each data node, None for the inputs."""
+        import networkx as nx  # imported late, because it takes longer than the rest of repfx
 
         flow = nx.DiGraph()
         for node in self.nodes:
@@ -144,11 +140,11 @@ class GraphView:
         }
 
     def kind(self, node: fx.Node) -> Kind:
-        """The row of the vocabulary that says what the node calls."""
+        """The row of the vocabulary for the operator that the node calls."""
         return kind_of(node, self.module_of(node))
 
     def traits(self, node: fx.Node) -> Trait:
-        """What is true of the value that a node gives, from its spelling and from its Op."""
+        """The traits of the value of a node, from its operator and from its Op."""
         called = call_of(node, self.module_of(node))
         found = Trait.NONE if called is None else called.traits
         op = self.ops.get(node)
@@ -162,16 +158,16 @@ class GraphView:
         return found
 
     def layer(self, node: fx.Node) -> Layer | None:
-        """The convolution or linear layer that a node calls; None where it calls none."""
+        """The convolution or linear layer that a node calls, or None."""
         return layer_of(node, self.module_of(node))
 
     def quantizer(self, node: Any) -> FakeQuant | None:
-        """The quantizer that a node calls."""
+        """The quantizer that a node calls, or None."""
         module = self.module_of(node) if isinstance(node, fx.Node) else None
         return module if isinstance(module, FakeQuant) else None
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls."""
+        """The module that a node calls, or None."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def _classify(self, node: fx.Node) -> None:
@@ -204,7 +200,7 @@ class GraphView:
             return Opaque("arguments that are not static")
 
     def evaluate(self, node: fx.Node, fetch: Callable[[Ref], Tensor]) -> Tensor:
-        """Runs a constant expression on the tensors that `fetch` gives."""
+        """The value of a constant expression, computed from the tensors that `fetch` returns."""
         if node.op == "get_attr":
             return fetch(str(node.target))
         with torch.no_grad():

@@ -1,11 +1,11 @@
-"""The vocabulary: one row an operator, with every spelling of it, its rule and its traits.
+"""The vocabulary: one row per operator, with its spellings, its rule and its traits.
 
     spelling    F.relu, torch.relu_, x.relu(), aten.relu.default, nn.ReLU, and Relu in ONNX
-    rule        what the operator means to the algebra, a function with the operator's own signature
-    traits      what else is true of it: it clips, it moves values, it gives fresh memory, ...
+    rule        what the operator means to the algebra: a function with the operator's signature
+    traits      other facts: it clips, it moves values, it returns fresh memory, ...
 
-Everything else asks this table, through `GraphView` where there is a graph. A layer of torch.nn is
-read as the call of the function that it stands for.
+All other code asks this table, usually through a `GraphView`. A layer of torch.nn is read as a call
+of the function that it stands for.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Leaf:
-    """Layers of torch.nn that stand for a function: which attributes are its arguments.
+    """Layers of torch.nn that stand for a function, and the attributes that are its arguments.
 
-    `tensors` are arguments given as paths into the module. `values` are given as they are; where an
-    attribute and its argument have different names, it is written attribute:argument.
+    `tensors` names the arguments that are passed as paths into the module, `values` those passed by
+    value. If an attribute and its argument have different names, write attribute:argument. `fixed`
+    holds arguments that are the same for all these layers.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -45,7 +46,7 @@ class Leaf:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, path: str, module: nn.Module) -> dict[str, Any]:
-        """The arguments after the input, of the layer at this path."""
+        """The arguments of the layer at this path, without the input."""
         found = {
             n: None if getattr(module, n, None) is None else f"{path}.{n}"
             for n in self.tensors.split()
@@ -59,10 +60,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Kind:
-    """One operator, a row of the table.
+    """One operator: a row of the table.
 
-    `traits` are those it has however it is called, `when` adds those of a call. `names` stand for
-    every spelling of these names, `also` for exactly what is given; `onnx` are operators of ONNX.
+    `traits` hold for every call, and `when` adds those of one call. `names` stands for all
+    functions, methods and aten overloads with these names, `also` for exactly the ones listed.
+    `onnx` names operators of ONNX.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Kind:
 
     @property
     def spelled(self) -> tuple[Any, ...]:
-        """Every function, method and aten overload that is this operator."""
+        """Every function, method and aten overload that spells this operator."""
         named = (s for name in self.names.split() for s in spellings(name))
         return tuple(dict.fromkeys((*named, *self.also)))
 
@@ -86,13 +88,13 @@ class Kind:
             return self.traits
         try:
             return self.traits | self.when(*args, **kwargs)
-        except TypeError:  # arguments of another overload
+        except TypeError:  # the arguments belong to another overload
             return self.traits
 
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by their names in the rule, its defaults among them.
+        """The arguments of a call by their names in the rule, with its defaults.
 
-        Raises TypeError for arguments that are not the rule's."""
+        Raises TypeError for arguments that the rule does not have."""
         assert self.rule is not None
         call = inspect.signature(self.rule).bind(None, *args, **kwargs)
         call.apply_defaults()
@@ -100,7 +102,7 @@ class Kind:
 
 
 def spellings(name: str) -> Iterator[Any]:
-    """Every function, method and aten overload of this name, in place or not.
+    """Every function, method and aten overload with this name, in place or not.
 
     >>> [s for s in spellings("relu") if isinstance(s, str)]
     ['relu', 'relu_']
@@ -135,7 +137,7 @@ def _pads(modes: str, classes: Iterable[type[nn.Module]]) -> Leaf:
 
 
 def _each(name: str) -> tuple[type[nn.Module], ...]:
-    """The layers of one to three dimensions."""
+    """The layers with this name in one, two and three dimensions."""
     return tuple(getattr(nn, f"{name}{n}d") for n in (1, 2, 3))
 
 
@@ -378,7 +380,7 @@ _LEAVES = _by(lambda row: row.leaf.classes if row.leaf else ())
 
 
 def kind_of(node: fx.Node, module: nn.Module | None = None) -> Kind:
-    """The row of what a node calls; UNKNOWN where there is none.
+    """The row of the operator that a node calls, or UNKNOWN.
 
     `module`: the module that a call_module node calls.
     """
@@ -390,7 +392,7 @@ def kind_of(node: fx.Node, module: nn.Module | None = None) -> Kind:
 
 
 def kind_of_layer(module: nn.Module) -> Kind:
-    """The row of a layer: of its class, or of the base whose forward it still runs."""
+    """The row of a layer: that of its class, or of a base class whose forward it still uses."""
     cls: Any = type(module)
     for base in cls.__mro__:
         if base in _LEAVES:
@@ -405,7 +407,7 @@ def with_trait(some: Trait) -> frozenset[str]:
 
 
 def overrides(module: nn.Module) -> bool:
-    """Whether it is a known layer with a forward of its own."""
+    """Whether the module derives from a known layer but has a forward of its own."""
     return (
         any(base in _LEAVES for base in type(module).__mro__) and kind_of_layer(module) is UNKNOWN
     )

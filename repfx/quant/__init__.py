@@ -1,6 +1,4 @@
-"""Number formats and fake quantization: the grid a value is rounded to, and the module that rounds
-it.
-"""
+"""Number formats and fake quantization: grids, and the modules that round values to them."""
 
 from repfx.quant.affine import Affine
 from repfx.quant.fake_quant import FakeQuant

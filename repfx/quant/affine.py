@@ -1,9 +1,10 @@
-"""Affine (QPRep of RepAPQ, arXiv 2402.16121): y_k -> eta_k y_k + eps_k after a quantized layer, on
-its weight and bias.
+"""Affine (QPRep in RepAPQ, arXiv 2402.16121): y_k -> eta_k y_k + eps_k after a quantized layer.
+
+It is applied to the layer's weight and bias:
 
     eta_k (conv(Q(x), Q(W))_k + b_k) + eps_k  =  conv(Q(x), eta_k Q(W)_k) + eta_k b_k + eps_k
 
-It folds exactly, because the steps of Q(W) are one a channel:
+It folds exactly, because Q(W) has one scale per output channel:
 
     s_k' = |eta_k| s_k,    codes_k' = sign(eta_k) codes_k,    b_k' = eta_k b_k + eps_k
 """
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 
 class Affine(nn.Module):
-    """(Q(W) (out, ...), b (out,) or None) -> those of the layer followed by eta y + eps; the
-    identity at first.
-    """
+    """Maps a layer's Q(W) (out, ...) and b (out,) or None to those of eta y + eps.
+
+    It starts as the identity."""
 
     is_graph_leaf = True
 

@@ -1,8 +1,7 @@
-"""FakeQuant: rounds a value to a Grid as the deployed integers will. Without a scale yet, or while
-it is off, it passes values through.
+"""FakeQuant rounds values to a Grid, as the deployed integers will.
 
-With `learned` its scale is a parameter with the gradient of LSQ (Esser et al., 2020), scaled by 1 /
-sqrt(N high):
+With `learned`, its scale is a parameter with the gradient of LSQ (Esser et al., 2020), multiplied
+by 1 / sqrt(N high):
 
     dQ/ds = round(v/s) - v/s inside the grid, low or high outside
 """
@@ -17,20 +16,23 @@ from torch import Tensor, nn
 from repfx.quant.grid import Grid
 from repfx.quant.observers import search_scale
 
-SMALLEST = torch.finfo(torch.float32).eps  # of a learned scale, as of PyTorch's own observers
+# The smallest learned scale. PyTorch's own observers have the same bound.
+SMALLEST = torch.finfo(torch.float32).eps
 
 
 class FakeQuant(nn.Module):
-    """y = Q(x) on `grid`, with buffer `scale` () or (channels,); y = x while it is not `calibrated`
-    (has no scale yet, which is 0 then), is not `on`, or has an `observer`, which sees x.
+    """y = Q(x) on `grid`, with a `scale` of shape () or (channels,).
 
-    `of_weight` tells a quantizer of constants, whose scale follows from them, from one whose scale
-    comes from data. A `learned` scale that is not set yet is set by the first value seen in
-    training, to the least squared error (MinError)."""
+    y = x as long as the quantizer is not `calibrated` (it has no scale yet, and `scale` is 0), is
+    not `on`, or has an `observer`, which is shown x.
+
+    `of_weight`: the quantizer rounds a weight, and its scale follows from that weight. Otherwise it
+    rounds an activation, and its scale comes from data. A `learned` scale that is not set yet is
+    set in training, from the first value seen, to the smallest squared error (MinError)."""
 
     is_graph_leaf = True
     scale: Tensor
-    # Of the moment, not of the model: `repfx.quant.switches` sets them for a while.
+    # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
     on: bool = True
     observer: Any = None
 
@@ -54,9 +56,7 @@ class FakeQuant(nn.Module):
             self.set_scale(scale)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Sets the scale in place. A scale of 0, as all-zero values give, becomes 1: every scale
-        holds zeros.
-        """
+        """Sets the scale in place. A scale of 0 comes from zeros only; it becomes 1."""
         with torch.no_grad():
             self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
         self.calibrated = True
@@ -75,15 +75,13 @@ class FakeQuant(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """The scale that counts: a learned one is not below `SMALLEST`, wherever its last step of
-        training took it.
-        """
+        """The scale that is used: a learned scale is replaced by `SMALLEST` if it is below that."""
         return self.scale.clamp(min=SMALLEST) if self.learned else self.scale
 
     def _lsq(self, x: Tensor) -> Tensor:
-        """The scale with its gradient times 1 / sqrt(N high), N the values that share one scale."""
+        """The scale, its gradient times 1 / sqrt(N high), where N values share one scale."""
         factor: float = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
-        # below the floor it moves on as well
+        # The gradient reaches a scale below `SMALLEST` too, so it can come back.
         return self.step.detach() + (self.scale - self.scale.detach()) * factor
 
     def codes(self, x: Tensor) -> Tensor:

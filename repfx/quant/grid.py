@@ -1,4 +1,4 @@
-"""Grid: the integers a number format has. Every grid here is uniform with zero at code 0.
+"""Grid: the integers of a number format. Every grid here is uniform, with zero at code 0.
 
 codes(v) = clamp(round(v / s), low, high),    Q(v) = s * codes(v)
 """
@@ -15,13 +15,12 @@ from repfx.errors import InputError
 
 @dataclass(frozen=True)
 class Grid:
-    """`bits` wide, `signed` or not, one scale for the tensor (`axis` None) or one per index of
-    `axis`.
+    """A grid of `bits` bits, with one scale for a tensor (`axis` None) or one per index of `axis`.
 
     A signed grid is symmetric, [-(2^(b-1) - 1), 2^(b-1) - 1], so that a sign can be folded into the
-    codes; `full` adds the one code -2^(b-1). A `reduced` grid keeps to half of a signed one,
-    [-2^(b-2), 2^(b-2)]: two products of such a code and an unsigned one then add up to no more than
-    a signed integer of 2b bits holds.
+    codes. `full` adds the code -2^(b-1). A `reduced` grid is half a signed one, [-2^(b-2),
+    2^(b-2)]: multiply two of its codes by unsigned codes, and the sum of the products fits into a
+    signed integer of 2b bits.
 
     >>> Grid(8).low, Grid(8).high, Grid(8, signed=False).high, Grid(8, reduced=True).high
     (-127, 127, 255, 64)
@@ -50,7 +49,7 @@ class Grid:
         return -self.high - self.full if self.signed else 0
 
     def along(self, scale: Tensor, like: Tensor) -> Tensor:
-        """The scale shaped to broadcast over `like`."""
+        """The scale, shaped to broadcast over `like`."""
         if self.axis is None:
             return scale
         shape = [1] * like.dim()
@@ -58,19 +57,19 @@ class Grid:
         return scale.reshape(shape)
 
     def codes(self, v: Tensor, scale: Tensor) -> Tensor:
-        """The integer codes of v, as floats, ties to even as ONNX's QuantizeLinear."""
+        """The integer codes of v, as floats. Ties go to even, as in ONNX's QuantizeLinear."""
         return torch.clamp(torch.round(v / self.along(scale, v)), self.low, self.high)
 
     def quantize(self, v: Tensor, scale: Tensor) -> Tensor:
-        """v rounded to the grid, with the gradient of a straight-through estimator inside it and
-        none outside.
-        """
+        """v rounded to the grid.
+
+        Inside the grid the gradient is that of a straight-through estimator, outside it is 0."""
         s = self.along(scale, v)
         u = torch.clamp(v / s, self.low, self.high)
         return (u + (torch.round(u) - u).detach()) * s
 
     def amax(self, v: Tensor) -> Tensor:
-        """Largest magnitude of v: a scalar, or one per index of `axis`."""
+        """The largest magnitude of v: a scalar, or one per index of `axis`."""
         if self.axis is None:
             return v.detach().abs().amax()
         return v.detach().abs().movedim(self.axis, 0).flatten(1).amax(1)

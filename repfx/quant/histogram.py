@@ -1,21 +1,22 @@
-"""How often values of each size are seen: one pass, memory flat in the number of batches.
+"""Histogram: how often each magnitude is seen, in one pass and in memory that does not grow.
 
-|v| is kept in BINS equal bins over [0, limit]. When a larger value comes, limit doubles and
-neighbouring bins add up, so nothing seen is lost and the final bin width is at most
-2 * max / BINS. Zeros have no bin: they are zero at every scale.
+|v| is counted in BINS equal bins over [0, limit]. When a larger value comes, the limit doubles and
+neighbouring bins are added. So no count is lost, and the final bin width is at most 2 * max / BINS.
+Zeros are not counted, because they are exact at every scale.
 
-Counting each value of a large tensor would cost more than the layer that made it, so its values are
-counted in two parts. The body is a sample, RUNS short runs of neighbours, one at a random place of
-each stretch. The tail, which sets the range and which a sample misses, is counted by the maxima of
-blocks of values that lie far apart, at the cost of one maximum of the tensor. Where a share h of
-blocks of n values has its maximum above t,
+Counting every value of a large tensor would cost more than the layer that computed it. So large
+tensors are counted in two parts. The body is a sample of RUNS short runs of neighbouring values:
+the tensor is cut into that many stretches, and a run starts at a random place in each. A sample
+misses the tail, which sets the range. So the tail is counted by the maxima of blocks of values
+that lie far apart, which costs about as much as one maximum of the tensor. If the maximum is above
+t in a share h of the blocks of n values, then
 
     P(|v| > t) = 1 - (1 - h) ^ (1 / n)
 
-if they mix well. It is used where h <= TAIL, so that few blocks hold two such values and it is
-nearly a count, and where the sample has at most ENOUGH of them: that one does not mind large values
-that lie together, in a few places or pictures. Tensors of one size are counted together, of several
-sizes each for itself."""
+as long as the values mix well. This is used where h <= TAIL: few blocks have two such values, and
+the formula is nearly a count. And it is used only where the sample has at most ENOUGH such values:
+with more, the sample is better, as it does not matter to it if large values lie together, in a few
+places or images. Tensors of the same size are counted together, each size on its own."""
 
 from __future__ import annotations
 
@@ -31,16 +32,17 @@ from torch import Tensor
 from repfx.errors import InputError
 
 BINS = 4096
-# The size of a block is the product of two, each the first that does not divide the number of
-# values: the values of a block of 64, of 128 pictures, would all lie at one place of theirs.
+# The size of a block is the product of a number from FAR and one from NEAR, each the first that
+# does not divide the number of values. Blocks of 64 in a batch of 128 images would not do: all
+# values of a block would lie at the same place in their images.
 FAR, NEAR = (31, 29), (5, 7, 3, 11)
 TAIL, ENOUGH = 1 / 4, 256
-RUNS, RUN = 512, 16  # the sample of a tensor; one read of memory brings a run
-DRAWS = 16  # samples lie at other places from tensor to tensor
-LARGE = 2**16  # fewer values are all counted
-PENDING = 2**18  # values that wait to be counted together: many small counts cost more than one
+RUNS, RUN = 512, 16  # the sample: 512 runs of 16 values; one read of memory fetches a run
+DRAWS = 16  # as many different samples take turns from tensor to tensor
+LARGE = 2**16  # below this size, all values are counted
+PENDING = 2**18  # so many values wait to be counted at once: one large count is faster
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
-_UP = torch.tensor(1 - 2**-24, device="cpu")  # rounds up what is cut off after it, all but zero
+_UP = torch.tensor(1 - 2**-24, device="cpu")  # added before truncation, rounds up all but zero
 
 
 _View = tuple[tuple[int, int], tuple[int, int]]  # sizes and strides
@@ -53,32 +55,31 @@ class Histogram:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
         self._counts = torch.zeros(BINS, dtype=torch.float64, device="cpu")
-        # Of tensors of the size at hand: where they are read, what waits to be counted, a row each,
-        # how many were counted, and the bins of their maxima and samples.
+        # For tensors of the current size: where they are read, the values that wait to be counted
+        # (one row per tensor), how many tensors were counted, and the bins of maxima and samples.
         self._places = _places(0, torch.device("cpu"))
         self._rows = self._once = self._twice = torch.empty(0, 0, device="cpu")
-        self._slots: list[tuple[Tensor, Tensor]] = []  # of each row, its maxima and its sample
+        self._slots: list[tuple[Tensor, Tensor]] = []  # the maxima and the sample of each row
         self._used = self._tensors = 0
         self._bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> None:
-        """Adds values of any shape and dense in memory, in whatever order.
+        """Adds values of any shape. They must be dense in memory, in any order of dimensions.
 
-        Raises InputError where there is NaN or infinity, -inf only if two-sided.
+        Raises InputError for NaN and infinity; minus infinity counts only if two-sided.
         """
         if (values.numel(), values.dtype) != (self._places.size, self._rows.dtype):
             self._settle()
             at = self._places = _places(values.numel(), values.device)
             width = at.tops + RUN * len(at.starts[0])
-            self._rows = values.new_empty(
-                min(64, max(4, PENDING // max(width, 1))), width
-            )  # to count makes a GPU wait
+            # Several rows, because each count makes a GPU wait.
+            self._rows = values.new_empty(min(64, max(4, PENDING // max(width, 1))), width)
             tops, samples = self._rows.split((at.tops, width - at.tops), 1)
             self._slots = list(
                 zip(tops.unbind(), samples.unflatten(1, (-1, RUN)).unbind(), strict=True)
             )
-            # Kept, as what is allocated between two layers takes the place of what the next one
-            # gives.
+            # Kept for reuse: memory allocated between two layers would be memory that the next
+            # layer's output could have taken.
             self._once = values.new_empty(at.far[0][1])
             self._twice = self._once.as_strided(*at.near)
         elif self._used == len(self._rows):
@@ -102,12 +103,12 @@ class Histogram:
         )
 
     def counts(self) -> Tensor:
-        """How many values seen lie in each bin, (BINS,) in float64."""
+        """How many of the values seen lie in each bin: (BINS,) in float64."""
         self._settle()
         return self._counts
 
     def _count(self) -> None:
-        """Counts what waits to be counted. Raises InputError where there is NaN or infinity."""
+        """Counts the rows that wait. Raises InputError for NaN and infinity."""
         rows, width = self._rows[: self._used].float(), self._places.tops
         self._tensors += self._used
         self._used = 0
@@ -117,10 +118,11 @@ class Histogram:
         self.top = raised(self.top, rows.amax())
         while self.top > self.limit:
             self._counts, self._bins = _halved(self._counts), _halved(self._bins)
-            self.limit = 2 * self.limit or 1.25 * self.top  # so that batches a little larger fit
+            # The first limit leaves room for batches with slightly larger values.
+            self.limit = 2 * self.limit or 1.25 * self.top
         if self.limit:
-            # Bin n holds (n - 1, n] of the limit's parts, bin 0 the zeros, the last also what
-            # rounds past the limit. int16 takes half the time of int32.
+            # Bin n holds the values in (n - 1, n] bin widths, and bin 0 the zeros. The last bin
+            # also takes what rounds past the limit. int16 takes half the time of int32.
             at = (
                 torch.add(_UP, rows, alpha=BINS / self.limit, out=rows)
                 .to(torch.int16)
@@ -132,17 +134,16 @@ class Histogram:
             )
 
     def _settle(self) -> None:
-        """Turns what was counted of tensors of one size into counts of their values."""
+        """Turns the maxima and samples of tensors of one size into counts of their values."""
         self._count()
         (tops, sample), at = self._bins, self._places
         if at.block == 1:
             self._counts += tops
         elif self._tensors:
-            hit = tops.flip(0).cumsum(0).flip(0) / (
-                self._tensors * at.tops
-            )  # the share of blocks that reach a bin
+            # The share of blocks whose maximum lies in a bin or above it.
+            hit = tops.flip(0).cumsum(0).flip(0) / (self._tensors * at.tops)
             above = sample.flip(0).cumsum(0).flip(0)
-            start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the tail's first bin
+            start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the first bin of the tail
             seen = self._tensors * at.size
             tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / at.block), (0, 1))
             sampled = self._tensors * RUN * len(at.starts[0]) - float(sample[start:].sum())
@@ -159,13 +160,13 @@ def _halved(bins: Tensor) -> Tensor:
 
 
 class _Places(NamedTuple):
-    """Where tensors of `size` values are read: as `tops` blocks of `block` values, and in runs of a
-    row of `starts`.
+    """Where tensors of `size` values are read: `tops` blocks of `block` values, and runs.
 
-    Blocks come of folding twice, `far` and then `near`, each the sizes and strides of a view whose
-    columns become their maxima. If that does not come out even, a few values are in two blocks. Few
-    long strides at a time are read as fast as memory in its order, many not. `runs` is the view of
-    all runs there are."""
+    Blocks come from folding the tensor twice, with `far` and then with `near`. Each is the sizes
+    and strides of a view, and each column of the view is reduced to its maximum. If the sizes do
+    not come out even, a few values are in two blocks. Folding twice keeps each view to few rows:
+    memory is read at full speed along a few long strides at a time, but not along many. `runs` is
+    the view of all possible runs, and a row of `starts` picks those of one sample."""
 
     size: int
     block: int = 1
@@ -184,7 +185,7 @@ def _places(size: int, device: torch.device) -> _Places:
     folds, width = list[_View](), size
     for parts in (far, near):
         step = width // parts
-        # Coprime with every dimension, so that a block has values of all channels and columns.
+        # Coprime with every dimension, so that a block takes values from all channels and columns.
         while math.gcd(step, size) > 1:
             step -= 1
         width -= step * (parts - 1)
@@ -204,9 +205,9 @@ def _places(size: int, device: torch.device) -> _Places:
 
 
 def raised(top: float, *to: Tensor) -> float:
-    """The largest of top and these scalars, those below TINY left out. Raises InputError for NaN or
-    infinity.
-    """
+    """The largest of `top` and these scalars, ignoring those below TINY.
+
+    Raises InputError for NaN and infinity."""
     for value in map(float, to):
         if not value < math.inf:
             raise InputError(

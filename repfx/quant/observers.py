@@ -1,11 +1,11 @@
-"""Ranges from data:
+"""Observers: the scale of a quantizer from the values it sees, by one of five methods.
 
     max         s = max|v| / high
     percentile  s = the 99.99th percentile of |v| / high
     mse, mae    s = argmin over clip of  sum_v (Q(v) - v)^2,  sum_v |Q(v) - v|
     entropy     s = argmin over clip of  KL(histogram || quantized histogram)
 
-all but the first from a histogram of |v|. For an unsigned grid negative values count as 0.
+All methods except `max` use a histogram of |v|. On an unsigned grid, negative values count as 0.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from repfx.quant.grid import Grid
 from repfx.quant.histogram import BINS, Histogram, raised
 
 CANDIDATES = 256
-COARSE = 8  # one candidate in so many is tried first
+COARSE = 8  # every eighth candidate is tried first, then those near the best
 
 
 class Observer:
-    """Sees batches of values for one quantizer and gives its scale by a method; `max` needs no
-    `histogram`.
+    """Sees batches of values for one quantizer and computes its scale.
 
-    `non_negative` says that no value is below zero, which saves looking.
+    The method `max` needs no `histogram`. With `non_negative` the caller promises that no value is
+    below zero, so minima need not be computed.
     """
 
     def __init__(self, grid: Grid, histogram: bool = True, non_negative: bool = False) -> None:
@@ -40,9 +40,9 @@ class Observer:
         self.seen = 0
 
     def see(self, x: Tensor) -> None:
-        """Adds a batch. Raises InputError where it holds NaN or infinity, -inf only if negative
-        values count.
-        """
+        """Adds a batch of any shape. Raises InputError if it holds NaN or infinity.
+
+        Minus infinity is an error only if negative values count."""
         x = x.detach() if x.is_floating_point() else x.detach().float()
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
@@ -53,7 +53,7 @@ class Observer:
         if self.histogram is not None:
             self.histogram.add(x)
             return
-        values = x.as_strided((size,), (1,))  # in the order of memory
+        values = x.as_strided((size,), (1,))  # in memory order
         if self.two_sided:
             low, high = torch.aminmax(values)
             self.amax = raised(self.amax, -low, high)
@@ -61,10 +61,10 @@ class Observer:
             self.amax = raised(self.amax, values.amax())
 
     def scale(self, method: str) -> Tensor:
-        """The scale by `method`, a scalar, 0 for nothing but zeros; without a histogram that of
-        `max`.
+        """The scale by `method`, a scalar. It is 0 if only zeros were seen.
 
-        Raises InputError for an unknown method and where NaN or infinity was seen.
+        Without a histogram it is the scale of `max`. Raises InputError for an unknown method, and
+        if NaN or infinity was seen.
         """
         if method not in METHODS:
             raise unknown("method", method, METHODS)
@@ -79,9 +79,9 @@ class Observer:
 
 
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
-    """argmin over s = a * max|v| / high, a in {.01 ... 1.00}, of sum |Q(v) - v|^power; per index of
-    the grid's axis.
-    """
+    """argmin over s of sum |Q(v) - v|^power, for s = a * max|v| / high, a in {.01 ... 1.00}.
+
+    A scalar, or one scale per index of the grid's axis."""
     if grid.axis is None:
         rows = v.detach().reshape(1, -1)
     else:
@@ -113,24 +113,24 @@ def _percentile(middles: Tensor, counts: Tensor, of: Observer, q: float = 0.9999
 
 
 def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
-    """By the excess over t, R(t) = sum_v max(|v| - t, 0), as an error bends only at levels and
-    halfway between them:
+    """The search for the smallest error, by the excess over t, R(t) = sum_v max(|v| - t, 0).
+
+    As a function of v, the error has corners only at the levels and halfway between them, so
 
         sum_v (Q(v) - v)^2 = sum_v v^2 - 2 s sum_l R((l - 1/2) s)
         sum_v |Q(v) - v|   = sum_v |v| - 2 sum_l (R((l - 1/2) s) - R(l s)),    l = 1 ... high
 
-    with values spread evenly in their bins, but in the first, which may hold most of them, of which
-    they fill little: there they fall off as they do from it to the second, n_2 = n_1 e^-f, so that
-    their mean is 1 / f bins and not 1 / 2."""
+    Values are taken to be spread evenly within their bins, except in the first bin. That one may
+    hold most values, close to zero. There they are taken to fall off at the rate seen from the
+    first bin to the second, n_2 = n_1 e^-f, so their mean is 1 / f of a bin and not 1 / 2."""
 
     def search(middles: Tensor, counts: Tensor, of: Observer) -> float:
         first, second = counts[:2].tolist()
         fall = math.log(max(first, 1.0) / second) if second else math.inf
-        counts = torch.cat(
-            [counts[:1] * (2 / max(fall, 2.0)), counts[1:]]
-        )  # the rest of them is next to zero
-        # In units of bins R(t) = R(end) + u above + u^2 own / 2, where u is what is left of the bin
-        # that t is in.
+        # The other values of the first bin are next to zero and cost nothing.
+        counts = torch.cat([counts[:1] * (2 / max(fall, 2.0)), counts[1:]])
+        # In units of bins, R(t) = R(end) + u above + u^2 own / 2. t lies in a bin that ends at
+        # `end`, u is the rest of that bin, `own` is its count and `above` the count beyond it.
         above = _above(counts)
         parts = _above(above[:-1] + counts / 2), above, F.pad(counts / 2, (0, 1))
         levels = (
@@ -163,16 +163,15 @@ def _error(power: int) -> Callable[[Tensor, Tensor, Observer], float]:
 
 
 def _above(counts: Tensor) -> Tensor:
-    """What lies above each bin, and above the end, (BINS + 1,)."""
+    """How much lies above each bin, and 0 for the end of the last: (BINS + 1,)."""
     return F.pad(counts.flip(0).cumsum(0).flip(0)[1:], (0, 2))
 
 
 def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
-    """KL divergence of the clipped histogram p from its own quantization q, as TensorRT's entropy
-    calibrator.
+    """KL divergence of the clipped histogram p from its quantization q, as TensorRT calibrates.
 
-    q is one number a level, so that sum p log(p / q) is of sums over bins, which running sums give,
-    and over levels: all clips are tried at once."""
+    q has one value per level. So sum p log(p / q) splits into sums over bins, which come from
+    running sums, and sums over levels, and all clipping points are tried at once."""
     levels = of.grid.high + 1
     if levels >= BINS:
         return of.amax / of.grid.high
@@ -186,15 +185,15 @@ def _entropy(middles: Tensor, counts: Tensor, of: Observer) -> float:
         (stops.unsqueeze(1) * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
     )
     mass, held = (total.take(edges).diff() for total in (sums, filled))
-    mean = mass / held.clamp_(min=1)  # of a level's bins that hold something: inside times q
+    mean = mass / held.clamp_(min=1)  # over a level's bins that are not empty: inside times q
     last, inside = counts[stops - 1], sums[stops]
     clipped, log_inside = sums[-1] - inside, inside.clamp(min=1e-300).log()
-    whole = last + clipped  # what is clipped adds to the last bin
+    whole = last + clipped  # clipped values count in the last bin
     own = logs[stops] - torch.xlogy(last, last) + torch.xlogy(whole, whole)
     cross = mass.mul_(mean.clamp_(min=1e-300).log_()).sum(1) - inside * log_inside
     cross += clipped * torch.where(last > 0, mean[:, -1] - log_inside, math.log(1e-12))
     divergence = own - cross
-    # Of equals, as few values have, the widest.
+    # Several clipping points tie if there are few values. Take the widest.
     stop = int(stops[(divergence <= divergence.min() + 1e-9 * sums[-1]).nonzero()[-1]])
     return min(float(middles[stop - 1] + middles[0]), of.amax) / of.grid.high
 

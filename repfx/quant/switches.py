@@ -1,8 +1,9 @@
-"""What a model does for a while: values seen in float, observed, in eval mode. Whatever happens
-inside, each quantizer and each module is as it was afterwards.
+"""Contexts that switch quantizers off, observe values, or put a model into eval mode.
+
+Afterwards each quantizer and each module is in the state it had before, even after an error.
 
     with in_eval(model), in_float(weights), observing(activations) as seen:
-        model(x)                # in float; each activation quantizer's observer has seen its input
+        model(x)    # runs in float, and shows each activation quantizer's input to its observer
     seen[quantizer].scale("mse")
 """
 
@@ -18,7 +19,7 @@ from repfx.quant.observers import Observer
 
 
 def quantizers_of(model: nn.Module, of_weight: bool | None = None) -> dict[str, FakeQuant]:
-    """The model's quantizers by path: all, those of weights (True) or of activations (False)."""
+    """The model's quantizers by path: of weights (True), of activations (False), or all (None)."""
     return {
         name: m
         for name, m in model.named_modules()
@@ -44,9 +45,9 @@ def observing(
     quantizers: Iterable[FakeQuant],
     observer: Callable[[FakeQuant], Observer] = lambda quant: Observer(quant.grid),
 ) -> Iterator[dict[FakeQuant, Observer]]:
-    """Inside, these quantizers pass values through and show them to observers of their own, which
-    it gives by quantizer.
-    """
+    """Inside, these quantizers pass values through, and each shows them to an observer of its own.
+
+    Yields the observers by quantizer."""
     seen = {quant: observer(quant) for quant in quantizers}
     try:
         for quant, looks in seen.items():
@@ -59,7 +60,7 @@ def observing(
 
 @contextmanager
 def same_modes(*models: nn.Module) -> Iterator[None]:
-    """Inside, modules may be put into training or eval mode; afterwards each is in its own."""
+    """Inside, modules may change between training and eval mode. Afterwards each is set back."""
     before = [(m, m.training) for model in models for m in model.modules()]
     try:
         yield

@@ -1,13 +1,14 @@
-"""Targets: the number formats that a runtime runs fast, and right on every CPU that it runs on.
+"""Targets: the number formats that a runtime runs fast, and without overflow on any of its CPUs.
 
-A CPU without VNNI multiplies unsigned by signed bytes and adds neighbours in 16 bits that saturate:
+A CPU without VNNI multiplies unsigned bytes by signed ones and adds pairs of products in 16 bits,
+and these sums saturate:
 
     255 * 127 + 255 * 127 = 64770 > 32767 >= 32640 = 255 * 64 + 255 * 64
 
 So `onnxruntime` and `openvino` keep the weights of convolutions and linear layers within +-64,
-which is right on all of SSE4.1, AVX2, AVX-512, VNNI and AMX. Depthwise convolutions add no
-neighbours and keep +-127. `onnxruntime-vnni` and `openvino-vnni` use +-127 everywhere: up to 6 dB
-less rounding noise of the weights, and wrong numbers on CPUs without VNNI (Intel before Cascade
+which is safe on SSE4.1, AVX2, AVX-512, VNNI and AMX. Depthwise convolutions add no such pairs and
+use +-127. `onnxruntime-vnni` and `openvino-vnni` use +-127 everywhere. That saves up to 6 dB of
+rounding noise in the weights, but gives wrong numbers on CPUs without VNNI (Intel before Cascade
 Lake, AMD before Zen 4)."""
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from repfx.quant.grid import Grid
 
 @dataclass(frozen=True)
 class Target:
-    """`runtime`: what runs the file: tensorrt, onnxruntime or openvino.
+    """The number formats for one runtime.
 
-    `unsigned_after_relu`: whether values that cannot be negative take the unsigned grid, as CPU
-    runtimes want.
+    `runtime`: what runs the file: tensorrt, onnxruntime or openvino.
 
-    `offset`: which signed values are written as unsigned codes around 128, the same numbers: `all`,
-    for kernels that are fast on those; `joined`, those of concatenations; or none. (Of a
-    concatenation OpenVINO rounds what goes into it. On CPUs without AMX it writes signed codes as
-    unsigned ones, and for a concatenation loses their scale in doing so.)
+    `unsigned_after_relu`: whether values that cannot be negative use the unsigned grid. CPU
+    runtimes want this.
 
-    `between`: what runs in integers between layers where what it reads is rounded: `sums` after a
-    convolution and averages; `joins`, concatenations and products too; `all`, as its operators take
-    integers to integers only, so that what convolutions give is to be rounded at once, and sums,
-    products and the like between them.
+    `offset`: which signed values are written as unsigned codes with zero point 128. The numbers
+    stay the same. `all`: every signed value, because the runtime's kernels are fast on unsigned
+    codes. `joined`: only the values that are part of a concatenation. `none`: no value.
+    (OpenVINO rounds the inputs of a concatenation. On CPUs without AMX it turns signed codes into
+    unsigned ones, and loses their scale when it does so at a concatenation.)
 
-    `reduced`: whether weights keep to half of their range, for CPUs without VNNI.
+    `between`: what runs in integers between layers, provided that its inputs are quantized.
+    `sums`: averages, and sums that follow a convolution. `joins`: concatenations and products too.
+    `all`: everything. The operators of such a runtime take integers to integers only, so the output
+    of a convolution is rounded at once, and so are the sums and products between convolutions.
+
+    `reduced`: whether weights use half of their range only, for CPUs without VNNI.
     """
 
     name: str
@@ -47,7 +51,7 @@ class Target:
     reduced: bool = False
 
     def weight(self, bits: int = 8, per_channel: bool = True, depthwise: bool = False) -> Grid:
-        """The grid of a layer's weights; those of a depthwise convolution are never reduced."""
+        """The grid of a layer's weights. It is never reduced for a depthwise convolution."""
         return Grid(
             bits,
             axis=0 if per_channel else None,
@@ -55,9 +59,7 @@ class Target:
         )
 
     def activation(self, bits: int = 8, non_negative: bool = False) -> Grid:
-        """Signed activations use the whole range, as QuantizeLinear saturates; weights stay
-        symmetric.
-        """
+        """The grid of an activation. A signed one has the code -2^(bits - 1) too."""
         signed = not (non_negative and self.unsigned_after_relu)
         return Grid(bits, signed, full=signed)
 
@@ -80,7 +82,7 @@ TARGETS = {target.name: target for target in _ALL}
 
 
 def target_named(name: str) -> Target:
-    """The target of this name. Raises InputError naming the known ones."""
+    """The target with this name. Raises InputError for an unknown name and lists the valid ones."""
     if name not in TARGETS:
         raise unknown("target", name, TARGETS)
     return TARGETS[name]
