@@ -184,7 +184,7 @@ def test_declined_and_refused() -> None:
         repfx.InputError, match="unknown init 'keep'; choose one of: preserve, reset"
     ):
         repfx.transform(Shared(), ["expand(init=keep)"])
-    with pytest.raises(repfx.InputError, match="is no convolution of the shape"):
+    with pytest.raises(repfx.InputError, match="is not a convolution of the requested shape"):
         repfx.transform(
             nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1)), [Expand(block=lambda **a: Wrong(**a))]
         )

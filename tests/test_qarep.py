@@ -180,8 +180,8 @@ def test_a_scale_of_0_is_kept_or_declined(variant: str) -> None:
     told = result.meta["repfx"].results[0]
     if variant in ("S2", "BN excl. Id + post"):
         assert [d.reason for d in told.declined] == [
-            "a batch norm scales a channel by 0 or almost, and the variant would divide by it; "
-            "init=reset starts it from fresh weights"
+            "a batch norm scales a channel by 0 or nearly 0, and this variant would divide by "
+            "that; use init=reset to start from fresh weights"
         ]
         assert set(result.state_dict()) == set(model.state_dict())
         fresh = repfx.transform(model, [f"qarep(variant={variant!r}, init=reset)"], example=x)
