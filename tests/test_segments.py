@@ -359,7 +359,7 @@ def test_an_output_to_learn_from_is_asked_for() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).argmax(1)
 
-    with pytest.raises(InputError, match="no output of the model is a tensor of floats"):
+    with pytest.raises(InputError, match="no output of the model is a float tensor"):
         repfx.reconstruct(quantized(Classes), [pictures()], iterations=1)
 
 
