@@ -324,7 +324,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
             {"task": "segmentation"},
             "unknown task 'segmentation'; choose one of: classification, super-resolution",
         ),
-        ({"task": 3}, "a task has loss"),
+        ({"task": 3}, "a task needs loss"),
         ({"epochs": 0}, "epochs is a whole number from 1"),
         ({"epochs": None}, "give the number of epochs"),
         ({"l2": "huge"}, "unknown l2 'huge'; choose one of: custom, eq6, plain"),

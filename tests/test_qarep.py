@@ -199,7 +199,7 @@ def test_shifts_that_cancel_are_declined_where_rounding_would_show() -> None:
     assert result.meta["repfx"].results[0].inserted  # float64 holds both
     single = repfx.transform(model.float(), ["qarep"], example=x.float()).meta["repfx"].results[0]
     assert not single.inserted
-    assert "rounding the weights of this variant would move" in single.declined[0].reason
+    assert "rounding the weights of this variant would change" in single.declined[0].reason
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

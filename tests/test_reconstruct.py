@@ -149,7 +149,7 @@ def test_segments_make_up_the_model() -> None:
     assert [s.name for s in segments(model, (x,), ["3"])] == ["3", "output"]
     with pytest.raises(InputError, match="unknown end of a block '0'"):
         segments(model, (x,), ["0"])
-    with pytest.raises(InputError, match="a model traced whole"):
+    with pytest.raises(InputError, match="a model that was traced whole"):
         segments(net(), (x,))
 
 

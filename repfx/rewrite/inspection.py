@@ -52,7 +52,7 @@ class Inspection:
     def __rich__(self) -> Table:
         merged = [r for r in self.regions if r.merged]
         before, after = sum(r.params_before for r in merged), sum(r.params_after for r in merged)
-        title = f"{len(merged)} blocks merge, {len(self.declined)} left alone"
+        title = f"{len(merged)} blocks merge, {len(self.declined)} not merged"
         title += f"; parameters of what merges: {before:,} → {after:,}" if merged else ""
         table = Table(title=title, title_justify="left")
         for column in ("block", "operators", "becomes", "MACs", "parameters"):
@@ -72,7 +72,7 @@ class Inspection:
             )
         for d in self.declined:
             why = escape(d.reason + (f"; {d.cure}" if d.cure else ""))
-            table.add_row(escape(d.where), "[dim]left alone[/dim]", why, "", "")
+            table.add_row(escape(d.where), "[dim]not merged[/dim]", why, "", "")
         return table
 
 
