@@ -53,7 +53,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
         layer = view.layer(node)
         weight = None if layer is None else _weight_quantizer(view, layer)
         if layer is None or weight is None:
-            return  # in float
+            return  # not a layer, or one that stays in float
         bias = _own_bias(view, layer)
         if bias is None:
             left.append(str(weight.target).rpartition(".")[0])

@@ -20,7 +20,7 @@ from repfx.errors import InputError, unknown
 from repfx.files import checkpoint
 from repfx.quant import in_float, observing, quantizers_of
 
-KIND = "repfx.reconstruct"  # of its checkpoints
+KIND = "repfx.reconstruct"  # marks its checkpoints
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "mae": lambda d: d.abs().mean(),

@@ -140,7 +140,7 @@ def parse(spec: str) -> Pass:
     >>> import repfx.passes
     >>> parse("ptq(bits=6, per_channel=False)")
     Ptq(bits=6, weight_bits=None, per_channel=False, weights='max', wide=(), wide_bits=8)
-    >>> parse("fues")
+    >>> parse("fues")  # doctest: +NORMALIZE_WHITESPACE
     Traceback (most recent call last):
     ...
     repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep,

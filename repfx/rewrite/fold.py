@@ -38,7 +38,7 @@ class _Program:
         return self.layer.node
 
     def reads(self, module: fx.GraphModule) -> list[fx.Node]:
-        """The weights of the model that the program reads: no vectors, no constants of its own."""
+        """The weights of the model that the program reads: no vectors, no constants of a merge."""
         return [
             n
             for n, value in self.values.items()

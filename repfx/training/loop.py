@@ -34,7 +34,7 @@ from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
 
-KIND = "repfx.fit"  # of its checkpoints
+KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
 
 

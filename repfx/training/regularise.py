@@ -4,7 +4,7 @@
 
     t = gamma / sqrt(var + eps), detached
 
-Eq. 6 leaves out the denominator. With it, the penalty does not notice when all gammas grow by the
+Eq. 6 leaves out the denominator. With it, the penalty stays the same when all gammas grow by the
 same factor."""
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def torchmetrics() -> Any:
         import torchmetrics as package
     except ImportError as error:
         raise MissingPart("training needs torchmetrics: pip install repfx[train]") from error
-    except RuntimeError as error:  # a torchvision built for another torch
+    except RuntimeError as error:  # for example, a torchvision built for another torch
         raise MissingPart(
             f"torchmetrics is installed but cannot be imported: {error}; pip install repfx[train]"
         ) from error
