@@ -1,4 +1,4 @@
-"""The passes of repfx, one a file. Importing this package registers them."""
+"""The passes of repfx, one per file. Importing this package registers them."""
 
 if __name__ != "repfx.passes":
     raise ImportError(f"import repfx.passes, not {__name__}")

@@ -1,5 +1,4 @@
-"""bnfold: batch norms (and scales and shifts) go into the convolution beside them; branches stay
-branches.
+"""bnfold: folds batch norms, scales and shifts into the convolution next to them; branches stay.
 
 bn(conv(x))   ->   conv'(x),      W' = a*W,  b' = a*b + c
 """
@@ -18,7 +17,7 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class BnFold(Pass):
-    """Merges the regions that hold one convolution or linear layer and no sum."""
+    """Merges the regions that contain one convolution or linear layer and no sum."""
 
     name: ClassVar[str] = "bnfold"
     stage: ClassVar[Stage] = Stage.STRUCTURE

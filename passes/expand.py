@@ -1,12 +1,12 @@
-"""expand: every convolution (with its batch norm) becomes a re-parameterizable block to train with.
+"""expand: turns convolutions (with their batch norm) into re-parameterizable blocks for training.
 
 bn(conv(x))   ->   B[C3 x] + B[C(3,1) x] + B[C(1,3) x],      and `fuse` gives one convolution again
 
-Cases: convolutions in two dimensions with zero padding, alone or followed by a batch norm that is
-their only reader; `kernel`, `stride`, `groups` and `name` (a glob) narrow the choice. What a block
-cannot represent is declined. With init="preserve" the block computes in eval mode what was there,
-up to rounding: the kernel of its main branch is what the other branches leave of it, K = (W - rest)
-/ scale. With "reset" it starts from its own initialisation."""
+It covers 2-d convolutions with zero padding, alone or followed by a batch norm that is their only
+reader. `kernel`, `stride`, `groups` and `layers` (a glob) narrow the choice. A convolution that the
+block cannot represent is declined. With init="preserve" the block computes the same as before in
+eval mode, up to rounding: the main branch gets whatever the other branches do not contribute,
+K = (W - rest) / scale. With "reset" the block starts from its own initialisation."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class Expand(Pass):
-    """`block`: a name of repfx.blocks, or a class or function with nn.Conv2d's arguments that keeps
-    that contract.
-    """
+    """Replaces convolutions by blocks.
+
+    `block` is a name from repfx.blocks, or a class or function that takes the arguments of
+    nn.Conv2d and keeps the same contract."""
 
     name: ClassVar[str] = "expand"
     stage: ClassVar[Stage] = Stage.EXPAND
@@ -73,9 +74,8 @@ class Expand(Pass):
 
     def run(self, work: Work) -> Result:
         view = work.view()
-        planned: list[
-            tuple[Region, Lifted, str]
-        ] = []  # all are read from the graph before any is written into it
+        # All blocks are read from the graph before any is written into it.
+        planned: list[tuple[Region, Lifted, str]] = []
         inserted, declined = [], []
         for region in _convolutions(view):
             conv = region.nodes[0]
@@ -84,13 +84,11 @@ class Expand(Pass):
                 continue
             try:
                 planned.append((region, self._block(view, region, shape), name))
-            except (
-                ValueError
-            ) as why:  # what a block of repfx.blocks raises for a shape it has no form for
+            except ValueError as why:
+                # The blocks in repfx.blocks raise this for a shape they cannot take.
                 declined.append(Declined(name, f"no {self._title} block: {why}"))
-        moved: dict[
-            fx.Node, fx.Node
-        ] = {}  # what a block gives, by the value that another may have been planned to read
+        # The output of each new block, by the value it replaces: a later block may read that value.
+        moved: dict[fx.Node, fx.Node] = {}
         for region, block, name in planned:
             path = (
                 name
@@ -104,8 +102,7 @@ class Expand(Pass):
             declined.append(
                 Declined(
                     "expand",
-                    "no convolution has the kernel, stride, groups and name (layers=) that "
-                    "were asked for",
+                    "no convolution matches the given kernel, stride, groups and name (layers=)",
                 )
             )
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
@@ -125,7 +122,7 @@ class Expand(Pass):
         return same and self.groups in (None, shape["groups"]) and fnmatchcase(name, self.layers)
 
     def _block(self, view: GraphView, region: Region, shape: dict[str, Any]) -> Lifted:
-        """The block in place of the region. Raises ValueError where the region has no such form."""
+        """The block that replaces the region. Raises ValueError if the region cannot become one."""
         conv = region.nodes[0]
         like = view.tensor(weight_of(conv))
         if sum(n.target == conv.target for n in view.nodes if n.op == "call_module") > 1:
@@ -140,7 +137,7 @@ class Expand(Pass):
         ):
             raise ValueError("its weight is shared with another convolution")
         if shape["padding"] is None:
-            raise ValueError("its sides are padded by different amounts, or not with zeros")
+            raise ValueError("it pads its sides by different amounts, or not with zeros")
         make = BLOCKS[self.block] if isinstance(self.block, str) else self.block
         with torch.device("cpu"):
             block = make(**shape).double()
@@ -158,9 +155,9 @@ class Expand(Pass):
 
 
 def _holder(module: fx.GraphModule) -> nn.Module:
-    """What a block holds, without its graph: that becomes a part of the graph around it, the only
-    one to rewrite.
-    """
+    """A module with a block's children and tensors, but without its graph.
+
+    The block's graph is inlined into the model's graph, so that there is one graph to rewrite."""
     holder = nn.Module()
     holder._modules, holder._parameters, holder._buffers = (
         module._modules,
@@ -174,9 +171,7 @@ def _holder(module: fx.GraphModule) -> nn.Module:
 
 
 def _convolutions(view: GraphView) -> Iterator[Region]:
-    """Each convolution in two dimensions that is called once, with the batch norm that alone reads
-    it.
-    """
+    """Each 2-d convolution, together with its batch norm where that is its only reader."""
     for node in view.nodes:
         op = view.ops[node]
         if not isinstance(op, Map) or op.kind != "conv" or op.space != (2, 1):
@@ -188,9 +183,7 @@ def _convolutions(view: GraphView) -> Iterator[Region]:
 
 
 def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
-    """nn.Conv2d's arguments of a convolution in a graph; padding is None where nn.Conv2d's zeros
-    cannot express it.
-    """
+    """The nn.Conv2d arguments of a convolution; padding is None where nn.Conv2d has no equal."""
     op: Any = view.ops[conv]
     g = op.geometry(None)
     even = g.mode == "zeros" and all(a.before == a.after for a in g.axes)
@@ -206,15 +199,15 @@ def _arguments(view: GraphView, conv: fx.Node) -> dict[str, Any]:
 
 
 def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
-    """Sets the kernel and the shift of a block so that it equals `wanted`: both enter the whole as
-    scale * value + rest.
-    """
+    """Sets a block's kernel and shift so that the block equals `wanted`.
+
+    The block is linear in each of the two: scale * value + rest."""
     if not (hasattr(block, "kernel") and hasattr(block, "shift")):
         raise InputError(
-            f"block {title} names no `kernel` and `shift`, the parameters to solve for"
+            f"block {title} does not name its `kernel` and `shift`, the parameters to solve for"
         )
     if wanted.geometry.axes != given.kernel.geometry.axes:
-        raise InputError(f"block {title} is no convolution of the shape that it was asked for")
+        raise InputError(f"block {title} is not a convolution of the requested shape")
     for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
         parameter = block.get_parameter(name)
 
@@ -231,5 +224,7 @@ def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
     )
     off = (given.kernel.weight - wanted.weight).abs().amax() / largest
     if not off <= EXACT:
-        raise CheckError(f"block {title} does not hold the convolution: off by {float(off):.1e}")
+        raise CheckError(
+            f"block {title} does not reproduce the convolution: off by {float(off):.1e}"
+        )
     given.prove()

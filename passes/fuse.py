@@ -1,12 +1,12 @@
-"""fuse: every linear block becomes the one convolution it equals, where that costs no more.
+"""fuse: merges every linear block into one equal convolution, where that costs no more.
 
     relu(bn(conv3(x)) + bn(conv1(x)) + bn(x))   ->   relu(conv(x))
 
-Cases: any block that is linear between one input and one output (branches, chains, batch norms,
-scales, pools, pads); regions whose border makes them inexact, or that would multiply the work, are
-declined with the reason and the blocks inside them are merged instead. Values read elsewhere stay.
-Running it again finds nothing to do. After `repq` the program of each weight becomes the weight;
-after `qprep` each affine goes into its layer's integers."""
+It covers any block that is linear between one input and one output: branches, chains, batch norms,
+scales, pools and pads. A region that is inexact at the border, or that would cost more when merged,
+is declined with the reason, and the blocks inside it are merged instead. A value that is also read
+elsewhere is kept. A second run finds nothing to do. After `repq` it replaces the code that computes
+each weight by the weight itself; after `qprep` it folds each affine into its layer's integers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Merges every region that pays."""
+    """Merges every region whose merged convolution costs no more than its parts."""
 
     name: ClassVar[str] = "fuse"
     stage: ClassVar[Stage] = Stage.MERGE

@@ -1,13 +1,12 @@
-"""ptq: fake quantization on the input and the (merged) weight of every convolution and linear
-layer.
+"""ptq: fake-quantizes the input and the (merged) weight of every convolution and linear layer.
 
     conv(x)       ->   F.conv2d(input_quant(x), weight_quant(conv.weight), conv.bias, ...)
-    conv(x) + y   ->   conv(x) + input_quant(y)   a skip; averages too where the target has them
+    conv(x) + y   ->   conv(x) + input_quant(y)   a skip; also averages, if the target has them
 
-One quantizer a tensor: layers that read the same value share it. Weights get their scale here,
-activations from `calibrate`; until then the activation quantizers pass values through. Every
+Each tensor has one quantizer: layers that read the same value share it. Weight scales are set here,
+activation scales by `calibrate`; until then the activation quantizers pass values through. Every
 state_dict key stays; quantizers add `<layer>.input_quant.scale` and `<layer>.weight_quant.scale`.
-Layers already quantized are left alone."""
+Layers that are already quantized stay as they are."""
 
 from __future__ import annotations
 
@@ -32,12 +31,12 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class Ptq(Pass):
-    """`bits` of activations, and of weights unless `weight_bits` says otherwise.
+    """Quantizes activations to `bits`, and weights to `weight_bits` or else to `bits`.
 
-    `per_channel`: one weight scale per output channel, else per tensor. `weights`: how weight
-    ranges are chosen, max, mse or mae. `wide`: layers, by name or pattern ("head.*"), one or
-    several, that take `wide_bits` instead; 32 leaves them in float. A value that several layers
-    read takes the most bits of theirs."""
+    `per_channel`: one weight scale per output channel, else one per tensor. `weights`: how weight
+    ranges are chosen, max, mse or mae. `wide`: one or more layers, by name or pattern ("head.*"),
+    that get `wide_bits` instead; 32 leaves them in float. If several layers read a value, it gets
+    the largest number of bits among them."""
 
     name: ClassVar[str] = "ptq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
@@ -57,17 +56,18 @@ class Ptq(Pass):
             self.weight_bits or self.bits,
             *([] if self.wide_bits == FLOAT else [self.wide_bits]),
         ):
-            Grid(bits)  # raises for what no grid has
+            Grid(bits)  # raises for an invalid number of bits
         self._rounding()
 
     def run(self, work: Work) -> Result:
         spell_out(work.module, work.target)
         view = work.view()
         quantizers = Quantizers(work, view, self._layers(view), self._rounding())
-        weights: dict[Any, fx.Node] = {}  # rounded, of layers that share one
+        weights: dict[Any, fx.Node] = {}  # quantized weights; layers may share one
         for layer in quantizers:
             node, x = layer.node, quantizers.input(layer)
-            if not quantizers.runs_in_integers(layer):  # but others may want its input rounded
+            if not quantizers.runs_in_integers(layer):
+                # Another layer may need the same input quantized.
                 node.replace_input_with(quantizers.now(layer.source), x)
                 continue
             own = view.layer(node)
@@ -88,9 +88,9 @@ class Ptq(Pass):
         return Rounding(self.per_channel, self.weights)
 
     def _layers(self, view: GraphView) -> list[IntegerLayer]:
-        """The convolutions and linear layers, with their bits. Raises InputError for a pattern in
-        `wide` that names none.
-        """
+        """The convolutions and linear layers, each with its bits.
+
+        Raises InputError if a pattern in `wide` matches no layer."""
         found = {
             node: op
             for node, op in view.ops.items()

@@ -1,16 +1,18 @@
-"""qarep: where the batch norms of a multi-branch block must stand so that it survives INT8
-(QARepVGG, arXiv 2212.01593).
+"""qarep: moves the batch norms of a multi-branch block so that it survives INT8 (QARepVGG).
+
+QARepVGG is arXiv 2212.01593.
 
     S0  B3[C3 x] + B1[C1 x] + B0[x]   ->   S4  B[ B3[C3 x] + C1' x + x ]
 
-Trained weights are kept exactly, in eval mode. With a batch norm as s u + c:
+The trained function is kept in eval mode, up to rounding. With a batch norm written as s u + c:
 
-    C1' = s1 C1 + diag(s0 - 1),    B = u + c1 + c0, its statistics implied by the branches' norms
+    C1' = s1 C1 + diag(s0 - 1),    B = u + c1 + c0
 
-Cases: sums of one kxk branch, at most one 1x1 branch and at most one identity, of modules read by
-nothing else; groups and strides included. Where there is an identity and no 1x1 branch, one is
-made. `variant` names a row of the paper's table, as `repfx.blocks.QARepVGG` lists them; S0, Eq6 and
-S1 are the structure that is there."""
+and the statistics of B follow from the norms of the branches.
+
+It covers sums of one kxk branch, at most one 1x1 branch and at most one identity, with any groups
+and stride, whose values nothing else reads. If there is an identity but no 1x1 branch, one is
+added. `variant` names a row of the paper's table, see `repfx.blocks.QARepVGG`."""
 
 from __future__ import annotations
 
@@ -42,9 +44,10 @@ from repfx.tolerances import MERGED
 @register
 @dataclass(frozen=True)
 class QARep(Pass):
-    """`variant`: a row of the paper's table. `init="reset"`: the blocks that it rewrites, and only
-    those, get fresh weights and statistics, to train from scratch.
-    """
+    """Rewrites each block as `variant`, a row of the paper's table.
+
+    With `init="reset"` the rewritten blocks, and only those, get fresh weights and statistics, to
+    be trained from scratch."""
 
     name: ClassVar[str] = "qarep"
     stage: ClassVar[Stage] = Stage.STRUCTURE
@@ -81,13 +84,15 @@ class QARep(Pass):
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
 
-Chain = tuple[tuple[str, nn.Module], ...]  # layers, each with its path, one after another
+Chain = tuple[tuple[str, nn.Module], ...]  # a sequence of layers, each with its path
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What a block becomes: chains of layers that read the source (the identity is the empty one),
-    added up, and the norm of the sum. The main convolution comes first."""
+    """What a block becomes: the sum of some chains of layers, and the norm of that sum.
+
+    Each chain reads the source; an empty chain is the identity. The main convolution comes
+    first."""
 
     chains: tuple[Chain, ...]
     post: Chain
@@ -102,7 +107,7 @@ class _Target:
 
 
 class _Sum(nn.Module):
-    """A target as a module of its own, to be lifted."""
+    """A target as a module, so that its kernel can be computed."""
 
     def __init__(self, target: _Target) -> None:
         super().__init__()
@@ -120,7 +125,7 @@ class _Sum(nn.Module):
 
 
 def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
-    """Why the target does not compute what the block does; empty where it does, up to rounding."""
+    """Why the target differs from the block by more than rounding; empty if it does not."""
     region = Region(block.source, block.sink, block.nodes, frozenset())
     want = kernel_of(view, region, in_float64(view, keep=False))
     got = lifted(_Sum(target)).kernel
@@ -131,10 +136,10 @@ def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
     if off <= MERGED[dtype]:
         return ""
     if math.isfinite(off):
-        return f"rounding the weights of this variant would move the result by {off:.1e}"
+        return f"rounding the weights of this variant would change the result by {off:.1e}"
     return (
-        "a batch norm scales a channel by 0 or almost, and the variant would divide by it; "
-        "init=reset starts it from fresh weights"
+        "a batch norm scales a channel by 0 or nearly 0, and this variant would divide by that; "
+        "use init=reset to start from fresh weights"
     )
 
 
@@ -145,7 +150,7 @@ def _bias(kernel: Kernel) -> Tensor:
 def _put(
     module: fx.GraphModule, block: BranchSum, target: _Target, moved: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """Puts the target in the place of the block and returns its value."""
+    """Replaces the block by the target and returns the target's output node."""
     graph, before = module.graph, references(module.graph)
     x = moved.get(block.source, block.source)
     replaced = []
@@ -195,10 +200,11 @@ def _target(view: GraphView, block: BranchSum, keep: Norms) -> _Target:
 def _trunk(
     view: GraphView, block: BranchSum, part: _Part, left: Tensor, keep: Norms
 ) -> tuple[Chain, Tensor]:
-    """The main branch, and the shift that is then still left for the norm of the sum.
+    """The main branch, and the shift that remains for the norm of the sum.
 
-    Its convolution and its norm stay as they are where the variant has the norm; else the norm goes
-    into the weight. Without a norm of the sum the shift that the other branches lost goes here."""
+    If the variant keeps the branch's norm, convolution and norm stay as they are; otherwise the
+    norm is folded into the weight. If there is no norm of the sum, the main branch also takes the
+    shift of the norms that the other branches lost."""
     assert block.main.conv is not None and part.weight is not None
     path = str(block.main.conv.target)
     main: Any = view.modules[path]
@@ -218,11 +224,10 @@ def _trunk(
 def _point(
     parts: _Parts, block: BranchSum, keep: Norms, like: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """The weight of the 1x1 branch, None where there is none, and the shifts that have lost their
-    batch norm.
+    """The weight of the 1x1 branch (None without one), and the shift of the norms removed.
 
-    An identity that loses its norm stays as x, and what the norm scaled it by goes in here:
-    C1' = s1 C1 + diag(s0 - 1), or C1 + diag((s0 - 1) / s1) where this branch keeps its norm."""
+    An identity that loses its norm stays as x, and the norm's scale is added to this weight:
+    C1' = s1 C1 + diag(s0 - 1), or C1 + diag((s0 - 1) / s1) if this branch keeps its norm."""
     out = like.shape[0]
     left, into = like.new_zeros(out), like.new_ones(out)
     weight = parts.point.weight
@@ -247,8 +252,9 @@ def _norm(view: GraphView, branch: Branch | None) -> Chain:
 
 @dataclass(frozen=True)
 class _Part:
-    """A branch in numbers: s (W x) + c, and the mean and variance that its norm has seen of it.
-    All zeros where there is no such branch."""
+    """A branch in numbers: s (W x) + c, and the mean and variance of its output.
+
+    All zeros if there is no such branch."""
 
     weight: Tensor | None
     scale: Tensor
@@ -284,7 +290,8 @@ class _Parts:
     def moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the sum, as if the branches were independent."""
         parts = (self.main, self.point, self.identity)
-        zero = like.new_zeros(like.shape[0], dtype=torch.float32)  # half numbers add up in it
+        # Half-precision values are summed in float32.
+        zero = like.new_zeros(like.shape[0], dtype=torch.float32)
         mean, var = (
             sum((v for v in values), zero)
             for values in zip(*((p.mean, p.var) for p in parts), strict=True)
@@ -297,7 +304,7 @@ def _why_not(view: GraphView, block: BranchSum) -> str:
     if any(
         sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in calls
     ):
-        return "a layer of it is called more than once"
+        return "one of its layers is called more than once"
     if block.point is None and block.identity is None:
         return "it has no 1x1 branch and no identity"
     if block.point is not None and block.point.conv is not None and block.main.conv is not None:
@@ -312,7 +319,7 @@ def _rows(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _diagonal(values: Tensor, width: int, like: Tensor) -> Tensor:
-    """The 1x1 kernel (out, width, 1, ...) of a scale by channel, in groups of `width` inputs."""
+    """The 1x1 kernel (out, width, 1, ...) that scales channels, in groups of `width` inputs."""
     at = torch.arange(like.shape[0], device=like.device)
     found = torch.zeros_like(like)
     found.flatten(2)[at, at % width, 0] = values.expand(like.shape[0])
@@ -320,7 +327,7 @@ def _diagonal(values: Tensor, width: int, like: Tensor) -> Tensor:
 
 
 def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A convolution like `main` of another kernel, centred on its own."""
+    """A convolution like `main` with another kernel, centred on the kernel of `main`."""
     taps = tuple(weight.shape[2:])
     pads = tuple(
         p - d * (k - n) // 2
@@ -342,8 +349,7 @@ def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
-    """The batch norm with `left` on top of its shift; a new one, since another call may read
-    this."""
+    """A copy of the batch norm with `left` added to its shift; the original may be shared."""
     if not left.any():
         return norm
     twin = type(norm)(
@@ -356,7 +362,7 @@ def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
 
 
 def _post(main: Any, parts: _Parts, left: Tensor) -> nn.Module:
-    """A batch norm that adds `left` in eval mode and has the statistics of what it reads."""
+    """A batch norm that adds `left` in eval mode and has the statistics of its input."""
     mean, var = parts.moments(main.weight.detach())
     kinds = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
     kind: type[_BatchNorm] = kinds[type(main)]

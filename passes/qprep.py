@@ -1,13 +1,13 @@
-"""qprep: a learnable affine after every quantized layer, which folds into its integers (QPRep of
-RepAPQ).
+"""qprep: adds a learnable affine to every quantized layer that folds into its integers (RepAPQ).
 
     F.conv2d(Q(x), Q(W), b)  ->  F.conv2d(Q(x), *affine(Q(W), b)), affine = (eta Q(W), eta b + eps)
 
-eta = 1 and eps = 0 at the start: nothing changes. `repfx.reconstruct` learns them; `fuse` folds
-them exactly into weight scales, codes (eta < 0 included) and biases. It works on the merged,
-quantized net and runs `fuse` and `ptq` first.
+This is the QPRep of the paper. At the start eta = 1 and eps = 0, so that nothing changes.
+`repfx.reconstruct` learns them, and `fuse` folds them exactly into the weight scales, the integer
+weights (also for eta < 0) and the biases. The pass needs the merged, quantized net, so it runs
+`fuse` and `ptq` first.
 
-Weights need one scale a channel. A layer whose quantized weight other layers read too is declined.
+Weights need one scale per channel. A layer is declined if other layers read its quantized weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from repfx.rewrite.work import Work
 @register
 @dataclass(frozen=True)
 class QPRep(Pass):
-    """Puts the affines in. Raises InputError where a weight is quantized per tensor."""
+    """Inserts the affines. Raises InputError if a weight is quantized per tensor."""
 
     name: ClassVar[str] = "qprep"
     stage: ClassVar[Stage] = Stage.ADJUST
@@ -48,8 +48,8 @@ class QPRep(Pass):
             path = str(node.target)
             if quant.grid.axis is None:
                 raise InputError(
-                    f"{path} has one scale for the tensor: an affine folds into "
-                    "ptq(per_channel=True) only"
+                    f"{path} has one scale for the whole tensor: an affine can fold only into "
+                    "weights with one scale per channel, ptq(per_channel=True)"
                 )
             call = next(iter(node.users))
             layer = layer_of(call) if len(node.users) == 1 else None
@@ -63,7 +63,7 @@ class QPRep(Pass):
                 bias.op != "get_attr" or reads[bias.target] > 1 or len(bias.users) > 1
             ):
                 declined.append(
-                    Declined(path, "the bias of its layer is computed, or read elsewhere too")
+                    Declined(path, "the bias of its layer is computed, or is also read elsewhere")
                 )
                 continue
             ref = node.args[0]

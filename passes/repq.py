@@ -2,14 +2,16 @@
 
     y = conv3(x) + bn(conv1(x))   ->   y = F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))
 
-M is the block run on kernels, written into the graph once as straight tensor code; it is what runs,
-prints, differentiates and compiles. Every key of the state_dict stays and trains on; quantizers add
-keys. Batch norms inside a block keep their statistics, computed from x and the kernel of what they
-normalise, as `bn` says (`KernelNorm`).
+M applies the block to kernels instead of feature maps. It is written into the graph once as plain
+tensor code, which you can run, print, differentiate and compile. Every key of the state_dict stays
+and its tensor keeps training; the quantizers add keys. Batch norms inside a block keep their
+statistics. They compute them from x and the kernel in front of them, in the way that `bn` selects
+(see `KernelNorm`).
 
-Cases: every region that `fuse` would merge, every convolution and linear besides, and the skips and
-averages that the target runs in integers. `bits=32` leaves the rounding out: float training at
-about the cost of the one convolution. `fuse` after it gives the deployed net, with the same codes.
+It covers every region that `fuse` would merge, all other convolutions and linear layers, and the
+skips and averages that the target runs in integers. `bits=32` leaves out the rounding: float
+training at about the cost of one convolution. `fuse` afterwards gives the net to deploy, with the
+same integer values.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ from repfx.rewrite.work import Names, Work
 @register
 @dataclass(frozen=True)
 class RepQ(Pass):
-    """`bits` of activations, and of weights unless `weight_bits` says otherwise; 32 does not round.
+    """Quantizes activations to `bits`, and weights to `weight_bits` or else `bits`; 32 is float.
 
-    `bn`: how batch norms see their statistics in training, one of running, batch, estimate,
-    estimate_paper, sampled, frozen. `ends`: the bits of the first and the last layer, None for
-    those of all, 32 to leave them in float. `per_channel`: one weight scale per output channel."""
+    `bn`: where batch norms get their statistics in training, one of running, batch, estimate,
+    estimate_paper, sampled, frozen. `ends`: the bits of the first and the last layer, None for the
+    same as the others, 32 to leave them in float. `per_channel`: one weight scale per output
+    channel, else one per tensor."""
 
     name: ClassVar[str] = "repq"
     stage: ClassVar[Stage] = Stage.TRAIN
@@ -61,12 +64,15 @@ class RepQ(Pass):
             raise unknown("bn", str(self.bn), MODES)
         for bits in (self.bits, self.weight_bits, self.ends):
             if bits != FLOAT and bits is not None:
-                Grid(bits)  # raises for what no grid has
+                Grid(bits)  # raises for an invalid number of bits
         if FLOAT in (self.bits, self.weight_bits) and (self.bits, self.weight_bits) not in (
             (FLOAT, None),
             (FLOAT, FLOAT),
         ):
-            raise InputError("bits=32 trains in float: weights and activations alike")
+            raise InputError(
+                "bits=32 trains in float, weights and activations alike: weight_bits is then 32 "
+                "or None"
+            )
 
     def run(self, work: Work) -> Result:
         if self.bits != FLOAT:
@@ -99,7 +105,7 @@ class RepQ(Pass):
 
 
 class _Writer:
-    """Writes each merged layer into the graph, in the place of its region."""
+    """Replaces each region in the graph by its merged layer."""
 
     def __init__(self, rules: RepQ, work: Work, quantizers: Quantizers) -> None:
         self.rules, self.work, self.quantizers = rules, work, quantizers
@@ -115,9 +121,7 @@ class _Writer:
         self.quantizers.put(layer, x, weight, bias)
 
     def _moments(self, layer: IntegerLayer) -> fx.Node:
-        """What the batch norms of a layer need to know of what it reads, one for all that read
-        it.
-        """
+        """The input moments that a layer's batch norms need; layers with one input share them."""
         source, bn = layer.source, self.rules.bn
         if source not in self.moments or self.quantizers.view.writes.changed(source):
             estimates, whole = bn in ("estimate", "estimate_paper"), bn == "running"
@@ -129,9 +133,9 @@ class _Writer:
 
 
 def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
-    """What to train merged: the plan of `fuse`, and each convolution or linear that it leaves, in
-    the graph's order.
-    """
+    """The layers to train merged, in graph order.
+
+    These are the regions that `fuse` would merge and every other convolution or linear layer."""
     plan = plan_merges(view)
     found, declined = [], []
     taken = {n for m in plan.merges for n in m.region.removed}
@@ -167,7 +171,7 @@ def _why_not(view: GraphView, region: Region) -> str:
     if any(n in region.kept for n in norms):
         return "a batch norm inside it is also read elsewhere"
     if any(n.op != "call_module" for n in norms):
-        return "a batch norm inside it is no module, so its statistics have no place"
+        return "a batch norm inside it is not a module, so it has nowhere to keep statistics"
     if any(
         sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in norms
     ):

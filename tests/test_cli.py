@@ -248,7 +248,7 @@ BAD = {
     "no convolutions": (
         ["inspect", "mynet:no_convs"],
         2,
-        "holds no convolution and no linear layer",
+        "has no convolution and no linear layer",
     ),
     "no such factory": (["inspect", "mynet:nett"], 2, "cannot import mynet:nett"),
     "a factory of something else": (["inspect", "mynet:nothing"], 2, "not an nn.Module"),

@@ -55,7 +55,7 @@ def test_a_pass_that_loses_a_name_is_told() -> None:
             return work.merge(self.name)
 
     with pytest.raises(
-        repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, and lost .*norm"
+        repfx.CheckError, match=r"pass 'loser' promised that every key .* stays, but lost .*norm"
     ):
         repfx.transform(nn.Sequential(RepVGG(3, 4, 3, padding=1)), [Loser()])
 
@@ -98,14 +98,14 @@ def test_a_pass_that_says_too_little_is_told() -> None:
     class Late(Bare):
         stage = 9  # type: ignore[assignment]
 
-    with pytest.raises(repfx.InputError, match="the pass Bare is no dataclass"):
+    with pytest.raises(repfx.InputError, match="the pass Bare is not a dataclass"):
         resolve([Bare()])
     for kind in (Nameless, Late):
         with pytest.raises(
-            repfx.InputError, match=rf"{kind.__name__} has to say its name.*Stage\.MERGE"
+            repfx.InputError, match=rf"{kind.__name__} must define `name`.*Stage\.MERGE"
         ):
             resolve([dataclass(frozen=True)(kind)()])
-    with pytest.raises(repfx.CheckError, match="pass 'bare' gave None and not a Result"):
+    with pytest.raises(repfx.CheckError, match="pass 'bare' must return a Result, not None"):
         repfx.transform(nn.Sequential(nn.Conv2d(3, 3, 1)), [dataclass(frozen=True)(Bare)()])
 
 
@@ -291,7 +291,7 @@ class Breaker(Pass):
     [
         ("scale", "the output on the example changed: max abs"),
         ("shape", "outputs of different shapes"),
-        ("kernel", "the model does not run any more"),
+        ("kernel", "the model no longer runs"),
     ],
 )
 @pytest.mark.parametrize("opaque", [False, True])
@@ -306,7 +306,7 @@ def test_a_pass_that_changes_a_region_is_told(how: str, text: str, opaque: bool)
 
     model = Outer() if opaque else nn.Sequential(RepVGG(3, 4, 3, padding=1))
     x = torch.randn(2, 3, 8, 8)
-    told = rf"pass 'breaker' promised that each merged region computes what it did, and {text}"
+    told = rf"pass 'breaker' promised that each merged region computes what it did, but {text}"
     with pytest.raises(repfx.CheckError, match=told):
         repfx.transform(model, [Breaker(how)], example=x)
     for fine in ("nothing", "read"):
@@ -318,7 +318,9 @@ def test_a_merge_whose_proof_fails_names_the_pass(monkeypatch: pytest.MonkeyPatc
 
     right = work.kernel_of
     monkeypatch.setattr(work, "kernel_of", lambda *args: right(*args).scaled(2))
-    with pytest.raises(repfx.CheckError, match=r"pass 'fuse': the merge of .* differs from it by"):
+    with pytest.raises(
+        repfx.CheckError, match=r"pass 'fuse': the merge of .* differs from the original"
+    ):
         repfx.transform(nn.Sequential(RepVGG(3, 4, 3, padding=1)), ["fuse"])
 
 

@@ -128,7 +128,7 @@ CASES = {
     ),
     "pad with a constant": (
         Net(lambda m, x: m.a(F.pad(x, (1, 1, 1, 1), value=0.5)), a=conv(p=0)),
-        "it pads with a value that is not the constant of what it pads",
+        "it pads with a value other than the constant of its input",
     ),
     "two mirrored paddings": (
         Net(
@@ -208,7 +208,7 @@ def test_a_branch_read_elsewhere_stays() -> None:
     shared = Net(lambda m, x: torch.relu(y := m.a(x)) * torch.sigmoid(m.n(y)), a=conv(), n=bn(4))
     result, reasons = fused(shared)
     assert kinds(result, nn.BatchNorm2d) == 1
-    assert "is read elsewhere and must stay" in reasons
+    assert "is also read elsewhere and must stay" in reasons
 
 
 def test_layer_scale_is_not_vacuous() -> None:

@@ -88,8 +88,8 @@ def test_a_pass_of_another_package_that_is_broken(
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for target, text in (
-        ("nowhere:Thing", "does not load"),
-        ("json:loads", "is no subclass of repfx.passes.Pass"),
+        ("nowhere:Thing", "cannot load the pass"),
+        ("json:loads", "is not a subclass of repfx.passes.Pass"),
     ):
         (package / "entry_points.txt").write_text(f"[repfx.passes]\nfolly = {target}\n")
         with pytest.raises(repfx.InputError, match=text):

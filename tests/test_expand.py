@@ -136,7 +136,7 @@ def test_what_is_asked_for_is_what_is_expanded() -> None:
     assert chosen(groups=8) == ("2",)
     assert chosen(layers="[24]") == ("2", "4")
     nothing = repfx.transform(model, ["expand(kernel=7)"]).meta["repfx"]
-    assert "no convolution has the kernel" in nothing.declined[0].reason
+    assert "no convolution matches the given kernel" in nothing.declined[0].reason
 
 
 def test_reset_starts_anew_and_own_blocks_go_in() -> None:
@@ -176,15 +176,15 @@ def test_declined_and_refused() -> None:
     result = repfx.transform(Shared().eval(), ["expand(block=repvgg)"])
     reasons = {d.where: d.reason for d in result.meta["repfx"].declined}
     assert "called more than once" in reasons["conv"]
-    assert "padded by different amounts, or not with zeros" in reasons["same"]
-    assert "padded by different amounts, or not with zeros" in reasons["mirror"]
+    assert "pads its sides by different amounts, or not with zeros" in reasons["same"]
+    assert "pads its sides by different amounts, or not with zeros" in reasons["mirror"]
     with pytest.raises(repfx.InputError, match="unknown block 'acnot'; choose one of: acnet, dbb"):
         repfx.transform(Shared(), ["expand(block=acnot)"])
     with pytest.raises(
         repfx.InputError, match="unknown init 'keep'; choose one of: preserve, reset"
     ):
         repfx.transform(Shared(), ["expand(init=keep)"])
-    with pytest.raises(repfx.InputError, match="is no convolution of the shape"):
+    with pytest.raises(repfx.InputError, match="is not a convolution of the requested shape"):
         repfx.transform(
             nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1)), [Expand(block=lambda **a: Wrong(**a))]
         )

@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path)
     other = net()
     fit(other, Poisoned(), (x, y % 3), epochs=1, batch=8, checkpoint=path)
     assert same(good, weights(other))
-    with pytest.raises(CheckError, match=r"parameter .* is not finite any more"):
+    with pytest.raises(CheckError, match=r"parameter .* is no longer finite"):
         fit(net(), Classification(), (x, y), epochs=1, batch=32, schedule=lambda t: math.inf)
 
 
@@ -292,7 +292,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         InputError, match=r"another model: 0\.weight is not in the checkpoint; .* and \d+ more"
     ):
         fit(net(norm=False), "classification", data, epochs=1, checkpoint=path)
-    with pytest.raises(InputError, match="written with batch=64, this run has 8"):
+    with pytest.raises(InputError, match="written with batch=64, but this run has 8"):
         fit(net(), "classification", data, epochs=1, batch=8, checkpoint=path)
     fit(net(), "classification", data, epochs=1, batch=8, checkpoint=path, resume=False)
     for content in (b"", b"junk", path.read_bytes()[:900]):
@@ -317,16 +317,16 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         ({"data": 3}, "data is tensors"),
         (
             {"data": DataLoader(Noisy(), sampler=WeightedRandomSampler([1.0] * 46, 46))},
-            "sampler of its own",
+            "custom sampler",
         ),
         ({"data": "nowhere"}, "no such file or folder: nowhere"),
         (
             {"task": "segmentation"},
             "unknown task 'segmentation'; choose one of: classification, super-resolution",
         ),
-        ({"task": 3}, "a task has loss"),
+        ({"task": 3}, "a task needs loss"),
         ({"epochs": 0}, "epochs is a whole number from 1"),
-        ({"epochs": None}, "say how many epochs"),
+        ({"epochs": None}, "give the number of epochs"),
         ({"l2": "huge"}, "unknown l2 'huge'; choose one of: custom, eq6, plain"),
         ({"l2": "custom", "model": nn.Conv2d(3, 4, 3)}, "no sum of a kxk and a 1x1 branch"),
         ({"preset": "resnet"}, "unknown preset 'resnet'"),

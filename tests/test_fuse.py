@@ -342,7 +342,7 @@ def test_the_proof_catches_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) -> Non
         return kernel
 
     monkeypatch.setattr(work, "kernel_of", wrong)
-    with pytest.raises(repfx.CheckError, match="bug of repfx"):
+    with pytest.raises(repfx.CheckError, match="bug in repfx"):
         repfx.transform(ready(block(8, 8)), ["fuse"])
 
 

@@ -180,8 +180,8 @@ def test_a_scale_of_0_is_kept_or_declined(variant: str) -> None:
     told = result.meta["repfx"].results[0]
     if variant in ("S2", "BN excl. Id + post"):
         assert [d.reason for d in told.declined] == [
-            "a batch norm scales a channel by 0 or almost, and the variant would divide by it; "
-            "init=reset starts it from fresh weights"
+            "a batch norm scales a channel by 0 or nearly 0, and this variant would divide by "
+            "that; use init=reset to start from fresh weights"
         ]
         assert set(result.state_dict()) == set(model.state_dict())
         fresh = repfx.transform(model, [f"qarep(variant={variant!r}, init=reset)"], example=x)
@@ -199,7 +199,7 @@ def test_shifts_that_cancel_are_declined_where_rounding_would_show() -> None:
     assert result.meta["repfx"].results[0].inserted  # float64 holds both
     single = repfx.transform(model.float(), ["qarep"], example=x.float()).meta["repfx"].results[0]
     assert not single.inserted
-    assert "rounding the weights of this variant would move" in single.declined[0].reason
+    assert "rounding the weights of this variant would change" in single.declined[0].reason
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

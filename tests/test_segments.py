@@ -236,7 +236,7 @@ def test_several_inputs_come_by_name() -> None:
         repfx.reconstruct(model, [image])
     with pytest.raises(InputError, match="a batch has image, but no depth"):
         repfx.reconstruct(model, [{"image": image}])
-    with pytest.raises(InputError, match="all must have one size"):
+    with pytest.raises(InputError, match="all must be of one size"):
         repfx.reconstruct(model, [{"image": image, "depth": depth[:3]}])
 
 
@@ -359,7 +359,7 @@ def test_an_output_to_learn_from_is_asked_for() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).argmax(1)
 
-    with pytest.raises(InputError, match="no output of the model is a tensor of floats"):
+    with pytest.raises(InputError, match="no output of the model is a float tensor"):
         repfx.reconstruct(quantized(Classes), [pictures()], iterations=1)
 
 
@@ -484,7 +484,7 @@ def test_bfloat16_goes_through_files(tmp_path: Path) -> None:
     [
         ("x", {}, r"batches must be an iterable of batches: give \[x\]"),
         (None, {}, "batches must be an iterable of batches"),
-        (["one"], {}, r"does not take pictures of \(16, 16\), 3 at a time"),
+        (["one"], {}, r"does not take images of \(16, 16\), 3 at a time"),
         (["x"], {"cache": "file"}, "cannot be a folder for the cache"),
         (["x"], {"checkpoint": "no/such/run.ck"}, "there is no folder .* for the checkpoint"),
         (["x"], {"seed": 1.5}, "seed is a whole number from 0, not 1.5"),

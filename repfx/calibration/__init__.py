@@ -1,6 +1,6 @@
-"""After training: ranges from data, biases, learned rounding and what each layer costs. It changes
-no graph.
-"""
+"""After training: ranges from data, bias correction, learned rounding, sensitivity of layers.
+
+Nothing here changes a graph."""
 
 from repfx.calibration.biases import correct_biases
 from repfx.calibration.ranges import calibrate

@@ -1,4 +1,4 @@
-"""Activations of many pictures, in memory or in files that the system pages in and out."""
+"""Activations of many images, in memory or in files that the system pages in and out."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ Values = tuple[Tensor, ...]
 
 
 class Rows:
-    """Tensors (N, ...), one for each value at a place, written a batch at a time and read on
-    `device`.
+    """Tensors (N, ...), one for each value at a cut, written batch by batch and read on `device`.
 
-    They stay on a GPU while they fit there, and are else kept in the machine's memory; with
-    `folder`, each is a file there that is gone when it is."""
+    They stay on a GPU while they fit, and are otherwise kept in main memory. With `folder`, each
+    one is a file in that folder, which disappears together with the tensor."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, device: torch.device) -> None:
         self.folder, self.device = None if folder is None else Path(folder), device
         self.data: Values = ()
 
     def fill(self, batches: Iterable[Values]) -> Rows:
-        """Writes the rows that come in batches; of a folder, one batch is in memory at a time."""
+        """Writes the rows of all batches; with a folder, only one batch is in memory at a time."""
         columns: list[_InMemory | _InFile] = []
         try:
             for values in batches:
@@ -50,9 +49,7 @@ class Rows:
         )
 
     def after(self, block: Segment, batch: int) -> Rows:
-        """The rows after a block of these before it, run `batch` at a time; what it only passes on
-        is not copied.
-        """
+        """The rows after a block, run `batch` images at a time; passed values are not copied."""
         found = Rows(self.folder, self.device).fill(
             block.made(block(*values)) for values in self.batches(batch)
         )
@@ -71,9 +68,9 @@ class Rows:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of a GPU that activations may take: a quarter of what is free, which leaves as much for
-    those after a block.
-    """
+    """The bytes that activations may take on a GPU: a quarter of the free memory.
+
+    The activations after a block may take as much again."""
     if device.type != "cuda":
         return 0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,7 +78,7 @@ def _room(device: torch.device) -> int:
 
 
 class _InMemory:
-    """On `device` while there is `room` for it, in bytes."""
+    """A tensor that stays on `device` while it fits into `room` bytes, and else in main memory."""
 
     def __init__(self, device: torch.device, room: int) -> None:
         self.parts: list[Tensor] = []
@@ -109,9 +106,8 @@ class _InFile:
         self.dtype, self.count = torch.float32, 0
 
     def add(self, part: Tensor) -> None:
-        self.file.write(
-            part.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )  # numpy knows no bfloat16
+        # As bytes, because numpy has no bfloat16.
+        self.file.write(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.shape, self.dtype, self.count = (
             tuple(part.shape[1:]),
             part.dtype,
@@ -125,6 +121,6 @@ class _InFile:
         return flat.reshape(self.count, *self.shape)
 
     def close(self) -> None:
-        # What is mapped lives on without its name, so an interruption leaves no file behind.
+        # A mapped file stays readable after it is unlinked, so an interruption leaves no file.
         self.file.close()
         self.path.unlink(missing_ok=True)

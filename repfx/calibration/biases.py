@@ -1,9 +1,8 @@
-"""Bias correction: what rounding adds to a layer's output on average is taken off its bias (Nagel
-et al., 2019).
+"""Bias correction: removes the mean error of quantization from each bias (Nagel et al., 2019).
 
-b' = b + mean over pictures and places of (y - y^),
+b' = b + mean over images and positions of (y - y^)
 
-y^ with every layer before it rounded and corrected
+y^ is computed with every layer before it quantized and corrected.
 """
 
 from __future__ import annotations
@@ -23,19 +22,20 @@ from repfx.graph.calls import Layer
 from repfx.graph.view import GraphView
 from repfx.quant import Affine, quantizers_of
 
-IMAGES = 128  # activations of so many are held at a time
+IMAGES = 128  # how many images are used; their activations are in memory at the same time
 
 
 @torch.no_grad()
 def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
-    """Corrects the biases of a calibrated model in place and names the layers it left alone:
-    without a bias of their own.
+    """Corrects the biases of a calibrated model in place.
 
-    `batches`: as `calibrate` takes them; the first 128 images are used. It is the last step: a
-    model learned on afterwards would take the corrected biases for those of the float net.
+    Returns the names of the layers that it did not correct, because they have no bias of their
+    own. `batches`: as for `calibrate`; the first 128 images are used. Make this the last step: if
+    you train or reconstruct the model afterwards, the corrected biases count as those of the float
+    net.
 
-    Raises InputError for a model that is no GraphModule, has several inputs or is not calibrated,
-    where there is no image, and for one with NaN or of a shape the model does not take."""
+    Raises InputError if the model is not a GraphModule, has several inputs or is not calibrated,
+    if there is no image, and for an image with NaN or of a shape that the model does not take."""
     name = input_of(model)
     assert isinstance(model, fx.GraphModule)
     raw = [path for path, m in quantizers_of(model).items() if not m.calibrated]
@@ -53,7 +53,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
         layer = view.layer(node)
         weight = None if layer is None else _weight_quantizer(view, layer)
         if layer is None or weight is None:
-            return  # in float
+            return  # not a layer, or one that stays in float
         bias = _own_bias(view, layer)
         if bias is None:
             left.append(str(weight.target).rpartition(".")[0])
@@ -65,25 +65,29 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
 
 
 def input_of(model: nn.Module) -> str:
-    """The name of the model's input. Raises InputError for a model whose biases cannot be
-    corrected: one of several inputs, or not traced whole.
+    """The name of the model's input.
+
+    Raises InputError if the biases cannot be corrected, because the model has several inputs or
+    was not traced as a whole.
     """
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     names = [str(n.target) for n in nodes if n.op == "placeholder"]
     if len(names) != 1:
-        raise InputError("biases are corrected in a model of one input that was traced whole")
+        raise InputError(
+            "biases can be corrected only in a model with one input that was traced whole"
+        )
     return names[0]
 
 
 def _weight_quantizer(view: GraphView, layer: Layer) -> fx.Node | None:
-    """The call that rounds the layer's weight, before an affine where there is one."""
+    """The call that quantizes the layer's weight, before any affine."""
     affine = _affine(view, layer)
     weight = layer.weight if affine is None else affine.args[0]
     return weight if isinstance(weight, fx.Node) and view.quantizer(weight) else None
 
 
 def _affine(view: GraphView, layer: Layer) -> fx.Node | None:
-    """The call of the `Affine` that gives the layer its weight and bias."""
+    """The call of the `Affine` that computes the layer's weight and bias, if there is one."""
     weight = layer.weight
     if not isinstance(weight, fx.Node) or weight.op != "call_function":
         return None
@@ -93,12 +97,12 @@ def _affine(view: GraphView, layer: Layer) -> fx.Node | None:
 
 
 def _own_bias(view: GraphView, layer: Layer) -> Tensor | None:
-    """What the layer adds, where no other reads it: what an affine adds, else its bias."""
+    """The tensor that the layer adds, if nothing else reads it: its bias, or that of its affine."""
     affine = _affine(view, layer)
     if affine is not None:
         module = view.module_of(affine)
         assert isinstance(module, Affine)
-        return module.eps  # added to the bias, and to none where there is none
+        return module.eps  # the affine adds it to the layer's bias, if there is one
     tensor = _constant(view.module, layer.bias)
     if tensor is None or not isinstance(layer.bias, fx.Node) or len(layer.bias.users) > 1:
         return None
@@ -107,7 +111,7 @@ def _own_bias(view: GraphView, layer: Layer) -> Tensor | None:
 
 
 def _correct(streams: TwoStreams, layer: Layer, bias: Tensor) -> None:
-    """Takes the layer's mean error off its bias, and off what it gave on the rounded stream."""
+    """Removes the layer's mean error from its bias and from its output on the rounded stream."""
     node, axis = layer.node, layer.channel_axis
     offs = [
         (e[node] - r[node]).movedim(axis, 0).flatten(1)

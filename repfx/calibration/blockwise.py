@@ -1,6 +1,4 @@
-"""Learning a block at a time: what is run, cached and kept while `reconstruct` goes through the
-model.
-"""
+"""Block-by-block reconstruction: the run, its cached activations and its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from repfx.errors import InputError, unknown
 from repfx.files import checkpoint
 from repfx.quant import in_float, observing, quantizers_of
 
-KIND = "repfx.reconstruct"  # of its checkpoints
+KIND = "repfx.reconstruct"  # marks its checkpoints
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "mae": lambda d: d.abs().mean(),
@@ -34,9 +32,9 @@ READING = ("last", "all")
 
 @dataclass(frozen=True)
 class Block:
-    """What learning did to one block: the loss of its own output over all pictures before and
-    after, and its stage.
-    """
+    """The result for one block: its stage, and the loss of its output before and after learning.
+
+    The loss is the mean over all images."""
 
     name: str
     stage: int
@@ -63,8 +61,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One block to learn: what it reads, from the quantized net and from the float one, what it is
-    to give, and the float `rest` of its stage, whose error counts by `share`.
+    """One block to learn.
+
+    `ours` and `theirs` are its inputs in the quantized net and in the float net; `targets` are the
+    outputs it should give. `rest` are the float blocks after it in its stage, whose error is
+    weighted by `share`.
     """
 
     index: int
@@ -87,7 +88,7 @@ class Run:
         self.same: list[Any] = []
 
     def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
-        """Learns every block. `inputs`: the images, a value for each input that the model reads."""
+        """Learns every block. `inputs`: the images, one tensor for each input of the model."""
         ours = theirs = inputs
         ends = self._stages(ours, stages)
         self.same = self._same(inputs, ends)
@@ -111,14 +112,14 @@ class Run:
         return done
 
     def _rest_of_stage(self, i: int, ends: list[int]) -> tuple[tuple[Segment, ...], float]:
-        """The float blocks after block i in its stage, and lambda (i / n) where there are some."""
+        """The float blocks after block i in its stage, and lambda (i / n), or 0 without any."""
         first = next((e + 1 for e in reversed(ends) if e < i), 0)
         last = next(e for e in ends if e >= i)
         rest = tuple(self.plain[i + 1 : last + 1])
         return rest, self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
 
     def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
-        """The blocks that stages end with."""
+        """The index of the last block of each stage."""
         names = [s.name for s in self.net]
         if stages is not None:
             for name in stages:
@@ -134,7 +135,7 @@ class Run:
         return [i for i in range(len(sizes)) if i == len(sizes) - 1 or sizes[i] != sizes[i + 1]]
 
     def _learn(self, lesson: Lesson, tick: Callable[[int], Any]) -> tuple[float, float]:
-        """Learns one block; its error before and after, which is never the larger."""
+        """Learns one block; returns its error before and after, which is never the larger one."""
         o, block, known = self.o, lesson.block, self._known(lesson.index)
         self._set_steps(block, lesson.ours, known)
         before = self._error(block, lesson.ours, lesson.targets)
@@ -142,7 +143,7 @@ class Run:
         random = torch.Generator().manual_seed((o.seed << 16) + lesson.index)
         with learned(block, o.rounding == "adaround", o.drop, random, known) as what:
             groups = self._groups(what)
-            if not groups:  # a block that was named, of nothing but pools and joins
+            if not groups:  # a block that the caller named, with nothing but pools and joins
                 return before, before
             optimizer = torch.optim.Adam(groups)
             fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
@@ -154,13 +155,13 @@ class Run:
                 fall.step()
                 tick(n + 1)
         after = self._error(block, lesson.ours, lesson.targets)
-        if not after <= before:  # never worse than where it started
+        if not after <= before:  # never worse than at the start
             block.module.load_state_dict(state)
             after = before
         return before, after
 
     def _groups(self, what: Learned) -> list[dict[str, Any]]:
-        """What is learned, by the rate at which it is."""
+        """The parameter groups for the optimizer, each with its learning rate."""
         rate = self.o.lr if self.o.rounding == "straight" else 1e-2
         groups = [
             {"params": what.weights, "lr": rate},
@@ -171,7 +172,7 @@ class Run:
         return [g for g in groups if g["params"]]
 
     def _loss(self, lesson: Lesson, what: Learned, random: torch.Generator, done: float) -> Tensor:
-        """L_i on a batch of images drawn at random, with so much of the iterations done."""
+        """L_i on a random batch; `done` is the share of iterations so far."""
         rows = torch.randperm(len(lesson.ours), generator=random, device="cpu")[: self.o.batch]
         x, y = lesson.ours[rows], lesson.targets[rows]
         if self.o.drop:
@@ -186,7 +187,7 @@ class Run:
         return value + lesson.share * self._rest(lesson.rest, given, y) if lesson.share else value
 
     def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
-        """How far what a block made is off: the mean over all of it."""
+        """The mean error of what a block computed."""
         off = [a - b for a, b in zip(block.made(given), block.made(y), strict=True)]
         return LOSSES[self.o.loss](
             off[0] if len(off) == 1 else torch.cat([d.flatten() for d in off])
@@ -202,17 +203,13 @@ class Run:
         return terms[-1] if self.o.reading == "last" else torch.stack(terms).mean()
 
     def _known(self, index: int) -> frozenset[int]:
-        """The ids of the tensors and quantizers of the blocks before: what a module called again
-        brings is learned.
-        """
+        """The ids of the tensors and quantizers of earlier blocks, which are learned already."""
         before = [s.module for s in self.net[:index]]
         tensors = (id(t) for m in before for t in (*m.parameters(), *m.buffers()))
         return frozenset((*tensors, *(id(q) for m in before for q in quantizers_of(m).values())))
 
     def _set_steps(self, block: Segment, inputs: Rows, known: frozenset[int]) -> None:
-        """Sets the steps of activations from what the quantized net before gives, the block itself
-        in float.
-        """
+        """Sets the activation steps from the quantized net's input, with the weights in float."""
         quants = [m for m in quantizers_of(block.module).values() if id(m) not in known]
         weights = [m for m in quants if m.of_weight]
         acts = [m for m in quants if not m.of_weight]
@@ -236,22 +233,20 @@ class Run:
             checkpoint.write(self.path, KIND, self.model, {"run": self.same, "done": rows})
 
     def _restore(self) -> list[Block]:
-        """Takes over what a checkpoint has; the blocks that it did."""
+        """Loads the checkpoint, if there is one, and returns the blocks that are done."""
         if self.path is None or not self.path.exists():
             return []
         found = checkpoint.read(self.path, KIND, ("run", "done"))
         if found["run"] != self.same:
             raise InputError(
-                f"{self.path} is a checkpoint of another run: give the images and options that it "
-                "was made with, and the model as it was before that run; or another path"
+                f"{self.path} is a checkpoint of another run: use the same images, options and "
+                "initial model as that run, or another path"
             )
         checkpoint.load_model(self.path, self.model, found)
         return [Block(*row) for row in found["done"]]
 
     def _same(self, inputs: Rows, ends: list[int]) -> list[Any]:
-        """What tells this run from others: its options, blocks and stages, and a digest of the
-        model and the pictures.
-        """
+        """What identifies this run: options, blocks, stages, and a digest of model and images."""
         if self.path is None:
             return []
         digest = hashlib.sha256()
@@ -267,14 +262,14 @@ class Run:
 
 
 def _backward(value: Tensor, name: str) -> None:
-    """Raises InputError where the block changes a value that its gradient needs."""
+    """Runs backward. Raises InputError if the block overwrites a value that its gradient needs."""
     try:
         value.backward()
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
         raise InputError(
-            f"block {name} changes a value in place that its gradient needs"
+            f"block {name} changes in place a value that its gradient needs"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Showing a batch to a model."""
+"""Running a model on a batch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def feed(model: nn.Module, batch: Batch) -> Any:
-    """What the model gives for a batch, run on a copy of it on the model's device: some models
-    overwrite their input.
+    """The model's output for a batch.
 
-    Raises InputError for a batch that the model does not take.
+    The model gets a copy of the batch on its own device, because some models overwrite their
+    input. Raises InputError for a batch that the model does not take.
     """
     inputs = batch.to(device_of(model), copy=True).inputs
     try:

@@ -1,4 +1,4 @@
-"""What of a block is learned, and the modules as they are while it is.
+"""The parameters of a block that are learned, and the modules that stand in while they are.
 
 step       s = s0 exp(t)                            t learned
 weight     straight through the rounding, or AdaRound (Nagel et al., 2020):
@@ -22,7 +22,7 @@ from repfx.quant import Affine, FakeQuant, quantizers_of
 
 
 class AdaRound(nn.Module):
-    """In the place of a weight's FakeQuant while it is learned which way each value rounds."""
+    """Replaces a weight's FakeQuant while the direction in which each value rounds is learned."""
 
     is_graph_leaf = True
 
@@ -42,19 +42,17 @@ class AdaRound(nn.Module):
         ) * self.step
 
     def penalty(self, beta: float) -> Tensor:
-        """sum 1 - |2 h - 1|^beta: nothing where all are 0 or 1."""
+        """sum 1 - |2 h - 1|^beta, which is 0 if every h is 0 or 1."""
         return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
 
     def settled(self, weight: Tensor) -> Tensor:
-        """The weight whose nearest codes are the ones that were learned."""
+        """The weight that rounds to the learned integer values."""
         up = (self.share() >= 0.5).to(weight.dtype)
         return ((weight / self.step).floor() + up).clamp(self.grid.low, self.grid.high) * self.step
 
 
 class Drop(nn.Module):
-    """In the place of an activation's FakeQuant: a share of the values stays in float, at random
-    (QDrop).
-    """
+    """Replaces an activation's FakeQuant: leaves a random share of the values in float (QDrop)."""
 
     is_graph_leaf = True
 
@@ -69,9 +67,9 @@ class Drop(nn.Module):
 
 @dataclass
 class Learned:
-    """The parameters of a block by kind; `place` puts the steps of now into the quantizers, before
-    each forward.
-    """
+    """The learned parameters of a block, by kind.
+
+    `place` writes the current steps into the quantizers; call it before each forward."""
 
     weights: list[Tensor] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
@@ -85,7 +83,7 @@ class Learned:
             quant.scale = start * t.exp()
 
     def penalty(self, done: float) -> Tensor | float:
-        """AdaRound's, from a fifth of the way on, ever steeper."""
+        """AdaRound's penalty; it starts after a fifth of the iterations and gets steeper."""
         if not self.rounds or done < 0.2:
             return 0.0
         beta = 20 - 18 * (done - 0.2) / 0.8
@@ -102,10 +100,9 @@ def learned(
     random: torch.Generator,
     known: frozenset[int] = frozenset(),
 ) -> Iterator[Learned]:
-    """Inside, the block's quantizers are made of what is learned; after it they hold it, with steps
-    as they were kept.
+    """Inside, the block runs on the learned parameters; afterwards its own tensors have the result.
 
-    `known`: the ids of what blocks before it share with it, and have learned; it stays.
+    `known`: the ids of what it shares with earlier blocks. Those have learned it, so it stays.
     """
     what, module = Learned(), block.module
     quants = {path: m for path, m in quantizers_of(module).items() if id(m) not in known}
@@ -115,9 +112,10 @@ def learned(
         if n.target in quants and quants[n.target].of_weight
     }
     found = {path: attrgetter(ref)(module) for path, ref in read.items()}
+    # Buffers are not learned.
     weights = {
         path: w for path, w in found.items() if isinstance(w, nn.Parameter) and id(w) not in known
-    }  # no buffers
+    }
     soft = {path: w for path, w in weights.items() if adaround}
     steps = {path: q for path, q in quants.items() if not (adaround and q.of_weight)}
     wrap = partial(Drop, share=drop, random=random) if drop else None
@@ -139,7 +137,7 @@ def learned(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, no parameter has a gradient but those that are given one there."""
+    """Inside, no parameter requires a gradient, except those for which it is turned on there."""
     grads = [(p, p.requires_grad) for p in module.parameters()]
     try:
         module.requires_grad_(False)
@@ -153,8 +151,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 def _which_way(
     module: nn.Module, weights: dict[str, nn.Parameter], what: Learned
 ) -> Iterator[None]:
-    """Inside, an AdaRound stands in the place of the quantizer of each of these weights, one for
-    all that round the same; after it the weights are those whose nearest codes were learned.
+    """Inside, an AdaRound replaces the quantizer of each weight; a shared weight has one.
+
+    Afterwards each weight rounds to the integer values that were learned.
     """
     quants = {path: module.get_submodule(path) for path in weights}
     soft: dict[int, tuple[AdaRound, nn.Parameter]] = {}
@@ -182,8 +181,9 @@ def _moving(
     what: Learned,
     wrap: Callable[[FakeQuant], nn.Module] | None,
 ) -> Iterator[None]:
-    """Inside, the steps of these quantizers are s0 exp(t), and `wrap` stands around those of
-    activations; after it they hold the steps that were learned.
+    """Inside, the steps of these quantizers are s0 exp(t), and `wrap` wraps those of activations.
+
+    Afterwards the quantizers have the learned steps.
     """
     held: list[tuple[Any, str, Tensor]] = []
     try:

@@ -1,4 +1,4 @@
-"""calibrate: one pass over the batches gives every activation quantizer its scale."""
+"""calibrate: sets the scale of every activation quantizer in one pass over the batches."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def calibrate(
 ) -> nn.Module:
     """Sets the scales of the model's activation quantizers in place and returns the model.
 
-    `batches`: any iterable of tensors (N, ...), of tuples or lists that begin with one, as a
-    DataLoader of (image, label) gives, or of dicts of keyword arguments (`repfx.data.Batches` has
-    the table). Values are seen as the unquantized model computes them, in eval mode; activations
-    run in place where nothing else reads what they are given. Memory does not grow with the number
-    of batches. `method`: max, percentile, mse, mae or entropy. `bias`: whether biases then take off
-    what rounding adds on average (`correct_biases`), on the first 128 images.
+    `batches`: any iterable of tensors (N, ...), of tuples or lists that start with one, as from a
+    DataLoader of (image, label), or of dicts of keyword arguments (see the table in
+    `repfx.data.Batches`). The ranges are those of the unquantized model in eval mode. Memory does
+    not grow with the number of batches. `method`: max, percentile, mse, mae or entropy. `bias`:
+    also corrects the biases with the first 128 images (see `correct_biases`).
 
-    Raises InputError for an unknown method, for no image, for a batch that the model does not take
-    or that gives NaN, for a model without quantizers, and, with `bias`, for one that was not traced
-    whole. Whatever happens, no quantizer is left half set."""
+    Raises InputError for an unknown method, if there is no image, for a batch that the model does
+    not take or that gives NaN, for a model without quantizers and, with `bias`, for a model that
+    was not traced whole or has several inputs. After an error either all scales are set or
+    none."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     kept: list[Batch] = []
@@ -68,7 +68,7 @@ def calibrate(
 def _scales(
     model: nn.Module, quants: Iterable[FakeQuant], batches: Iterable[Batch], method: str
 ) -> dict[FakeQuant, Tensor]:
-    """The scale of each quantizer that sees a value while the model runs in float."""
+    """The scale of each quantizer that runs, measured while the model runs in float."""
     views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
     positive = _of_non_negative(views)
     in_place = _activations(views[0]) if isinstance(model, fx.GraphModule) else []
@@ -90,7 +90,7 @@ def _scales(
 
 
 def _keeping(batches: Iterable[Batch], name: str, kept: list[Batch]) -> Iterator[Batch]:
-    """The batches; copies of the first images for biases go into `kept`."""
+    """Yields the batches, and puts copies of the first images into `kept` for bias correction."""
     left = IMAGES
     for batch in batches:
         if left > 0:
@@ -112,7 +112,7 @@ def _writing_in_place(activations: Iterable[Any]) -> Iterator[None]:
 
 
 def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
-    """The quantizers that only read values which cannot be below zero."""
+    """The quantizers whose inputs can never be negative."""
     reads: dict[FakeQuant, bool] = {}
     for view in views:
         for node in view.nodes:
@@ -125,10 +125,9 @@ def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
 
 
 def _activations(view: GraphView) -> list[Any]:
-    """The activations that may run in place, which saves time and memory: nothing else reads what
-    they are given.
+    """The activations that can run in place, to save memory: nothing else reads their input.
 
-    None in a model with code that was not traced, which may call them as well.
+    Empty for a model with code that was not traced, because that code may call them, too.
     """
     modules = view.modules
     calls: dict[str, bool] = {}

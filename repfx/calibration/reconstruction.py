@@ -1,15 +1,14 @@
-"""reconstruct: post-training quantization that learns, a block at a time (RepAPQ, arXiv
-2402.16121).
+"""reconstruct: post-training quantization that learns block by block (RepAPQ, arXiv 2402.16121).
 
-Blocks are learned in order: their input comes from the quantized net, their target from the float
-one. With F the frozen float rest of the stage (the blocks at one resolution), i the block's place
-among the n of its stage:
+Blocks are learned in order: the input comes from the quantized net, the target from the float net.
+For block i of the n in its stage (the blocks at one resolution), let F be the frozen float blocks
+that follow in the stage:
 
     L_i = |y^_i - y_i| + lambda (i / n) |F(y^_i) - F(y_i)|     means of |.| (mae) or |.|^2 (mse)
 
-What is learned: weights and biases (straight through the rounding, or which way to round:
-AdaRound), steps, and the affines of `qprep`. Steps are learned as s = s0 exp(t), so that one rate
-fits steps of every size."""
+It learns weights and biases (with straight-through gradients, or with AdaRound, which learns the
+direction of rounding), steps, and the affines of `qprep`. Steps are learned as s = s0 exp(t), so
+that one learning rate suits steps of every size."""
 
 from __future__ import annotations
 
@@ -53,27 +52,29 @@ def reconstruct(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Learns the quantized model to give what it gives in float, in place, and returns it.
+    """Trains the quantized model to match its own float output, in place, and returns it.
 
-    `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`, calibrated or not: the
-    steps of activations are set here, before their block, by `loss`. `batches`: as `calibrate`
-    takes them; a dict names the model's inputs; all images are used.
-    `loss`: mae or mse. `stage`: lambda, 0 leaves the stage out. `reading`: "last" compares the
-    stage's output, "all" the mean over every block that follows in it. `rounding`: straight or
-    adaround, whose steps of weights stay. `drop`: share of activations left in float at random
-    (QDrop; their paper: 0.5). `iterations` of Adam a block on `batch` pictures, rates falling on a
-    cosine to 0: `lr` of weights and biases, `lr_scale` of ln(step), `lr_affine`.
+    `model`: a result of `transform(net, ["ptq"])` or `["ptq", "qprep"]`. It need not be calibrated:
+    the activation steps of a block are set by `loss` before the block is learned. `batches`: as for
+    `calibrate`; a dict names the model's inputs; all images are used.
 
-    `blocks`: names of the values that blocks end with, `stages` those of them that stages end with;
-    else blocks end where one value that is quantized carries all (and where few do, if more than
-    eight layers would stay together), stages where the size changes. Memory: the activations
-    between two blocks; in files under `cache` where it is given, else on a GPU while they fit (a
-    quarter of what is free there), else in the machine's. `checkpoint`: a file written after each
-    block; a run goes on from it to the result of a run that was never stopped.
-    `model.meta["reconstruct"]` lists what each block gained.
+    `loss`: mae or mse. `stage`: lambda; 0 ignores the rest of the stage. `reading`: "last" compares
+    the output of the stage, "all" takes the mean over all following blocks in it. `rounding`:
+    straight, or adaround, which leaves the weight steps fixed. `drop`: share of activations left in
+    float at random (QDrop; 0.5 in that paper). `iterations`: steps of Adam per block, on `batch`
+    images each. The learning rates fall to 0 on a cosine: `lr` for weights and biases, `lr_scale`
+    for ln(step), `lr_affine` for affines.
 
-    Raises InputError for no image, one with NaN, one that the model does not take, for names that
-    are not there and numbers out of range, and for a checkpoint of another run."""
+    `blocks`: the names of the values at which blocks end; `stages`: those at which stages end, too.
+    By default a block ends where a single quantized value carries everything (or a few, if more
+    than eight layers would stay together), and a stage where the resolution changes. Memory holds
+    the activations between two blocks: in files under `cache` if it is given, else on a GPU while
+    they fit (into a quarter of its free memory), else in main memory. `checkpoint`: a file written
+    after each block; a run that continues from it gives the same result as one that was never
+    stopped. `model.meta["reconstruct"]` lists the loss of each block before and after.
+
+    Raises InputError if there is no image, for an image with NaN or one that the model does not
+    take, for unknown names, numbers out of range, and a checkpoint of another run."""
     options = Options(
         loss, stage, reading, iterations, batch, rounding, drop, lr, lr_scale, lr_affine, seed
     )
@@ -117,7 +118,7 @@ def _check(o: Options) -> None:
         if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
             raise InputError(f"{name} is a number from 0, not {rate!r}")
     if not (isinstance(o.drop, (int, float)) and 0 <= o.drop < 1):
-        raise InputError(f"drop is a share from 0 to 1, not {o.drop!r}")
+        raise InputError(f"drop is a share from 0 to below 1, not {o.drop!r}")
 
 
 def _check_paths(cache: Any, checkpoint: Any) -> None:
@@ -133,14 +134,14 @@ def _check_paths(cache: Any, checkpoint: Any) -> None:
 
 
 def _of_one_size(batches: Batches, inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
-    """The images of each batch, a tensor for each input of the model."""
+    """The images of each batch, as one tensor for each input of the model."""
     shape = None
     for batch in batches:
         values = batch.of_inputs(inputs)
         found = [tuple(x.shape[1:]) for x in values]
         if shape not in (None, found) or any(len(x) != len(batch) for x in values):
             raise InputError(
-                f"images of {_listed(shape or [])} and {_listed(found)}: all must have one size"
+                f"images of {_listed(shape or [])} and {_listed(found)}: all must be of one size"
             )
         shape = found
         yield values
@@ -151,7 +152,7 @@ def _listed(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _in_float(model: nn.Module) -> nn.Module:
-    """A frozen copy whose quantizers let values through and whose affines are the identity."""
+    """A frozen copy in which quantizers pass values through and affines are the identity."""
     found = copy.deepcopy(model).eval().requires_grad_(False)
     for m in found.modules():
         if isinstance(m, FakeQuant):

@@ -1,13 +1,12 @@
-"""Segments: a graph cut where few values carry all, so that it can be run, and learned, a piece at
-a time.
+"""Segments: a graph cut into pieces that can be run and learned one after another.
 
     x -> [Q conv relu] -> [Q conv relu Q conv + relu] -> [pool Q linear] -> y
 
-A cut is a place in the graph's order; what is alive there, read later, goes from one segment to the
-next. Cuts that one value carries are taken wherever a quantizer reads it. Where more than LARGEST
-layers stay together between two of them (a long skip, the levels of a U-Net, the neck of a
-detector) the narrowest cuts inside are taken too, and so on. Segments share the modules and tensors
-of the graph they are cut from."""
+A cut is a place in the order of the graph. The values that are alive there (they are read later) go
+from one segment to the next. The graph is cut wherever a single value is alive and a quantizer
+reads it. If more than LARGEST layers stay together between two such cuts (a long skip, the levels
+of a U-Net, the neck of a detector), it is also cut where the fewest values are alive, and so on.
+Segments share the modules and tensors of the graph."""
 
 from __future__ import annotations
 
@@ -25,22 +24,24 @@ from repfx.errors import InputError, unknown
 from repfx.graph.effects import Writes
 from repfx.quant import FakeQuant
 
-LARGEST = 8  # layers: a residual block stays whole; parts this small learned better whole than cut
+# In layers. A residual block stays whole; parts of up to this size learned better uncut.
+LARGEST = 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`name`: what a person calls the value it ends with. `module` takes the values before it.
+    """One piece of a graph: `module` maps the values before it to the values after it.
 
-    Called, it gives the values after it, tensors of floats with a row for each picture (`kept` of
-    the leaves that the module gives): first what it made, then what only passes through, `passed`
-    saying which of the values before it those are."""
+    `name` is the name of the value at its end. A call returns the values after it, float tensors
+    with a row for each image: first those it computed, then those it only passes on. `passed` has
+    the indices of the latter among its inputs. `kept` has the indices of the tensors to return
+    among the leaves of the module's output."""
 
     name: str
     module: fx.GraphModule
     kept: tuple[int, ...]
     passed: tuple[int, ...] = ()
-    overwrites: bool = False  # the values before it, where it is the first
+    overwrites: bool = False  # whether it overwrites its inputs, as only the first can
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         values = tuple(v.clone() for v in values) if self.overwrites else values
@@ -48,20 +49,20 @@ class Segment:
         return tuple(given[i] for i in self.kept)
 
     def made(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Those of the values after it that it made."""
+        """The values that it computed, among the values after it."""
         return values[: len(values) - len(self.passed)]
 
     def modules(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
-        """Those of a kind in it, by path."""
+        """Its modules of this kind, by path."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, kind)}
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The place after a node, and what is alive there: the node first, the others in the graph's
-    order.
+    """The place after a node, and the values alive there: the node first, then in graph order.
 
-    Named as the module that the node calls, where it is the first to call it, else as the node.
+    Its name is the path of the module that the node calls, if the node is the first to call it,
+    else the name of the node.
     """
 
     place: int
@@ -70,10 +71,11 @@ class _Cut:
 
 
 def inputs_of(module: nn.Module) -> list[fx.Node]:
-    """The inputs that a model reads. Raises InputError for one that is no GraphModule."""
+    """The inputs that a model reads. Raises InputError if it is not a GraphModule."""
     if not isinstance(module, fx.GraphModule):
         raise InputError(
-            "blocks are found in a GraphModule, a model traced whole; repfx.calibrate takes any"
+            "blocks can be found only in a GraphModule, a model that was traced whole; "
+            "repfx.calibrate takes any model"
         )
     return [n for n in module.graph.nodes if n.op == "placeholder" and n.users]
 
@@ -83,9 +85,9 @@ def segments(
 ) -> list[Segment]:
     """The segments of a model, in order. `values`: a batch (n, ...) for each input that it reads.
 
-    `ends` names the values they end with, all but the last, whatever else is alive there. Raises
-    InputError for a model that is no GraphModule or gives nothing to learn from, a batch it does
-    not take, and for an end that is no cut, naming those that are."""
+    `ends` names the values at which segments end, except the last one; other values may be alive
+    there. Raises InputError for a model that is not a GraphModule or has no output to learn from,
+    for a batch that it does not take, and for an end that is not a cut, naming the cuts."""
     inputs = inputs_of(module)
     assert isinstance(module, fx.GraphModule)
     nodes = list(module.graph.nodes)
@@ -93,7 +95,7 @@ def segments(
     writes = Writes(dict(module.named_modules()), nodes, order)
     carried, outputs = _carried(module, inputs, values)
     if not outputs:
-        raise InputError("no output of the model is a tensor of floats with a row for each picture")
+        raise InputError("no output of the model is a float tensor with a row for each image")
     cuts = _cuts(nodes, order, writes, carried)
     if ends is None:
         chosen = _chosen(cuts, nodes, module)
@@ -105,13 +107,12 @@ def segments(
         chosen = sorted((known[end] for end in set(ends)), key=lambda c: c.place)
     found, before = list[Segment](), _Cut(-1, tuple(inputs))
     for cut in chosen:
-        cut = replace(
-            cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values))
-        )  # what is made first
+        # The computed values come first, then those that are passed on.
+        cut = replace(cut, values=tuple(sorted(cut.values, key=lambda n: n in before.values)))
         found.append(_between(module, nodes, before, cut))
         before = cut
     found.append(replace(_between(module, nodes, before, None), kept=outputs))
-    if any(n in writes.of for n in inputs):  # what passes on is not what came
+    if any(n in writes.of for n in inputs):  # a passed value is no longer what came in
         found[0] = replace(found[0], overwrites=True, passed=())
     return found
 
@@ -126,11 +127,11 @@ def _quantizer(module: nn.Module, node: fx.Node, of_weight: bool | None = None) 
 def _carried(
     module: fx.GraphModule, inputs: list[fx.Node], values: tuple[Tensor, ...]
 ) -> tuple[set[fx.Node], tuple[int, ...]]:
-    """The nodes whose value is a tensor of floats, a row for each picture: what can go from one
-    segment to the next.
+    """The nodes whose value is a float tensor with a row for each image, and such outputs.
 
-    And which of the model's outputs are, flat. Of two numbers of pictures, so that no other
-    dimension is taken for theirs."""
+    Only such values can go from one segment to the next. The outputs are indices of the flattened
+    output. The model runs with two batch sizes, so that no other dimension is mistaken for the
+    batch."""
     found, outputs = set(module.graph.nodes), list[set[int]]()
     for rows in (3, 5):
         seen = set(inputs)
@@ -151,7 +152,7 @@ def _carried(
             shapes = ", ".join(str(tuple(v.shape[1:])) for v in values)
             why = str(error).partition("\n")[0]
             raise InputError(
-                f"the model does not take pictures of {shapes}, {rows} at a time: {why}"
+                f"the model does not take images of {shapes}, {rows} at a time: {why}"
             ) from error
         found &= seen
         outputs.append({i for i, value in enumerate(given) if _has_rows(value, rows)})
@@ -163,7 +164,7 @@ def _has_rows(value: Any, rows: int) -> bool:
 
 
 def _data(nodes: list[fx.Node]) -> set[fx.Node]:
-    """What depends on an input."""
+    """The nodes that depend on an input."""
     found: set[fx.Node] = set()
     for node in nodes:
         if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
@@ -174,9 +175,10 @@ def _data(nodes: list[fx.Node]) -> set[fx.Node]:
 def _cuts(
     nodes: list[fx.Node], order: dict[fx.Node, int], writes: Writes, carried: set[fx.Node]
 ) -> list[_Cut]:
-    """Every place where what is alive can be carried and the newest of it is made.
+    """Every place right after a node where all values alive can go from segment to segment.
 
-    Not where something alive is changed in place later: what shares its memory would not follow.
+    A place is left out if a value alive there is changed in place later: after the cut, tensors
+    that share its memory would not see the change.
     """
     data = _data(nodes)
     alive: dict[fx.Node, int] = {}
@@ -210,7 +212,7 @@ def _chosen(cuts: list[_Cut], nodes: list[fx.Node], module: nn.Module) -> list[_
     ]
 
     def inside(low: float, high: float, width: int) -> list[_Cut]:
-        """The cuts to take between two places, from `width` values on."""
+        """The cuts to take between two places, with at least `width` values alive."""
         here = [c for c in read if low < c.place < high and len(c.values) >= width]
         if not here or (width > 1 and sum(low < i < high for i in layers) <= LARGEST):
             return []
@@ -227,9 +229,8 @@ def _chosen(cuts: list[_Cut], nodes: list[fx.Node], module: nn.Module) -> list[_
     kept: list[_Cut] = []
     for cut in inside(-1, float("inf"), 1):
         first = kept[-1].place if kept else -1
-        if any(
-            first < i < cut.place for i in steps
-        ):  # a part with nothing to learn belongs to the next
+        # A part with nothing to learn is joined with the next one.
+        if any(first < i < cut.place for i in steps):
             kept.append(cut)
     return kept
 

@@ -1,5 +1,4 @@
-"""sensitivity: which layers quantization hurts, by the error of the model's output on a few batches
-(QARepVGG, Fig. 6).
+"""sensitivity: which layers quantization hurts most, by the output error (QARepVGG, Fig. 6).
 
 alone      only this layer quantized                 together    this layer and all before it
 SQNR = 10 log10( sum y^2 / sum (y^ - y)^2 )  in dB: lower is worse
@@ -27,9 +26,7 @@ from repfx.quant import FakeQuant, in_eval, in_float, quantizers_of
 
 @dataclass(frozen=True)
 class LayerError:
-    """A layer, and the SQNR in dB of the model's output with it quantized alone, and with all up to
-    it.
-    """
+    """The SQNR of the model's output, in dB, with one layer quantized and with all up to it."""
 
     layer: str
     alone: float
@@ -38,15 +35,15 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The layers in the order in which they run. Prints as a table."""
+    """The errors of all layers, in the order in which they run. Prints as a table."""
 
     rows: tuple[LayerError, ...]
 
     def worst(self, count: int) -> tuple[str, ...]:
-        """The layers that cost most alone, for `repfx.passes.Ptq(bits=6, wide=...)`."""
+        """The `count` layers that hurt most alone, for `repfx.passes.Ptq(bits=6, wide=...)`."""
         if not 0 <= count <= len(self.rows):
             raise InputError(
-                f"there are {len(self.rows)} layers; the worst {count} of them cannot be named"
+                f"count is between 0 and {len(self.rows)}, the number of layers, not {count}"
             )
         return tuple(r.layer for r in sorted(self.rows, key=lambda r: r.alone)[:count])
 
@@ -61,12 +58,12 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Sensitivity:
-    """Measures every quantized layer of a calibrated model; 2 forwards a layer and batch. The model
-    stays as it is.
+    """Measures the output error of every quantized layer of a calibrated model.
 
-    `batches`: as `calibrate` takes them; they are kept, so give a few. Raises InputError for a
-    model without quantizers or with some that are not calibrated, where there is no image, and for
-    a batch that the model does not take or that gives NaN."""
+    This takes 2 forwards per layer and batch; the model does not change. `batches`: as for
+    `calibrate`; they stay in memory, so give only a few. Raises InputError for a model without
+    quantizers or with one that is not calibrated, if there is no image, and for a batch that the
+    model does not take or that gives NaN."""
     quants = quantizers_of(model)
     raw = [name for name, m in quants.items() if not m.calibrated]
     if not quants or raw:
@@ -95,9 +92,7 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
 def _groups(
     model: nn.Module, quants: dict[str, FakeQuant], batch: Batch
 ) -> dict[str, list[FakeQuant]]:
-    """The quantizers of each layer, in the order in which they run; one between layers goes with
-    the layer before it.
-    """
+    """The quantizers of each layer, in running order; others go with the layer before them."""
     groups: dict[str, list[FakeQuant]] = {}
     layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
     for name in _in_order(model, list(quants), batch):
@@ -121,7 +116,7 @@ def _in_order(model: nn.Module, names: list[str], batch: Batch) -> list[str]:
 
 
 def _outputs(model: nn.Module, batches: Iterable[Batch], on: Collection[FakeQuant]) -> list[Tensor]:
-    """What the model gives for each batch with these quantizers on and all others off, flat."""
+    """The flattened output for each batch, with these quantizers on and all others off."""
     others = [quant for quant in quantizers_of(model).values() if quant not in on]
     with in_float(others):
         found = [tree_leaves(feed(model, batch)) for batch in batches]

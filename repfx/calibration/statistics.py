@@ -1,11 +1,9 @@
-"""Statistics of another mode for a trained net: the norms take them over and compute what they
-computed.
+"""Moves a trained net's batch norms to the statistics of another mode, with the same output.
 
     gamma' = gamma sqrt(V' + eps) / sqrt(V + eps),  beta' = beta + gamma (mu' - mu) / sqrt(V + eps)
 
-An estimated variance is another number than the true one, so a net trained with batch norm starts
-`repq(bn=estimate)` with a jump, each norm by its own factor. After this the first step continues
-the last one."""
+An estimated variance differs from the true one. So a net that was trained with plain batch norm
+starts `repq(bn=estimate)` with a jump in every norm. After `match_statistics` there is no jump."""
 
 from __future__ import annotations
 
@@ -27,12 +25,13 @@ from repfx.quant import in_eval
 def match_statistics(
     model: nn.Module, batches: Iterable[Any], *, progress: bool = False
 ) -> nn.Module:
-    """Gives each batch norm under `repq` the statistics that its mode sees on these batches, and
-    the gamma and beta that keep its eval output; in place, returns the model. `batches` as in
-    `calibrate`.
+    """Sets each batch norm under `repq` to the statistics that its mode sees on these batches.
 
-    Raises InputError for a model that `repq` has not rewritten, a norm without gamma and beta, and
-    where there is no image."""
+    Gamma and beta change with them, so that the output in eval mode stays the same. Works in place
+    and returns the model. `batches`: as for `calibrate`.
+
+    Raises InputError for a model that `repq` has not rewritten, for a norm without gamma and beta,
+    and if there is no image."""
     norms = _seen_by_repq(model)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -62,15 +61,16 @@ def match_statistics(
 
 
 def _seen_by_repq(model: nn.Module) -> dict[str, KernelNorm]:
-    """The batch norms whose statistics `repq` computes, by path. Raises InputError where there are
-    none, and for one without gamma and beta.
+    """The batch norms whose statistics `repq` computes, by path.
+
+    Raises InputError if there are none, and for one without gamma and beta.
     """
     norms = {
         n: m for n, m in model.named_modules() if isinstance(m, KernelNorm) and m.mode != "frozen"
     }
     if not norms:
         raise InputError(
-            "the model has no batch norm that repq sees from its kernel: transform it with "
+            "the model has no batch norm whose statistics repq computes: transform it with "
             "repq first"
         )
     fixed = [n for n, m in norms.items() if m.weight is None or m.bias is None]

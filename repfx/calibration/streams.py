@@ -1,7 +1,7 @@
-"""TwoStreams: a quantized graph walked once on two streams of values, float and rounded.
+"""TwoStreams: runs a quantized graph once on two streams of values, exact and rounded.
 
-float      y  = f(x)        a quantizer passes x through
-rounded    y^ = Q(f)(x^)    it rounds x^
+exact      y  = f(x)        a quantizer passes x through
+rounded    y^ = Q(f)(x^)    a quantizer rounds x^
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Values = dict[fx.Node, Any]
 
 
 class TwoStreams:
-    """The walk of one graph, on several batches side by side: `exact` and `rounded` hold, batch by
-    batch, the value of each node that is still to be read. `ends` says after which node which
-    values are not.
+    """One graph, run node by node on several batches at a time.
+
+    `exact` and `rounded` have, for each batch, the values of the nodes that are still to be read.
+    `ends` maps each node to the values that nothing reads after it.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
@@ -35,11 +36,11 @@ class TwoStreams:
 
     @torch.no_grad()
     def walk(self, visit: Callable[[fx.Node], None]) -> None:
-        """Runs the graph in eval mode, a node at a time on all batches, and calls `visit` with each
-        node but the output once its values are there. What `visit` changes of them counts from
-        there on.
+        """Runs the graph in eval mode, node by node on all batches.
 
-        Raises InputError for a batch that the model does not take."""
+        Calls `visit` with each node, except the output, once its values are there. If `visit`
+        changes them, later nodes read the changed values. Raises InputError for a batch that the
+        model does not take."""
         with in_eval(self.module):
             for node in self.module.graph.nodes:
                 if node.op == "output":
@@ -61,9 +62,8 @@ class TwoStreams:
             place = self._places.index(node)
             default = node.args[0] if node.args else None
             x = args[place] if place < len(args) else default
-            exact[node], rounded[node] = (
-                v.clone() if isinstance(v, Tensor) else v for v in (x, x)
-            )  # the graph may write into it
+            # Copies, because the graph may write into its input.
+            exact[node], rounded[node] = (v.clone() if isinstance(v, Tensor) else v for v in (x, x))
             return
         try:
             with quiet():

@@ -1,1 +1,1 @@
-"""Where a target wants its quantizers, and in which numbers."""
+"""Quantizer placement: where a target needs quantizers, and in which number format."""

@@ -1,19 +1,18 @@
-"""Where a runtime wants integers besides the inputs of layers, so that no stretch between two
-layers runs in float.
+"""Places for quantizers between layers, so that nothing between two layers runs in float.
 
 conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
 mean(x)        ->   mean(Q(x))             an average pool between quantized layers
 Q(max(x))      ->   max(Q(x))              the same values; the layer before writes integers
 
-Where the target says so,
+Only if the target asks for it:
 
-cat(a, b)      ->   cat(Q(a), Q(b))        whose every way on leads into a layer
-x * gate       ->   Q(x) * gate            where another reads x rounded: one value, not two
+cat(a, b)      ->   cat(Q(a), Q(b))        if every path from it leads into a layer
+x * gate       ->   Q(x) * gate            if another node reads Q(x): one value instead of two
 
-and a target whose operators take integers to integers, none of them to floats, wants all of a
-stretch:
+Some targets have operators from integers to integers, but none from integers to float. They need
+every value in between quantized:
 
-f(relu(conv))  ->   f(Q(relu(conv)))       what a convolution gives, whoever reads it
+f(relu(conv))  ->   f(Q(relu(conv)))       every output of a convolution
 a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and tables of such values
 """
 
@@ -35,13 +34,11 @@ from repfx.graph.vocabulary import kind_of
 from repfx.placement.formats import pads_average
 from repfx.quant import Target
 
-Place = tuple[fx.Node, fx.Node, fx.Node]  # who reads, which value, the layer whose bits it takes
+Place = tuple[fx.Node, fx.Node, fx.Node]  # the reader, the value, the layer that sets its bits
 
 
 def spell_out(module: fx.GraphModule, target: Target) -> None:
-    """Writes silu(x) as x * sigmoid(x), where the target has integer kernels for these two and none
-    for the one.
-    """
+    """Writes silu(x) as x * sigmoid(x) for a target that has integer kernels only for these two."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes) if target.between == "all" else ():
         called = modules[str(node.target)] if node.op == "call_module" else None
@@ -49,7 +46,7 @@ def spell_out(module: fx.GraphModule, target: Target) -> None:
             continue
         (x,) = node.all_input_nodes
         if len(x.users) > 1 and writes(node, called):
-            continue  # the others read what it leaves
+            continue  # it works in place, and others read its result
         with module.graph.inserting_before(node):
             gate = module.graph.call_function(torch.sigmoid, (x,))
             product = module.graph.call_function(torch.mul, (x, gate))
@@ -65,11 +62,11 @@ def find_places(
     target: Target,
     inside: Mapping[fx.Node, fx.Node] | None = None,
 ) -> tuple[list[Place], dict[fx.Node, fx.Node]]:
-    """Every place for a quantizer, in order, and of each value there the one whose quantizer it
-    takes, mostly itself.
+    """Every place for a quantizer, in order, and for each value the value whose quantizer it uses.
 
-    `layers`: of each layer to be quantized, what it reads; `convolutions` are some of them.
-    `inside`: of nodes that go into one layer, that layer."""
+    That is mostly the value itself. `layers` maps each layer to be quantized to its input;
+    `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
+    layer."""
     owner = inside or {}
     others = _skips_and_averages(view, layers)
     if target.offset == "joined":
@@ -84,7 +81,7 @@ def find_places(
         if not view.writes.changed(x) and not _is_quantized(view, x)
     ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
-    if target.between != "all":  # else what is moved is rounded too, to the same integers
+    if target.between != "all":  # with "all", moved values are quantized again, which is harmless
         found = _before_moves(view, found, owner, target)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, _origins(view, found)
@@ -93,9 +90,9 @@ def find_places(
 def _without_padded(
     view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
 ) -> list[Place]:
-    """Leaves in float the padded averages of signed values that layers read too: these want them in
-    other codes.
-    """
+    """Leaves out padded averages of signed values that layers read, too.
+
+    Such an average needs another integer format than the layers, so it stays in float."""
     padded = {node for node, _, _ in others if pads_average(view.ops[node])}
     read = [*layers.values(), *(value for node, value, _ in others if node not in padded)]
     shared = {moved_from(view, value) for value in read}
@@ -124,13 +121,16 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
 def _joined(
     view: GraphView, layers: Collection[fx.Node], rounded: Collection[fx.Node]
 ) -> list[Place]:
-    """What goes into concatenations from which every way on leads into a layer, and what of
-    `rounded` goes into such products. A concatenation that is itself rounded is left to the
-    runtime, which moves that to what goes into it."""
+    """The inputs of concatenations, and the inputs of products that are in `rounded`.
+
+    Only those from which every path leads into a layer. A concatenation that is itself quantized
+    is left out: the runtime moves its quantizer to its inputs."""
     whole = {joined(view, value) for value in rounded}
     found: list[Place] = []
-    ahead: dict[fx.Node, fx.Node] = {}  # of a value whose every way on does: the first layer there
-    behind: set[fx.Node] = set()  # what comes of a layer: the model's inputs are in float anyhow
+    # For each value from which every path leads into a layer: the first such layer.
+    ahead: dict[fx.Node, fx.Node] = {}
+    # The values that come from a layer; the model's inputs are in float anyway.
+    behind: set[fx.Node] = set()
     for node in view.nodes:
         if node in layers or not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
@@ -156,9 +156,11 @@ def _joined(
 def _before_moves(
     view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node], target: Target
 ) -> list[Place]:
-    """The places with each quantizer after what moves values put before it, where it has no other
-    readers. TensorRT moves no DequantizeLinear across a resize, so there the layer after it keeps
-    its own quantizer, of the same scale."""
+    """The places, with each quantizer after a pure move of values shifted in front of the move.
+
+    This is done only if the moved value has no other readers. TensorRT moves no DequantizeLinear
+    across a resize, so there the layer after a resize keeps a quantizer of its own, with the same
+    scale."""
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
@@ -182,9 +184,10 @@ def _before_moves(
 
 
 def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """Where all values of a node's one input go on from it: the node, or its pieces. None of a
-    dropout, which scales in training, of a reshape, which costs nothing, and of a part, whose range
-    may be smaller than that of the whole."""
+    """The outputs that together carry all values of a node's one input: the node, or its pieces.
+
+    Empty for a dropout, which scales in training; for a reshape, which costs nothing; and for a
+    slice, whose range may be smaller than that of the whole."""
     if len(view.data_inputs(node)) != 1 or not moves(view, node):
         return []
     if isinstance(view.ops[node], Sum):
@@ -196,14 +199,14 @@ def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
 
 
 def _is_divided(view: GraphView, node: fx.Node) -> bool:
-    """Whether it gives several tensors."""
+    """Whether the node returns several tensors."""
     return getattr(view.ops[node], "pieces", None) is not None
 
 
 def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]:
-    """What moves integers takes the quantizer that made them, which then changes nothing."""
+    """For each value the one that it got its integers from; a move of integers keeps them."""
     pairs = {(reader, value) for reader, value, _ in places}
-    whole: dict[fx.Node, fx.Node] = {}  # of a value that moves integers, where they were made
+    whole: dict[fx.Node, fx.Node] = {}  # for a value that moves integers: where they were made
     for node in view.nodes:
         inputs = view.data_inputs(node)
         if len(inputs) == 1 and moves(view, node):
@@ -219,11 +222,9 @@ def _is_quantized(view: GraphView, value: fx.Node) -> bool:
 
 
 def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place]:
-    """What convolutions give, and what goes on from there through operators that run in integers,
-    in and out.
-    """
+    """The outputs of convolutions, and what the integer operators after them read and return."""
     found: list[Place] = []
-    layer: dict[fx.Node, fx.Node] = {}  # of a value in integers, the convolution it comes from
+    layer: dict[fx.Node, fx.Node] = {}  # for a value in integers: the convolution it comes from
     for node in view.nodes:
         near = [n for n in view.data_inputs(node) if n in layer]
         value = node
@@ -238,7 +239,7 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
             continue
         if all(reader.op != "output" for reader in value.users):
             layer[value] = source
-            if not _is_divided(view, value):  # else each is read on its own
+            if not _is_divided(view, value):  # the pieces are handled one by one
                 found += [(reader, value, source) for reader in value.users]
     return found
 
@@ -279,7 +280,7 @@ def _made_by(view: GraphView, value: fx.Node) -> fx.Node | None:
 
 
 def _given(view: GraphView, node: fx.Node) -> fx.Node:
-    """What a layer gives, after activations that its rounding does as well."""
+    """A layer's output after the activations that its quantizer can take over."""
     while len(node.users) == 1:
         (reader,) = node.users
         if not view.traits(reader) & (Trait.CLIPS | Trait.SAME):
@@ -294,7 +295,7 @@ def _averaged(view: GraphView, node: fx.Node) -> fx.Node | None:
 
 
 def _reader(view: GraphView, node: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:
-    """The layer that reads what this gives, at most moved."""
+    """The layer that reads this node's output, directly or after a few single readers."""
     for _ in range(4):
         users = [user for user in node.users if not view.is_size(user)]
         found = next((user for user in users if user in layers), None)

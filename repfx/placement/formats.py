@@ -1,11 +1,10 @@
-"""Which integers a value is written in, where a runtime does not run all of them right on every
-CPU.
+"""Integer formats for values where a runtime gets some of them wrong on some CPUs.
 
-OpenVINO moves the rounding of a concatenation to what goes into it. On a CPU without AMX it writes
-signed codes as unsigned ones around 128, and there it loses their scale on the way, and so where
-signed codes go through a pool to convolutions whose outputs are concatenated. Codes that are around
-128 from the start it leaves alone. An average pool that counts its padding takes the 0 it pads with
-for a code, so it must not read those."""
+OpenVINO moves the quantizer of a concatenation to its inputs. On a CPU without AMX it then rewrites
+signed values as unsigned ones with zero point 128 and loses their scale. The same happens when
+signed values go through a pool to convolutions whose outputs are concatenated. OpenVINO does not
+touch values that have zero point 128 from the start. An average pool that counts its padding would
+read its padding 0 as an integer value, so it must not get values with a zero point."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
 
 def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -> bool:
-    """Whether the codes that this call of a quantizer with `grid` gives are unsigned, around
-    128."""
+    """Whether this call of a quantizer with `grid` gives unsigned values with zero point 128."""
     if not grid.signed or target.offset == "none":
         return False
     if target.offset == "all":
@@ -30,21 +28,21 @@ def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -
     pooled = any(moves(view, n) for n in rounding.users)
     if not pooled and joined(view, view.data_inputs(rounding)[0]) is None:
         return False
-    # A part of a larger concatenation goes on in float there.
+    # A part of a larger concatenation stays in float there.
     return not all(joins(view, n) or pads_average(view.ops[n]) for n in readers(view, rounding))
 
 
 def pads_average(op: Op) -> bool:
-    """Whether it is an average pool whose padding counts."""
+    """Whether the operator is an average pool that counts its padding."""
     if not (isinstance(op, Map) and op.kind == "avgpool" and op.space[0]):
         return False
     return op.geometry(Geometry.identity(1, op.space[0])).pads
 
 
 def why_float(geometry: Geometry | None, signed: bool, target: Target) -> str:
-    """Why a layer of this geometry that reads signed values or not stays in float; empty where it
-    does not.
-    """
+    """Why a layer of this geometry stays in float; empty if it does not.
+
+    `signed`: whether the layer reads signed values."""
     grouped = geometry is not None and geometry.groups > 1 and len(geometry.axes) == 3
     if target.runtime == "openvino" and target.reduced and grouped and signed:
         return (

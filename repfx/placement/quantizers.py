@@ -1,13 +1,13 @@
-"""Quantizers: the one way to put rounding into a graph, for `ptq`, `repq` and passes of others.
+"""Quantizers: the one way to insert quantizers, for `ptq`, `repq` and any other pass.
 
-    for layer in quantizers:                       in the order of the graph
-        x = quantizers.input(layer)                Q(x), one for all that read x
+    for layer in quantizers:                       in graph order
+        x = quantizers.input(layer)                Q(x), shared by all layers that read x
         w = quantizers.weight(layer, w, value)     Q(W)
-        quantizers.put(layer, x, w, b)             the layer's call on these, in its place
+        quantizers.put(layer, x, w, b)             replaces the layer by a call on these
 
-What the target wants rounded between layers (`repfx.placement.between`) is put in while the walk
-passes it. A layer of FLOAT bits, and one that the target cannot run in integers, which is declined,
-come along in the walk; their weights stay as they are."""
+The loop also inserts the quantizers that the target needs between layers (see
+`repfx.placement.between`). It yields layers with FLOAT bits, and layers that the target cannot run
+in integers, too; the latter are declined. The weights of both stay in float."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from repfx.placement.formats import VNNI, why_float
 from repfx.quant import FakeQuant, Grid, Target, search_scale
 
 FLOAT = 32
-_POWERS = {"max": None, "mse": 2.0, "mae": 1.0}  # of the error that a weight's scale makes least
+_POWERS = {"max": None, "mse": 2.0, "mae": 1.0}  # a weight's scale minimises |error| ** power
 
 
 class Inserts(Protocol):
-    """What is needed of a pass's `Work`."""
+    """The part of a pass's `Work` that is needed here."""
 
     @property
     def target(self) -> Target: ...
@@ -41,10 +41,11 @@ class Inserts(Protocol):
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A layer to round: `node` gives its output and reads `source`; its quantizers go under `path`.
+    """A layer to quantize: `node` is its output, `source` its input.
 
-    `bits` of what it reads and `weight_bits` of its weight, FLOAT for none. `inside`: the nodes
-    that the layer takes the place of, where these are several."""
+    `path` is the module under which its quantizers are put. `bits` are those of its input and
+    `weight_bits` those of its weight; FLOAT leaves it in float. `inside`: all the nodes that the
+    layer replaces, if there are several."""
 
     node: fx.Node
     source: fx.Node
@@ -57,10 +58,10 @@ class IntegerLayer:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights and scales are: one weight scale per output channel or per tensor, chosen by
-    `weights` (max, mse or mae), and whether scales are `learned`. Raises InputError for another
-    `weights`.
-    """
+    """How to quantize weights, and whether scales are `learned`.
+
+    `per_channel`: one weight scale per output channel, else one per tensor. `weights`: how the
+    scale is chosen, max, mse or mae. Raises InputError for any other method."""
 
     per_channel: bool = True
     weights: str = "mse"
@@ -72,8 +73,10 @@ class Rounding:
 
 
 class Quantizers:
-    """The quantizers of one run of a pass. `view` is the graph before the first of them; `declined`
-    names the layers that the target cannot run in integers.
+    """The quantizers of one run of a pass.
+
+    `view` is the graph before the first one was inserted; `declined` lists the layers that the
+    target cannot run in integers.
     """
 
     def __init__(
@@ -90,15 +93,15 @@ class Quantizers:
             for node, layer in self.layers.items()
             if layer.bits != FLOAT and node not in unfit
         }
-        self._values: dict[fx.Node, list[fx.Node]] = {}  # of a reader, what it reads rounded
-        self._origin: dict[fx.Node, fx.Node] = {}  # of such a value, where its integers are made
+        self._values: dict[fx.Node, list[fx.Node]] = {}  # by reader: the values it reads quantized
+        self._origin: dict[fx.Node, fx.Node] = {}  # by such a value: where its integers are made
         self._grids = self._find()
         self._quants: dict[fx.Node, FakeQuant] = {}  # by where the integers are made
-        self._rounded: dict[fx.Node, fx.Node] = {}  # of a value, the call that rounds it
+        self._rounded: dict[fx.Node, fx.Node] = {}  # by value: the call that quantizes it
         self._moved: dict[fx.Node, fx.Node] = {}
 
     def __iter__(self) -> Iterator[IntegerLayer]:
-        # In order, so that the first reader of a value makes what the others share.
+        # In order, so that the first reader of a value makes the quantizer that the others share.
         for node in self.view.nodes:
             if node in self.layers:
                 yield self.layers[node]
@@ -111,21 +114,22 @@ class Quantizers:
         return layer.node in self._integer
 
     def now(self, value: fx.Node) -> fx.Node:
-        """What stands for a value of the view by now."""
+        """The node that has replaced a value of the view by now, or the value itself."""
         return self._moved.get(value, value)
 
     def input(self, layer: IntegerLayer) -> fx.Node:
-        """What the layer is to read: its source rounded, or as it is where that is in integers
-        already, behind a pool, or stays in float.
-        """
+        """The layer's quantized input.
+
+        It is the input itself if that stays in float, or already has integer values, as after a
+        pool."""
         if layer.source not in self._values.get(layer.node, ()):
             return self.now(layer.source)
         return self._round(layer.node, layer.source, layer.path)
 
     def weight(self, layer: IntegerLayer, weight: fx.Node, value: Tensor) -> fx.Node:
-        """The layer's weight rounded, where it is. `value` is what it is now, (out, in / groups,
-        ...).
-        """
+        """The layer's weight, quantized unless the layer stays in float.
+
+        `value` is the current weight, (out, in / groups, ...)."""
         if not self.runs_in_integers(layer):
             return weight
         grid = self.work.target.weight(
@@ -137,7 +141,7 @@ class Quantizers:
         return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)
 
     def put(self, layer: IntegerLayer, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
-        """Puts the layer's call on these in the place of its nodes."""
+        """Replaces the layer's nodes by a call on this input, weight and bias."""
         graph = layer.node.graph
         with graph.inserting_before(layer.node):
             call = call_layer(graph, layer.geometry, x, weight, bias)
@@ -154,9 +158,7 @@ class Quantizers:
         return why_float(layer.geometry, signed, self.work.target)
 
     def _find(self) -> dict[fx.Node, Grid]:
-        """Where quantizers go: the number format of each value in which integers are made, the most
-        bits that one of its readers wants.
-        """
+        """The number format of each value to quantize, with the most bits any reader asks for."""
         sources = {node: layer.source for node, layer in self._integer.items()}
         convolutions = {
             node for node, layer in self._integer.items() if layer.geometry.source_axis != -1

@@ -1,1 +1,1 @@
-"""What is done to a graph: kernels of regions, merges, proofs, and the contract of a pass."""
+"""Rewriting graphs: kernels of regions, merges, their proofs, and the contract of a pass."""

@@ -1,4 +1,4 @@
-"""lift: the one convolution that a module equals, read from its own forward.
+"""lift: computes the one convolution that a module equals, from the module's own forward.
 
 lift(block)(x) == block(x) in eval mode, in float64
 """
@@ -24,9 +24,9 @@ from repfx.rewrite.weights import in_float64
 
 @dataclass(frozen=True)
 class Lifted:
-    """A module of one input and one output as the region it is: derived once, read again whenever
-    its weights change.
-    """
+    """A module with one input and one output, as a region of its own graph.
+
+    It is traced once; `kernel` follows the weights."""
 
     module: fx.GraphModule
     view: GraphView
@@ -34,19 +34,20 @@ class Lifted:
 
     @property
     def kernel(self) -> Kernel:
-        """The convolution that the module is with the weights of now."""
+        """The convolution that the module equals with its current weights."""
         return kernel_of(self.view, self.region, in_float64(self.view, keep=False))
 
     def prove(self) -> float:
-        """The relative error of `kernel` against the module's own forward. Raises CheckError where
-        it is not rounding.
-        """
+        """The relative error of `kernel` against the module's own forward.
+
+        Raises CheckError if it is larger than rounding."""
         return prove(self.view, self.region, self.kernel, in_float64(self.view, keep=True))
 
 
 def lifted(module: nn.Module) -> Lifted:
-    """Traces a module (N, in, ...) -> (N, out, ...). Raises InputError where it is not linear from
-    one input to one.
+    """Traces a module (N, in, ...) -> (N, out, ...).
+
+    Raises InputError if it is not linear between one input and one output.
     """
     tracer = Tracer(frozenset())
     graph = tracer.trace(module)
@@ -66,8 +67,9 @@ def lifted(module: nn.Module) -> Lifted:
 
 
 def lift(module: nn.Module) -> Kernel:
-    """The Kernel of a module in eval mode. Raises InputError where it is not exactly one
-    convolution for every size.
+    """The Kernel of a module in eval mode.
+
+    Raises InputError if the module is not exactly one convolution for every input size.
     """
     try:
         return lifted(module).kernel
@@ -76,6 +78,6 @@ def lift(module: nn.Module) -> Kernel:
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Writes a tensor into the parameter or buffer `name`, in its own dtype."""
+    """Writes a tensor into the parameter `name`, in the parameter's dtype."""
     with torch.no_grad():
         module.get_parameter(name).copy_(value)

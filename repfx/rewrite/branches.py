@@ -1,6 +1,6 @@
-"""branches: sums of branches that read one source, found by structure.
+"""branches: finds sums of branches that read one source, by their structure.
 
-y = [B] C3 x + [B] C1 x + [B] x        at most one branch of each kind; a batch norm on each or not
+y = [B] C3 x + [B] C1 x + [B] x        at most one branch of each kind, each with or without B
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from repfx.rewrite.merge_regions import plan_merges
 
 @dataclass(frozen=True)
 class Branch:
-    """One term: a convolution and its batch norm, either of which may be missing; neither is the
-    source itself.
+    """One term: a convolution and its batch norm, each of which may be missing.
+
+    A term with neither is the source itself.
     """
 
     conv: fx.Node | None
@@ -29,8 +30,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class BranchSum:
-    """`main` has the widest kernel, `point` is 1x1, `identity` has no convolution. `nodes` end with
-    the sum.
+    """A sum of branches, found in a graph.
+
+    `main` has the widest kernel, `point` is 1x1 and `identity` has no convolution. `nodes` ends
+    with the sum.
     """
 
     source: fx.Node
@@ -46,7 +49,7 @@ class BranchSum:
 
 
 def branch_sums(view: GraphView) -> Iterator[BranchSum]:
-    """Every sum of branches of modules of which nothing is read elsewhere, in the graph's order."""
+    """Every sum of branches whose inner values nothing else reads, in graph order."""
     for merge in plan_merges(view).merges:
         region = merge.region
         found = None if region.kept else _read(view, region.source, region.sink, region.nodes)
@@ -55,7 +58,7 @@ def branch_sums(view: GraphView) -> Iterator[BranchSum]:
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """scale and shift of a batch norm in eval mode, (channels,) each: B[u] = scale * u + shift."""
+    """A batch norm's scale and shift in eval mode, each (channels,): B[u] = scale * u + shift."""
     m: Any = norm
     scale = torch.rsqrt(m.running_var + m.eps)
     scale = scale if m.weight is None else scale * m.weight
@@ -86,7 +89,7 @@ def _read(
         return None
     count = sum((b.conv is not None) + (b.norm is not None) for b in (*convs, *rest))
     steps = [n for n in nodes if view.ops[n].kind != "identity"]  # type: ignore[union-attr]
-    if count + len(terms) - 1 != len(steps):  # something else stands in it
+    if count + len(terms) - 1 != len(steps):  # the region contains something else
         return None
     return BranchSum(
         source,
@@ -107,7 +110,7 @@ def _terms(view: GraphView, node: fx.Node, source: fx.Node) -> list[fx.Node]:
 
 
 def _past_identities(view: GraphView, node: fx.Node, source: fx.Node) -> fx.Node:
-    """What a value is before it was passed on as it is: `nn.Identity`, or a literal 0 added."""
+    """The value before any identities: `nn.Identity`, or the addition of a literal 0."""
     op = view.ops[node]
     while node is not source and isinstance(op, Map) and op.kind == "identity":
         node = op.x

@@ -1,8 +1,8 @@
-"""The pass contract: what a pass says of itself, and what the runner then checks.
+"""The pass contract: what a pass declares about itself, and what the runner checks.
 
-A pass is a frozen dataclass whose fields are its options. It declares where it belongs (`stage`),
-which passes it builds on (`requires`) and what it promises; the runner orders, runs and proves, and
-says which promise was broken by whom."""
+A pass is a frozen dataclass whose fields are its options. It declares its place in the order
+(`stage`), the passes it needs (`requires`) and what it promises. The runner orders the passes, runs
+them and checks each promise; if one is broken, the error names the pass and the promise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from repfx.rewrite.work import Work
 
 
 class Stage(IntEnum):
-    """Passes run in this order, whatever order they are named in."""
+    """Passes run in this order, no matter in which order they are given."""
 
     EXPAND = 0
     STRUCTURE = 1
@@ -31,9 +31,11 @@ class Stage(IntEnum):
 
 
 class Promise(Enum):
-    """REGIONS: every merged region computes what it did. The verbs of `Work` prove that as they
-    merge; a pass that rewrites the graph by itself is held to the model's output on the example.
-    NAMES: every key of the state_dict stays.
+    """What a pass can promise.
+
+    REGIONS: every merged region computes the same as before. The methods of `Work` prove this as
+    they merge; for a pass that edits the graph itself, the model's output on the example must not
+    change. NAMES: every key of the state_dict stays.
     """
 
     REGIONS = "each merged region computes what it did"
@@ -41,7 +43,7 @@ class Promise(Enum):
 
 
 class Pass(ABC):
-    """Base of every pass."""
+    """The base class of every pass."""
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
@@ -62,21 +64,19 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 def _registered(name: str) -> type[Pass]:
-    """The pass of this name, from here or from another package's entry point in the group
-    "repfx.passes".
-    """
+    """The pass of this name, from repfx or from an entry point in the group "repfx.passes"."""
     for entry in entry_points(group="repfx.passes", name=name) if name not in REGISTRY else ():
         try:
             cls = entry.load()
-        except Exception as error:  # anybody's module, anybody's error
+        except Exception as error:  # importing someone else's module can raise anything
             raise InputError(
-                f"the pass {name!r} of a package does not load, {entry.value}: {error}"
+                f"cannot load the pass {name!r} from {entry.value}: {error}"
             ) from error
         if not (
             isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == name
         ):
             raise InputError(
-                f"{entry.value} is no subclass of repfx.passes.Pass with the name {name!r}"
+                f"{entry.value} is not a subclass of repfx.passes.Pass with the name {name!r}"
             )
         _check(cls)
         register(cls)
@@ -93,19 +93,19 @@ def _check(cls: type[Pass]) -> None:
     ):
         known = ", ".join(f"Stage.{s.name}" for s in Stage)
         raise InputError(
-            f"the pass {cls.__name__} has to say its name, a string, and its stage, one of {known}"
+            f"the pass {cls.__name__} must define `name`, a string, and `stage`, one of {known}"
         )
     if not is_dataclass(cls):
         raise InputError(
-            f"the pass {cls.__name__} is no dataclass: its fields are the options of the pass"
+            f"the pass {cls.__name__} is not a dataclass: its fields are the options of the pass"
         )
 
 
 def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
-    """Names, specs such as "ptq(bits=6)" and pass objects, with what they require, in order of
-    stage.
+    """The passes to run, with those they require, in order of stage.
 
-    Raises InputError for an unknown pass or option, naming the known ones.
+    Each item is a name, a spec such as "ptq(bits=6)" or a pass object. Raises InputError for an
+    unknown pass or option, naming the known ones.
     """
     if isinstance(passes, str):
         raise InputError(f"passes is a list: [{passes!r}]")
@@ -130,9 +130,8 @@ def resolve(passes: Iterable[str | Pass]) -> list[Pass]:
 
     for p in found:
         add(p)
-    return sorted(
-        ordered, key=lambda p: p.stage
-    )  # stable: what is required stays before what requires it
+    # The sort is stable: a required pass stays before the pass that requires it.
+    return sorted(ordered, key=lambda p: p.stage)
 
 
 def parse(spec: str) -> Pass:
@@ -141,7 +140,7 @@ def parse(spec: str) -> Pass:
     >>> import repfx.passes
     >>> parse("ptq(bits=6, per_channel=False)")
     Ptq(bits=6, weight_bits=None, per_channel=False, weights='max', wide=(), wide_bits=8)
-    >>> parse("fues")
+    >>> parse("fues")  # doctest: +NORMALIZE_WHITESPACE
     Traceback (most recent call last):
     ...
     repfx.errors.InputError: unknown pass 'fues'; choose one of: bnfold, expand, fuse, ptq, qarep,

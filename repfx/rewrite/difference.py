@@ -1,7 +1,7 @@
-"""How far two outputs are apart, each tensor of them judged by its own size.
+"""How far two outputs differ, each tensor relative to its own size.
 
-Boxes in 0..640 would hide scores in 0..1 that are all wrong: what is said of several tensors is
-said of the worst."""
+Boxes in 0..640 would hide scores in 0..1 that are all wrong, so the result for several tensors is
+that of the worst one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from repfx.errors import CheckError
 
 @dataclass(frozen=True)
 class Difference:
-    """`max_abs`: largest difference. `relative`: that over the largest value. `sqnr`: signal over
-    noise in dB.
+    """How far two tensors differ.
 
-    Integers, such as indices, are right or wrong and have no size: of `integers` entries
-    `different` differ, `relative` is their share and `sqnr` that in dB."""
+    `max_abs`: the largest difference. `relative`: `max_abs` divided by the largest value. `sqnr`:
+    signal-to-noise ratio in dB. Integers, such as indices, are either equal or not: `different` of
+    `integers` entries differ, `relative` is their share, and `sqnr` is that share in dB."""
 
     max_abs: float
     relative: float
@@ -39,11 +39,11 @@ class Difference:
 
 
 def difference(want: Any, got: Any) -> Difference:
-    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure. Of
-    several, the worst's.
+    """The difference of two outputs: tensors, or lists and dicts of tensors of one structure.
 
-    Equal infinities, and NaN in both, are no difference; infinity or NaN in one is an infinite one.
-    Raises CheckError where the structures or shapes differ.
+    For several tensors it is the worst. Equal infinities, and NaN in both, count as equal; infinity
+    or NaN in only one is an infinite difference. Raises CheckError if the structures or shapes
+    differ.
 
     >>> print(difference(torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0])))
     max abs 1, relative 0.25, SQNR 12.3 dB
@@ -52,8 +52,9 @@ def difference(want: Any, got: Any) -> Difference:
 
 
 def differences(want: Any, got: Any) -> tuple[Difference, ...]:
-    """The difference of each tensor of two outputs. Raises CheckError where the structures or
-    shapes differ.
+    """The difference of each tensor of two outputs.
+
+    Raises CheckError if the structures or shapes differ.
     """
     a, b = _tensors(want), _tensors(got)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
@@ -65,7 +66,7 @@ def differences(want: Any, got: Any) -> tuple[Difference, ...]:
 
 
 def worst(found: Sequence[Difference]) -> Difference:
-    """One difference for several, each number the worst of them."""
+    """One difference for several: each number is the worst of them."""
     return Difference(
         max((d.max_abs for d in found), default=0.0),
         max((d.relative for d in found), default=0.0),

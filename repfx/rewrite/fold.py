@@ -1,5 +1,4 @@
-"""fold: the program that computes a weight becomes the weight, by the program itself, so that not a
-bit differs.
+"""fold: replaces the program that computes a weight by its result, bit for bit.
 
 F.conv2d(Q(x), Q(M(W3, W1, bn)), b(W3, W1, bn))   ->   F.conv2d(Q(x), Q(weight), bias)
 """
@@ -23,10 +22,10 @@ from repfx.rewrite.results import Merged
 
 @dataclass(frozen=True)
 class _Program:
-    """A call of a functional convolution or linear whose weight the graph computes.
+    """A call of a functional convolution or linear layer whose weight the graph computes.
 
-    `quant` is the call of the weight's quantizer, where there is one. `values` holds what the
-    program makes of the weights of now, each node after those it reads."""
+    `quant` is the call of the weight's quantizer, if there is one. `values` maps each node of the
+    program to its value for the current weights, inputs first."""
 
     layer: Layer
     quant: fx.Node | None
@@ -39,7 +38,7 @@ class _Program:
         return self.layer.node
 
     def reads(self, module: fx.GraphModule) -> list[fx.Node]:
-        """The weights of the model in it: not its vectors, nor what the algebra brought along."""
+        """The weights of the model that the program reads: no vectors, no constants of a merge."""
         return [
             n
             for n, value in self.values.items()
@@ -50,9 +49,7 @@ class _Program:
 
 
 def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
-    """Evaluates, in eval meaning, the program of each weight that reads a KernelNorm or is
-    quantized, in place.
-    """
+    """Replaces each weight program by its result in eval mode, in place."""
     before = references(module.graph)
     replaced: list[nn.Module] = []
     done = []
@@ -84,15 +81,17 @@ def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:
 
 
 def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Merged:
-    """Puts a layer of the program's values in, and the call on it: its plain weight in the place of
-    what the quantizer reads or, without one, the layer in the place of the call."""
+    """Inserts a layer with the program's values.
+
+    With a quantizer, the quantizer now reads the layer's weight; without one, the layer replaces
+    the call."""
     weight = p.values[p.weight].detach().contiguous()
     bias = None if p.bias is None else p.values[p.bias].detach().contiguous()
     layer = _layer(p.layer, weight, bias).train(module.training)
     reads = p.reads(module)
     path = _path(module, p, layer, reads)
     old = put_module(module, path, layer)
-    if old is not None:  # its quantizers hang on it
+    if old is not None:  # its quantizers are its children
         layer._modules.update(old._modules)
         replaced.append(old)
     with module.graph.inserting_before(p.quant or p.call):
@@ -111,7 +110,7 @@ def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Mer
 
 
 def _path(module: fx.GraphModule, p: _Program, layer: nn.Module, reads: list[fx.Node]) -> str:
-    """The path of the largest weight's layer, unless something else reads that too."""
+    """The path of the layer with the largest weight, unless something else reads that layer too."""
     path = _owner(max(reads, key=lambda n: p.values[n].numel()))
     mine = [n for n in module.graph.nodes if n.op == "get_attr" and _owner(n) == path]
     free = all(user in p.values or user is p.call for n in mine for user in n.users)
@@ -121,7 +120,7 @@ def _path(module: fx.GraphModule, p: _Program, layer: nn.Module, reads: list[fx.
 
 
 def _owner(read: fx.Node) -> str:
-    """The path of the module that holds the tensor of a get_attr."""
+    """The path of the module that owns the tensor of a get_attr node."""
     return str(read.target).rpartition(".")[0]
 
 
@@ -131,7 +130,7 @@ def _quantizer(module: fx.GraphModule, node: fx.Node) -> FakeQuant | None:
 
 
 def _is_program(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is computed from constants and KernelNorms alone."""
+    """Whether a node is computed only from constants and KernelNorms."""
     return all(
         n.op in ("get_attr", "call_function", "call_method") or _is_norm(module, n)
         for n in _ancestors(module, [node])
@@ -143,9 +142,9 @@ def _is_norm(module: fx.GraphModule, node: fx.Node, kinds: Any = KernelNorm) -> 
 
 
 def _ancestors(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes and what they are computed from, without what a KernelNorm reads statistics of;
-    inputs first.
-    """
+    """The nodes and everything they are computed from, inputs first.
+
+    The moments that a KernelNorm reads are left out: in eval mode it does not use them."""
     found: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -176,13 +175,13 @@ def _evaluate(module: fx.GraphModule, nodes: dict[fx.Node, None]) -> dict[fx.Nod
             norm = module.get_submodule(str(node.target))
             training, norm.training = norm.training, False
             given = (values[v] if isinstance(v, fx.Node) else v for v in node.args[1:])
-            values[node] = norm((None, None, None), *given)  # in eval mode it reads no input
+            values[node] = norm((None, None, None), *given)  # in eval mode it needs no moments
             norm.training = training
     return values
 
 
 def _layer(call: Layer, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The layer of these values that does what the call did."""
+    """A layer with these values that computes the same as the call."""
     groups = call.rest.get("groups", 1)
     sizes = (weight.shape[1] * groups, weight.shape[0])
     if call.kind.name == "linear":

@@ -1,6 +1,4 @@
-"""fold_affine: an Affine goes into the scale, the codes and the bias of its layer, so that only
-integers are kept.
-"""
+"""fold_affine: folds an Affine into the scale, integer weights and bias of its layer."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from repfx.rewrite.results import Merged
 
 
 def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
-    """Folds every Affine of the graph in place. Raises InputError for an eta that is 0 or not
-    finite, naming it.
+    """Folds every Affine of the graph in place.
+
+    Raises InputError, naming the parameter, if an eta is 0 or not finite.
     """
     graph, before = module.graph, references(module.graph)
     done, replaced = [], []
@@ -32,7 +31,7 @@ def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
         assert isinstance(quant, FakeQuant)
         if not bool(torch.isfinite(affine.eta).all() and (affine.eta != 0).all()):
             raise InputError(
-                f"{path}.eta has a channel that is 0 or not finite, which no scale can hold"
+                f"{path}.eta is 0 or not finite in a channel, which no scale can represent"
             )
         given = str(weight.args[0].target)
         with torch.no_grad():
@@ -43,11 +42,10 @@ def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
                 operator.attrgetter(str(bias.target))(module) if isinstance(bias, fx.Node) else None
             )
             _, shift = affine(codes, old)
-        # New tensors: those of now may still be the given model's.
+        # New tensors, because the current ones may still be shared with the caller's model.
         _put(quant, "scale", scale)
-        _put(
-            module, given, turned * quant.grid.along(scale, codes)
-        )  # c s / s rounds to c: the codes stay
+        # c s / s rounds to c, so the integer weights stay.
+        _put(module, given, turned * quant.grid.along(scale, codes))
         if isinstance(bias, fx.Node):
             _put(module, str(bias.target), shift)
         else:

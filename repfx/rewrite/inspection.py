@@ -1,6 +1,4 @@
-"""inspect: what would merge, what it would become and cost, and what would not and why, without
-touching a weight.
-"""
+"""inspect: reports what would merge and into what, and what would not and why; changes nothing."""
 
 from __future__ import annotations
 
@@ -22,8 +20,10 @@ from repfx.rewrite.runner import as_args, require_convolutions
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One block and its operators. MACs are per position of its input. `merged` is the layer it
-    becomes; None where it is left alone, with the `reason` and, where there is one, the `cure`."""
+    """One block and its operators. MACs are per position of its input.
+
+    `merged` is the layer that the block becomes. It is None if the block is not merged; `reason`
+    then says why, and `cure` is a hint on what would help, or empty."""
 
     name: str
     ops: tuple[str, ...]
@@ -38,9 +38,7 @@ class RegionReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`regions`: every block found, merged or not. `declined`: what is left alone, each with its
-    reason.
-    """
+    """What `fuse` would do. `regions`: every block, merged or not. `declined`: those not merged."""
 
     regions: tuple[RegionReport, ...]
     declined: tuple[Declined, ...]
@@ -54,7 +52,7 @@ class Inspection:
     def __rich__(self) -> Table:
         merged = [r for r in self.regions if r.merged]
         before, after = sum(r.params_before for r in merged), sum(r.params_after for r in merged)
-        title = f"{len(merged)} blocks merge, {len(self.declined)} left alone"
+        title = f"{len(merged)} blocks merge, {len(self.declined)} not merged"
         title += f"; parameters of what merges: {before:,} → {after:,}" if merged else ""
         table = Table(title=title, title_justify="left")
         for column in ("block", "operators", "becomes", "MACs", "parameters"):
@@ -74,13 +72,14 @@ class Inspection:
             )
         for d in self.declined:
             why = escape(d.reason + (f"; {d.cure}" if d.cure else ""))
-            table.add_row(escape(d.where), "[dim]left alone[/dim]", why, "", "")
+            table.add_row(escape(d.where), "[dim]not merged[/dim]", why, "", "")
         return table
 
 
 def inspect(model: Any, *, example: Any = None) -> Inspection:
-    """Finds every block of the model and says what `fuse` would make of it. Raises InputError as
-    `transform` does.
+    """Finds every block of the model and reports what `fuse` would turn it into.
+
+    Raises InputError in the same cases as `transform`.
     """
     captured = capture(model, as_args(example))
     require_convolutions(captured)

@@ -1,12 +1,13 @@
-"""kernel_of: the block run on kernels instead of images.
+"""kernel_of: runs a block on kernels instead of images.
 
-One interpreter, three rules, two meanings. Run on a Geometry it tells whether a region is one
-convolution and what that costs; run on a Kernel it yields the convolution:
+One interpreter with three rules. Run on a Geometry, it tells whether a region is one convolution
+and what that costs; run on a Kernel, it computes the convolution:
 
     source -> identity,    Map -> value.then(map),    Sum -> sum of factor * arranged value
 
-Whether a padding holds the constant of the value it pads is asked of the expressions, never of
-today's numbers: every parameter and buffer is drawn anew, and again, and both must stay equal."""
+A padding may use the very constant that the padded value has at its border. Whether it does must
+not depend on the current weights, so both are compared for several random draws of all parameters
+and buffers."""
 
 from __future__ import annotations
 
@@ -26,18 +27,12 @@ from repfx.graph.view import GraphView
 from repfx.rewrite.weights import Fetch, drawn
 from repfx.tolerances import SAME_CONSTANT
 
-_KEEPS = ("add", "chunk", "permute")  # the sums whose values have the channels of the result
-_TYPED = (
-    "conv",
-    "linear",
-    "conv_transpose",
-    "bn",
-)  # what refuses an input that is not of its weights' type
-_CHANGES = (
-    "conv",
-    "linear",
-    "conv_transpose",
-)  # the maps whose outputs are other channels than their inputs
+# The sums whose values have the channels of the result.
+_KEEPS = ("add", "chunk", "permute")
+# The maps that reject an input of another dtype than their weights.
+_TYPED = ("conv", "linear", "conv_transpose", "bn")
+# The maps whose output channels differ from their input channels.
+_CHANGES = ("conv", "linear", "conv_transpose")
 
 Value = TypeVar("Value", Geometry, Kernel)
 
@@ -52,12 +47,12 @@ def geometries(
         if dtype is not None and not dtype.is_floating_point:
             raise Inexact(
                 f"its input is {str(dtype).removeprefix('torch.')}, which a convolution "
-                "does not take"
+                "does not accept"
             )
         if source.meta.get("guessed") and not any(
             getattr(view.ops[n], "kind", "") in _TYPED for n in source.users
         ):
-            raise Inexact("the type of the model's input is not known", "pass an example")
+            raise Inexact("the dtype of the model's input is not known", "pass an example")
         start = source_geometry(view, source, nodes)
     except Inexact as why:
         return dict.fromkeys(nodes, why)
@@ -78,10 +73,10 @@ def kernel_of(
     start: Geometry | None = None,
     meaning: Callable[[Map, Kernel], Kernel] | None = None,
 ) -> Kernel:
-    """The one convolution that `region` equals, from the weights that `fetch` gives.
+    """The one convolution that `region` equals, with the weights that `fetch` returns.
 
-    `start`: the identity on the region's source, where known. `meaning`: what a Map is after a
-    value, if not what its rule says. Raises Inexact where the region is not one convolution."""
+    `start`: the identity on the region's source, if known. `meaning`: replaces the rule for the
+    kernel of a Map after a value. Raises Inexact if the region is not one convolution."""
     start = start or source_geometry(view, region.source, region.nodes)
     identity = Kernel.identity(start, torch.empty(0, dtype=torch.float64, device="cpu"))
     meaning = meaning or (lambda op, before: op.kernel(fetch, op.geometry(before.geometry)))
@@ -93,21 +88,20 @@ def kernel_of(
             if value in readers:
                 readers[value] -= 1
                 if not readers[value]:
-                    found.pop(value, None)  # its weights are in the next value: free them
+                    found.pop(value, None)  # nothing reads it any more: free its memory
     whole: Kernel = found[region.sink]
     return whole
 
 
 def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) -> Geometry:
-    """The identity on the source's channels and axes, read from the operators that take it, or
-    noted in a run.
-    """
+    """The identity on the source's channels and axes.
+
+    These are read from the operators that take the source, or from a run of the model."""
     axes: int | None = None
     channel_axis: int | None = None
     channels: int | None = None
-    order = {
-        source: 1
-    }  # 1 where the axes stand as the source's do, -1 where the channels have moved
+    # 1 if the axes are in the order of the source, -1 if the channel axis has moved.
+    order = {source: 1}
     same = {source}  # values with the source's channels
     for node in nodes:
         op: Any = view.ops[node]
@@ -128,9 +122,8 @@ def source_geometry(view: GraphView, source: fx.Node, nodes: Sequence[fx.Node]) 
         axes = 0
     if channel_axis is not None:
         seen = view.channels(source, channel_axis)
-        channels = (
-            channels if seen is None else seen
-        )  # an operand may have more channels than what it broadcasts
+        # An operand may have more channels than the source, which it then broadcasts.
+        channels = channels if seen is None else seen
     rank = view.rank(source)
     if channel_axis == 1 and axes is not None and rank not in (None, axes + 2):
         raise Inexact("its input has no batch dimension")
@@ -167,7 +160,7 @@ def _step(
     assert isinstance(op, Map)
     before = value(op.x)
     outer = _padded(view, source, node, start.geometry, before.geometry, meaning(op, before))
-    if op.x is source:  # nothing to compose with: id.then(map) == map
+    if op.x is source:  # no need to compose: id.then(map) == map
         checked = start.geometry.then(outer.geometry)
         return checked if isinstance(outer, Geometry) else Kernel(checked, outer.weight, outer.bias)
     return before.then(outer)
@@ -176,7 +169,7 @@ def _step(
 def _padded(
     view: GraphView, source: fx.Node, node: fx.Node, start: Geometry, before: Geometry, outer: Value
 ) -> Value:
-    """The map, its padding named "own" where it holds the very constant of the value it pads."""
+    """The map, with padding mode "own" if it pads with the very constant of the padded value."""
     g, op = outer.geometry, view.ops[node]
     assert isinstance(op, Map)
     if not g.pads or g.mode != "zeros" or (not before.bias and op.fill == 0):
@@ -184,10 +177,10 @@ def _padded(
     if not _holds_own(view, source, node, start):
         if not before.bias:
             raise Inexact(
-                "it pads with a value that is not the constant of what it pads", "pad with zeros"
+                "it pads with a value other than the constant of its input", "pad with zeros"
             )
         pads = "zeros" if op.fill == 0 else "something else"
-        cure = "drop the bias, drop this padding, or pad with the value that the bias gives"
+        cure = "remove the bias, remove this padding, or pad with the value that the bias gives"
         raise Inexact(
             f"{_biased(view, source, op.x)} has a bias and {described(view, node)} pads "
             f"with {pads}",
@@ -198,7 +191,7 @@ def _padded(
 
 
 def _biased(view: GraphView, source: fx.Node, node: fx.Node) -> str:
-    """The nearest operator on the way back that gives a value its constant."""
+    """The nearest operator before a value that gives the value its constant."""
     while isinstance(view.ops[node], Map):
         op: Any = view.ops[node]
         if op.x is source or op.kind in ("bn", "shift") or (op.own is not None and op.own.bias):
@@ -208,17 +201,17 @@ def _biased(view: GraphView, source: fx.Node, node: fx.Node) -> str:
 
 
 def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry) -> bool:
-    """Whether the constant part of a padded value is what it is padded with, whatever the
-    parameters are.
+    """Whether a padding equals the constant part of the padded value for all parameters.
 
-    Both are analytic in the parameters: equal on random draws, they are equal everywhere.
+    Both are analytic in the parameters: if they are equal on random draws, they are equal
+    everywhere.
     """
     if (source, node) not in view.own_padding:
         op = view.ops[node]
         assert isinstance(op, Map)
         inner = nodes_between(view, source, op.x)
-        # Only what shifts can cancel a constant: the usual convolution after a biased one needs no
-        # draws.
+        # Only a shift can cancel a constant, so the usual convolution after a biased one needs
+        # no draws.
         shifts = any(view.ops[n].kind == "shift" for n in inner or ())  # type: ignore[union-attr]
         worth = inner is not None and (shifts or op.fill != 0)
         view.own_padding[source, node] = worth and _equal(

@@ -1,13 +1,12 @@
-"""merge_regions: which stretches of a model to merge, decided by multiply-accumulates before any
-weight is read.
+"""merge_regions: plans which regions to merge, by multiply-accumulates, before reading a weight.
 
-A run of dominators d0 ... dn is cut into parts; each part is one merged convolution where that is
-exact, or what it was. The cut with the fewest multiply-accumulates wins, then the one that leaves
-the fewest operators, then the one that takes out the fewest dropouts, since training may go on:
+A run of dominators d0 ... dn is cut into parts. Each part either becomes one convolution, if that
+is exact, or stays as it is. The best cut has the fewest multiply-accumulates. Among equals it
+leaves the fewest operators, and then removes the fewest dropouts, since training may continue:
 
     best(i) = min over j > i of  cost(i, j) + best(j),  cost = (MACs, operators left, ...)
 
-so a block merges as a whole where that pays, and its inner blocks do where it does not.
+So a block is merged as a whole if that pays off, and otherwise the blocks inside it are merged.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from repfx.graph.regions import Region, Run, is_linear, is_value, region_of, run
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import geometries
 
-Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts taken out
+Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts removed
 Accept = Callable[[list[Op]], bool]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A region that will become one convolution of `geometry`. MACs are per position of the
-    region's source.
+    """A region that will become one convolution of this `geometry`.
+
+    MACs are per position of the region's source.
     """
 
     region: Region
@@ -46,7 +46,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to merge and what was left alone."""
+    """What to merge, and what is declined."""
 
     merges: tuple[Merge, ...]
     declined: tuple[Declined, ...]
@@ -54,12 +54,11 @@ class Plan:
 
 
 def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
-    """Finds every region to merge. `accept` may narrow the choice by the operators a region
-    holds."""
+    """Finds every region to merge; `accept` may reject a region by its operators."""
     merges: list[Merge] = []
     told = _Told(view)
     taken: set[fx.Node] = set()
-    needed: set[fx.Node] = set()  # what the planned merges read, whatever reads it now
+    needed: set[fx.Node] = set()  # the values that the planned merges will read
     blocked = False
     for sink in reversed(view.nodes):
         if sink in taken or not is_linear(view, sink) or not is_value(view, sink):
@@ -76,8 +75,8 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
             needed.add(merge.region.source)
             taken.update(merge.region.removed)
     told.rest(taken)
-    # A merge beside linear values has changed what merging those would cost, or left one with a
-    # single reader.
+    # A merge next to other linear values changes the cost of merging those, or may leave one of
+    # them with a single reader. Then it is worth planning again.
     again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
     return Plan(tuple(reversed(merges)), tuple(told.declined.values()), again)
 
@@ -87,7 +86,7 @@ def _beside(view: GraphView, region: Region) -> bool:
     return bool(region.kept) or any(is_linear(view, node) for node in near)
 
 
-Part = tuple[int, int, Merge | None]  # from one end of a run to another, merged or as it is
+Part = tuple[int, int, Merge | None]  # from one end of a run to another; None is not merged
 
 
 class _Cut:
@@ -96,14 +95,14 @@ class _Cut:
     def __init__(self, view: GraphView, run: Run, accept: Accept, needed: set[fx.Node]) -> None:
         self.view, self.run, self.accept, self.needed = view, run, accept, needed
         self.rates = _rates(view, run.ends[0], self.between(0, len(run.steps)))
-        # What each stretch is, by its ends: one convolution, or why it is none.
+        # For each pair of ends: the one convolution between them, or why there is none.
         self.known: dict[tuple[int, int], Geometry | Inexact] = {}
 
     def between(self, i: int, j: int) -> tuple[fx.Node, ...]:
         return tuple(node for step in self.run.steps[i:j] for node in step)
 
     def best(self) -> list[Part]:
-        """The parts of the cheapest cut, by the recurrence above, from the last end back."""
+        """The parts of the cheapest cut, by the recurrence above, from the last end backwards."""
         n = len(self.run.steps)
         best: dict[int, tuple[Cost, int, Merge | None]] = {n: ((Fraction(0), 0, 0), n, None)}
         for i in reversed(range(n)):
@@ -117,7 +116,7 @@ class _Cut:
                     choices.append((_plus(offer[0], best[j][0]), j, offer[1]))
                 elif j == i + 1:
                     choices.append((_plus(self._alone(i), best[j][0]), j, None))
-            best[i] = min(choices, key=lambda c: c[0])  # the first of equals is the longest
+            best[i] = min(choices, key=lambda c: c[0])  # among equals, the first is the longest
         parts, i = [], 0
         while i < n:
             _, j, merge = best[i]
@@ -132,20 +131,20 @@ class _Cut:
     def _as_layer(
         self, i: int, j: int, nodes: tuple[fx.Node, ...], whole: Geometry | Inexact
     ) -> Geometry | Inexact:
-        """The geometry of a stretch, unless what it stands among, or no layer for it, forbids."""
+        """The geometry between two ends, or Inexact if the graph or the layers do not allow it."""
         view, ends, kept = self.view, self.run.ends, frozenset[fx.Node]()
         if view.writes.of:
             kept = region_of(view, ends[i], ends[j], nodes, self.needed).kept
         if view.writes.disturb(ends[i], nodes, kept):
-            return Inexact("a value in it is changed in place between its readers")
+            return Inexact("a value inside it is changed in place between its readers")
         if isinstance(whole, Geometry) and whole.why_no_layer:
             return Inexact(whole.why_no_layer)
         return whole
 
     def _offer(self, i: int, j: int, nodes: tuple[fx.Node, ...]) -> tuple[Cost, Merge] | None:
-        """The merge of a stretch and what it costs; None where it is not exact, has no convolution
-        or removes nothing.
-        """
+        """The merge between two ends and its cost; None if there is nothing to gain.
+
+        That is the case if it is not exact, has no convolution or removes no operator."""
         view, rates, geometry = self.view, self.rates, self.known[i, j]
         if isinstance(geometry, Inexact):
             return None
@@ -165,8 +164,7 @@ class _Cut:
         return cost, Merge(region, geometry, before / rate, params)
 
     def why(self, i: int, j: int) -> tuple[str, str]:
-        """Why a stretch is not merged, and what would help; the reason is empty where it holds no
-        two convolutions to speak of."""
+        """Why the part between two ends is not merged, and a hint; empty if it needs no reason."""
         known = self.known[i, j]
         if isinstance(known, Inexact):
             return known.reason, known.cure
@@ -177,15 +175,16 @@ class _Cut:
             return "", ""
         if region.kept:
             last = described(self.view, max(region.kept, key=self.view.index.__getitem__))
-            return f"{last} inside it is read elsewhere and must stay", ""
+            return f"{last} inside it is also read elsewhere and must stay", ""
         costs = (
-            f"{float(merged):.6g} multiply-accumulates a pixel, the parts take {float(before):.6g}"
+            f"{float(merged):.6g} multiply-accumulates per pixel, "
+            f"the parts take {float(before):.6g}"
         )
         return f"one convolution would take {costs}", ""
 
 
 class _Told:
-    """What is left alone, by name, and the nodes that this accounts for."""
+    """What is declined, by name, and the nodes that are accounted for."""
 
     def __init__(self, view: GraphView) -> None:
         self.view = view
@@ -197,7 +196,7 @@ class _Told:
         self.nodes.update(nodes)
 
     def rest(self, taken: set[fx.Node]) -> None:
-        """What stands in no run: sums and batch norms, and operators that only look linear."""
+        """Adds what is part of no run: sums, batch norms, and operators that only look linear."""
         accounted = taken | self.nodes
         for node in self.view.nodes:
             op = self.view.ops[node]
@@ -209,7 +208,7 @@ class _Told:
 
 
 def _explain(cut: _Cut, parts: list[Part], told: _Told) -> None:
-    """Says of each part that stays, and of each two neighbours, why they are not one layer."""
+    """Notes why a part is not merged, and why two neighbours are not merged into one layer."""
     view, run = cut.view, cut.run
     for i, j, merge in parts:
         if merge is None and _macs(view, run.steps[i], cut.rates):
@@ -219,7 +218,7 @@ def _explain(cut: _Cut, parts: list[Part], told: _Told) -> None:
     for (i, j, _), (_, k, _) in pairwise(parts):
         sides = [[view.ops[n] for n in cut.between(*ends)] for ends in ((i, j), (j, k))]
         if not all(any(isinstance(op, Map) for op in side) for side in sides):
-            # Only channels move, or values add up: nobody would look for a convolution there.
+            # These only move channels or add values: nobody expects a convolution there.
             continue
         reason, cure = cut.why(i, k)
         if reason:
@@ -228,7 +227,7 @@ def _explain(cut: _Cut, parts: list[Part], told: _Told) -> None:
 
 
 def _count(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
-    """Operators, but for those that only training knows."""
+    """How many operators there are, without those that do nothing in eval mode."""
     return sum(view.ops[node].kind != "dropout" for node in nodes)  # type: ignore[union-attr]
 
 
@@ -237,7 +236,7 @@ def _plus(a: Cost, b: Cost) -> Cost:
 
 
 def _rates(view: GraphView, source: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Fraction]:
-    """Positions of each value per position of the run's first."""
+    """How many positions each value has per position of the run's first value."""
     rates = {source: Fraction(1)}
     for node in nodes:
         op = view.ops[node]

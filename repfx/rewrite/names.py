@@ -1,4 +1,4 @@
-"""Names: where merged layers go, and what a report calls the regions they came from."""
+"""Names: the paths of merged layers, and the names of their regions in reports."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from repfx.rewrite.merge_regions import Merge
 
 
 class Names:
-    """Where merged layers go: in the place of their region's widest convolution, unless another
-    call still needs it.
-    """
+    """The paths of merged layers: that of the region's widest convolution, if it is free."""
 
     def __init__(self, view: GraphView, module: fx.GraphModule) -> None:
         self.view = view
         self.module = module
-        self.calls: dict[str, list[fx.Node]] = {}  # by the module called
-        self.reads: dict[str, list[fx.Node]] = {}  # of tensors, by the module that holds them
-        self.under: Counter[str] = Counter()  # convolutions and linears, by the modules around them
+        self.calls: dict[str, list[fx.Node]] = {}  # by the path of the called module
+        self.reads: dict[str, list[fx.Node]] = {}  # get_attr nodes, by the module with the tensor
+        # How many convolutions and linear layers each module contains.
+        self.under: Counter[str] = Counter()
         for node in view.nodes:
             if getattr(view.ops[node], "macs", 0):
                 parts = view.name(node).split(".")
@@ -48,8 +47,7 @@ class Names:
         return weight_of(self.main(merge))
 
     def label(self, merge: Merge) -> str:
-        """The innermost module that holds the region and little else, or else its main
-        convolution."""
+        """The innermost module that contains the region and little else, or its main layer."""
         parts = [self.view.name(n).split(".") for n in merge.region.removed]
         shared = []
         for names in zip(*parts, strict=False):
@@ -61,9 +59,9 @@ class Names:
         return ".".join(shared) if here else self.view.name(self.main(merge))
 
     def signature(self, merge: Merge) -> str:
-        """Equal for two calls of the same modules in the same way, which then share one layer; else
-        the sink's name.
-        """
+        """A key that is equal for merges that call the same modules in the same way.
+
+        Such merges share one layer. Any other merge has the name of its sink."""
         region = merge.region
         if all(
             len(self.calls.get(str(n.target), [])) < 2
@@ -117,12 +115,12 @@ class Names:
         return free_path(self.module, f"{scope}.merged" if scope else "merged")
 
     def _reads_end_in(self, path: str, removed: set[fx.Node]) -> bool:
-        """Whether the tensors of the module at `path` are read by removed nodes alone."""
+        """Whether only removed nodes read the tensors of the module at `path`."""
         return all(user in removed for n in self.reads.get(path, []) for user in n.users)
 
 
 def weight_of(conv: fx.Node) -> Ref:
-    """Where the weight of a convolution or linear is read from."""
+    """Where a convolution or linear layer reads its weight from."""
     if conv.op == "call_module":
         return f"{conv.target}.weight"
     return conv.args[1] if len(conv.args) > 1 else conv.kwargs["weight"]  # type: ignore[return-value]

@@ -1,9 +1,8 @@
-"""program: the kernel of a region as straight tensor code in the graph, derived once and run at
-every step.
+"""program: writes the kernel of a region into the graph as tensor code, which runs at every step.
 
-`kernel_of` runs on proxies of the weights instead of the weights; what it does with them is
-recorded as nodes. A batch norm becomes a call of the `KernelNorm` that stands in its place, which
-reads the region's source."""
+`kernel_of` runs on proxies instead of the weights themselves, and its operations are recorded as
+nodes. Each batch norm is replaced by a `KernelNorm`, which reads the moments of the region's
+source."""
 
 from __future__ import annotations
 
@@ -27,9 +26,7 @@ from repfx.rewrite.names import weight_of
 
 
 class Recorder(GraphAppendingTracer):
-    """Records operations on constants as nodes, and does them, so that shapes and numbers are
-    known.
-    """
+    """Records operations on constants as nodes, and runs them so that their values are known."""
 
     def __init__(self, module: fx.GraphModule, view: GraphView, like: Tensor) -> None:
         super().__init__(module.graph)
@@ -37,7 +34,7 @@ class Recorder(GraphAppendingTracer):
         self.stored: dict[int, tuple[Tensor, str]] = {}
 
     def constant(self, ref: Ref) -> ConstantProxy:
-        """A weight as the graph reads it."""
+        """A proxy for a weight, as the graph reads it."""
         node = self.graph.get_attr(ref) if isinstance(ref, str) else ref
         return ConstantProxy(node, self, self.view.tensor(ref).detach())
 
@@ -60,7 +57,7 @@ class Recorder(GraphAppendingTracer):
         return v
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor):  # a constant of the algebra's own, such as the identity's ones
+        if isinstance(a, Tensor):  # a constant of the algebra, such as the ones of an identity
             if id(a) not in self.stored:
                 path, fixed = fixed_of(self.module)
                 self.stored[id(a)] = (a, f"{path}.{fixed.add(self._now(a))}")
@@ -69,8 +66,7 @@ class Recorder(GraphAppendingTracer):
 
 
 def fixed_of(module: fx.GraphModule) -> tuple[str, Fixed]:
-    """Where the algebra's own tensors are kept in a graph, and their holder; made where there is
-    none yet."""
+    """The module that keeps the algebra's constants, and its path; created if there is none."""
     for name, child in module.named_children():
         if isinstance(child, Fixed):
             return name, child
@@ -82,11 +78,10 @@ def fixed_of(module: fx.GraphModule) -> tuple[str, Fixed]:
 def program(
     module: fx.GraphModule, view: GraphView, merge: Merge, seen: Callable[[], fx.Node], mode: str
 ) -> tuple[fx.Node, fx.Node | None, Tensor]:
-    """Writes the program of a region before its sink: the nodes of its weight and bias, and the
-    weight of now.
+    """Writes the program of a region before its sink.
 
-    Batch norms in it are replaced by KernelNorms of `mode` that read the Moments which `seen`
-    gives."""
+    Returns the nodes of the weight and the bias, and the current value of the weight. Batch norms
+    are replaced by KernelNorms of this `mode`, which read the Moments that `seen` returns."""
     region = merge.region
     like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
     recorder = Recorder(module, view, like)
@@ -128,9 +123,9 @@ def program(
 
 
 def _taps_are_learned(module: fx.GraphModule, weight: fx.Node, seen: fx.Node) -> bool:
-    """Whether a parameter of more than one tap is in this expression; a filter that is only scaled
-    has none.
-    """
+    """Whether this expression contains a trained kernel of more than one tap.
+
+    A fixed filter that is only scaled does not."""
     reached, todo = {seen}, [weight]
     while todo:
         node = todo.pop()

@@ -1,7 +1,6 @@
-"""The oracle: a region's own forward in eval mode, in float64, on inputs of several odd and even
-sizes.
+"""The oracle: runs a region itself, in float64 and eval mode, on inputs of odd and even sizes.
 
-It runs the model's modules and functions as they are and shares nothing with the algebra it judges.
+It runs the model's own modules and functions and shares no code with the algebra that it checks.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ EXACT = MERGED[torch.float64]
 
 
 def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref], Tensor]) -> float:
-    """The relative difference between the region and its kernel. Raises CheckError where it is not
-    rounding.
+    """The relative difference between a region and its kernel.
+
+    Raises CheckError if the difference is larger than rounding.
     """
     worst = 0.0
     twins: dict[fx.Node, nn.Module] = {}
@@ -50,8 +50,8 @@ def prove(view: GraphView, region: Region, kernel: Kernel, fetch: Callable[[Ref]
             worst = max(worst, relative) if relative == relative else float("inf")
     if not worst <= EXACT:
         raise CheckError(
-            f"the merge of {view.name(region.sink)!r} differs from it by {worst:.2e}; this "
-            "is a bug of repfx"
+            f"the merge of {view.name(region.sink)!r} differs from the original by {worst:.2e}; "
+            "this is a bug in repfx"
         )
     return worst
 
@@ -64,9 +64,7 @@ def _first_run(
     fetch: Callable[[Ref], Tensor],
     twins: dict[fx.Node, nn.Module],
 ) -> tuple[Tensor, Tensor]:
-    """An input and what the region makes of it: of these sizes, or larger where an operator inside
-    needs more.
-    """
+    """An input of these sizes, or larger if an operator needs it, and the region's output."""
     for more in (0, 4, 12):
         space = slice(1, -1) if len(sizes) < 3 else slice(2, None)
         grown = list(sizes)
@@ -81,8 +79,7 @@ def _first_run(
 
 
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
-    """Shapes of inputs that show both borders and the interior, each axis odd once and even
-    once."""
+    """Input shapes with both borders and an interior; each axis is odd once and even once."""
     if g.source_axis == -1:
         return [(3, *range(4, 4 + len(g.axes)), g.inputs)]
     if g.transposed:
@@ -105,10 +102,9 @@ def _run(
     twins: dict[fx.Node, nn.Module],
     seen: list[float] | None = None,
 ) -> Tensor:
-    """The region's output on x; `seen` collects the largest magnitude of each value on the way."""
-    values: dict[fx.Node, Any] = {
-        region.source: x.clone()
-    }  # a change in place must not reach the input
+    """The region's output on x; `seen` collects the largest magnitude of each value inside."""
+    # A copy, because an operator may change its input in place.
+    values: dict[fx.Node, Any] = {region.source: x.clone()}
 
     def value(v: fx.Node) -> Any:
         if view.follows_mode(v):
@@ -130,9 +126,7 @@ def _run(
 
 
 def _twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:
-    """The module in eval mode on fetched tensors, which are in float64; the module itself is left
-    as it is.
-    """
+    """A copy of the module in eval mode, with the fetched tensors, which are in float64."""
     if nn.utils.parametrize.is_parametrized(module):
         return copy.deepcopy(module).cpu().double().eval()
     twin = copy.copy(module)

@@ -1,5 +1,4 @@
-"""What passes tell: each merge, each part left alone, each layer put in; plain data, of use to
-every floor."""
+"""What passes report, as plain data: merges, declined parts and inserted layers."""
 
 from __future__ import annotations
 
@@ -10,11 +9,10 @@ from repfx.errors import Declined
 
 @dataclass(frozen=True)
 class Merged:
-    """One region that became one layer: its operators by name, the layer's path, and what both
-    cost.
+    """One region that became one layer: its operators, the layer's path, and the cost of both.
 
-    MACs are multiply-accumulates per position of the region's input; `error` is relative, in
-    float64."""
+    MACs are multiply-accumulates per position of the region's input. `error` is the relative
+    error of the merged layer, measured in float64."""
 
     name: str
     ops: tuple[str, ...]
@@ -38,8 +36,10 @@ class Result:
 
 @dataclass
 class Report:
-    """What the passes did. `results` has one entry a pass and graph; `untraced` lists what stayed
-    as written.
+    """What the passes did.
+
+    `results` has one entry per pass and graph; `untraced` lists the modules that could not be
+    traced and stay as written.
     """
 
     results: list[Result] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The runner: capture, order the passes, run each on each graph, and check what it promised."""
+"""The runner: traces the model, orders the passes, runs them and checks their promises."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from repfx.tolerances import KEPT, MERGED
 def rewrite(
     model: Any, passes: Iterable[str | Pass], example: Any, target: str
 ) -> tuple[nn.Module, Report]:
-    """Runs passes on a private copy of the model. Raises InputError for bad input, CheckError for a
-    broken promise.
+    """Runs passes on a private copy of the model and returns it with the report.
+
+    Raises InputError for bad input and CheckError for a broken promise.
     """
     ordered = resolve(passes)
     formats = target_named(target)
@@ -31,16 +32,15 @@ def rewrite(
     captured = capture(model, args)
     report = _rewrite(captured, ordered, formats)
     if captured.declined and not _still_runs(captured, ordered):
-        # A module that stays as written reads into children that were rewritten: then they must
-        # stay too.
+        # A module that could not be traced uses children that were rewritten. Leave those
+        # children as they are, too.
         captured = capture(model, args, enter_opaque=False)
         report = _rewrite(captured, ordered, formats)
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
     captured.separate()
-    if not isinstance(
-        getattr(captured.model, "meta", None), nn.Module
-    ):  # unless a child of the model has that name
+    # A child of the model may be called "meta".
+    if not isinstance(getattr(captured.model, "meta", None), nn.Module):
         captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
     return captured.model, report
 
@@ -56,26 +56,26 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
 
 
 class _Promised:
-    """One run of a pass on one graph, and whether it kept its promises.
+    """One run of a pass on one graph, and the check of its promises.
 
-    A pass that only calls the verbs of its Work has proved all it did. One that reached for the
-    graph itself may have done anything: then the model's output on the example tells."""
+    A pass that only calls `merge` and `fold` of its Work has proved everything it did. A pass that
+    asked for the graph may have done anything, so the model's output on the example is compared."""
 
     def __init__(self, p: Pass, captured: Captured, module: fx.GraphModule) -> None:
         self.title = f"pass {p.name!r}"
         self.kept, self.p = p.promises, p
         self.captured, self.module = captured, module
         self.keys = set(module.state_dict())
-        self.before: Any = None  # the output, where it must stay
+        self.before: Any = None  # the output before the pass, if it must stay the same
 
     def run(self, work: Work) -> Result:
-        """Raises CheckError where a promise is broken, which says by whom."""
+        """Runs the pass. Raises CheckError, naming the pass, if it breaks a promise."""
         try:
             result: object = self.p.run(work)
         except CheckError as error:
             raise CheckError(f"{self.title}: {error}") from error
         if not isinstance(result, Result):
-            raise CheckError(f"{self.title} gave {result!r} and not a Result of what it did")
+            raise CheckError(f"{self.title} must return a Result, not {result!r}")
         self.module.graph.lint()
         self.module.recompile()
         self._check_names()
@@ -83,26 +83,26 @@ class _Promised:
         return result
 
     def reached(self) -> None:
-        """The pass has asked for what it may write into."""
+        """Called when the pass asks for the module, which it may then write into."""
         self.captured.separate()
         if Promise.REGIONS in self.kept:
-            self.module.recompile()  # it may have merged before it asked
+            self.module.recompile()  # the pass may have merged before it asked
             self.before = self._output()
 
     def _output(self) -> Any:
-        """None where the model cannot be run, so that nothing can be told."""
+        """The model's output on the example; None if the model cannot be run."""
         if self.captured.example is None:
             return None
         try:
             return run_eval(self.captured.model, self.captured.example)
-        except Exception:  # whatever its own forward raises
+        except Exception:  # the model's forward can raise anything
             return None
 
     def _check_names(self) -> None:
         lost = sorted(self.keys - set(self.module.state_dict()))
         if Promise.NAMES in self.kept and lost:
             raise CheckError(
-                f"{self.title} promised that {Promise.NAMES.value}, and lost {', '.join(lost[:3])}"
+                f"{self.title} promised that {Promise.NAMES.value}, but lost {', '.join(lost[:3])}"
             )
 
     def _check_regions(self) -> None:
@@ -110,17 +110,17 @@ class _Promised:
             return
         after = self._output()
         limit = _limit(self.captured.model)
-        why = "the model does not run any more"
+        why = "the model no longer runs"
         if after is not None:
             why = _apart(self.before, after, limit)
         if why:
-            raise CheckError(f"{self.title} promised that {Promise.REGIONS.value}, and {why}")
+            raise CheckError(f"{self.title} promised that {Promise.REGIONS.value}, but {why}")
 
 
 def _apart(before: Any, after: Any, limit: float) -> str:
-    """In what two outputs of a model differ by more than rounding; empty where they do not.
+    """How two outputs of a model differ by more than rounding; empty if they do not.
 
-    Integers, such as indices of the largest, may turn over at a tie that rounding decides.
+    Integers are not compared: an argmax, for example, may change when rounding breaks a tie.
     """
     try:
         found = differences(before, after)
@@ -131,19 +131,19 @@ def _apart(before: Any, after: Any, limit: float) -> str:
 
 
 def _limit(model: nn.Module) -> float:
-    """How far rounding may move the output of a model of this precision."""
+    """How far rounding may change the output of a model of this precision."""
     return max([KEPT, *(MERGED.get(p.dtype, 0.0) for p in model.parameters())])
 
 
 def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
-    """Whether a partly traced model runs on the example, and to the same output where the passes
-    keep it.
-    """
+    """Whether a partly traced model still runs on the example.
+
+    If all passes promise to keep the output, it must also be the same as before."""
     if captured.example is None:
         return True
     try:
         off = difference(captured.expected, run_eval(captured.model, captured.example))
-    except Exception:  # whatever its own forward raises
+    except Exception:  # the model's forward can raise anything
         return False
     return off.relative <= _limit(captured.model) or not all(
         Promise.REGIONS in p.promises for p in passes
@@ -155,18 +155,18 @@ def as_args(example: Any) -> tuple[Any, ...] | None:
 
 
 def require_convolutions(captured: Captured) -> None:
-    """Raises InputError where nothing in the model can be merged or quantized."""
+    """Raises InputError if nothing in the model can be merged or quantized."""
     if captured.declined or any(isinstance(m, FakeQuant) for m in captured.model.modules()):
         return
     if any(t.dim() >= 2 for t in [*captured.model.parameters(), *captured.model.buffers()]):
         return
     raise InputError(
-        "the model holds no convolution and no linear layer: there is nothing to merge or quantize"
+        "the model has no convolution and no linear layer: there is nothing to merge or quantize"
     )
 
 
 def _prefixed(result: Result, path: str) -> Result:
-    """The result with the names of a nested graph made those of the whole model."""
+    """The result of a nested graph, with its names prefixed by the graph's path."""
     if not path:
         return result
 

@@ -1,8 +1,7 @@
-"""Where the weights of a region are read from: what the model holds, in float64, or draws in place
-of it.
+"""The weights of a region in float64: the model's own, or random ones in their place.
 
-The algebra and its proof run on the CPU wherever the model is: some devices have no float64, others
-only a slow one."""
+The algebra and its proofs run on the CPU, wherever the model is: some devices have no float64, and
+on others it is slow."""
 
 from __future__ import annotations
 
@@ -20,9 +19,7 @@ Fetch = Callable[[Ref], Tensor]
 
 
 def in_float64(view: GraphView, keep: bool) -> Fetch:
-    """Reads constants in float64. What is not kept is freed as soon as the kernel it went into is
-    made.
-    """
+    """Reads the model's constants in float64; `keep` caches them, else each is freed after use."""
     cache: dict[Ref, Tensor] = {}
 
     def fetch(ref: Ref) -> Tensor:
@@ -37,10 +34,10 @@ def in_float64(view: GraphView, keep: bool) -> Fetch:
 
 
 def drawn(view: GraphView, seed: int) -> Fetch:
-    """Every parameter and buffer drawn in float64, and the expressions of them.
+    """Draws every parameter and buffer at random in float64, and evaluates expressions of them.
 
-    From (0.5, 1.5), parameters with either sign but for the first seed; buffers hold variances and
-    stay positive."""
+    Values are uniform in (0.5, 1.5). Parameters get a random sign, except with seed 0; buffers
+    stay positive, because some are variances."""
     generator = torch.Generator().manual_seed(seed)
     cache: dict[Any, Tensor] = {}
 
@@ -68,16 +65,14 @@ def _held(view: GraphView, path: str) -> Tensor:
     owner_path, _, name = path.rpartition(".")
     owner = view.modules[owner_path]
     if nn.utils.parametrize.is_parametrized(owner, name):
-        # computed where it is read: in float64 too
+        # A parametrized weight is computed when it is read: compute it in float64, too.
         computed: Tensor = getattr(copy.deepcopy(owner).cpu().double().eval(), name)
         return computed.detach()
     return _wide(view.tensor(path))
 
 
 def _expression(view: GraphView, node: fx.Node, fetch: Fetch) -> Tensor:
-    """A constant expression in float64, or in its own precision where it holds constants that
-    insist on theirs.
-    """
+    """A constant expression in float64, or in its own precision if it cannot run in float64."""
     try:
         value = view.evaluate(node, fetch)
     except RuntimeError:
@@ -86,7 +81,7 @@ def _expression(view: GraphView, node: fx.Node, fetch: Fetch) -> Tensor:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In float64, but for indices and masks."""
+    """The value in float64; indices and masks keep their type."""
     return (
         value.detach().cpu().to(torch.float64)
         if value.is_floating_point()

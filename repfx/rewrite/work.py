@@ -1,6 +1,4 @@
-"""Work: what a pass is given. It reads the graph through a view and rewrites it through a few
-verbs, each proved.
-"""
+"""Work: the graph that a pass is given, with the methods that read and rewrite it."""
 
 from __future__ import annotations
 
@@ -32,12 +30,11 @@ from repfx.rewrite.weights import in_float64
 
 
 class Work:
-    """One GraphModule under rewrite, with the target that number formats are chosen for.
+    """One GraphModule being rewritten, with the target that decides the number formats.
 
-    The verbs `merge` and `fold` only read the weights they are given, and prove what they make of
-    them. All else that a pass can reach is free to be written into, so `on_reach` runs before a
-    pass gets hold of it: it ends what the graph shares with the caller's model, and takes note of
-    what must be checked afterwards."""
+    `merge` and `fold` only read the model's weights, and prove their results. A pass that asks for
+    `module` may write into any of its tensors, so `on_reach` runs first: it copies the tensors that
+    are still shared with the caller's model and records what must be checked afterwards."""
 
     def __init__(
         self, module: fx.GraphModule, target: Target, on_reach: Callable[[], None] | None = None
@@ -51,7 +48,7 @@ class Work:
 
     @property
     def module(self) -> fx.GraphModule:
-        """The graph and its layers, a private copy: a pass may write into any tensor of it."""
+        """The graph and its layers, a private copy: a pass may write into any of its tensors."""
         on_reach, self._on_reach = self._on_reach, None
         if on_reach is not None:
             on_reach()
@@ -62,10 +59,11 @@ class Work:
         return GraphView(self.module)
 
     def merge(self, name: str, accept: Accept | None = None) -> Result:
-        """Merges every region that pays and that `accept` takes, each proved against itself before
-        it goes in.
-        """
-        module = self._module if accept is None else self.module  # operators lead to the graph
+        """Merges every region that costs no more merged and that `accept` takes.
+
+        Each merged layer is proved against its region before it replaces it."""
+        # `accept` gets operators, and through them it can reach the graph.
+        module = self._module if accept is None else self.module
         merged: list[Merged] = []
         while True:
             view = GraphView(module)
@@ -75,8 +73,10 @@ class Work:
                 return Result(name, tuple(merged), plan.declined)
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
-        """Calls a layer on a value, before a node. A new one gets the path `wanted` or the next
-        free one, and the graph's mode and device; one that was inserted before is called again."""
+        """Inserts a call of `layer` on `value` before a node, and returns the call.
+
+        A new layer gets the path `wanted`, or the next free one, and the graph's mode and device.
+        A layer that was inserted earlier is called again."""
         path = self._paths.get(layer)
         if path is None:
             path = self._paths[layer] = free_path(self._module, wanted)
@@ -86,17 +86,14 @@ class Work:
             return self._module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
-        """Makes each weight that a program computes a plain weight, and each affine a part of its
-        layer.
-        """
+        """Replaces each computed weight by a plain one, and folds each affine into its layer."""
         return fold_programs(self._module) + fold_affines(self._module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> fx.Node:
-        """Puts a block, of which `inner` is the graph, in the place of a region; `path` may be its
-        convolution's.
+        """Replaces a region by a block whose graph is `inner`.
 
-        Returns the value that now stands for the region's: other regions of the same view may start
-        from it."""
+        `path` may be the path of the region's convolution. Returns the value that replaces the
+        region's output: other regions of the same view may start from it."""
         graph = self._module.graph
         before = references(graph)
         old = put_module(self._module, path, block)
@@ -105,8 +102,7 @@ class Work:
         return result
 
     def _merge(self, view: GraphView, plan: Plan) -> tuple[Merged, ...]:
-        """Puts the merged layers in, in the order of the graph: a region may start where another
-        ends."""
+        """Inserts the merged layers in graph order: a region may start where another ends."""
         before = references(self._module.graph)
         names = Names(view, self._module)
         proved = self._proved(view, plan, names)
@@ -137,8 +133,9 @@ class Work:
         return tuple(done)
 
     def _proved(self, view: GraphView, plan: Plan, names: Names) -> list[_Proved]:
-        """The merged layers. The largest are made first: what they need for a moment is then not
-        on top of all the others' results."""
+        """The merged layers, each proved.
+
+        The largest is made first, while the results of the others do not yet take memory."""
         made: dict[str, nn.Module] = {}
         proved = []
         for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
@@ -154,7 +151,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Proved:
-    """A merge and its layer. Merges of one `key` share theirs. `error` is the proof's."""
+    """A merge and its layer; merges with one `key` share it. `error` comes from the proof."""
 
     merge: Merge
     layer: nn.Module

@@ -1,6 +1,4 @@
-"""For tests of passes, here and in other projects: random nets to rewrite, and the assertion that
-nothing changed.
-"""
+"""Help for testing passes: random nets to rewrite, and assertions that outputs did not change."""
 
 from repfx.testing.checks import assert_same, assert_same_elsewhere, randomise
 from repfx.testing.layers import Scale, Shift

@@ -1,4 +1,4 @@
-"""What stops a merge: activations, gates, norms on the input's statistics, and changes in place."""
+"""Operators that stop a merge: activations, gates, norms of the input, and changes in place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "v.abs()": lambda v: v.abs(),
     "v ** 2": lambda v: v**2,
 }
-# Each changes its first value, or a part of it, and gives that value.
+# Each of these changes its first value in place, or a part of it, and returns that value.
 BENT_WRITES: dict[str, Callable[..., Tensor]] = {
     "F.relu(v, inplace=True)": lambda v: F.relu(v, inplace=True),
     "v.relu_()": lambda v: v.relu_(),
@@ -134,14 +134,12 @@ PAIR_WRITES: dict[str, Callable[..., Tensor]] = {
 
 
 def own(d: Draft, a: int) -> int:
-    """The value, or a convolution of it where it is the caller's input."""
+    """The value itself, or a convolution of it if it is the caller's input."""
     return a if d.is_own(a) else conv(d, a)
 
 
 def written(table: dict[str, Callable[..., Tensor]]) -> Callable[[Draft, int], int]:
-    """A change in place of a value; half of the time what reads the changed value reads it by its
-    old name.
-    """
+    """A change of a value in place; half of the time the old name is used afterwards."""
 
     def draw(d: Draft, a: int) -> int:
         text, v = d.one(*table), own(d, a)
@@ -163,13 +161,13 @@ def written_by_tensor(d: Draft, a: int) -> int:
 
 
 def written_by_value(d: Draft, a: int) -> int:
-    """v += w, both of the plan; maybe both were read before."""
+    """v += w, where both are values of the plan; both may have been read before."""
     text, v = d.one(*PAIR_WRITES), own(d, a)
     return d.call(text, PAIR_WRITES[text], v, d.one(*d.like(v)))
 
 
 def between_readers(d: Draft, a: int) -> int:
-    """A value is read, changed in place and read again; the readings are added."""
+    """Reads a value, changes it in place, reads it again, and adds the two results."""
     v = own(d, a)
     first = size_kept(d, v, same_channels=True)
     table = WRITES | VIEW_WRITES | (BENT_WRITES if d.nonlinear else {})
@@ -199,7 +197,7 @@ def layer(d: Draft, a: int) -> int:
 
 
 def gate(d: Draft, a: int) -> int:
-    """Squeeze and excite."""
+    """A gate as in squeeze-and-excitation."""
     dims = tuple(range(2, d.axes + 2))
     return d.call("v * sigmoid(mean)", lambda v: v * torch.sigmoid(v.mean(dims, keepdim=True)), a)
 

@@ -1,4 +1,4 @@
-"""Pads, crops and pools: what is added to a border, taken off it, and averaged."""
+"""Pads, crops, pools, resizes and other operators that move positions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def sides(d: Draft, *choices: int) -> Sides:
 
 
 def before_convolution(d: Draft, a: int, odds: float = 0.6) -> int:
-    """Mostly a convolution without padding of its own comes next."""
+    """Mostly adds a convolution without padding after the value."""
     return conv(d, a, kernel_size=per_axis(d, 1, 2, 3, 3), padding=0) if d.odds(odds) else a
 
 
 def padded(d: Draft, a: int) -> int:
-    """Zeros, uneven, perhaps a crop on one side and a pad on the other."""
+    """Zero padding, uneven, perhaps with a crop on one side."""
     pad = flat(sides(d, 0, 1, 1, 2, -1))
     text = d.one("F.pad", "F.pad(value=0)", "layer", "layer", "last axis")
     if text == "layer":
@@ -80,15 +80,16 @@ def cropped(d: Draft, a: int) -> int:
 
 
 def every_other(d: Draft, a: int) -> int:
-    """Slices with a step, as a stride."""
+    """Slices with a step, which act as a stride."""
     steps = [slice(d.one(0, 0, 1), None, d.one(1, 2)) for _ in range(d.axes)]
     y = d.call(f"v[:, :, {steps}]", lambda v: v[(slice(None), slice(None), *steps)], a)
     return before_convolution(d, y, 0.3)
 
 
 def around(spelling: str) -> Callable[[Draft, int], int]:
-    """Padding by one constant a channel: the shift of the norm or the bias of the convolution
-    before it, or any other.
+    """Padding with one constant per channel.
+
+    It is the shift of the norm or the bias of the convolution before it, or some other constant.
     """
 
     def draw(d: Draft, a: int) -> int:
@@ -122,7 +123,7 @@ def average(d: Draft, a: int) -> int:
 
 
 def average_oddly(d: Draft, a: int) -> int:
-    """The options that make an average pool no convolution, or another one."""
+    """An average pool with an option that makes it another convolution, or none."""
     ways: list[dict[str, Any]] = [
         {"ceil_mode": True},
         {"count_include_pad": False},
@@ -137,7 +138,7 @@ def average_oddly(d: Draft, a: int) -> int:
 
 
 def adaptive(d: Draft, a: int) -> int:
-    """To a few positions, or to as many as there are: then it is the identity at one size."""
+    """An adaptive pool to a few positions, or to all, which is the identity at this one size."""
     return d.add(ADAPTIVE[d.axes](d.one(3, 4, tuple(d.shape(a)[2:]))), a)
 
 
@@ -157,13 +158,13 @@ def stretched(d: Draft, a: int) -> int:
 
 
 def mean(d: Draft, a: int) -> int:
-    """Less its mean over the positions: linear, and not shift-invariant at the border."""
+    """A value minus its mean over the positions: linear, but not a convolution."""
     dims = tuple(range(2, d.axes + 2))
     return d.call("v - mean", lambda v: v - v.mean(dims, keepdim=True), a)
 
 
 def wrapped(d: Draft, a: int) -> int:
-    """Positions moved around: a roll, a flip, a swap of axes."""
+    """Moves positions: a roll, a flip, or a swap of axes."""
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "v.roll(1, -1)": lambda v: v.roll(1, -1),
         "torch.flip(v, [2])": lambda v: torch.flip(v, [2]),

@@ -1,5 +1,4 @@
-"""Channels taken apart, moved and put together: cat, chunk, split, slices, shuffles,
-permutations."""
+"""Operators on channels: cat, chunk, split, slices, shuffles and permutations."""
 
 from __future__ import annotations
 
@@ -27,12 +26,12 @@ def cat(d: Draft, *values: int) -> int:
 
 
 def cat_any(d: Draft, a: int) -> int:
-    """2 or 3 values of one spatial shape, whatever they come from."""
+    """Concatenates 2 or 3 values of one spatial shape, from anywhere in the plan."""
     return cat(d, a, *(d.one(*d.like(a, spatial=True)) for _ in range(d.one(1, 1, 2))))
 
 
 def cat_branches(d: Draft, a: int) -> int:
-    """Branches of one value side by side, and maybe a 1x1 convolution of them."""
+    """Concatenates branches of one value, perhaps with a 1x1 convolution or a norm after them."""
     branches = [size_kept(d, a) for _ in range(d.one(2, 2, 3))]
     if d.odds(0.3):
         branches[d.rng.randrange(len(branches))] = a
@@ -45,7 +44,7 @@ def cat_branches(d: Draft, a: int) -> int:
 
 
 def size_kept(d: Draft, a: int, same_channels: bool = False) -> int:
-    """A convolution or norm after which the sizes are what they were."""
+    """A convolution or norm that keeps the spatial sizes."""
     kernel, fixed = per_axis(d, 1, 1, 3), {"out": d.channels(a)} if same_channels else {}
     return d.do(
         lambda: conv(d, a, kernel_size=kernel, padding=keeping(kernel, (1,) * d.axes), **fixed),
@@ -55,7 +54,7 @@ def size_kept(d: Draft, a: int, same_channels: bool = False) -> int:
 
 
 def sizes_of(d: Draft, channels: int) -> list[int]:
-    """Unequal parts that sum to the channels."""
+    """Sizes of two or three parts that add up to the channels."""
     cuts = sorted(d.rng.sample(range(1, channels), d.rng.randint(1, min(2, channels - 1))))
     return [b - a for a, b in zip([0, *cuts], [*cuts, channels], strict=True)]
 
@@ -85,12 +84,12 @@ def _item(i: int) -> Callable[[Any], Tensor]:
 
 
 def pieces(d: Draft, a: int) -> int:
-    """One piece is read, or two pieces as values of the plan."""
+    """One piece of a value; the other pieces stay in the plan for later operators."""
     return d.rng.choice(taken_apart(d, a))
 
 
 def pieces_joined(d: Draft, a: int) -> int:
-    """Each piece on its own way, and all side by side again, perhaps in another order."""
+    """Puts pieces through layers of their own and concatenates them, perhaps in another order."""
     parts = [p if d.odds(0.3) else size_kept(d, p) for p in taken_apart(d, a)]
     if d.odds(0.3):
         d.rng.shuffle(parts)
@@ -131,7 +130,7 @@ def some_channels(d: Draft, a: int) -> int:
 
 
 def permuted(d: Draft, a: int) -> int:
-    """A flip, or channels in any order, some perhaps twice."""
+    """A flip, or the channels in any order, some of them perhaps twice."""
     c = d.channels(a)
     order = d.rng.sample(range(c), c) if d.odds(0.8) else d.rng.choices(range(c), k=c)
     ways: dict[str, Callable[..., Tensor]] = {
@@ -153,7 +152,7 @@ def permuted(d: Draft, a: int) -> int:
 
 
 class IndexedBy(nn.Module):
-    """Channels by an index that is a buffer."""
+    """Selects channels with an index that is a buffer."""
 
     index: Tensor
 
@@ -202,7 +201,7 @@ def _by_view(groups: int, axes: int) -> Callable[[Tensor], Tensor]:
 
 
 def _by_sizes(groups: int) -> Callable[[Tensor], Tensor]:
-    """As ShuffleNet writes it."""
+    """A channel shuffle as ShuffleNet writes it."""
 
     def shuffle(v: Tensor) -> Tensor:
         batch, channels, height, width = v.size()
@@ -213,7 +212,7 @@ def _by_sizes(groups: int) -> Callable[[Tensor], Tensor]:
 
 
 def read_again(d: Draft, a: int) -> int:
-    """The value by a layer that another value went through, and both together."""
+    """Calls a layer of the plan on another value, and adds a second value of that shape."""
     y = again(d, a)
     others = [i for i in d.like(y) if i != y]
     return d.call("v + w", lambda v, w: v + w, y, d.rng.choice(others)) if others else y

@@ -1,4 +1,4 @@
-"""The assertion that nothing changed: on one input, and on what else the model accepts."""
+"""Assertions that the output did not change: on one input, and on other sizes and batches."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _STATEFUL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every batch norm statistics and weights away from their defaults, in place, so that no
-    test is vacuous.
-    """
+    """Sets the statistics and weights of every batch norm to random values, in place.
+
+    With the default values a batch norm is almost the identity, and a test would show little."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
@@ -39,8 +39,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def assert_same(before: Any, after: Any, x: Any, tolerance: float | None = None) -> None:
-    """Asserts that two models give one output on x, to `tolerance` or that of its dtype (largest
-    over largest).
+    """Asserts that two models have the same output on x.
+
+    The largest difference over the largest value is at most `tolerance`, by default that of the
+    dtype of x.
     """
     first = x[0] if isinstance(x, tuple) else x
     limit = MERGED[first.dtype] if tolerance is None else tolerance
@@ -51,11 +53,9 @@ def assert_same(before: Any, after: Any, x: Any, tolerance: float | None = None)
 def assert_same_elsewhere(
     before: nn.Module, after: nn.Module, x: Tensor, tolerance: float | None = None
 ) -> None:
-    """Asserts the same on inputs of other sizes and of other batch sizes, where `before` accepts
-    them.
+    """Asserts the same on inputs of other sizes and batch sizes, if `before` accepts them.
 
-    Where it holds neither norm nor dropout its mode must make no difference: then also in train
-    mode, on x."""
+    A model with neither norm nor dropout is also compared in train mode, on x."""
     limit = MERGED[x.dtype] if tolerance is None else tolerance
     generator = torch.Generator().manual_seed(1)
     with same_modes(before, after):
@@ -68,8 +68,7 @@ def assert_same_elsewhere(
 
 
 def _other_shapes(shape: torch.Size) -> list[tuple[int, ...]]:
-    """Other sizes, each even where it was odd; and the same sizes with smaller and larger
-    batches."""
+    """Other sizes, even where they were odd, and the same sizes with smaller and larger batches."""
     n, channels, *sizes = shape
     return [
         (n, channels, *(s + 2 * i + 1 for i, s in enumerate(sizes))),

@@ -1,4 +1,4 @@
-"""Convolutions, linears and batch norms in all their spellings."""
+"""Convolutions, linear layers and batch norms, in all the ways they are written."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from repfx.testing.layers import (
 )
 from repfx.testing.plan import Draft, Recipe, Unfit
 
-# A module of each number of axes.
+# The module for each number of axes.
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 DECONV: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def per_axis(d: Draft, *choices: int, equal: float = 0.6) -> tuple[int, ...]:
-    """One of the choices an axis, or one for all."""
+    """One of the choices for each axis, or one for all axes."""
     if d.odds(equal):
         return (d.one(*choices),) * d.axes
     return tuple(d.one(*choices) for _ in range(d.axes))
 
 
 def keeping(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
-    """The padding that keeps sizes where the kernel is odd."""
+    """The padding that keeps the sizes if the kernel is odd."""
     return tuple(t * (k - 1) // 2 for k, t in zip(kernel, dilation, strict=True))
 
 
@@ -42,7 +42,7 @@ def groups_of(d: Draft, inputs: int, outputs: int) -> int:
 
 
 def conv(d: Draft, a: int, **fixed: Any) -> int:
-    """A convolution; what is not fixed is drawn."""
+    """A convolution; options that are not fixed are drawn."""
     inputs = d.channels(a)
     out = fixed.pop("out", None) or d.one(2, 4, 6, inputs, inputs)
     options: dict[str, Any] = {
@@ -63,7 +63,7 @@ def even(d: Draft, a: int) -> int:
 
 
 def big(d: Draft, a: int) -> int:
-    """7 along all axes, or along one."""
+    """A convolution with kernel size 7 along all axes, or along one."""
     kernel = [7] * d.axes
     if d.odds(0.6):
         kernel = [1] * d.axes
@@ -74,7 +74,7 @@ def big(d: Draft, a: int) -> int:
 
 
 def same(d: Draft, a: int) -> int:
-    """padding='same', which pads unevenly where the taps are even in number."""
+    """A convolution with padding='same', which pads unevenly if the number of taps is even."""
     return conv(
         d,
         a,
@@ -118,7 +118,7 @@ def computed(d: Draft, a: int) -> int:
 
 
 def identity_plus(d: Draft, a: int) -> int:
-    """F.conv2d(x, W + I)."""
+    """A convolution with the weight W + I."""
     c = d.channels(a)
     return d.add(
         ComputedWeight(
@@ -137,7 +137,7 @@ def bare_norm(d: Draft, a: int) -> int:
 
 
 def weighted_norm(d: Draft, a: int) -> int:
-    """A batch norm with a weight and no bias, or the other way round."""
+    """A batch norm with a weight but no bias, or the other way round."""
     norm = NORM[d.axes](d.channels(a))
     norm.register_parameter(d.one("bias", "bias", "weight"), None)
     return d.add(norm, a)
@@ -165,7 +165,7 @@ STEPS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def last(d: Draft, a: int) -> int:
-    """Linear layers with the channels last, with norms, scales and a residual there."""
+    """Linear layers on channels-last values, with norms, scales and perhaps a residual."""
     c = d.channels(a)
     residual = d.odds(0.35)
     steps: list[nn.Module] = []
@@ -181,7 +181,7 @@ def last(d: Draft, a: int) -> int:
 
 
 def again(d: Draft, a: int) -> int:
-    """A layer that is in the plan, called on another value."""
+    """A layer that is already in the plan, called on another value."""
     fits = [
         m
         for m in d.layers

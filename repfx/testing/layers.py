@@ -1,6 +1,4 @@
-"""Layers as people write them, each a small module: functions, pads filled by hand, channels last,
-computed weights.
-"""
+"""Small modules as found in real code: functions, pads by hand, channels last, computed weights."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Scale(nn.Module):
-    """x * weight, weight of a shape with one entry a channel."""
+    """x * weight, where the weight has one entry per channel."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -33,8 +31,9 @@ class Shift(Scale):
 
 
 class Call(nn.Module):
-    """A function of one or more values, and of a tensor where one is given: a parameter, a buffer
-    or an attribute.
+    """A function of one or more values, and of a tensor if one is given.
+
+    `kind` says whether the tensor is a parameter, a buffer or a plain attribute.
     """
 
     tensor: Any
@@ -65,7 +64,7 @@ class Call(nn.Module):
 
 
 class FunctionalNorm(nn.Module):
-    """A batch norm by F.batch_norm on buffers, or by its formula."""
+    """A batch norm written with F.batch_norm on buffers, or as its formula."""
 
     mean: Tensor
     var: Tensor
@@ -91,15 +90,14 @@ class FunctionalNorm(nn.Module):
         ) + bias
 
 
-Sides = list[tuple[int, int]]  # how many entries before and after, an axis at a time
+Sides = list[tuple[int, int]]  # for each axis, how many entries before and after
 
 
 class PaddedBy(nn.Module):
-    """`layer`, its output padded with one number a channel: the shift or bias of the layer, or
-    numbers of its own.
+    """A layer whose output is padded with one number per channel.
 
-    `sides` are the entries of the border, first axis first; `written` says which of the 2 * axes
-    borders are."""
+    The numbers are the shift or bias of the layer, or `own`. `sides` are the widths of the borders,
+    first axis first; `written` says which of the 2 * axes borders get the numbers."""
 
     def __init__(
         self, layer: nn.Module, spelling: str, sides: Sides, written: list[bool], own: Tensor | None
@@ -126,7 +124,7 @@ class PaddedBy(nn.Module):
         )
 
     def borders(self) -> list[tuple[Any, ...]]:
-        """The index of each border that is written."""
+        """The index of each border that gets the numbers."""
         found, axes = [], len(self.sides)
         for i, (before, after) in enumerate(self.sides):
             for n, cut, wanted in zip(
@@ -156,7 +154,7 @@ class PaddedBy(nn.Module):
 
 
 def flat(sides: Sides) -> list[int]:
-    """As F.pad takes them: the last axis first."""
+    """The sides as F.pad takes them: last axis first."""
     return [n for side in reversed(sides) for n in side]
 
 
@@ -185,9 +183,9 @@ _SPELLINGS: dict[str, Callable[[PaddedBy, Tensor, Tensor], Tensor]] = {
 
 
 class ChannelsLast(nn.Module):
-    """Steps on the channels as last axis, between two permutes; or on tokens (N, positions,
-    channels).
-    """
+    """Steps with the channels as the last axis, between two permutes.
+
+    With `tokens` they work on (N, positions, channels)."""
 
     def __init__(self, axes: int, tokens: bool, residual: bool, steps: list[nn.Module]) -> None:
         super().__init__()
@@ -221,7 +219,7 @@ def _sizes(x: Tensor, axes: int) -> list[int]:
 
 
 class RowNorm(nn.Module):
-    """A BatchNorm1d over the last axis, all others made rows."""
+    """A BatchNorm1d over the last axis; all other axes are flattened into rows."""
 
     def __init__(self, norm: nn.BatchNorm1d) -> None:
         super().__init__()
@@ -246,8 +244,7 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
 
 
 class ComputedWeight(nn.Module):
-    """A convolution with a weight computed from parameters; its kernel is odd and keeps the
-    sizes."""
+    """A convolution whose weight is computed from parameters; it keeps the spatial sizes."""
 
     eye: Tensor
 

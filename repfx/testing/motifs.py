@@ -1,4 +1,4 @@
-"""Groups of operators that papers and zoos are made of, so that merges are frequent."""
+"""Groups of operators that are common in papers and model zoos, so that merges are frequent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def one(d: Draft) -> tuple[int, ...]:
 
 
 def line(d: Draft, k: int, axis: int) -> tuple[int, ...]:
-    """k along one axis."""
+    """A kernel size of k along one axis and 1 along the others."""
     return tuple(k if i == axis else 1 for i in range(d.axes))
 
 
@@ -78,7 +78,7 @@ def line_pair(d: Draft, a: int) -> int:
 
 
 def point_then_wide(d: Draft, a: int) -> int:
-    """1x1 then kxk; exact where the second does not pad, or nothing shifts in between."""
+    """1x1 then kxk: exact if the second does not pad, or nothing between them adds a constant."""
     kernel = per_axis(d, 2, 3, 3, 5, equal=0.8)
     bias = d.odds(0.5)
     pad = d.one(0, 0, keeping(kernel, one(d))) if bias else d.one(0, keeping(kernel, one(d)))
@@ -149,7 +149,7 @@ def branch(d: Draft, a: int, out: int, groups: int, stride: int) -> int:
 
 
 def branches(d: Draft, a: int) -> int:
-    """Parallel branches summed: convolutions, the identity, its norm; and a norm behind them."""
+    """A sum of parallel branches: convolutions, the identity, its norm; perhaps a norm after it."""
     c = d.channels(a)
     out, stride = d.one(c, c, c, 4), d.one(1, 1, 1, 2)
     groups = d.one(*(g for g in (1, 1, 2, c) if c % g == 0 and out % g == 0))
@@ -163,7 +163,7 @@ def branches(d: Draft, a: int) -> int:
 
 
 def residual(d: Draft, a: int) -> int:
-    """x + scale * (M(x) - N(x)), as token mixers have it."""
+    """x + scale * (M(x) - N(x)), as in token mixers."""
     c = d.channels(a)
     kernel = per_axis(d, 3, 3, 1)
     m = norm_maybe(
@@ -177,9 +177,7 @@ def residual(d: Draft, a: int) -> int:
 
 
 def twice(d: Draft, a: int) -> int:
-    """A value in the middle of a chain is read twice, the second time by something that may or may
-    not bend.
-    """
+    """Reads a value in the middle of a chain twice; the second reader may be nonlinear."""
     y = norm_maybe(d, conv(d, a), 0.6)
     z = norm_maybe(d, conv(d, y, out=d.channels(y), kernel_size=one(d), padding=0), 0.6)
     bent = d.nonlinear and d.odds(0.5)
@@ -188,7 +186,7 @@ def twice(d: Draft, a: int) -> int:
 
 
 def norm_chain(d: Draft, a: int) -> int:
-    """conv, norm, as everywhere; and norms of norms."""
+    """A convolution with a norm, and perhaps a norm of that norm."""
     y = plain_norm(d, conv(d, a))
     return plain_norm(d, y) if d.odds(0.3) else y
 

@@ -1,6 +1,4 @@
-"""Arithmetic: two values, numbers, and tensors of every shape that broadcasts, a channel at a time
-or not.
-"""
+"""Arithmetic on two values, with numbers, and with tensors of every shape that broadcasts."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from repfx.testing.layers import Scale, Shift
 from repfx.testing.plan import Draft, Recipe
 
-# A value v and a tensor w. The parts of w are in [0.5, 1.5).
+# A value v and a tensor w. The entries of w are in [0.5, 1.5).
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "v * w": operator.mul,
     "w * v": lambda v, w: w * v,
@@ -67,7 +65,7 @@ SPELLED: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def per_channel(d: Draft, a: int) -> tuple[int, ...]:
-    """A shape with one entry a channel, or one for all."""
+    """A shape with one entry per channel, or a single entry."""
     c, ones = d.channels(a), (1,) * d.axes
     return d.one(
         (c, *ones), (1, c, *ones), (c, *ones), (1, c, *ones), (1, 1, *ones), (1,), (), (1, *ones)
@@ -104,7 +102,7 @@ def operand(d: Draft, a: int, shape: tuple[int, ...]) -> int:
 
 
 def spelled(d: Draft, a: int) -> int:
-    """A (C,) tensor, made to broadcast over the positions in the forward."""
+    """An operation with a (C,) tensor that the forward reshapes to broadcast over the positions."""
     text, spelling, n = d.one(*OPERATIONS), d.one(*SPELLED), d.axes
     if n == 3 and spelling == "unsqueeze":
         spelling = "view"
@@ -118,7 +116,7 @@ def spelled(d: Draft, a: int) -> int:
 
 
 def by_chance(d: Draft, a: int) -> int:
-    """(C,) where the last axis happens to have C positions: it broadcasts along that axis."""
+    """An operation with a (C,) tensor that broadcasts along a last axis of C positions."""
     c, width = d.channels(a), d.shape(a)[-1]
     if width > c:
         a = d.call(f"[..., :{c}]", lambda v: v[..., :c], a)

@@ -1,6 +1,4 @@
-"""A plan in the making: operators are drawn, run on the example at once, and kept where their value
-is fit for more.
-"""
+"""Draft: a plan being built. Operators are drawn, run at once, and kept if their value fits."""
 
 from __future__ import annotations
 
@@ -19,12 +17,14 @@ LARGEST, SMALLEST, CHANNELS, POSITIONS = 1e3, 1e-2, 16, 900
 
 
 class Unfit(Exception):
-    """An operator that does not go with the values there are."""
+    """Raised for an operator that does not fit the values of the plan."""
 
 
 class Draft:
-    """`values[0]` is the input; `plan[i]` and `layers[i]` gave `values[i + 1]`. `operator` is what
-    is being drawn.
+    """A plan being built.
+
+    `values[0]` is the input; `plan[i]` and `layers[i]` computed `values[i + 1]`. `operator` is the
+    name of the operator that is being drawn.
     """
 
     def __init__(self, seed: int, nonlinear: bool, size: int, axes: int) -> None:
@@ -52,7 +52,7 @@ class Draft:
         return self.rng.choice(choices)
 
     def do(self, *choices: Callable[[], int]) -> int:
-        """Draws one of the ways to go on, and goes it."""
+        """Calls one of the choices, at random."""
         return self.rng.choice(choices)()
 
     def uniform(self, *shape: int) -> Tensor:
@@ -60,12 +60,12 @@ class Draft:
         return torch.rand(shape, dtype=torch.float64) + 0.5
 
     def pick(self) -> int:
-        """A value to go on with: mostly the last, and of the ones before it those of late."""
+        """A value to continue with: mostly the last one, else one of the last four."""
         tensors = [i for i, v in enumerate(self.values) if isinstance(v, Tensor)]
         return tensors[-1] if self.odds(0.65) else self.rng.choice(tensors[-4:])
 
     def like(self, a: int, spatial: bool = False) -> list[int]:
-        """The values of a's shape, or of its spatial shape."""
+        """The values with the same shape as `a`, or with the same spatial shape."""
         first = 2 if spatial else 0
         return [
             i
@@ -74,8 +74,9 @@ class Draft:
         ]
 
     def add(self, layer: nn.Module, *inputs: int) -> int:
-        """Appends an operator; the position of its value. Raises Unfit where its value is not one
-        to go on with.
+        """Appends an operator and returns the position of its value.
+
+        Raises Unfit if later operators could not use the value.
         """
         if layer not in self.layers:
             randomise(layer, self.rng.randrange(1 << 31)).double().eval()
@@ -92,12 +93,12 @@ class Draft:
         return len(self.plan)
 
     def call(self, text: str, function: Any, *inputs: int, tensor: Tensor | None = None) -> int:
-        """Appends a function of values, and of a tensor of its own."""
+        """Appends a function of values, and of its own tensor if one is given."""
         kind = self.one("parameter", "parameter", "buffer", "attribute")
         return self.add(Call(text, function, tensor, kind), *inputs)
 
     def is_own(self, a: int) -> bool:
-        """Whether a change of the value in place leaves the caller's input as it is."""
+        """Whether the value can be changed in place without changing the caller's input."""
         own, given = (self.values[i].untyped_storage().data_ptr() for i in (a, 0))
         return bool(own != given)
 
@@ -116,8 +117,10 @@ class Draft:
 
 
 class Recipe(NamedTuple):
-    """How an operator is drawn on a value: the position of what it gives. `bent` ones are not
-    linear.
+    """How to draw an operator.
+
+    `draw` appends it to a draft and returns the position of its value. `weight` is its frequency,
+    `axes` are the numbers of axes it takes, and `bent` says that it is not linear.
     """
 
     draw: Callable[[Draft, int], int]

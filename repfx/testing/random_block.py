@@ -1,5 +1,4 @@
-"""Random nets: a plan of operators drawn by weight from every family, the same for the same
-seed."""
+"""Random blocks of operators from every family; the same seed gives the same block."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ TRIES = 60
 
 
 class RandomBlock(nn.Module):
-    """A random graph of operators on images (N, channels, H, W); `plan` lists (operator, inputs) by
-    position.
+    """A random graph of operators on values (N, channels, ...), by default images.
 
-    A motif has several entries of one name. Position 0 is the input.
+    `plan` lists (operator, positions of its inputs); position 0 is the input, and entry i has
+    position i + 1. A motif has several entries with one name.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class RandomBlock(nn.Module):
         return self.plan[int(position) - 1][0] if position.isdigit() else ""
 
     def describe(self) -> str:
-        """The plan, a line an operator."""
+        """The plan, one line per operator."""
         lines = [
             f"{i:3d} = {name}{list(inputs)}: {layer!r}"
             for i, ((name, inputs), layer) in enumerate(
@@ -64,12 +63,11 @@ class RandomBlock(nn.Module):
 def random_block(
     seed: int, nonlinear: bool = True, size: int = 13, *, axes: int = 2
 ) -> tuple[RandomBlock, Tensor]:
-    """A random net in float64 with every parameter and statistic away from its default, and an
-    input it accepts.
+    """A random block in float64 with random parameters and statistics, and an input for it.
 
-    With `nonlinear` it may hold activations, products and norms on batch statistics. It may change
-    its values in place, though never its input, and may have several outputs. `axes` is the number
-    of spatial axes, 1 to 3."""
+    With `nonlinear` it may contain activations, products and norms of the input. It may change its
+    values in place, but never its input, and may have several outputs. `size` is about the size of
+    the input along each axis; `axes` is the number of spatial axes, 1 to 3."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for attempt in range(TRIES):
@@ -105,7 +103,7 @@ def _fill(draft: Draft) -> None:
 
 
 def _outputs(draft: Draft) -> tuple[int, ...]:
-    """Mostly the last value; or another one too, or all that nothing reads."""
+    """Mostly the last value; sometimes one more, or all values that nothing reads."""
     tensors = [i for i, v in enumerate(draft.values) if i and isinstance(v, Tensor)]
     read = {i for _, inputs in draft.plan for i in inputs}
     unread = tuple(i for i in tensors if i not in read) or (tensors[-1],)
@@ -120,9 +118,7 @@ def _outputs(draft: Draft) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _is_fit(block: RandomBlock, x: Tensor) -> bool:
-    """Whether each output is of a size that a relative tolerance can judge, and the input stays as
-    it is.
-    """
+    """Whether no output vanishes or explodes, and the block does not change its input."""
     kept = x.clone()
     results = tree_leaves(block(x))
     return all(SMALLEST <= float(v.abs().max()) <= LARGEST for v in results) and torch.equal(

@@ -1,6 +1,4 @@
-"""Random nets of what deployed CNNs are made of: (N, 3, H, W) -> (N, classes), the same for the
-same seed.
-"""
+"""Random nets made of the parts of deployed CNNs, (N, 3, H, W) -> (N, classes)."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ ACTS: tuple[Callable[[], nn.Module], ...] = (
 
 
 class Layer(nn.Sequential):
-    """A convolution, perhaps grouped, depthwise, dilated or strided, perhaps a batch norm, an
-    activation.
+    """A convolution, perhaps with a batch norm and an activation.
+
+    The convolution may be grouped, depthwise, dilated or strided.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Layer(nn.Sequential):
 
 
 class Skip(nn.Module):
-    """x + f(x), the activation after it."""
+    """x + f(x), with an activation after the sum."""
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Skip(nn.Module):
 
 
 class Joined(nn.Module):
-    """Branches of one value, concatenated; a layer, a norm or a pool after that."""
+    """Branches of one value, concatenated, then perhaps a norm or a pool, then a layer."""
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class Joined(nn.Module):
 
 
 class Halves(nn.Module):
-    """C2f: halves of a value, one through steps with skips, all of them concatenated."""
+    """As in C2f: splits a value, puts one half through steps, and concatenates all results."""
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class Halves(nn.Module):
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation."""
+    """Squeeze-and-excitation."""
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
@@ -126,7 +125,7 @@ class Gate(nn.Module):
 
 
 class Neck(nn.Module):
-    """Down, up again by a nearest resize or a shuffle, and joined with what came before."""
+    """Downsampling, then a nearest resize or pixel shuffle, concatenated with the input."""
 
     def __init__(self, draw: random.Random, c: int) -> None:
         super().__init__()
@@ -142,8 +141,9 @@ class Neck(nn.Module):
 
 
 def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Tensor]:
-    """A net in float32, in eval mode, with statistics of its own values, and an input that it
-    accepts.
+    """A random net in float32 and eval mode, and an input for it; the same for the same seed.
+
+    Its batch norms have the statistics of that input.
     """
     draw = random.Random(seed)
     with torch.random.fork_rng(devices=[]):
@@ -167,9 +167,7 @@ def random_net(seed: int, size: int = 16, batch: int = 4) -> tuple[nn.Module, Te
 
 
 def settle(net: nn.Module, x: Tensor) -> None:
-    """Gives the batch norms the statistics of this batch, so that values neither grow nor vanish on
-    the way.
-    """
+    """Sets the batch norms to the statistics of this batch, so that values do not explode."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [m.momentum for m in norms]
     for m in norms:

@@ -1,9 +1,9 @@
-"""Average: the exponential moving average of a model's parameters, kept beside it as tensors.
+"""Average: the exponential moving average of a model's parameters, as separate tensors.
 
     a <- decay * a + (1 - decay) * p    after each step; a = p after the first
 
-No copy of the model is made: copying a GraphModule reorders its parameters and turns its constants
-into buffers."""
+The model is not copied: copying a GraphModule reorders its parameters and turns its constants into
+buffers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
-    """Of the model's parameters, by name. Buffers are not averaged."""
+    """The average of each parameter, by name. Buffers are not averaged."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.values: dict[str, Tensor] = {
@@ -27,7 +27,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the parameters after one more step."""
+        """Updates the average with the parameters after one more step."""
         now = {name: p.detach() for name, p in model.named_parameters()}
         mine, theirs = [self.values[n] for n in now], list(now.values())
         if self.steps == 0:
@@ -38,7 +38,7 @@ class Average:
 
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model has the average for its parameters."""
+        """Inside, the model's parameters are the average."""
         own = {name: p.data for name, p in model.named_parameters()}
         try:
             self.put(model)
@@ -48,6 +48,6 @@ class Average:
                 p.data = own[name]
 
     def put(self, model: nn.Module) -> None:
-        """Gives the model the average for good."""
+        """Replaces the model's parameters by the average, for good."""
         for name, p in model.named_parameters():
             p.data = self.values[name]

@@ -1,13 +1,15 @@
-"""fit: the training loop. A step is a function of the checkpoint before it, so a killed run goes on
-bit for bit.
+"""fit: the training loop. A killed run continues from its checkpoint bit for bit.
 
-    order of the data    (seed, epoch)                   learning rate    the number of the step
-    everything else      in the checkpoint: parameters, buffers, optimizer, average, random state
+This works because each step depends only on the checkpoint before it:
 
-Devices, mixed precision and several processes are accelerate's (`accelerate launch`, `torchrun`).
-Processes share a step's samples and their gradients are averaged by DDP. Batch norms see the
-samples of their own process; the first process's running statistics count during an epoch, the mean
-over processes at its end."""
+    order of the data    depends on (seed, epoch)
+    learning rate        depends on the number of the step
+    everything else      is in the checkpoint: parameters, buffers, optimizer, average, random state
+
+Accelerate handles devices, mixed precision and several processes (`accelerate launch`, `torchrun`).
+The processes share the samples of a step, and DDP averages their gradients. A batch norm sees the
+samples of its own process. During an epoch the running statistics are those of the first process;
+at its end they are averaged over all processes."""
 
 from __future__ import annotations
 
@@ -63,38 +65,40 @@ def fit(
     device: str | None = None,
     precision: str | None = None,
 ) -> History:
-    """Trains the model in place and returns what happened, an epoch a row.
+    """Trains the model in place and returns its history, one row per epoch.
 
     `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and
-    `metric()` (see `Task`). `data`, `valid`: tensors (x, y) of N samples, a data set or a
-    DataLoader. `data` may be a path, which the task reads: a folder or zip of class folders, or of
-    pictures for super-resolution (with `train/` and `test/` or `val/` in it, the latter is
-    `valid`), or "digits". `batch`: samples a process and micro batch.
+    `metric()` (see `Task`). `data`, `valid`: tensors (x, y) with N samples each, a data set or a
+    DataLoader. `data` may also be a path that the task reads: a folder or zip of class folders, or
+    of images for super-resolution, or "digits". If it contains `train/` and `test/` or `val/`, the
+    latter is used as `valid`. `batch`: samples per process and micro batch.
 
-    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict, for what is not given here; without it
-    SGD with `momentum` 0.9, `lr` 0.1 falling on a cosine to 0, `weight_decay` 1e-4. `optimizer`:
-    sgd, adam, adamw or a function of parameter groups. `schedule`: cosine, constant, or a function
-    from 0..1 to a factor. `warmup`: epochs. Weight decay leaves out parameters of one dimension
-    unless `decay_norm`, and the scales of quantizers always. `l2`: "plain", or "custom" (RepVGG's)
-    or "eq6" (QARepVGG's repair) in place of plain decay on the kernels of multi-branch blocks
-    (`CustomL2`).
+    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict; the other arguments override it.
+    Without one the default is SGD with `momentum` 0.9, `lr` 0.1 falling to 0 on a cosine, and
+    `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups.
+    `schedule`: cosine, constant, or a function from progress in 0..1 to a factor. `warmup`: in
+    epochs. Weight decay is not applied to parameters of one dimension unless `decay_norm` is set,
+    and never to the scales of quantizers. `l2`: "plain"; or "custom" (RepVGG's) or "eq6"
+    (QARepVGG's correction of it), which replace plain decay on the kernels of multi-branch blocks
+    (see `CustomL2`).
 
-    `ema`: decay of an average of the weights, which `valid` is measured on and the model has in the
-    end. `clip`: largest norm of the gradient. `accumulate`: micro batches a step. `teacher`: a net
-    whose outputs make up `distill` of the loss. `device`: None takes what accelerate finds, "cpu"
-    the CPU. `precision`: no, fp16 or bf16, one a process.
+    `ema`: decay of a moving average of the weights; `valid` is measured on the average, and the
+    model has it at the end. `clip`: the largest gradient norm. `accumulate`: micro batches per
+    step. `teacher`: a net to distill from, with the share `distill` of the loss. `device`: "cpu",
+    or None for the device that accelerate finds. `precision`: no, fp16 or bf16; one per process.
 
-    `checkpoint`: a file, written whole each epoch and every `checkpoint_every` steps. If it is
-    there and `resume`, the run goes on from it; on the CPU the result is that of a run which was
-    never stopped, bit for bit. Random numbers a data set draws in `workers` of its own are not in
-    it. `log`: a file with a line of JSON an epoch. `seed` sets the global generators of torch,
-    numpy and Python.
+    `checkpoint`: a file written after each epoch and every `checkpoint_every` steps, never half. If
+    it exists and `resume` is set, the run continues from it. On the CPU the result is bit for bit
+    that of a run that was never stopped, except that random numbers drawn by the data set in
+    `workers` are not saved. `log`: a file with one line of JSON per epoch. `seed` sets the global
+    generators of torch, numpy and Python.
 
-    Raises InputError for data, labels, names and numbers that cannot be used and for a checkpoint
-    of another model or run; CheckError where the loss or a weight is no longer finite, saying
-    where: nothing is written then; MissingPart where accelerate or torchmetrics is not installed.
+    Raises InputError for data, labels, names and numbers that cannot be used, and for a checkpoint
+    of another model or run. Raises CheckError, saying where, if the loss or a weight is no longer
+    finite; nothing is written then. Raises MissingPart if accelerate or torchmetrics is not
+    installed.
     """
-    said = dict(locals())  # the names of the parameters are those of the fields
+    said = dict(locals())  # the parameters have the same names as the fields
     rules = recipe(preset, {f.name: said[f.name] for f in fields(Recipe)})
     options = Options(**{f.name: said[f.name] for f in fields(Options)})
     return _fit(model, task, (data, valid), rules, options)
@@ -103,7 +107,7 @@ def fit(
 def _fit(
     model: nn.Module, task: str | Task, data: tuple[Any, Any], rules: Recipe, options: Options
 ) -> History:
-    """`fit` on `data` as it was given: to train on and to validate on."""
+    """Runs `fit`; `data` is what the caller gave for training and for validation."""
     goal = task_of(task)
     given, valid = data
     if isinstance(given, (str, os.PathLike)):
@@ -124,7 +128,7 @@ def _fit(
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Takes off the model, at the end, what mixed precision puts in front of its own forward."""
+    """At the end, removes the forward that mixed precision has put in front of the model's own."""
     before = set(model.__dict__)
     try:
         yield
@@ -141,18 +145,17 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
         raise MissingPart("training needs accelerate: pip install repfx[train]") from error
     if device not in (None, "cpu"):
         raise InputError(
-            f"device is None or 'cpu', not {device!r}; accelerate launch chooses others"
+            f"device is None or 'cpu', not {device!r}; use accelerate launch to choose another"
         )
     ours = not _joined()
     try:
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
-            f"accelerate refuses device={device!r}, precision={precision!r}: {error}"
+            f"accelerate does not accept device={device!r}, precision={precision!r}: {error}"
         ) from error
-    if (
-        ours and _joined()
-    ):  # a process that ends inside a group may abort in its threads' destructors
+    # A process that exits while in a group may abort in the destructors of the group's threads.
+    if ours and _joined():
         atexit.register(_leave)
     return accelerator
 

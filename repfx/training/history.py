@@ -1,4 +1,4 @@
-"""History: what a training run was like, an epoch a row. It prints as a table."""
+"""History: the record of a training run, one row per epoch. It prints as a table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch (from 1): mean training loss, last learning rate, seconds with evaluation, metrics
-    on the valid set.
+    """One epoch, counted from 1.
+
+    `loss`: mean training loss. `lr`: the last learning rate. `seconds`: time, with validation.
+    `metrics`: those on the validation data.
     """
 
     epoch: int
@@ -25,7 +27,7 @@ class Epoch:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
-        """The row as a line of JSON. What is no finite number is null."""
+        """The row as a line of JSON. Numbers that are not finite become null."""
         values: dict[str, Any] = {**asdict(self), **self.metrics}
         del values["metrics"]
         return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()})
@@ -33,8 +35,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """Rows of a run, in order; `resumed` is the epoch it went on from, None for a run from its
-    start.
+    """The rows of a run, in order.
+
+    `resumed` is the epoch from which the run continued, or None if it ran from the start.
     """
 
     rows: tuple[Epoch, ...]

@@ -1,10 +1,10 @@
-"""Run: one training run, what its next step depends on and the step itself.
+"""Run: one training run, its state and its steps.
 
-    gradient of a step = sum over processes and micro batches of (samples / samples of the step) *
-    its mean loss's
+    gradient of a step = sum over processes and micro batches of
+                         (samples in it / samples in the step) * gradient of its mean loss
 
-Processes set the first scale of a learned quantizer from their own samples; all go on with the mean
-of these."""
+Each process sets the first scale of a learned quantizer from its own samples; all then continue
+with the mean of these scales."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
 
-KIND = "repfx.fit"  # of its checkpoints
+KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
 
 
 class Run:
-    """One run: what its next step depends on, and the step."""
+    """One training run: everything that the next step depends on, and the steps themselves."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Run:
         }
 
     def all(self, valid: Source | None) -> History:
-        """Every epoch that is left, each with the metrics on `valid` at its end."""
+        """Runs all remaining epochs, and measures `valid` after each of them."""
         path, resumed = self.options.checkpoint, None
         if path is not None and self.options.resume and Path(path).exists():
             self.restore(path)
@@ -105,7 +105,7 @@ class Run:
         return self.source.steps(epoch, o.seed, o.accumulate, self.world, self.rank)
 
     def end_epoch(self, valid: Source | None) -> Epoch:
-        """The epoch's row; what counts from here on is of the next one."""
+        """Adds the row of the epoch, returns it and starts counting for the next epoch."""
         start = time.perf_counter()
         metrics = {} if valid is None else self.score(valid)
         seconds = self.seconds + time.perf_counter() - start
@@ -116,7 +116,7 @@ class Run:
         return row
 
     def write_log(self, rows: list[Epoch], how: str) -> None:
-        """Writes a line of JSON a row, "w" in place of what is there or "a" after it."""
+        """Writes one line of JSON per row; `how` is "w" to overwrite or "a" to append."""
         log, text = self.options.log, "".join(row.line() + "\n" for row in rows)
         if log is None or not self.accelerator.is_main_process:
             return
@@ -127,11 +127,12 @@ class Run:
                 file.write(text)
 
     def train_epoch(self, done: Callable[[], None]) -> None:
-        """The epoch from the step it stands at."""
+        """Runs the rest of the epoch, from the current step."""
         steps, every = self.steps_of(self.epoch), self.options.checkpoint_every
         if not steps:
             raise InputError(
-                f"{len(self.source.dataset)} samples make no batch for {self.world} processes"
+                f"{len(self.source.dataset)} samples are too few for a batch on {self.world} "
+                "processes"
             )
         before = self.epoch * len(steps)
         self.lr = self.rules.lr_at(before + len(steps) - 1, len(steps))
@@ -152,8 +153,9 @@ class Run:
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
-        """One step of the optimizer; the mean loss of its samples. Raises CheckError where it is
-        not finite.
+        """Takes one optimizer step and returns the mean loss of its samples.
+
+        Raises CheckError if the loss is not finite.
         """
         self.optimizer.zero_grad()
         new = [m for m in quantizers_of(self.model).values() if m.learned and not m.calibrated]
@@ -166,7 +168,7 @@ class Run:
         if not math.isfinite(value):
             where = f"epoch {self.epoch + 1}, step {self.step + 1}"
             raise CheckError(f"the loss is {value} in {where}{self.last_good()}")
-        if self.world > 1:  # a scale is set by the first batch a process sees: one scale for all
+        if self.world > 1:  # each process has set new scales from its own batch: average them
             for quant in new:
                 quant.scale.data.copy_(self.accelerator.reduce(quant.scale.data, "mean"))
         if self.options.clip is not None:
@@ -177,7 +179,7 @@ class Run:
         return value
 
     def backward(self, batch: Any, weight: float) -> Tensor:
-        """Adds the gradient of one micro batch, times its weight; the task's loss."""
+        """Adds the weighted gradient of one micro batch, and returns the task's loss."""
         with self.accelerator.autocast():
             loss = self.task.loss(self.net, batch)
         if not isinstance(loss, Tensor) or loss.dim():
@@ -189,7 +191,7 @@ class Run:
         return found
 
     def score(self, valid: Source) -> dict[str, float]:
-        """The task's metrics on this data, in eval mode, of the average where there is one."""
+        """The task's metrics on this data, in eval mode; with `ema`, those of the average."""
         metric = self.task.metric()
         if metric is None:
             return {}
@@ -207,7 +209,7 @@ class Run:
         return {name: float(value) for name, value in metric.compute().items()}
 
     def share_statistics(self) -> None:
-        """Every process gets the mean of the buffers over processes."""
+        """Averages the buffers over all processes."""
         if self.world > 1:
             for buffer in self.model.buffers():
                 if buffer.is_floating_point():
@@ -223,17 +225,18 @@ class Run:
             group["lr"] = lr
 
     def last_good(self) -> str:
-        """What an error says of the checkpoint that is there."""
+        """The part of an error message that names the last good checkpoint, if there is one."""
         path = self.options.checkpoint
         return f"; the last good checkpoint is {path}" if path and Path(path).exists() else ""
 
     def save(self) -> None:
-        """Writes the checkpoint, where there is to be one. Raises CheckError where a parameter is
-        not finite; nothing is written then.
+        """Writes the checkpoint, if the run has one.
+
+        Raises CheckError, and writes nothing, if a parameter is not finite.
         """
         for name, p in self.model.named_parameters():
             if not bool(torch.isfinite(p).all()):
-                raise CheckError(f"parameter {name} is not finite any more{self.last_good()}")
+                raise CheckError(f"parameter {name} is no longer finite{self.last_good()}")
         if self.options.checkpoint is None:
             return
         from accelerate.utils import gather_object
@@ -253,16 +256,17 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Takes over a checkpoint. Raises InputError for one of another model, and of a run whose
-        steps would be other ones.
+        """Continues from a checkpoint.
+
+        Raises InputError if it is of another model, or of a run with other steps.
         """
         found = checkpoint.read(path, KIND, STATE)
         checkpoint.load_model(path, self.model, found)
         for name, value in self.same.items():
             if found["run"].get(name) != value:
                 raise InputError(
-                    f"{path} was written with {name}={found['run'].get(name)!r}, this run has "
-                    f"{value!r}; or resume=False"
+                    f"{path} was written with {name}={found['run'].get(name)!r}, but this run has "
+                    f"{value!r}; use the same value, or resume=False to start over"
                 )
         self.optimizer.load_state_dict(found["optimizer"])
         if self.ema is not None:

@@ -1,4 +1,4 @@
-"""Options: how a training run goes, apart from the numbers of its recipe."""
+"""Options: the settings of a training run that are not part of its recipe."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from repfx.errors import InputError
 
 @dataclass(frozen=True)
 class Options:
-    """What `fit` takes besides its `Recipe`; `fit` says what each is. Raises InputError for a
-    number out of its range.
+    """The arguments of `fit` besides its `Recipe`; see `fit` for what they mean.
+
+    Raises InputError for a number out of range.
     """
 
     batch: int = 64

@@ -1,6 +1,4 @@
-"""The random state of a process as plain tensors and numbers, so that a run can go on with the
-draws that it would have made.
-"""
+"""The random state of a process as tensors and numbers, so that a run can continue with it."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the global generators of torch, Python and numpy, and of the accelerators where
-    there are any.
-    """
+    """The states of the global generators of torch, Python, numpy and all CUDA devices."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, inner, gauss = random.getstate()
     return {
@@ -26,7 +22,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what `random_state` gave."""
+    """Restores a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     if (
         state["cuda"]

@@ -1,5 +1,6 @@
-"""Recipe: the numbers of a training run, by name or one by one; the learning rate is a function of
-the step alone.
+"""Recipe: the hyperparameters of a training run, from a preset or given one by one.
+
+The learning rate depends only on the step:
 
 lr(step) = peak * (step + 1) / warm-up steps        at first, then
 lr(step) = peak * (1 + cos(pi t)) / 2               t from 0 to 1 over the rest, or constant
@@ -52,9 +53,11 @@ L2 = ("plain", "custom", "eq6")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`warmup` in epochs. `decay_norm` decays batch norms and other parameters of one dimension
-    too. `l2`: plain weight decay, or RepVGG's custom one or Eq. 6 of QARepVGG on the kernels of its
-    blocks (`CustomL2`)."""
+    """The hyperparameters of a training run.
+
+    `warmup` is in epochs. `decay_norm` also decays batch norms and other parameters of one
+    dimension. `l2`: plain weight decay, or RepVGG's custom decay, or Eq. 6 of QARepVGG, on the
+    kernels of multi-branch blocks (see `CustomL2`)."""
 
     epochs: int
     optimizer: str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = "sgd"
@@ -81,7 +84,7 @@ class Recipe:
                 raise InputError(f"{name} is a number from 0, not {value!r}")
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of step `step` (from 0) where an epoch has `steps` of them."""
+        """The learning rate of step `step`, counted from 0, if an epoch has `steps` steps."""
         warm, total = self.warmup * steps, self.epochs * steps
         if step < warm:
             return self.lr * min(1.0, (step + 1) / warm)
@@ -94,8 +97,9 @@ class Recipe:
 
 
 def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Recipe:
-    """The preset with what was given (not None) on top. Raises InputError where no epochs are said
-    or a name is unknown.
+    """The preset, with the values in `given` that are not None on top.
+
+    Raises InputError if the number of epochs is missing or a name is unknown.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -106,15 +110,16 @@ def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> 
         if name not in {f.name for f in fields(Recipe)}:
             raise unknown("setting in preset", name, [f.name for f in fields(Recipe)])
     if "epochs" not in values:
-        raise InputError("say how many epochs to train: epochs=")
+        raise InputError("give the number of epochs to train: epochs=")
     return Recipe(**values)
 
 
 def optimizer_of(model: nn.Module, r: Recipe, free: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on what has two dimensions or more, is no scale of a
-    quantizer and not in `free`.
+    """The optimizer, with its parameter groups.
 
-    Raises InputError for a model without a parameter to train.
+    Weight decay applies to parameters of two or more dimensions (with `decay_norm`, to all), but
+    not to those in `free` and not to the scales of quantizers. Raises InputError for a model
+    without a parameter to train.
     """
     spared = {id(m.scale) for m in quantizers_of(model).values()} | {id(p) for p in free}
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,12 +1,11 @@
-"""The custom weight decay of RepVGG and its repair, Eq. 6 of QARepVGG, for any sum of a kxk and a
-1x1 branch.
+"""RepVGG's custom weight decay, and Eq. 6 of QARepVGG, for sums of a kxk and a 1x1 branch.
 
     L2 = |K3|^2 without its centre + sum (K3c t3 + K1 t1)^2 / (t3^2 + t1^2)
 
     t = gamma / sqrt(var + eps), detached
 
-Eq. 6 leaves the denominator out: it is what makes the penalty blind to a common scale of the
-gammas."""
+Eq. 6 leaves out the denominator. With it, the penalty stays the same when all gammas grow by the
+same factor."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ from repfx.rewrite.branches import branch_sums
 
 @dataclass(frozen=True)
 class CustomL2:
-    """Penalty of a model's blocks: add 0.5 * weight_decay * penalty() to the loss, with no decay on
-    `kernels` elsewhere.
+    """The penalty on a model's multi-branch blocks.
 
+    Add 0.5 * weight_decay * penalty() to the loss, and leave `kernels` out of other weight decay.
     `blocks` lists (kxk convolution, its norm, 1x1 convolution, its norm). `denominator=False` is
     Eq. 6."""
 
@@ -36,7 +35,7 @@ class CustomL2:
 
     @staticmethod
     def of(model: nn.Module, example: object = None, denominator: bool = True) -> CustomL2:
-        """Finds the blocks by structure. Raises InputError where the model has none."""
+        """Finds the blocks by their structure. Raises InputError if the model has none."""
         args = example if example is None or isinstance(example, tuple) else (example,)
         found = []
         for path, graph in graphs_of(capture(model, args).model):
@@ -67,7 +66,7 @@ class CustomL2:
         return [conv.weight for k, _, p, _ in self.blocks for conv in (k, p)]  # type: ignore[misc]
 
     def penalty(self) -> Tensor:
-        """The sum over the blocks: a scalar."""
+        """The penalty summed over all blocks, a scalar."""
         return torch.stack([self._of_block(*block) for block in self.blocks]).sum()
 
     def _of_block(

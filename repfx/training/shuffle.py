@@ -1,11 +1,10 @@
-"""The order of the data is a function of (seed, epoch), so a run can go on from the middle of an
-epoch.
+"""The order of the data. It depends only on (seed, epoch), so a run can resume within an epoch.
 
     permutation(seed, epoch) = | step 0: micro 0 | micro 1 | step 1: ...
     a micro batch = | rank 0 | rank 1 | ...
 
-A sample weighs the same whatever the number of processes and micro batches: the gradient of a step
-is that of the mean loss over all its samples."""
+Every sample has the same weight, for any number of processes and micro batches: the gradient of a
+step is that of the mean loss over all its samples."""
 
 from __future__ import annotations
 
@@ -29,9 +28,7 @@ from repfx.errors import InputError
 
 
 class Arrays(Dataset[Any]):
-    """Tensors with one first size, as a data set that reads a whole batch at once: (N, ...), ... ->
-    (n, ...), ...
-    """
+    """Tensors (N, ...) with the same N, as a data set that reads a whole batch at once."""
 
     def __init__(self, *tensors: Tensor) -> None:
         sizes = [len(t) for t in tensors]
@@ -55,8 +52,9 @@ def _as_read(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and how it is cut: `batch` samples a micro batch and process, `workers` processes
-    that read ahead.
+    """A data set, and how to cut it into batches.
+
+    `batch`: samples per micro batch and process. `workers`: processes that read ahead.
     """
 
     dataset: Any
@@ -69,10 +67,10 @@ class Source:
     def steps(
         self, epoch: int, seed: int, accumulate: int, world: int, rank: int
     ) -> list[list[tuple[list[int], float]]]:
-        """The epoch's steps for one process, each a list of (indices, weight) of its micro batches.
+        """The steps of an epoch for one process: for each micro batch its (indices, weight).
 
-        The mean over processes of the sum of weight * (mean loss of the micro batch) is the mean
-        loss of the step. A last micro batch with fewer samples than processes is left out."""
+        The mean loss of a step is the mean over processes of the sum of weight * (mean loss of the
+        micro batch). A last micro batch with fewer samples than processes is left out."""
         size, part = len(self.dataset), self.batch * world
         order = (
             np.random.default_rng((seed, epoch)).permutation(size)
@@ -93,9 +91,7 @@ class Source:
         return found
 
     def reader(self, batches: Sequence[list[int]], seed: int, epoch: int) -> Iterator[Any]:
-        """Reads these batches in this order. It draws from a generator of its own, never from the
-        global ones.
-        """
+        """Reads these batches in this order, with its own random generator, not the global ones."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(seed, epoch)
         loader = DataLoader(
@@ -105,21 +101,20 @@ class Source:
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(seed + epoch),
         )
-        with torch.device("cpu"):  # where its generator is, whatever the default device
+        with torch.device("cpu"):  # the generator is on the CPU, whatever the default device is
             return iter(loader)
 
 
 def source_of(data: Any, batch: int, workers: int = 0) -> Source:
-    """What `fit` trains on, from a pair of tensors (N, ...), a data set with a length, or a
-    DataLoader.
+    """The source for `fit`, from a pair of tensors (N, ...), a data set or a DataLoader.
 
-    Of a DataLoader the data set, batch size, workers, collate function and whether it shuffles are
-    taken. Raises InputError for one with a sampler of its own, for a data set without a length and
-    for an empty one."""
+    From a DataLoader it takes the data set, the batch size, the workers, the collate function and
+    whether it shuffles. Raises InputError for a DataLoader with a custom sampler, and for a data
+    set that is empty or has no length."""
     if isinstance(data, DataLoader):
         if type(data.sampler) not in (RandomSampler, SequentialSampler) or data.batch_size is None:
             raise InputError(
-                "a DataLoader with a sampler of its own cannot be resumed; give its data "
+                "a run on a DataLoader with a custom sampler cannot be resumed; give its data "
                 "set instead"
             )
         found = source_of(data.dataset, data.batch_size, data.num_workers)

@@ -1,9 +1,10 @@
-"""Task: what a model is trained for, as a loss and a score. Two are built in; any object with the
-two methods is one.
+"""Task: what a model is trained for, as a loss and a metric.
 
-class Depth:
-    def loss(self, model, batch): ...      # a scalar; calls model(x) once
-    def metric(self): ...  # a Score: update(model, batch), compute() -> {name: number}
+Two tasks are built in; any object with these two methods is a task:
+
+    class Depth:
+        def loss(self, model, batch): ...   # a scalar; calls model(x) once
+        def metric(self): ...               # update(model, batch), compute() -> {name: number}
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from repfx.errors import InputError, MissingPart, unknown
 
 
 class Score(Protocol):
-    """Gathers over batches. In a run of several processes each sees its share and compute() speaks
-    for all.
+    """A metric that is accumulated over batches.
+
+    With several processes each one sees its share of the batches, and compute() covers them all.
     """
 
     def update(self, model: Callable[..., Any], batch: Any) -> None: ...
@@ -35,8 +37,10 @@ class Score(Protocol):
 
 
 class Task(Protocol):
-    """What `fit` asks of a task. `metric` may return None. Where it has `distance(output,
-    reference)`, a scalar, distillation uses that; mean absolute difference otherwise."""
+    """What `fit` needs from a task. `metric` may return None.
+
+    If the task has a method `distance(output, reference)` that returns a scalar, distillation uses
+    it; otherwise it uses the mean absolute difference."""
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor: ...
 
@@ -44,11 +48,9 @@ class Task(Protocol):
 
 
 class Reader(Protocol):
-    """A task that knows how its data lie on a disk: what to train on and what to validate on, from
-    a path or a name.
+    """A task that can read its training and validation data from a path or a name.
 
-    `size` is the side of the pictures it reads; `skip_broken` leaves out pictures that cannot be
-    read."""
+    `size` is the side of the images in pixels; `skip_broken` skips images that cannot be read."""
 
     def read(
         self, path: Any, *, size: int | None = None, skip_broken: bool = False
@@ -57,8 +59,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross entropy of logits (N, classes) against labels (N,), or probabilities (N, classes);
-    top-1 and top-5.
+    """Classification: cross entropy, with top-1 and top-5 accuracy as metrics.
+
+    The model returns logits (N, classes); labels are (N,), or probabilities (N, classes).
+    `smoothing` is that of the labels, `temperature` that of distillation.
     """
 
     smoothing: float = 0.0
@@ -67,8 +71,9 @@ class Classification:
     def read(
         self, path: Any, *, size: int | None = None, skip_broken: bool = False
     ) -> tuple[Any, Any]:
-        """A folder or zip of class folders, or of `train/` and `test/` or `val/` with them; or
-        "digits".
+        """Reads a folder or zip of class folders, or "digits".
+
+        The class folders may be inside `train/` and `test/` or `val/`.
         """
         if str(path) in PACKAGED and not Path(path).exists():
             return PACKAGED[str(path)]()
@@ -97,9 +102,7 @@ class Classification:
 
 
 class _Top:
-    """Share of labels among the one and the five largest logits; of all classes where there are
-    fewer.
-    """
+    """Top-1 and top-5 accuracy; with fewer than five classes, top-5 covers all of them."""
 
     def __init__(self) -> None:
         self.metrics: Any = None
@@ -123,11 +126,11 @@ class _Top:
 
 @dataclass(frozen=True)
 class SuperResolution:
-    """L1 between model(low) and high (N, C, H, W); PSNR in dB, a picture at a time, of Y clamped to
-    0..peak.
+    """Super-resolution: L1 between model(low) and high (N, C, H, W), with PSNR in dB as metric.
 
-    Pictures are Y in 0..`peak` where C = 1, RGB in 0..`peak` where C = 3 (then Y is of BT.601).
-    `scale` pixels at each border do not count. `high` is cut to the size of the output."""
+    Images are Y (C = 1) or RGB (C = 3) in 0..`peak`. PSNR is computed for each image on Y (BT.601
+    for RGB), clamped to 0..`peak`, without `scale` pixels at each border. `high` is cropped to the
+    size of the output."""
 
     scale: int = 2
     peak: float = 255.0
@@ -136,12 +139,11 @@ class SuperResolution:
     def read(
         self, path: Any, *, size: int | None = None, skip_broken: bool = False
     ) -> tuple[Any, Any]:
-        """A folder or zip of pictures, with `train/` and `test/` or `val/` in it where there is to
-        be validation.
+        """Reads a folder or zip of images; validation needs `train/` and `test/` or `val/` in it.
 
-        Random patches of `size` pixels (64 times the scale where it is None) to train on, sixteen a
-        picture and epoch; whole pictures, one at a time, to validate. See `Pairs` for how the small
-        ones are found or made."""
+        Training uses random patches with a side of `size` pixels (by default 64 times the scale),
+        sixteen per image and epoch. Validation uses whole images, one at a time. See `Pairs` for
+        how the small images are found or made."""
         same: dict[str, Any] = {
             "scale": self.scale,
             "channels": self.channels,
@@ -176,7 +178,7 @@ class _Psnr:
 
 
 def psnr(output: Tensor, high: Tensor, crop: int, peak: float = 255.0) -> Tensor:
-    """PSNR in dB of each picture's Y: (N, C, H, W) twice -> (N,)."""
+    """PSNR in dB on Y of each image: two tensors (N, C, H, W) -> (N,)."""
     a, b = (
         _luma(v.clamp(0, peak).double() / peak)[..., crop : -crop or None, crop : -crop or None]
         for v in (output, high)
@@ -200,19 +202,17 @@ def _like(output: Tensor, high: Tensor) -> Tensor:
         or high.shape[:2] != output.shape[:2]
     ):
         raise InputError(
-            f"the model gives {tuple(output.shape)} for a picture of {tuple(high.shape)}: "
+            f"the model returns {tuple(output.shape)} for target images of {tuple(high.shape)}: "
             "is the scale right?"
         )
     return high[..., :h, :w]
 
 
 def check_labels(logits: Tensor, y: Tensor) -> None:
-    """Raises InputError for logits that are not (N, classes) and for labels that are none of the
-    classes.
-    """
+    """Raises InputError for logits that are not (N, classes), and for labels out of range."""
     if logits.dim() != 2:
         raise InputError(
-            f"classification needs logits (N, classes); the model gives {tuple(logits.shape)}"
+            f"classification needs logits (N, classes); the model returns {tuple(logits.shape)}"
         )
     classes = logits.shape[1]
     if y.is_floating_point():
@@ -233,32 +233,31 @@ def check_labels(logits: Tensor, y: Tensor) -> None:
 
 
 def pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """(x, y) of a batch. Raises InputError where it is no such pair."""
+    """The (x, y) of a batch. Raises InputError if the batch is not a pair of tensors."""
     if (
         not isinstance(batch, (tuple, list))
         or len(batch) != 2
         or not all(isinstance(t, Tensor) for t in batch)
     ):
-        raise InputError("this task takes batches of (x, y), two tensors")
+        raise InputError("this task takes batches (x, y) of two tensors")
     return batch[0], batch[1]
 
 
 def torchmetrics() -> Any:
-    """The package. Raises MissingPart where it is not installed."""
+    """The package torchmetrics. Raises MissingPart if it is not installed."""
     try:
         import torchmetrics as package
     except ImportError as error:
         raise MissingPart("training needs torchmetrics: pip install repfx[train]") from error
-    except RuntimeError as error:  # a torchvision built for another torch
+    except RuntimeError as error:  # for example, a torchvision built for another torch
         raise MissingPart(
-            f"torchmetrics is there but cannot be imported: {error}; pip install repfx[train]"
+            f"torchmetrics is installed but cannot be imported: {error}; pip install repfx[train]"
         ) from error
     return package
 
 
 class Distilled:
-    """A task whose loss is (1 - share) * its own + share * the distance from the teacher's
-    output."""
+    """A task with the loss (1 - share) * own loss + share * distance to the teacher's output."""
 
     def __init__(self, task: Task, teacher: nn.Module, share: float) -> None:
         self.task, self.teacher, self.share = task, teacher.eval(), share
@@ -287,10 +286,9 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def data_of(task: str | Task, path: Any, **options: Any) -> tuple[Any, Any]:
-    """What the task reads at this path: to train on, and to validate on or None. `options` as in
-    `Reader`.
+    """The training data and the validation data (or None) that the task reads from this path.
 
-    Raises InputError for a task that reads no files.
+    `options` are those of `Reader`. Raises InputError for a task that cannot read files.
     """
     reader: Any = task_of(task)
     if not callable(getattr(reader, "read", None)):
@@ -302,13 +300,14 @@ def data_of(task: str | Task, path: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def task_of(task: str | Task) -> Task:
-    """The task itself or the built-in one of that name. Raises InputError for an unknown name and
-    for what is no task.
+    """The task itself, or the built-in task of that name.
+
+    Raises InputError for an unknown name, and for an object that is not a task.
     """
     if isinstance(task, str):
         if task.replace("_", "-") not in TASKS:
             raise unknown("task", task, TASKS)
         return TASKS[task.replace("_", "-")]()
     if not callable(getattr(task, "loss", None)) or not callable(getattr(task, "metric", None)):
-        raise InputError(f"a task has loss(model, batch) and metric(), {type(task)} has not")
+        raise InputError(f"a task needs loss(model, batch) and metric(), {type(task)} lacks them")
     return task
