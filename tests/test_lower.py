@@ -304,10 +304,10 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match=r"torch.float64: lower the model in float32"):
         repfx.lower(nn.Conv2d(3, 4, 1).double(), tmp_path / "a.onnx", example=x.double())
     with pytest.raises(
-        repfx.InputError, match="opset is a whole number from 19 to 23 with float16, not 18"
+        repfx.InputError, match="opset must be a whole number from 19 to 23 with float16, not 18"
     ):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True, opset=18)
-    with pytest.raises(repfx.InputError, match="opset is a whole number from 13 to 23, not 9"):
+    with pytest.raises(repfx.InputError, match="opset must be a whole number from 13 to 23, not 9"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, opset=9)
     assert not list(tmp_path.iterdir())
 

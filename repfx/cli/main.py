@@ -286,7 +286,7 @@ def main() -> None:
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         code = app(argv, standalone_mode=False)
-        if code == 130:  # how typer reports Ctrl-C here
+        if code == 130:  # typer reports Ctrl-C this way
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as stop:

@@ -350,7 +350,7 @@ def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
     "give the builder an optimization profile: the smallest, the usual and the largest shape",
 )
 def dynamic_inputs(index: Index) -> Iterator[Hit]:
-    """No input has a dynamic dimension, which the build needs an optimization profile for."""
+    """Every input has a fixed shape; a dynamic one needs an optimization profile for the build."""
     for info in index.graph.input:
         shape = index.shapes.get(info.name)
         if info.name not in index.tensors and shape and None in shape:

@@ -222,7 +222,7 @@ def concats(index: Index) -> Iterator[Hit]:
 
 @rule("Q17", {TENSORRT: "W"}, "put Q/DQ before the pool, and after it only for an average pool")
 def pools(index: Index) -> Iterator[Hit]:
-    """Pools have Q/DQ on their input; only average pools also have it on their output."""
+    """An average pool with Q/DQ after it also has it before; a max pool has it only before."""
     for node in index.nodes:
         y, fed = out(node), index.dq(arg(node, 0)) is not None
         if node.op_type in ("AveragePool", "GlobalAveragePool") or _spatial_mean(index, node):
@@ -299,7 +299,7 @@ def grouped_convs(index: Index) -> Iterator[Hit]:
     "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)",
 )
 def float32_islands(index: Index) -> Iterator[Hit]:
-    """Layers that are not quantized are FP16: a strongly typed engine runs FP32 ones in FP32."""
+    """Layers without Q/DQ are FP16; a strongly typed engine runs FP32 layers in FP32."""
     if not index.quantizes and not index.dequantizes:
         return
     if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & set(index.types.values()):
@@ -343,16 +343,16 @@ def onnxruntime_gives_codes(index: Index) -> Iterator[Hit]:
         if floats:
             yield Hit(
                 layer.node,
-                f"gives floats to {called(floats[0])}; no integer kernel does that, so it "
-                "runs in float",
+                f"its output goes to {called(floats[0])} in float; no integer kernel does "
+                "that, so it runs in float",
             )
 
 
 def _rounded_away(index: Index, node: NodeProto) -> bool:
-    """Whether the node is a ReLU or Clip that costs no kernel of its own.
+    """Whether the node is a ReLU or Clip that does not keep the convolution in float.
 
-    It makes an output of the graph, or the Q after it saturates below 0 just as the ReLU does: the
-    zero point is the least code."""
+    Either it makes an output of the graph, or the Q after it saturates at 0 just as the ReLU does,
+    because the zero point is the smallest code."""
     qs = list(index.readers(out(node)))
     fine = out(node) in index.outputs or (
         bool(qs) and all(q.op_type == Q and _from_zero(index, q) for q in qs)

@@ -2,9 +2,10 @@
 
     round(b / (s_x s_w)) s_x s_w
 
-They are 32-bit integers whose step is the product of the input's and the weight's. ONNX Runtime
-rounds float biases to these integers anyway. Where they are written as integers from the start, the
-runtime runs what the file says, and the torch model it is compared with has the same biases."""
+They are 32-bit integers whose step is the product of the steps of the input and the weight. ONNX
+Runtime rounds float biases to these integers anyway. Where they are written as integers from the
+start, the runtime runs what the file says, and the torch model it is compared with has the same
+biases."""
 
 from __future__ import annotations
 

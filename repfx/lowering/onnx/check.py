@@ -1,4 +1,4 @@
-"""Checks that a runtime computes what a file says, here and on older instruction sets."""
+"""Checks that a runtime computes what a file says, also on older instruction sets."""
 
 from __future__ import annotations
 

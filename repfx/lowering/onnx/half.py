@@ -1,4 +1,4 @@
-"""float16: layers, scales, weights and biases in half precision, as a strongly typed engine runs.
+"""float16: layers, scales, weights and biases in half precision, as in a strongly typed engine.
 
 The file's inputs and outputs stay float32, with a Cast each. QuantizeLinear divides in float32 and
 rounds, as runtimes do."""
@@ -64,7 +64,7 @@ def operators(model: nn.Module) -> nn.Module:
 def to_half(value: object) -> object:
     """Rounds float32 tensors to float16 values in place, so that views stay views.
 
-    An expanded tensor is left as it is: its values were rounded before it was expanded."""
+    An expanded tensor stays unchanged: its values were rounded before it was expanded."""
 
     def rounded(t: Tensor) -> Tensor:
         return t if t.dtype != torch.float32 or 0 in t.stride() else t.copy_(t.half())

@@ -119,7 +119,7 @@ class Index:
         Every input of a Concat must have one; the first is returned."""
         name = self.source(name, MOVES)
         if name not in self._dqs:
-            self._dqs[name] = None  # what a cycle of the graph finds here
+            self._dqs[name] = None  # ends the search where the graph has a cycle
             node = self.made.get(name)
             if node is not None and node.op_type == "Concat":
                 found = [self.dq(i) for i in node.input]

@@ -117,7 +117,7 @@ class _Form:
         least = half.OPSET if self.float16 else older.OLDEST
         if not isinstance(self.opset, int) or not least <= self.opset <= 23:
             raise InputError(
-                f"opset is a whole number from {least} to "
+                f"opset must be a whole number from {least} to "
                 f"23{' with float16' if self.float16 else ''}, not {self.opset!r}"
             )
 

@@ -62,8 +62,8 @@ def check(
 ) -> None:
     """Compares file and model at other sizes that the model accepts.
 
-    `compare` compares them on one input and raises CheckError where they differ. Raises CheckError
-    in that case, InputError where the model accepts no other size."""
+    `compare` runs both on one input and raises CheckError where they differ. Raises CheckError in
+    that case, InputError where the model accepts no other size."""
     taken = 0
     for steps in _STEPS:
         other = tuple(_grown(a, steps) for a in args)

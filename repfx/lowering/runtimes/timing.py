@@ -56,7 +56,7 @@ class Bench:
         table = Table(title=f"milliseconds per batch of {self.batch}", caption=self.cpu)
         for name in ("form", "runtime"):
             table.add_column(name)
-        for name in ("median", "fastest..slowest", "over float there", "layers in integers"):
+        for name in ("median", "fastest..slowest", "ratio to float", "layers in integers"):
             table.add_column(name, justify="right")
         for r in self.rows:
             base = next(

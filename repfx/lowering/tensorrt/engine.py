@@ -142,7 +142,7 @@ def _plan(
     network, parser = _parse(trt, builder, log, order.onnx)
     config = _config(trt, builder, order.workspace_gib, order.hardware_compatible)
     _add_profile(builder, config, _inputs(_read(order.onnx)), order.profile)
-    # the cache must outlive the build
+    # The cache must outlive the build.
     cache = None if timing_cache is None else _load_cache(config, Path(timing_cache))
     with watched(trt, progress) as monitor:
         config.progress_monitor = monitor
