@@ -1,12 +1,11 @@
-"""What `transform(model, ["fuse"])` costs, against torch.fx and timm's own re-parameterization, in
-one run.
+"""The cost of `transform(model, ["fuse"])`, against torch.fx and timm's own re-parameterization.
 
     python examples/bench_fuse.py            prints the three tables
 
-1. time with its proof, over torch.fx.symbolic_trace + timm's reparameterize_model (medians of
-   interleaved runs);
-2. time a block from 50 to 3 200 RepVGG blocks;
-3. peak memory above the model, in a fresh process, over the model's own size (Linux).
+1. time, proof included, relative to torch.fx.symbolic_trace + timm's reparameterize_model (medians
+   of interleaved runs);
+2. time per block, for 50 to 3 200 RepVGG blocks;
+3. peak memory above the model, in a fresh process, relative to the size of the model (Linux).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def interleaved(functions: list[Callable[[], object]], rounds: int) -> list[list
     times: list[list[float]] = [[] for _ in functions]
     for i in range(rounds + 1):
         for j, f in enumerate(functions):
-            gc.collect()  # nobody pays for the garbage of the one before
+            gc.collect()  # no function pays for the garbage of the one before it
             start = time.perf_counter()
             f()
             if i:
@@ -82,9 +81,9 @@ def scaling(console: Console, rounds: int) -> None:
     table = Table(
         "blocks",
         "s",
-        "ms a block",
-        "over 50 blocks",
-        title="time a block, RepVGG blocks of 8 channels",
+        "ms per block",
+        "ratio to 50 blocks",
+        title="time per block, RepVGG blocks of 8 channels",
     )
     sizes = [50, 200, 800, 3200]
     models = [nn.Sequential(*(block() for _ in range(n))).eval() for n in sizes]
@@ -113,13 +112,12 @@ def memory(console: Console) -> None:
 def measure(name: str) -> None:
     """Prints the model's size and the growth of this process's peak resident memory, in MB."""
     model = zoo(name)
-    repfx.transform(
-        nn.Sequential(block()), ["fuse"]
-    )  # libraries load and pools fill before the count starts
+    # Libraries load and memory pools fill before the measurement starts.
+    repfx.transform(nn.Sequential(block()), ["fuse"])
     model(torch.randn(2, 3, 64, 64))
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = resident("VmRSS")
     result = repfx.transform(model, ["fuse"])
     after = resident("VmHWM")
@@ -128,7 +126,7 @@ def measure(name: str) -> None:
 
 
 def resident(key: str) -> float:
-    """MB, from Linux's account of this process."""
+    """A memory figure of this process in MB, as Linux reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / 1e6
 

@@ -1,8 +1,10 @@
-"""What post-training quantization costs: python examples/bench_ptq.py
+"""The cost of post-training quantization: python examples/bench_ptq.py
 
-Calibration against plain forward passes of the merged net over the same pictures (4 096 of the mini
-net, 64 of resnet18), medians and quartiles of rounds in which each runs once; how long
-`reconstruct` takes with its defaults; and the peak of memory at 256 and at 4 096 pictures."""
+1. the speed of calibration relative to plain forward passes of the merged net over the same images
+   (4 096 for the mini net, 64 for resnet18): medians and quartiles over rounds in which each runs
+   once;
+2. the time of `reconstruct` with its defaults;
+3. peak memory for 256 and for 4 096 images."""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ METHODS = ("max", "percentile", "mse", "mae", "entropy")
 
 
 def mini() -> nn.Module:
-    """Eight QARepVGG blocks of 16, 32 and 64 channels: (N, 3, 32, 32) -> (N, 10), the net of the
-    studies.
-    """
+    """The net of the studies: (N, 3, 32, 32) -> (N, 10).
+
+    It has eight QARepVGG blocks of 16, 32 and 64 channels."""
     plan = [
         (3, 16, 1),
         (16, 16, 1),
@@ -60,18 +62,17 @@ NETS: dict[str, Any] = {
 
 
 def batches(shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
-    """Random pictures, made as they are asked for."""
+    """Random images, made one batch at a time."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         yield torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
 
 
 def throughput(name: str, threads: int, rounds: int) -> list[str]:
-    """How fast calibration is, over plain forward passes, by method."""
+    """The speed of calibration relative to plain forward passes, for each method."""
     torch.set_num_threads(threads)
-    torch.empty(
-        2**23 - 2**13
-    )  # 32 MB, freed at once: from then on glibc keeps what it gets back, for either side
+    # 32 MB, freed at once. From then on glibc keeps freed memory, which makes the comparison fair.
+    torch.empty(2**23 - 2**13)
     make, shape, count = NETS[name]
     net, data = make().eval().to(memory_format=torch.channels_last), list(batches(shape, count))
     merged, quantized = (repfx.transform(net, [p], example=data[0]) for p in ("fuse", "ptq"))
@@ -94,9 +95,9 @@ def throughput(name: str, threads: int, rounds: int) -> list[str]:
 
 
 def memory(what: str, pictures: int, answer: Any) -> None:
-    """Puts the peak of this process's own memory in MiB, files of the cache left out, over what it
-    was at the start.
-    """
+    """Puts the peak of this process's own memory above that at its start, in MiB.
+
+    Memory shared with files, such as the cache, does not count."""
 
     def own() -> int:
         resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     console = Console(width=150)
-    table = Table(title="calibrate, speed over plain forward passes")
+    table = Table(title="speed of calibrate, relative to plain forward passes")
     for column in ("net", "threads", *METHODS):
         table.add_column(column, justify="right")
     for name in NETS:
@@ -146,13 +147,13 @@ def main() -> None:
     start = time.perf_counter()
     repfx.reconstruct(model, batches(shape, 8), progress=True)
     console.print(
-        f"reconstruct, mini net, 1024 pictures, defaults, {torch.get_num_threads()} threads: ",
+        f"reconstruct, mini net, 1024 images, defaults, {torch.get_num_threads()} threads: ",
         end="",
     )
     console.print(f"{time.perf_counter() - start:.0f} s")
 
-    table = Table(title="peak of memory, MiB over the start")
-    for column in ("", "256 pictures", "4096 pictures"):
+    table = Table(title="peak memory, MiB above the start")
+    for column in ("", "256 images", "4096 images"):
         table.add_column(column, justify="right")
     start_method = multiprocessing.get_context("spawn")
     for what in ("calibrate", "reconstruct"):

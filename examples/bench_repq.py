@@ -1,8 +1,8 @@
 """The cost of a training step on the merged weight: python examples/bench_repq.py
 
-Each row is a net of blocks; times are medians of interleaved steps in one run, relative to plain
-LSQ quantization-aware training of the merged net, and, for float training, to the multi-branch net
-itself."""
+Each row is a net of one kind of block. Times are medians of interleaved steps in one run, relative
+to plain LSQ quantization-aware training of the merged net. The time of float training on the merged
+weight is relative to the multi-branch net."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stepper(model: nn.Module, x: Tensor, y: Tensor):
 
 
 def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
-    """Median seconds of each, a step of each a round, in an order drawn anew."""
+    """The median seconds of each step; each runs once in every round, in random order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, draw = list(steps.items()), random.Random(0)
     for i in range(rounds + 2):
@@ -57,9 +57,10 @@ def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
 
 
 def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]:
-    """What is compared: the net of branches, plain QAT of the merged net, float training merged,
-    and repq's modes.
-    """
+    """The nets to compare.
+
+    The net of branches, plain QAT of the merged net, float training on the merged weight, and the
+    modes of repq."""
     torch.manual_seed(0)
     model = net(block, width, 4).eval()
     merged = repfx.transform(model, ["fuse"], example=x)
@@ -72,7 +73,7 @@ def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]
 def peak(
     block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, out: object
 ) -> None:
-    """Puts the MB that three steps take above what the process held before them."""
+    """Puts the growth of this process's peak memory over three steps, in MB."""
     x, y = torch.randn(shape), torch.arange(shape[0]) % 10
     step = stepper(forms(block, width, x[:2, :, :8, :8])[form], x, y)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,12 +91,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory of a step instead of its time"
+        "--memory", action="store_true", help="measure peak memory of a step instead of time"
     )
     args = parser.parse_args()
     shape = (args.batch, args.width, args.size, args.size)
     x, y = torch.randn(shape), torch.arange(args.batch) % 10
-    what = "peak memory of a step" if args.memory else "a step"
+    what = "peak memory of a step" if args.memory else "time of a step"
     table = Table(
         title=f"{what}, width {args.width}, {args.batch} x {args.size} x {args.size}; ratios"
     )

@@ -1,11 +1,10 @@
-"""INT8 files of ours against ONNX Runtime's own quantizer and, where it is installed, NNCF's, in
-ONNX Runtime and OpenVINO.
+"""Speed of our INT8 files against those of ONNX Runtime's quantizer and, if installed, of NNCF.
 
     python examples/bench_runtimes.py
 
-All from one merged float net with random weights; each round runs all in an order of its own;
-ratios are medians and quartiles of the rounds' ratios. Layers in integers: as the runtime's own
-graph has them, in our file."""
+All come from one merged float net with random weights and run in ONNX Runtime and OpenVINO. Each
+round runs them in random order. Ratios are medians and quartiles over the rounds. Layers in
+integers are counted in the graph that the runtime makes from our file."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ MODELS = (
 
 
 class Once(CalibrationDataReader):
-    """One batch, as ONNX Runtime's calibration wants it."""
+    """One batch in the form that ONNX Runtime's calibration reads."""
 
     def __init__(self, name: str, x: Tensor) -> None:
         self.batches = iter([{name: x.numpy()}])
@@ -56,9 +55,7 @@ class Once(CalibrationDataReader):
 
 
 def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
-    """ONNX Runtime's quantize_static: uint8 activations, int8 weights per channel, after its own
-    preparation.
-    """
+    """Runs ONNX Runtime's preparation and quantize_static: uint8 activations, int8 per channel."""
     import onnx
 
     quant_pre_process(str(plain), str(goal.with_suffix(".pre.onnx")), skip_symbolic_shape=True)
@@ -76,7 +73,7 @@ def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
 
 
 def by_nncf(plain: Path, goal: Path, x: Tensor) -> Path | None:
-    """NNCF's quantize of the same file, as OpenVINO IR; None where NNCF is not installed."""
+    """Quantizes the same file with NNCF into OpenVINO IR; None where NNCF is not installed."""
     try:
         import nncf
     except ImportError:
@@ -108,9 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
-    table = Table(
-        title=f"{args.batch} pictures of {args.size}, {args.rounds} rounds; ratios of medians"
-    )
+    table = Table(title=f"{args.batch} images of {args.size}, {args.rounds} rounds; median ratios")
     for column in (
         "model",
         "runtime",
@@ -120,15 +115,15 @@ def main() -> None:
         "ours / ONNX Runtime's",
         "ours / NNCF's",
         "layers in integers",
-        "file, over float",
+        "file size / float",
     ):
         table.add_column(column, justify="right")
     for name in args.models:
         torch.manual_seed(0)
-        # Random scales and shifts over the statistics of real inputs: activations of one size
-        # through the whole net and convolutions with biases that count, as in a trained one.
-        # (Random statistics let activations grow until ONNX Runtime rounds every bias to zero, and
-        # OpenVINO then leaves those biases out.)
+        # Random scales and shifts, but statistics measured on the input, so that activations keep
+        # their size through the whole net and biases matter, as in a trained one. (With random
+        # statistics activations grow until ONNX Runtime rounds every bias to zero, and OpenVINO
+        # then drops those biases.)
         model, x = (
             randomise(timm.create_model(name).eval()),
             torch.randn(args.batch, 3, args.size, args.size),

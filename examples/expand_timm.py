@@ -1,10 +1,9 @@
-"""A plain timm ResNet trained with more branches than it will be deployed with, 4-bit, on the
-merged weight.
+"""Trains a timm ResNet at 4 bits with extra branches, which merge away before it is deployed.
 
     python examples/expand_timm.py --data cifar10.zip
 
-expand turns each 3x3 convolution and its batch norm into an ACNet block that computes the same;
-repq trains its merged weight; fuse gives a net with as many convolutions as the ResNet had."""
+expand turns each 3x3 convolution and its batch norm into an ACNet block that computes the same.
+repq trains its merged weight. fuse gives a net with as many convolutions as the ResNet had."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ def main() -> None:
     )
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument(
-        "--epochs", type=int, default=2, help="of float training, then as many with the branches"
+        "--epochs", type=int, default=2, help="epochs in float, first plain and then with branches"
     )
     parser.add_argument("--qat-epochs", type=int, default=1)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--limit", type=int, default=5000, help="training pictures")
+    parser.add_argument("--limit", type=int, default=5000, help="training images")
     parser.add_argument("--output", type=Path, default=Path("out/resnet.onnx"))
     args = parser.parse_args()
     train, test = (

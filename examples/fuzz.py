@@ -1,9 +1,9 @@
-"""Random graphs through `fuse`, in numbers: python examples/fuzz.py --from 0 --to 5000 --jobs 2
+"""Runs `fuse` on random graphs: python examples/fuzz.py --from 0 --to 5000 --jobs 2
 
-Each seed makes a random net (linear or not, in one to three dimensions, layers shared, values
-changed in place, several outputs). Its rewrite must compute the same at every size it accepts, cost
-no more, keep the given net and input as they were and find nothing on a second run. A seed that
-fails is printed, and one that is asked for alone is described."""
+Each seed makes a random net: linear or not, in one to three dimensions, with shared layers, values
+changed in place and several outputs. Its rewrite must compute the same at every size it accepts,
+cost no more, leave the given net and input unchanged and merge nothing on a second run. Seeds that
+fail are printed. A run of a single seed also describes its net."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-10
 
 @dataclass
 class Outcome:
-    """What one seed gave. `error` is empty where all went well."""
+    """The result of one seed. `error` is empty where nothing failed."""
 
     seed: int
     operators: set[str] = field(default_factory=set)
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def block_of(seed: int) -> tuple[RandomBlock, torch.Tensor]:
-    """Every third one is linear; one in ten is of one dimension, one in ten of three."""
+    """The net of a seed: every third is linear, one in ten is 1-D, one in ten is 3-D."""
     return random_block(seed, nonlinear=seed % 3 > 0, axes={3: 1, 7: 3}.get(seed % 10, 2))
 
 
@@ -131,13 +131,13 @@ def _summary(found: list[Outcome], seconds: float) -> None:
     with_merges, merges = sum(o.merged > 0 for o in found), sum(o.merged for o in found)
     untraced = sum(o.untraced for o in found)
     print(
-        f"{len(found)} graphs, {len(found) / seconds:.1f} a second, "
+        f"{len(found)} graphs, {len(found) / seconds:.1f} per second, "
         f"{with_merges} with merges, {merges} merges, "
         f"{untraced} with untraced parts, {len(failed)} failed {failed[:10]}"
     )
     for reason, n in reasons.most_common(12):
         print(f"{n:7d}  {reason}")
-    print("graphs with an operator, and with a merge of it:")
+    print("number of graphs with an operator, and with a merge of that operator:")
     names = [f"{n:6d} {in_merges[name]:5d} {name}" for name, n in operators.most_common()]
     for i in range(0, len(names), 3):
         print("".join(f"{name:<40}" for name in names[i : i + 3]).rstrip())

@@ -1,13 +1,12 @@
-"""INT8 files on every instruction set that this machine can show: codes, noise end to end, layers
-in integers.
+"""INT8 files on every instruction set of this machine: codes, SQNR and layers in integers.
 
     python examples/isa.py [--groups zoo,placement,random] [--nets 200] [--out isa.jsonl] [--vnni]
 
-Rows go to a file of JSON lines and a run goes on where the last one stopped. A code is "wrong"
-where it differs on equal inputs and the exact value is further from the edge between two codes than
-arithmetic errs; other codes that differ are ties. "over fake-quant": how many dB the file, run as
-it is deployed, is above the torch model, both against float. ONNX Runtime's kernels run natively
-and, with qemu-user installed, on emulated processors."""
+Rows go to a file of JSON lines, and a run resumes where the last one stopped. A code is "wrong" if
+it differs on equal inputs by more than arithmetic errors explain; other codes that differ are ties.
+"over fake-quant" is the SQNR of the deployed file minus that of the torch model, in dB, both
+against float. ONNX Runtime's kernels run natively and, with qemu-user installed, on emulated
+processors."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ CHUNK = 10
 
 
 def nets(group: str, count: int) -> Iterator[tuple[str, Any]]:
-    """Names and makers of (net, input)."""
+    """The names of the nets in a group, each with a function that makes (net, input)."""
     if group == "random":
         for seed in range(count):
             yield f"random {seed}", lambda seed=seed: random_net(seed)
@@ -72,7 +71,7 @@ def of_timm(name: str) -> tuple[nn.Module, Tensor]:
 def rows(
     group: str, made: list[tuple[str, nn.Module, Tensor]], target: str
 ) -> Iterator[dict[str, Any]]:
-    """A row a net and instruction set; all nets go through one process for each."""
+    """A row for each net and instruction set; one process per set runs all the nets."""
     runtime = target.partition("-")[0]
     files = []
     for name, net, x in made:
@@ -115,9 +114,9 @@ def rows(
 
 
 def run_all(isa: Isa, runtime: str, tasks: list[list[Any]]) -> list[list[list[Tensor]] | None]:
-    """What each net's two files give; None where the runtime does not run it, as OpenVINO runs no
-    resize on SSE4.1.
-    """
+    """The outputs of each net's two files; None where the runtime does not run them.
+
+    OpenVINO, for example, does not run a resize on SSE4.1."""
     try:
         flat = iter(isa.run_all(runtime, [task for pair in tasks for task in pair]))
         return [[next(flat), next(flat)] for _ in tasks]
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--vnni",
         action="store_true",
-        help="the targets for CPUs with VNNI, to see what they give up",
+        help="use the targets for CPUs with VNNI, to see what they lose on other CPUs",
     )
     args = parser.parse_args()
     targets = ["openvino-vnni", "onnxruntime-vnni"] if args.vnni else ["openvino", "onnxruntime"]

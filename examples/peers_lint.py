@@ -1,4 +1,4 @@
-"""What the lint says of other tools' own ONNX files, of a RepVGG block as it is trained and merged.
+"""Lints the ONNX files that other tools write of a net of RepVGG blocks, as trained and merged.
 
     pip install nvidia-modelopt requests torchao brevitas onnxoptimizer aimet-torch nncf
     python examples/peers_lint.py
@@ -63,8 +63,8 @@ def torchao(quantizer: Callable[[], Any], model: nn.Module, x: Tensor, path: Pat
 
     prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer())
     prepared(x)
-    # Weights as operators of the graph; folded, as is the default, its files fail the same rules
-    # but Q09.
+    # The weights stay operators of the graph. With folding, the default, the files fail the same
+    # rules except Q09.
     torch.onnx.export(
         convert_pt2e(prepared, fold_quantize=False),
         (x,),
@@ -174,7 +174,7 @@ def main() -> None:
                         f"{f.severity} {f.rule}" for f in repfx.lint(path) if f.severity in "EW"
                     )
                 text = ", ".join(f"{name} ({n})" for name, n in sorted(found.items())) or "none"
-            except Exception as error:  # anybody's tool, anybody's error
+            except Exception as error:  # another tool may raise any error
                 text = (
                     f"left out: {type(error).__name__}: "
                     f"{str(error).strip().splitlines()[0][:80] if str(error) else ''}"

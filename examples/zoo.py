@@ -1,9 +1,8 @@
-"""timm's models for the examples and tests, beside a CPU build of torch too: `from zoo import
-timm`.
+"""Imports timm for the examples and tests, even with a CPU build of torch: `from zoo import timm`.
 
-torchvision's wheels on PyPI are built for CUDA; beside a CPU torch its operators have no schema,
-and its import fails on registering their shapes. Declaring them cures that. timm only wants
-torchvision's feature extraction."""
+torchvision's wheels on PyPI are built for CUDA. With a CPU build of torch its operators have no
+schema, so its import fails where it registers their shapes. Declaring them first avoids this. timm
+only needs torchvision's feature extraction."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def declare_missing_operators() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """timm, when it is asked for."""
+    """Imports timm on first use."""
     if name != "timm":
         raise AttributeError(name)
     declare_missing_operators()

@@ -1,11 +1,10 @@
-"""INT8 files of a dozen nets: lint, codes and layers in integers in ONNX Runtime and OpenVINO,
-size.
+"""INT8 files of twelve nets: lint, codes, layers in integers and size, in two runtimes.
 
     python examples/zoo_int8.py [models] [--float16]
 
-Random weights, 96 x 96. A code "differs" where torch and the runtime round one value to neighbours,
-each on equal codes before it. Layers are counted in the graphs that the runtimes made of the files
-for them."""
+Random weights, 96 x 96. A code "differs" where torch and the runtime round a value to different
+codes, with equal codes at every quantizer before it. Layers in integers are counted in the graphs
+that ONNX Runtime and OpenVINO make from their files."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ MODELS = (
 
 
 def float_layers(path: Path) -> int:
-    """Convolutions and linear layers without integers on both inputs."""
+    """The number of convolutions and linear layers without Q/DQ on both input and weight."""
     index = Index(onnx.load(path))
     return sum(
         index.dq(layer.x) is None or not layer.weight or index.dq(layer.weight) is None
@@ -49,7 +48,7 @@ def float_layers(path: Path) -> int:
 
 
 def settle(model: torch.nn.Module, x: torch.Tensor) -> None:
-    """Statistics of this batch, as random weights without them grow beyond float16."""
+    """Sets batch norms to the statistics of this batch; else activations overflow float16."""
     for m in model.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
             m.momentum = None

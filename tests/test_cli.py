@@ -261,7 +261,7 @@ BAD = {
     "an array of another shape": (
         ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "3,32,64", "--data", "data.npy"],
         2,
-        "--shape is 3,32,64, and an input in data.npy is 3,16,16",
+        "--shape is 3,32,64, but an input in data.npy is 3,16,16",
     ),
     "pictures of one channel": (
         ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "1,8,8", "--data", "."],
@@ -271,32 +271,32 @@ BAD = {
     "a shape that is not numbers": (
         ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--shape", "3,nan,32"],
         2,
-        "--shape is whole numbers from 1, separated by commas, not '3,nan,32'",
+        "--shape must be whole numbers from 1, separated by commas, not '3,nan,32'",
     ),
     "a shape beyond memory": (
         ["bench", "net.pt", "--shape", "3,1000000000,1000000000"],
         2,
-        "memory does not hold inputs of --shape 3,1000000000,1000000000",
+        "inputs of --shape 3,1000000000,1000000000 do not fit into memory",
     ),
     "two batches": (
         ["lower", "net.pt", "--onnx", "-o", "x.onnx", "--batches", "1,8"],
         2,
-        "--batches is 3 whole numbers from 1, separated by commas, not '1,8'",
+        "--batches must be 3 whole numbers from 1, separated by commas, not '1,8'",
     ),
     "a folder for a file": (
         ["lower", "net.pt", "--onnx", "-o", "."],
         2,
-        "-o names a file to write; . is a folder",
+        "-o must name a file to write; . is a folder",
     ),
     "means that are not numbers": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--mean", "0,nan,0"],
         2,
-        "--mean is numbers separated by commas, not '0,nan,0'",
+        "--mean must be numbers separated by commas, not '0,nan,0'",
     ),
     "bench of a quantized model": (
         ["bench", "int8raw.pt", "--shape", "3,16,16"],
         2,
-        "bench wants the float model: it quantizes a copy",
+        "bench needs the float model: it quantizes a copy",
     ),
     "usage": (["inspect"], 2, "Missing argument"),
     "unknown command": (["inspekt"], 2, "No such command"),
@@ -318,14 +318,14 @@ def test_bad_input(name: str, folder: Path) -> None:
     "text", ["nan,3,3", "inf,3", "-3,32", "0", "3,32.7", "3,1e9", "", "1,,2", "3,x", f"{2**31}"]
 )
 def test_a_shape_is_whole_numbers_from_one(text: str) -> None:
-    with pytest.raises(repfx.InputError, match="--shape is whole numbers from 1"):
+    with pytest.raises(repfx.InputError, match="--shape must be whole numbers from 1"):
         whole("shape", text)
     assert whole("shape", "3, 32") == (3, 32)
 
 
 @pytest.mark.parametrize("text", ["1,8", "1,8,32,64", "1,nan,8", "1,2.5,8"])
 def test_batches_are_three(text: str) -> None:
-    with pytest.raises(repfx.InputError, match="--batches is 3 whole numbers from 1"):
+    with pytest.raises(repfx.InputError, match="--batches must be 3 whole numbers from 1"):
         whole("batches", text, 3)
 
 

@@ -180,10 +180,10 @@ def test_what_is_refused_before_anything_is_built(fake: Any, file: Path, tmp_pat
     goal = tmp_path / "net.engine"
     with pytest.raises(InputError, match=r"dimension 2 \(height\) of input x is dynamic"):
         build(write(tmp_path / "wide.onnx", "batch", 3, "height", 8), goal)
-    with pytest.raises(InputError, match="no ONNX file"):
+    with pytest.raises(InputError, match="is not an ONNX file"):
         build(tmp_path / "absent.onnx", goal)
     (tmp_path / "bad.onnx").write_bytes(b"\xff\xff\xffnothing")
-    with pytest.raises(InputError, match="no ONNX file"):
+    with pytest.raises(InputError, match="is not an ONNX file"):
         build(tmp_path / "bad.onnx", goal)
     with pytest.raises(InputError, match="cannot write"):
         build(file, tmp_path / "absent" / "net.engine")

@@ -304,10 +304,10 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match=r"torch.float64: lower the model in float32"):
         repfx.lower(nn.Conv2d(3, 4, 1).double(), tmp_path / "a.onnx", example=x.double())
     with pytest.raises(
-        repfx.InputError, match="opset is a whole number from 19 to 23 with float16, not 18"
+        repfx.InputError, match="opset must be a whole number from 19 to 23 with float16, not 18"
     ):
         repfx.lower(model, tmp_path / "a.onnx", example=x, float16=True, opset=18)
-    with pytest.raises(repfx.InputError, match="opset is a whole number from 13 to 23, not 9"):
+    with pytest.raises(repfx.InputError, match="opset must be a whole number from 13 to 23, not 9"):
         repfx.lower(model, tmp_path / "a.onnx", example=x, opset=9)
     assert not list(tmp_path.iterdir())
 
@@ -373,16 +373,14 @@ class Odd(nn.Module):
 
 
 REFUSED = {
-    r"outputs of an ONNX file must be tensors, and the model gives 5": lambda y: (y, 5),
-    r"outputs of an ONNX file must be tensors, and the model gives 8": lambda y: {
+    r"outputs of an ONNX file must be tensors, but the model gives 5": lambda y: (y, 5),
+    r"outputs of an ONNX file must be tensors, but the model gives 8": lambda y: {
         "y": y,
         "n": y.shape[0],
     },
     r"cannot export the model: .*No ONNX function found for .*linalg_svd": torch.linalg.svdvals,
     r"cannot export the model: .*data-dependent": lambda y: y if y.sum() > 0 else -y,
-    r"cannot export the model: it computes with a fixed number of pictures": lambda y: y.view(
-        8, -1
-    ),
+    r"cannot export the model: it computes with a fixed batch size": lambda y: y.view(8, -1),
 }
 
 
@@ -407,7 +405,7 @@ def test_nan_in_the_example_or_on_the_way(tmp_path: Path) -> None:
     model = repfx.transform(Roots().eval(), ["ptq"], example=pictures())
     repfx.calibrate(model, [pictures().abs()])
     with pytest.raises(
-        repfx.InputError, match=r"head.input_quant is given NaN, which no code stands for"
+        repfx.InputError, match=r"head.input_quant is given NaN, which no code can represent"
     ):
         repfx.lower(model, tmp_path / "model.onnx", example=-pictures().abs())
     assert not list(tmp_path.iterdir())

@@ -176,9 +176,9 @@ REFUSED = {
         "Resize", "", np.ones(4, np.float32), mode="linear", antialias=1
     ),
     "Reshape with allowzero=1 has no form": graph("Reshape", ints(0, 5), allowzero=1, shape=(0, 5)),
-    "ReduceMean whose input 1 is computed": graph("ReduceMean", "more"),
+    "ReduceMean with a computed input 1": graph("ReduceMean", "more"),
     "ReduceMean with noop_with_empty_axes=1": graph("ReduceMean", noop_with_empty_axes=1),
-    "Split of a dynamic dimension": graph(
+    "Split along a dynamic dimension": graph(
         "Split", axis=0, num_outputs=2, outputs=2, shape=("n", 3)
     ),
     "LayerNormalization with more than one output": graph("LayerNormalization", ONES, outputs=2),

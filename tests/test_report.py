@@ -286,7 +286,7 @@ def test_the_weights_are_those_that_are_deployed() -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
-    with pytest.raises(repfx.InputError, match="wants the float model"):
+    with pytest.raises(repfx.InputError, match="needs the float model"):
         repfx.report(repfx.transform(net(), ["ptq"], example=x), tmp_path / "a.html", data=[x])
     with pytest.raises(repfx.InputError, match="no image in data"):
         repfx.report(net(), tmp_path / "a.html", data=[])
@@ -297,7 +297,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for data, text in (
         ([{"x": x}], "begins with one"),
         (5, "iterable"),
-        ([(x, torch.zeros(1))], "2 inputs comes with 1"),
+        ([(x, torch.zeros(1))], "2 inputs but 1 labels"),
     ):
         with pytest.raises(repfx.InputError, match=text):
             repfx.report(net(), tmp_path / "a.html", data=data)

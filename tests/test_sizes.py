@@ -107,8 +107,8 @@ class Fixed(nn.Module):
 
 
 FIXED = {
-    r"fixes height and width, it takes \(2, 3, 16, 16\) and nothing larger": torch.flatten,
-    r"the model fixes the width of its input x, 16": lambda y: y + torch.ones(16),
+    r"fixes height and width; it takes \(2, 3, 16, 16\) and nothing larger": torch.flatten,
+    r"the model fixes the width of its input x at 16": lambda y: y + torch.ones(16),
     r"for inputs of \(1, 3, 80, 80\) .*different shapes": lambda y: F.adaptive_avg_pool2d(y, 4),
     r"for inputs of \(1, 3, 80, 80\) .* does not compute what the model computes": lambda y: (
         y if y.shape[2] < 40 else -y
@@ -141,7 +141,7 @@ def test_sizes_that_the_model_itself_refuses_are_its_own_limit(tmp_path: Path) -
 def test_a_size_of_one_cannot_be_free(tmp_path: Path) -> None:
     with pytest.raises(
         repfx.InputError,
-        match="the height of input 1 is 1 in the example; to be free it has to be larger",
+        match="the height of input 1 is 1 in the example; to be dynamic it has to be larger",
     ):
         repfx.lower(
             nn.Conv2d(3, 4, 1).eval(),

@@ -1,10 +1,9 @@
-"""Do bias correction and cross-layer equalization pay beside ranges and learning? On the nets of
-study (e).
+"""Bias correction and cross-layer equalization, the classic methods, on the nets of study (e).
 
-python examples/study/classics.py --data cifar10.zip
+    python examples/study/classics.py --data cifar10.zip
 
-equalized    W1 / s, b1 / s, W2 s for two layers with a ReLU between; s = sqrt(r1 / r2),
-             r a channel's largest weight
+equalized    W1 / s, b1 / s, W2 s for two layers with a ReLU between them; s = sqrt(r1 / r2),
+             with r the largest weight of a channel
 corrected    repfx.calibrate(bias=True)
 """
 
@@ -20,7 +19,7 @@ from repfx.passes import Ptq
 
 
 def equalized(merged: fx.GraphModule) -> fx.GraphModule:
-    """In place, every pair of layers with nothing but a ReLU between."""
+    """Equalizes, in place, every pair of layers with only a ReLU between them."""
     layers = dict(merged.named_modules())
     for node in merged.graph.nodes:
         first = layers.get(str(node.target)) if node.op == "call_module" else None

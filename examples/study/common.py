@@ -1,4 +1,4 @@
-"""What the studies share: the nets, the pictures, and a file of results that a run goes on from."""
+"""What the studies share: the nets, the images, and a file of results from which runs resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def command(doc: str | None, name: str, seeds: list[int] | None = None) -> argparse.ArgumentParser:
-    """The options that every study has; `--seeds` where it is run with several."""
+    """The options that every study has; `--seeds` only where defaults are given."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +33,7 @@ def command(doc: str | None, name: str, seeds: list[int] | None = None) -> argpa
 
 
 def plain(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Module:
-    """One convolution and its batch norm: what a block is compared with."""
+    """One convolution and its batch norm, with which blocks are compared."""
     return ConvNorm(Frame.of(inputs, outputs, kernel, stride, padding))
 
 
@@ -44,9 +44,9 @@ def mini(
     classes: int = 10,
     **options: Any,
 ) -> nn.Module:
-    """Stages of 3x3 blocks and ReLU, all but the first begin with a stride of 2: (N, 3, 32, 32) ->
-    (N, classes).
-    """
+    """Stages of 3x3 blocks and ReLU: (N, 3, 32, 32) -> (N, classes).
+
+    Every stage but the first begins with a stride of 2."""
     layers: list[nn.Module] = []
     inputs = 3
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -57,11 +57,11 @@ def mini(
             ]
             inputs = width
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-    return net.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+    return net.to(memory_format=torch.channels_last)  # halves the time of a step on a CPU
 
 
 def pictures(path: Path, limit: int | None = None) -> tuple[Pictures, Pictures]:
-    """CIFAR-10 as `train/<class>/*.jpg` and `test/<class>/*.jpg`, in a folder or zip."""
+    """CIFAR-10 for training and testing: a folder or zip of `train|test/<class>/*.jpg`."""
     same: dict[str, Any] = {"mean": MEAN, "std": STD, "cache": True}
     return Pictures(path, "train", augment=True, limit=limit, **same), Pictures(
         path, "test", **same
@@ -69,13 +69,13 @@ def pictures(path: Path, limit: int | None = None) -> tuple[Pictures, Pictures]:
 
 
 def calibration(path: Path, count: int = 1024) -> list[torch.Tensor]:
-    """Training pictures without augmentation, in batches of 128."""
+    """Training images without augmentation, in batches of 128."""
     data = Pictures(path, "train", mean=MEAN, std=STD, limit=count)
     return [x for x, _ in DataLoader(data, 128)]
 
 
 class Accuracy:
-    """Top-1 in percent on the test pictures, decoded once."""
+    """Top-1 in percent on the test images, which are decoded once."""
 
     def __init__(self, test: Any) -> None:
         self.batches = [
@@ -91,7 +91,7 @@ class Accuracy:
 
 
 class Results:
-    """Lines of JSON, each with a key; what has a line is not run again."""
+    """A file of JSON lines, each a result with its key; a run that has a line is not repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,9 +113,9 @@ class Results:
 def trained(
     folder: Path, name: str, make: Any, task: Any, data: Any, seed: int, **options: Any
 ) -> nn.Module:
-    """The net of this name and seed, from its finished checkpoint or trained now; a cut run goes on
-    where it was.
-    """
+    """The net of this name and seed, trained now or loaded from its finished checkpoint.
+
+    An interrupted run resumes."""
     torch.manual_seed(seed)
     model: nn.Module = make()
     folder.mkdir(parents=True, exist_ok=True)

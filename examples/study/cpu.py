@@ -1,12 +1,12 @@
-"""Study (g): a net of swish, chunks, concatenations and gates, W8A8, in ONNX Runtime and OpenVINO,
-beside their own tools.
+"""Study (g): W8A8 in ONNX Runtime and OpenVINO, against their own tools, on a net with gates.
 
     pip install nncf openvino
     python examples/study/cpu.py --data cifar10.zip
 
-Such a net runs in integers only where what its convolutions give, and what goes on from there, is
-rounded too: more places to lose accuracy than the inputs of layers. 1 024 training pictures without
-labels calibrate. A tool that is not installed is named and left out."""
+The net has swish, chunks, concatenations and gates. It runs in integers only if the outputs of its
+convolutions, and the values computed from them, are quantized too, which gives more places to lose
+accuracy than the inputs of layers alone. Calibration uses 1 024 training images without labels. A
+tool that is not installed is named and left out."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 
 class Act(nn.Module):
-    """A convolution, its batch norm and a swish: (N, inputs, H, W) -> (N, outputs, H / stride, W /
-    stride).
-    """
+    """A convolution, its batch norm and a swish.
+
+    (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)"""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class Act(nn.Module):
 
 
 class Joined(nn.Module):
-    """Half goes on through residual steps, all is concatenated and gated: (N, c, H, W) -> (N, c, H,
-    W).
-    """
+    """Residual steps on half of the channels, a concatenation and a gate.
+
+    (N, c, H, W) -> (N, c, H, W)"""
 
     def __init__(self, width: int, steps: int = 2) -> None:
         super().__init__()

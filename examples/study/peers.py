@@ -1,11 +1,11 @@
-"""Other tools on the nets of study (e), W8A8, each on the merged net and the same 1 024 pictures,
-beside ours.
+"""Other tools against repfx at W8A8, on the merged nets of study (e) and the same 1 024 images.
 
     pip install nvidia-modelopt requests torchao nncf openvino aimet-torch
     python examples/study/peers.py --data cifar10.zip
 
-ONNX Runtime's quantizer and ours run in ONNX Runtime, NNCF's in OpenVINO, the others' in torch as
-they simulate it. A tool that is not installed is named and left out."""
+The nets of ONNX Runtime's quantizer and ours run in ONNX Runtime, NNCF's in OpenVINO, and the
+others in the simulation that the tool makes in torch. A tool that is not installed is named and
+left out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Reader(CalibrationDataReader):
 
 
 class Call(nn.Module):
-    """A function as a model."""
+    """A module that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -106,8 +106,7 @@ def torchao(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module
     )
     shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
     merged = copy.deepcopy(merged).to(memory_format=torch.contiguous_format)
-    # Strict, or the quantizer finds no convolution: it looks for them by what only that export
-    # notes.
+    # Strict, because the quantizer finds convolutions by notes that only a strict export makes.
     exported = torch.export.export(merged, (batches[0],), dynamic_shapes=shapes, strict=True)
     prepared = prepare_pt2e(exported.module(), quantizer)
     with torch.no_grad():

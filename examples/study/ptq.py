@@ -1,10 +1,10 @@
-"""Study (e), RepAPQ: every method of post-training quantization on the same nets and pictures.
+"""Study (e), RepAPQ: every method of post-training quantization on the same nets and images.
 
     python examples/study/variants.py --data cifar10.zip   trains S0 and S4 (or this script does)
     python examples/study/ptq.py --data cifar10.zip
 
-Weights have one step a channel, of least squared error. 1 024 training pictures without labels
-calibrate."""
+Weights are quantized per channel, with the scale of least squared error. Calibration uses 1 024
+training images without labels."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ LEARNED: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 class Residual(nn.Module):
-    """The basic block of a plain ResNet: (N, inputs, H, W) -> (N, outputs, H / stride, W /
-    stride)."""
+    """The basic block of a ResNet: (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

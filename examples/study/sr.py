@@ -1,6 +1,8 @@
 """Study (c), RepQ on super-resolution: ECBSR-m4c8 x2 at 8, 4 and 2 bits, PSNR on Set5 and Set14.
 
-python examples/study/sr.py --data sr.zip        train/t91/*.png, test/set5|set14/{hr,lr_x2}/*.png
+    python examples/study/sr.py --data sr.zip
+
+The zip holds train/t91/*.png and test/set5|set14/{hr,lr_x2}/*.png.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ class Plain(nn.Conv2d):
 
 
 class ECBSR(nn.Module):
-    """Zhang et al., 2021: blocks of `width` channels with PReLU, the picture added to each of the
-    scale^2 phases.
-    """
+    """ECBSR (Zhang et al., 2021): blocks with PReLU, and the image added to each of scale^2 phases.
+
+    (N, 1, H, W) -> (N, 1, scale H, scale W)"""
 
     def __init__(
         self, block: type[nn.Module], depth: int = 4, width: int = 8, scale: int = 2
@@ -43,7 +45,7 @@ class ECBSR(nn.Module):
 def main() -> None:
     parser = command(__doc__, "sr", seeds=[0])
     parser.add_argument(
-        "--epochs", type=int, default=160, help="of float training, 16 patches a picture each"
+        "--epochs", type=int, default=160, help="float epochs, each of 16 patches per image"
     )
     parser.add_argument("--qat-epochs", type=int, default=25)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])

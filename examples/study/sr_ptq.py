@@ -21,14 +21,10 @@ from repfx.data import Pairs
 from repfx.passes import Ptq
 from repfx.training import SuperResolution
 
-LAYERS = [
-    "body.1",
-    "body.3",
-    "body.5",
-    "body.7",
-    "body.9",
-]  # where a block may end, each beside the skip
-MORE = {  # at 6 bits: cut, and whole with as many steps in all
+# Where a block may end; the skip connection runs alongside each of them.
+LAYERS = ["body.1", "body.3", "body.5", "body.7", "body.9"]
+# Only at 6 bits: the net cut into blocks, and uncut with the same number of steps in total.
+MORE = {
     "repapq, a block a layer": (["qprep"], {"blocks": LAYERS}),
     "repapq, 1200 steps": (["qprep"], {"iterations": 1200}),
 }

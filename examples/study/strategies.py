@@ -1,5 +1,4 @@
-"""Study (b), RepQ: Plain, Merged and RepQ in its modes, at 8 and 4 bits, for RepVGG- and
-ACNet-style nets.
+"""Study (b), RepQ: Plain, Merged and the modes of RepQ at 8 and 4 bits, on RepVGG and ACNet nets.
 
     python examples/study/strategies.py --data cifar10.zip
 
@@ -24,7 +23,7 @@ MODES = ("running", "batch", "estimate", "sampled")
 
 def main() -> None:
     parser = command(__doc__, "strategies", seeds=[0])
-    parser.add_argument("--epochs", type=int, default=8, help="of float training")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of float training")
     parser.add_argument("--qat-epochs", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
     args = parser.parse_args()

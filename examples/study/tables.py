@@ -1,4 +1,4 @@
-"""The tables of README.md from the results: python examples/study/tables.py"""
+"""Prints the tables of README.md from the results: python examples/study/tables.py"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:
-    """The mean and half the range of several seeds."""
+    """The mean and half the range over several seeds."""
     v = list(values)
     if not v:
         return "–"
@@ -52,7 +52,7 @@ def bits_of(r: dict[str, Any]) -> str:
 
 
 def drops(found: list[dict[str, Any]]) -> str:
-    """What each seed's net loses against its own float accuracy."""
+    """The accuracy that the net of each seed loses against its own float accuracy."""
     whole = {(r["variant"], r["seed"]): r["top1"] for r in found if r["bits"] == 32}
     lost = [
         r | {"drop": whole[r["variant"], r["seed"]] - r["top1"]} for r in found if r["bits"] != 32
@@ -61,9 +61,7 @@ def drops(found: list[dict[str, Any]]) -> str:
 
 
 def lead(found: list[dict[str, Any]], own: str) -> str:
-    """By how much `own` is above each other method on the same net of the same seed: mean, standard
-    error, extremes.
-    """
+    """The lead of `own` over each other method on the same nets: mean, standard error, extremes."""
     at = {(r["method"], r["net"], r["seed"]): r["top1"] for r in found}
     lines = ["| | nets | mean ± standard error | least | most |", "|---|---|---|---|---|"]
     for method in dict.fromkeys(r["method"] for r in found if r["method"] not in (own, "float")):
@@ -107,7 +105,7 @@ def main() -> None:
     found = rows("sr_ptq")
     for name in ("set5", "set14"):
         print(f"\n(f) {name}\n" + table(found, lambda r: r["method"], bits_of, name, 2))
-    order = ["float", "max", "percentile", "entropy", "mse", "mae"]  # and then what is learned
+    order = ["float", "max", "percentile", "entropy", "mse", "mae"]  # learned methods come after
     found = sorted(
         rows("ptq"), key=lambda r: order.index(r["method"]) if r["method"] in order else len(order)
     )

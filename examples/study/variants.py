@@ -1,4 +1,4 @@
-"""Study (a), QARepVGG: S0, Eq6, S1..S4 trained alike, then quantized after training.
+"""Study (a), QARepVGG: S0, Eq6, S1..S4 trained the same way, then quantized after training.
 
 python examples/study/variants.py --data cifar10.zip
 python examples/study/variants.py --data cifar10.zip --size large --epochs 10 --variants S4 S2 S0
@@ -15,7 +15,7 @@ import repfx
 from repfx.blocks import QARepVGG
 from repfx.passes import Ptq
 
-L2 = {"S0": "custom", "Eq6": "eq6"}  # the others decay plainly
+L2 = {"S0": "custom", "Eq6": "eq6"}  # the others use plain weight decay
 SIZES: dict[str, dict[str, Any]] = {
     "mini": {},
     "large": {"widths": (32, 64, 128), "depths": (4, 3, 3)},

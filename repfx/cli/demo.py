@@ -1,6 +1,4 @@
-"""repfx demo: the main job on real data in a minute. It trains, merges, calibrates, lowers and runs
-a model, and prints one table of the results.
-"""
+"""repfx demo: trains, merges, calibrates, lowers and runs a model in a minute, on real data."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ TARGET = "onnxruntime"
 
 @dataclass
 class Row:
-    """One form of the model: a file, a way to run it, and what it holds."""
+    """One form of the model: its file, a function that runs it, and its numbers."""
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -41,7 +39,7 @@ class Row:
 
 
 def small_repvgg(classes: int = 10) -> nn.Sequential:
-    """Seven RepVGG blocks for 8x8 images of one channel."""
+    """Seven RepVGG blocks for images (N, 1, 8, 8)."""
     sizes = [
         (1, 32, 1),
         (32, 32, 1),
@@ -60,9 +58,7 @@ def small_repvgg(classes: int = 10) -> nn.Sequential:
 
 
 def demo(folder: Path, epochs: int, seed: int, console: Console) -> list[Row]:
-    """Runs the whole path and prints the table. Raises InputError where the folder cannot be
-    written.
-    """
+    """Runs every step and prints the table. Raises InputError if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,7 +115,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with 8x8 images, threads would mostly wait for each other
+    torch.set_num_threads(1)  # on 8x8 images, threads would mostly wait for each other
     for _ in track(range(epochs), "training", console=console, transient=True):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
@@ -133,9 +129,8 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, console: Console
 def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # idle threads would slow torch's turns
+    # Threads that spin while idle would slow down torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session: Any = onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"]
     )
@@ -144,9 +139,9 @@ def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _measure(rows: list[Row], batch: Tensor, rounds: int = 30) -> None:
-    """Median milliseconds of a batch. The forms take turns, so that each meets the machine's slow
-    moments.
-    """
+    """Sets each row's median milliseconds per batch.
+
+    The forms run in turn, so that slow moments of the machine affect all of them."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     with torch.no_grad():
         for i in range(rounds + 3):

@@ -102,7 +102,7 @@ def lower(
         raise InputError(
             "this model is float: `repfx quantize` it first for INT8, or lower it with --onnx"
         )
-    # TensorRT cannot run what is written for OpenVINO, which runs what is written for TensorRT
+    # OpenVINO runs a file written for TensorRT, but not the other way round.
     target = target or ("openvino" if openvino and not trt else "tensorrt")
     runtime = "openvino" if openvino else target_named(target).runtime
     stops = [] if isa is None else chosen(runtime, isa)
@@ -124,7 +124,7 @@ def lower(
 
 @dataclass(frozen=True)
 class _Written:
-    """A file that was lowered, and the model it was lowered from."""
+    """A lowered file and the model it was lowered from."""
 
     file: Path
     net: nn.Module
@@ -133,8 +133,9 @@ class _Written:
     float16: bool
 
     def compare(self, runtime: str, there: Parity | None, stops: Sequence[Isa]) -> None:
-        """Says how the file compares in the runtime that was asked for (`there` where that has been
-        done), and on each instruction set."""
+        """Prints how the file compares with the model in the runtime and on each instruction set.
+
+        `there`: the comparison in that runtime, where it was already made."""
         same, args = reference(self.net, self.target, self.float16), (self.example,)
         if runtime == "openvino":
             there = there or checked(runtime, same, load(self.file), args, How(self.float16))
@@ -166,7 +167,7 @@ def _quantized(net: object) -> bool:
 
 @app.command()
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An ONNX file of any tool.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An ONNX file from any tool.")],
     target: Annotated[
         str, typer.Option(help="What will run it: tensorrt, onnxruntime or openvino.")
     ] = "tensorrt",
@@ -208,7 +209,7 @@ def bench(
     x = random_input(shape, batch)
     net = load_model(model, weights, trust_pickle)
     if _quantized(net):
-        raise InputError("bench wants the float model: it quantizes a copy for each runtime itself")
+        raise InputError("bench needs the float model: it quantizes a copy for each runtime itself")
     if threads:
         torch.set_num_threads(threads)
     merged = api.transform(net, ["fuse"], example=x)

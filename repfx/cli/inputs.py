@@ -1,4 +1,4 @@
-"""An input to try a model on: random numbers of --shape, or the first of --data at that size."""
+"""The input to try a model on: random numbers of --shape, or the first of --data at that size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ USUAL = "3,224,224"
 
 
 def random_input(shape: str, batch: int) -> Tensor:
-    """(batch, *shape), the same at each call. Raises InputError where shape is no shape or memory
-    does not hold it.
-    """
+    """A random input (batch, *shape), the same at every call.
+
+    Raises InputError where `shape` cannot be read or the input does not fit into memory."""
     dims = whole("shape", shape)
     try:
         return torch.randn(batch, *dims, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -26,11 +26,11 @@ def random_input(shape: str, batch: int) -> Tensor:
 
 
 def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
-    """(N, *shape) with N up to `most`. Images are resized and cropped around the centre to
-    the shape; an array is taken as it is, and gives the shape if there is none.
+    """Real inputs (N, *shape) with N up to `most`.
 
-    Raises InputError where the data cannot be read or does not have this shape.
-    """
+    Images are resized and cropped around the centre to the shape. An array is used unchanged, and
+    gives the shape if there is none. Raises InputError where the data cannot be read or does not
+    have this shape."""
     array = data.suffix == ".npy"
     if shape is None and not array:
         shape = USUAL
@@ -49,7 +49,7 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
         found = found[:, :, top : top + dims[1], left : left + dims[2]].contiguous()
     if dims is not None and tuple(found.shape[1:]) != dims:
         raise InputError(
-            f"--shape is {shape}, and an input in {data} is {','.join(map(str, found.shape[1:]))}"
+            f"--shape is {shape}, but an input in {data} is {','.join(map(str, found.shape[1:]))}"
         )
     images: Tensor = found
     return images
@@ -57,6 +57,6 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
 
 def _too_large(shape: str | None, error: BaseException) -> InputError:
     return InputError(
-        f"memory does not hold inputs of --shape {shape} "
+        f"inputs of --shape {shape} do not fit into memory "
         f"({str(error).strip() or type(error).__name__})"
     )

@@ -1,6 +1,4 @@
-"""Commands. Exit codes: 0 done, 1 the result is wrong, 2 bad input or usage, 3 a part is not
-installed.
-"""
+"""The commands. Exit codes: 0 done, 1 wrong result, 2 bad input or usage, 3 part not installed."""
 
 from __future__ import annotations
 
@@ -133,8 +131,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Quantizing:
-    """The options of `quantize` that decide the numbers. Raises InputError for an unknown
-    method."""
+    """The options of `quantize` that affect the result. Raises InputError for an unknown method."""
 
     bits: int
     method: str
@@ -155,7 +152,7 @@ class _Quantizing:
     def run(
         self, model: Any, batches: Any, where: torch.device, target: str
     ) -> tuple[nn.Module, Report]:
-        """The quantized model, on the CPU, and what merging it told."""
+        """The quantized model, on the CPU, and the report on merging it."""
         ptq = Ptq(self.bits, weights="mse" if self.learns else "max")
         if self.keep:
             ptq = self._sparing_the_worst(ptq, model, batches, where, target)
@@ -181,7 +178,7 @@ class _Quantizing:
     def _sparing_the_worst(
         self, ptq: Ptq, model: Any, batches: Any, where: torch.device, target: str
     ) -> Ptq:
-        """The pass with the layers that lose the most kept wide."""
+        """The pass with the layers that lose the most accuracy kept wide."""
         tried = api.transform(model, [ptq], target=target).to(where)
         ranges = api.calibrate(tried, batches, method="mae" if self.learns else self.method)
         lost = api.sensitivity(ranges, islice(batches, 4), progress=err.is_terminal)
@@ -284,12 +281,12 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: errors are one paragraph on stderr, a traceback only with --debug."""
+    """Entry point. An error is one paragraph on stderr; --debug shows the traceback."""
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         code = app(argv, standalone_mode=False)
-        if code == 130:  # how typer reports Ctrl-C here
+        if code == 130:  # typer reports Ctrl-C this way
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as stop:
@@ -299,13 +296,13 @@ def main() -> None:
             raise
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left", 130)
+        _fail("interrupted; no half-written file is left", 130)
     except Exception as error:
         if debug:
             raise
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors
             _fail(error.format_message() or "see --help", error.exit_code)
-        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1)
 
 
 def _fail(text: str, code: int) -> None:
@@ -323,7 +320,7 @@ def _print_report(report: Report) -> None:
         table.add_row(escape(m.into), f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
     out.print(table) if report.merged else out.print("nothing to merge")
     for d in report.declined:
-        say(f"left alone: {d}")
+        say(f"declined: {d}")
 
 
 __all__ = ["app", "deploy", "main", "pages"]

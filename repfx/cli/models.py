@@ -1,4 +1,4 @@
-"""MODEL on the command line: a file, judged by its content, or package.module:factory."""
+"""Loads MODEL of the command line: a file, judged by its content, or package.module:factory."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from repfx.files.store import load
 
 _SAFE = (
     "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or "
-    "package.module:factory with "
-    "--weights for a state_dict. If you trust its source, --trust-pickle loads it"
+    "package.module:factory with --weights for a state_dict. If you trust its source, "
+    "--trust-pickle loads it"
 )
 
 
 def load_model(name: str, weights: str | None = None, trust_pickle: bool = False) -> Any:
-    """The model that MODEL names. Raises InputError for a missing, damaged or pickled file and for
-    a bad factory.
-    """
+    """The model that MODEL names.
+
+    Raises InputError for a missing, damaged or pickled file and for a factory that fails."""
     if ":" in name and not os.path.exists(name):
         return _from_factory(name, weights)
     if weights is not None:
-        raise InputError("--weights goes with package.module:factory; a model file holds its own")
+        raise InputError(
+            "--weights is for package.module:factory; a model file has its own weights"
+        )
     if not os.path.isfile(name):
         raise InputError(
             f"no such file: {name}"
@@ -41,7 +43,8 @@ def load_model(name: str, weights: str | None = None, trust_pickle: bool = False
         return load_exported(name, trust_pickle)
     with open(name, "rb") as file:
         head = file.read(9)
-    # what repfx.save wrote starts with the length of a header, which may start as a pickle does
+    # A file of repfx.save starts with the length of its header, whose first byte may look like that
+    # of a pickle.
     saved = head[8:] == b"{"
     pickled = head[:1] == b"\x80" and not saved
     if zipfile.is_zipfile(name) or pickled or head[:4] == b"PK\x03\x04":
@@ -51,7 +54,7 @@ def load_model(name: str, weights: str | None = None, trust_pickle: bool = False
 
 def _from_pickle(name: str, trust: bool) -> nn.Module:
     if not zipfile.is_zipfile(name) and Path(name).read_bytes()[:4] == b"PK\x03\x04":
-        raise InputError(f"{name} is damaged: the archive is cut off")
+        raise InputError(f"{name} is damaged: the archive is incomplete")
     if not trust:
         try:
             found = torch.load(name, map_location="cpu", weights_only=True)

@@ -1,6 +1,4 @@
-"""What commands share: the app, the consoles, options that mean the same everywhere, and how their
-text is read.
-"""
+"""What the commands share: the app, the consoles, common options and how their text is read."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ Size = Annotated[int, typer.Option(help="Side of the square input images, in pix
 
 
 def split(passes: str) -> list[str]:
-    """Commas between passes, not those inside their parentheses."""
+    """Splits passes at the commas between them, not at those inside parentheses."""
     parts, depth = [""], 0
     for c in passes:
         depth += (c == "(") - (c == ")")
@@ -80,12 +78,12 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     except ValueError:
         found = (math.nan,)
     if not all(map(math.isfinite, found)):
-        raise InputError(f"--{name} is numbers separated by commas, not {text!r}")
+        raise InputError(f"--{name} must be numbers separated by commas, not {text!r}")
     return found
 
 
 def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
-    """As many whole numbers from 1 as `count` says, any number of them where it is None.
+    """The whole numbers from 1 in a text: `count` of them, or any number where it is None.
 
     >>> whole("batches", "1,8,32", 3)
     (1, 8, 32)
@@ -97,14 +95,13 @@ def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
     if not found or not all(0 < v < 2**31 for v in found) or count not in (None, len(found)):
         many = "" if count is None else f"{count} "
         raise InputError(
-            f"--{name} is {many}whole numbers from 1, separated by commas, not {text!r}"
+            f"--{name} must be {many}whole numbers from 1, separated by commas, not {text!r}"
         )
     return found
 
 
 def place(name: str | None) -> torch.device:
-    """The device of this name, or the one there is. Raises InputError for one that cannot be
-    used."""
+    """The named device, by default a GPU if there is one. Raises InputError if it is unusable."""
     try:
         found = torch.device(
             name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,14 +115,16 @@ def place(name: str | None) -> torch.device:
 
 
 def named(output: Path, *suffixes: str) -> Path:
-    """The output with one of the suffixes: as it is where it has one, the first in place of another
-    file kind's, or after the name. A dot in a name is not a suffix.
+    """The output path with one of these suffixes.
+
+    A path that has one stays unchanged. Otherwise the first suffix replaces that of another kind of
+    output, or follows the name: other dots in a name do not count.
 
     >>> [named(Path(name), ".onnx").name for name in ("net.ONNX", "net.engine", "net.v2")]
     ['net.ONNX', 'net.onnx', 'net.v2.onnx']
     """
     if output.is_dir() or not output.name:
-        raise InputError(f"-o names a file to write; {output} is a folder")
+        raise InputError(f"-o must name a file to write; {output} is a folder")
     if output.suffix.lower() in suffixes:
         return output
     name = output.stem if output.suffix.lower() in LOWERED else output.name
@@ -133,7 +132,5 @@ def named(output: Path, *suffixes: str) -> Path:
 
 
 def say(text: object) -> None:
-    """Prints a line as it is: a path or a layer may hold [brackets], which rich would take for a
-    style.
-    """
+    """Prints a line unchanged: rich would read [brackets] in a path or a layer as a style."""
     out.print(str(text), markup=False, highlight=False)

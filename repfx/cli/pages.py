@@ -1,4 +1,4 @@
-"""The command that shows: report."""
+"""The report command."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def report(
 
 
 def show(found: api.Numbers, console: Console, most: int = 5) -> None:
-    """The compact version: the forms in a line each, and the worst warnings."""
+    """Prints a short version: a line for each form, and the worst warnings."""
     for form in found.forms:
         sqnr = "" if form.sqnr is None else f", {form.sqnr:.1f} dB"
         top1 = "" if form.top1 is None else f", top-1 {form.top1:.2f} %"
@@ -90,4 +90,4 @@ def show(found: api.Numbers, console: Console, most: int = 5) -> None:
             f"warning: {escape(warning.layer)} {escape(warning.what)} ({escape(warning.cure)})"
         )
     if len(found.warnings) > most:
-        console.print(f"and {len(found.warnings) - most} more in the page")
+        console.print(f"and {len(found.warnings) - most} more on the page")

@@ -1,6 +1,4 @@
-"""Lowering: a model with quantizers becomes an ONNX file with Q/DQ, an engine, and numbers of a
-run.
-"""
+"""Lowering: a quantized model becomes an ONNX Q/DQ file or an engine, which is run and checked."""
 
 from repfx.lowering.lint.findings import Finding
 from repfx.lowering.onnx.lower import Artifact, lower

@@ -1,4 +1,4 @@
-"""Reports: what repfx did to a model and what quantization costs it, as one page and as numbers."""
+"""Reports, as a page and as numbers: what repfx did to a model and what quantization costs."""
 
 from repfx.reporting.measurement import measure
 from repfx.reporting.numbers import Numbers, as_json

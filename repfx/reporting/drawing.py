@@ -1,4 +1,4 @@
-"""A graph laid out for the page: depth to the right, what runs side by side one above the other."""
+"""Lays out a graph for the page: depth runs to the right, parallel nodes are stacked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from repfx.reporting.regions import kinds_of
 
 
 def drawing(model: nn.Module, regions: tuple[Region, ...], merged: bool) -> Drawing:
-    """The graphs of a model, one below the other; nodes of a region, or the layer it became, know
-    its number.
-    """
+    """The graphs of a model, one below the other.
+
+    The nodes of a region, or of the layer it became where `merged`, carry the region's number."""
     owner = {
         name: i
         for i, r in enumerate(regions)

@@ -1,4 +1,4 @@
-"""The charts of a report, made with plotly, each with the words and the table that say the same."""
+"""The charts of a report, drawn with plotly, each with the same numbers in words and a table."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ import plotly.graph_objects as go
 
 from repfx.reporting.numbers import Activation, Drawing, Layer, Numbers, Spread
 
-COLOURS = (
-    "#2f6fdb",
-    "#d9622b",
-    "#2b9d6e",
-    "#9a4fd1",
-)  # told apart in both themes, and by the colour-blind
+# Colour-blind readers can tell these apart, and they show in the light and the dark theme.
+COLOURS = ("#2f6fdb", "#d9622b", "#2b9d6e", "#9a4fd1")
 FAINT = "#8a8f98"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`alt`: what it shows, for those who do not see it. `head`, `rows`: its numbers as a table."""
+    """A chart. `alt`: what it shows, for screen readers. `head`, `rows`: its numbers as a table."""
 
     key: str
     title: str
@@ -33,7 +29,7 @@ class Chart:
 
 
 def charts(models: Sequence[Numbers]) -> list[Chart]:
-    """Every chart that there are numbers for."""
+    """Every chart for which there are numbers."""
     found = [
         _violins("weights", "Weights of the deployed layers", models, lambda layer: layer.weight),
         _branches(models),
@@ -72,7 +68,7 @@ def charts(models: Sequence[Numbers]) -> list[Chart]:
                 _given(lambda a: 100 * a.used),
             ),
             _lines(
-                "clipped", "Inputs: share cut off", "%", models, _given(lambda a: 100 * a.clipped)
+                "clipped", "Inputs: share saturated", "%", models, _given(lambda a: 100 * a.clipped)
             ),
         ]
     return [c for c in found if c.rows]
@@ -104,7 +100,7 @@ def _figure(y: str = "", height: int = 360, **layout: Any) -> go.Figure:
 
 
 def _name(text: str) -> str:
-    """A name as plotly shows it, not as the HTML it would read it as."""
+    """A name escaped for plotly, which would otherwise read it as HTML."""
     return escape(text, quote=False)
 
 
@@ -113,7 +109,7 @@ def _short(text: str) -> str:
 
 
 def _labelled(figure: go.Figure, models: Sequence[Numbers]) -> go.Figure:
-    """Layers by number on the axis, by name below it where they are few enough to be read."""
+    """Labels the layers on the x axis with their names, skipping some where there are many."""
     longest = max(models, key=lambda m: len(m.layers)).layers
     step = max(1, len(longest) // 40)
     at = list(range(0, len(longest), step))
@@ -203,7 +199,7 @@ def _branches(models: Sequence[Numbers]) -> Chart:
                 (model.title, name, what, f"{s.std:.4g}", f"{s.low:.4g}", f"{s.high:.4g}")
                 for _, name, s in points
             ]
-    title = "Kernels of the branches, and of what they merge into"
+    title = "Kernels of the branches and of the merged layers"
     return _chart(
         "branches",
         title,
@@ -283,7 +279,7 @@ def _norms(models: Sequence[Numbers]) -> Chart:
             (model.title, x.name, f"{x.low:.4g}", f"{x.median:.4g}", f"{x.high:.4g}")
             for _, x in found
         ]
-    title = "Batch norms: what they multiply their channels by, |gamma| / sqrt(var + eps)"
+    title = "Batch norms: the factor on each channel, |gamma| / sqrt(var + eps)"
     return _chart(
         "norms",
         title,
@@ -303,7 +299,7 @@ def _errors(models: Sequence[Numbers]) -> Chart:
             for i, x in enumerate(model.layers)
             if x.alone is not None and x.together is not None
         ]
-        words = {"alone": "alone", "together": "with all before"}
+        words = {"alone": "alone", "together": "with all layers before it"}
         for what, dash in (("alone", "dot"), ("together", "solid")):
             figure.add_trace(
                 go.Scatter(
@@ -317,15 +313,20 @@ def _errors(models: Sequence[Numbers]) -> Chart:
                 )
             )
         rows += [(model.title, x.name, f"{x.alone:.1f}", f"{x.together:.1f}") for _, x in found]
-    title = "What quantization leaves of each layer's output"
-    alt = f"{title}: signal over noise, each layer alone and with all before it."
+    title = "SQNR of each layer's output"
+    alt = f"{title}, each layer quantized alone and together with all layers before it."
     return _chart(
-        "errors", title, alt, figure, ("model", "layer", "alone, dB", "with all before, dB"), rows
+        "errors",
+        title,
+        alt,
+        figure,
+        ("model", "layer", "alone, dB", "with all layers before it, dB"),
+        rows,
     )
 
 
 def graph(key: str, title: str, d: Drawing) -> Chart:
-    """A graph: regions in colour, a click on a node opens its region."""
+    """The chart of a graph with regions in colour; a click on a node opens its region."""
     deep = max((x for x, _ in d.places), default=1)
     rows = [y for _, y in d.places] or [0.0]
     figure = _figure(height=int(min(520, 140 + 50 * (max(rows) - min(rows)))), showlegend=False)
@@ -336,7 +337,7 @@ def graph(key: str, title: str, d: Drawing) -> Chart:
     ys: list[float | None] = []
     for a, b in d.edges:
         (x0, y0), (x1, y1) = d.places[a], d.places[b]
-        beside = y0 == y1 and x1 - x0 > 1  # a skip, else hidden behind what it skips
+        beside = y0 == y1 and x1 - x0 > 1  # draw a skip above the nodes it skips
         xs += [x0, (x0 + x1) / 2, x1, None] if beside else [x0, x1, None]
         ys += [y0, y0 + 0.45, y1, None] if beside else [y0, y1, None]
     figure.add_trace(

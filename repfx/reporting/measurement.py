@@ -1,4 +1,4 @@
-"""From a model, and data where there is some, to the numbers of a report."""
+"""Measures the numbers of a report from a model and, where there is some, data."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def measure(
 ) -> Numbers:
     """The numbers of one float model, measured on the CPU.
 
-    `data`: batches of inputs, or (inputs, labels) with labels (N,) for top-1; quantizers are
-    calibrated on them. Without it there are no activations and no errors. `passes`: what makes the
-    deployed net, the last of them quantizing.
+    `data`: batches of inputs, or of (inputs, labels) with labels (N,) for top-1; quantizers are
+    calibrated on them. Without it activations and errors are not measured. `passes`: the passes
+    that make the deployed net; the last one quantizes.
 
-    Raises InputError as `transform` and `calibrate` do, and for a model that holds quantizers
-    already."""
+    Raises InputError as `transform` and `calibrate` do, and for a model that already has
+    quantizers."""
     model = _float_on_cpu(model)
     batches = None if data is None else _checked(data)
     x = batches[0].tensor[:2] if batches else _on_cpu(example)
@@ -76,7 +76,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What to measure: the passes in their order, an input, and batches where there is data."""
+    """What to measure: the passes in order, an input, and batches where there is data."""
 
     passes: tuple[Pass, ...]
     x: Any
@@ -92,13 +92,13 @@ class _Asked:
         batches: list[Batch] | None,
         progress: bool,
     ) -> _Asked:
-        """Raises InputError for passes that make no deployed net."""
+        """The passes, put in order. Raises InputError where they make no deployed net."""
         ordered = tuple(resolve(passes))
         kinds = {p.stage for p in ordered}
         if Stage.QUANTIZE not in kinds or Stage.TRAIN in kinds:
             raise InputError(
-                "the passes of a report make the deployed net: one quantizes, such as ptq, none "
-                "is for training"
+                "the passes of a report must make the deployed net: one quantizes, such as ptq, "
+                "and none is for training"
             )
         return _Asked(ordered, x, target, batches, progress)
 
@@ -120,8 +120,9 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Nets:
-    """The model as written, merged (with the report of that), and as it is deployed; `forms` has
-    these and what stands between them, by title."""
+    """The model as written, merged (with the report on merging) and deployed.
+
+    `forms` has these and the steps between them, by title."""
 
     base: nn.Module
     merged: nn.Module
@@ -137,7 +138,7 @@ def _nets(model: Any, asked: _Asked) -> _Nets:
     if asked.batches:
         calibrate(deployed, asked.batches, progress=asked.progress)
     if any(p.stage is Stage.ADJUST for p in asked.passes):
-        # What was put in to be learned folds into its layer.
+        # Parameters that a pass added for learning fold into their layers.
         deployed, _ = asked.run(deployed, ["fuse"])
     forms: dict[str, nn.Module] = {"as written": base}
     for p in asked.merging[:-1]:
@@ -149,7 +150,7 @@ def _nets(model: Any, asked: _Asked) -> _Nets:
 def _layers(
     nets: _Nets, regions: tuple[Region, ...], asked: _Asked
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """The layers of the deployed net, and notes on what could not be measured of them."""
+    """The layers of the deployed net, and notes on what could not be measured."""
     codes = _coded(nets.deployed)
     layers = [
         _layer(
@@ -166,7 +167,7 @@ def _layers(
         note = "No data was given: activations, errors and accuracy are not measured."
         return tuple(layers), (note,)
     if not isinstance(nets.deployed, fx.GraphModule):
-        note = "The model is traced in parts: the errors of its layers are not measured."
+        note = "The model was traced only in parts: the errors of its layers are not measured."
         return tuple(layers), (note,)
     return tuple(_errors(nets.deployed, layers, asked.batches, asked.progress)), ()
 
@@ -175,7 +176,7 @@ def _float_on_cpu(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         return model
     if any(isinstance(m, FakeQuant) for m in model.modules()):
-        raise InputError("the report wants the float model: it quantizes a copy itself")
+        raise InputError("a report needs the float model: it quantizes a copy itself")
     devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
     return model if devices <= {"cpu", "meta"} else copy.deepcopy(model).cpu()
 
@@ -195,7 +196,7 @@ def _checked(data: Iterable[Any]) -> list[Batch]:
     for batch in batches:
         x, labels = batch.tensor, batch.labels
         if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != len(x):
-            raise InputError(f"a batch of {len(x)} inputs comes with {len(labels)} labels")
+            raise InputError(f"a batch has {len(x)} inputs but {len(labels)} labels")
     return batches
 
 
@@ -215,9 +216,8 @@ def _forms(
                 [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()]
                 for o in outputs
             ]
-            given = [
-                torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)
-            ]  # over the batches
+            # Each output, concatenated over the batches.
+            given = [torch.cat([t.flatten() for t in same]) for same in zip(*leaves, strict=False)]
             truth = truth or given
             sqnr = None if i == 0 or not given else difference(truth, given).sqnr
             top1 = _top1(outputs, batches)
@@ -231,7 +231,7 @@ def _is_scale(model: nn.Module, p: Tensor) -> bool:
 
 
 def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:
-    """The quantizers of weights with what they round, by the path of the layer."""
+    """The weight quantizers, each with the weight it rounds, by the path of the layer."""
     found: dict[str, tuple[FakeQuant, Tensor]] = {}
     for path, module in graphs(model):
         view = GraphView(module)
@@ -261,7 +261,7 @@ def _top1(outputs: list[Any], batches: list[Batch]) -> float | None:
 
 
 def _cost(model: nn.Module, args: tuple[Any, ...] | None) -> tuple[int, float]:
-    """Convolutions and linear layers, and the multiply-accumulates of one input."""
+    """The number of convolutions and linear layers, and the MACs for one input."""
     if args is None:
         return sum(1 for m in model.modules() if Trait.LAYER in kind_of_layer(m).traits), 0.0
     with FlopCounterMode(display=False) as counter, torch.no_grad():

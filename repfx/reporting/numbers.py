@@ -1,4 +1,4 @@
-"""The numbers behind a report: plain records, the same in the page, in JSON and in the terminal."""
+"""The numbers behind a report: plain records, the same on the page, in JSON and in the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """How values lie. `quantiles`: evenly spaced ones, the smallest first; enough to draw the
-    distribution.
-    """
+    """How values are distributed. `quantiles`: evenly spaced, smallest first, to draw them."""
 
     low: float
     high: float
@@ -23,13 +21,13 @@ class Spread:
 
     @property
     def reach(self) -> float:
-        """The largest magnitude in standard deviations: what a quantizer's range is spent on."""
+        """The largest magnitude in standard deviations, which sets the range of a quantizer."""
         return max(abs(self.low), abs(self.high)) / self.std if self.std else 0.0
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One kernel of a region as it is trained."""
+    """One kernel of a region, as it was trained."""
 
     name: str
     weight: Spread
@@ -37,7 +35,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Norm:
-    """gamma / sqrt(var + eps) of a batch norm over its channels, magnitudes."""
+    """Magnitudes of gamma / sqrt(var + eps) over the channels of a batch norm."""
 
     name: str
     low: float
@@ -47,9 +45,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Activation:
-    """The input of a layer over the data. `wide`: channels of `channels` that reach over half of
-    the tensor's range, where the median channel reaches `median` of it. `clipped` and `used`:
-    shares of values cut off, of codes in use."""
+    """The input of a layer, measured over the data.
+
+    `wide`: how many of its `channels` reach over half of the tensor's range. `median`: the share of
+    the range that the median channel reaches. `clipped`: the share of values that saturate.
+    `used`: the share of codes in use."""
 
     values: Spread
     channels: int
@@ -61,10 +61,13 @@ class Activation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the deployed net. `rows`: `wide` of `channels` output channels reach over half of
-    the weight's range. `weight_sqnr`, `weight_used`: of its rounded weight, None where it stays in
-    float. `alone`, `together`: SQNR of its output in dB, quantized by itself on float inputs, and
-    with all before it; None without data."""
+    """A layer of the deployed net.
+
+    `rows`: how many output channels of its weight reach over half of the weight's range, how many
+    there are, and the share that the median one reaches. `weight_sqnr`, `weight_used`: SQNR of the
+    rounded weight in dB, and the share of codes in use; None where it stays in float. `alone`,
+    `together`: SQNR of its output in dB, with only this layer quantized, on float inputs, and with
+    all layers before it quantized too; None without data."""
 
     name: str
     what: str
@@ -83,9 +86,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Region:
-    """A block: its operators, what it became or why it was left alone, and the program that
-    computes its weight.
-    """
+    """A block: its operators, what it became or why it was declined, and its weight's program."""
 
     name: str
     ops: tuple[str, ...]
@@ -102,9 +103,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Form:
-    """The model after some passes. `macs` for one input; `size` in bytes; `sqnr` in dB against the
-    model as it was.
-    """
+    """The model after some passes.
+
+    `macs`: for one input. `size`: bytes. `sqnr`: in dB, against the model as written. `top1`: in
+    percent."""
 
     name: str
     convs: int
@@ -117,9 +119,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A graph: for each node its name, what it is, its place, and the region it belongs to (-1:
-    none); edges by index.
-    """
+    """A graph: for each node its name, kind, place and region (-1 for none); edges by index."""
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -130,7 +130,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Warning:
-    """Something to act on: the layer, what was seen, what to do."""
+    """Something to act on: the layer, what was found, and what to do about it."""
 
     layer: str
     what: str
@@ -139,7 +139,7 @@ class Warning:
 
 @dataclass(frozen=True)
 class Numbers:
-    """All that is known of one model."""
+    """Everything a report shows about one model."""
 
     title: str
     bits: int
@@ -153,7 +153,7 @@ class Numbers:
 
 
 def plain(value: Any) -> Any:
-    """A record as JSON knows it; what is not finite becomes a word."""
+    """A record as JSON values; numbers that are not finite become words."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,5 +1,4 @@
-"""The page: one HTML file that opens from disk, with nothing in it that is loaded from
-elsewhere."""
+"""The page: one HTML file that opens from disk and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
 
 
 def _inert(text: str) -> str:
-    """JSON that cannot end the element it stands in."""
+    """The JSON with <, > and & escaped, so that it cannot close the HTML element around it."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

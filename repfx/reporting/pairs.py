@@ -1,8 +1,10 @@
-"""One walk through a quantized graph on two streams, float and quantized, for the error of every
-layer (QARepVGG, Fig. 6).
+"""The error of every layer, from one walk on a float and a quantized stream (QARepVGG, Fig. 6).
 
-float       y  = f(x)                     alone     y1 = Q(f)(x)   a layer rounded, on float inputs
-together    y^ = Q(f)(x^)                 SQNR = 10 log10( sum y^2 / sum (y - y.)^2 )
+float       y  = f(x)
+alone       y1 = Q(f)(x)      the layer quantized, on float inputs
+together    y^ = Q(f)(x^)     the layer quantized, on the inputs of the quantized net
+
+SQNR = 10 log10( sum y^2 / sum (y - y')^2 ),   y' = y1 or y^
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from repfx.graph.vocabulary import kind_of
 from repfx.quant import FakeQuant
 from repfx.reporting.numbers import Activation, Spread
 
-SHOWN = 101  # quantiles of a distribution
+SHOWN = 101  # the number of quantiles that a distribution is drawn from
 
 
 class Pairs:
-    """Sums over batches. `layers`: the calls of quantized layers, by the name they are known by."""
+    """Sums over batches. `layers`: the calls of quantized layers, each with the layer's name."""
 
     def __init__(self, module: fx.GraphModule, layers: dict[fx.Node, str]) -> None:
         self.module, self.layers = module, layers
@@ -38,7 +40,7 @@ class Pairs:
         """Runs one batch."""
         streams = TwoStreams(self.module, [args])
         exact, rounded = streams.exact[0], streams.rounded[0]
-        alone: dict[fx.Node, Any] = {}  # what is rounded, or moves what is, on float inputs
+        alone: dict[fx.Node, Any] = {}  # quantized values on float inputs, also after moves
 
         def visit(node: fx.Node) -> None:
             called = streams.called(node)
@@ -59,7 +61,7 @@ class Pairs:
         streams.walk(visit)
 
     def _count(self, node: fx.Node, exact: Any, others: tuple[Tensor, Tensor]) -> None:
-        """Adds what a layer gives in float, and how far off it is alone and together."""
+        """Adds a layer's float output, and its errors alone and together."""
         name, y = self.layers[node], exact[node].double()
         outputs = len(exact[node.args[1]])
         self.positions.setdefault(name, y.numel() // max(1, len(y) * outputs))
@@ -68,7 +70,7 @@ class Pairs:
             self.noise[name][i] += float((y - other.double()).square().sum())
 
     def sqnr(self, name: str) -> tuple[float, float]:
-        """Alone and together, in dB."""
+        """The SQNR of a layer alone and together, in dB."""
         signal = max(self.signal[name], 1e-300)
         a, b = (
             math.inf if noise == 0 else 10 * math.log10(signal / noise)
@@ -78,7 +80,7 @@ class Pairs:
 
 
 class Seen:
-    """What a quantizer was given, over batches."""
+    """Statistics of a quantizer's inputs over all batches."""
 
     def __init__(self, quant: FakeQuant, axis: int) -> None:
         self.quant, self.axis = quant, axis
@@ -128,9 +130,7 @@ class Seen:
 
 
 def reach(top: Tensor | None) -> tuple[int, float]:
-    """Of the largest magnitudes of channels: how many are over half of the largest, and the
-    median's share of it.
-    """
+    """From each channel's largest magnitude: how many exceed half the largest, the median share."""
     if top is None or not len(top) or float(top.max()) == 0:
         return 0, 0.0
     share = top / top.max()

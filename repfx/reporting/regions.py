@@ -1,6 +1,4 @@
-"""Regions and layers of a report: what merged into what, by which program, and the kernels and
-norms it was made of.
-"""
+"""Regions and layers of a report: what merged, the program that did it, the kernels and norms."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from repfx.rewrite.runner import rewrite
 
 
 def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
-    """Every block that merged, then what was left alone, each with its reason."""
+    """Every block that merged, then every one that was declined, with its reason."""
     known = {r.name: r for r in inspect(model, example=example).regions}
     programs = programs_of(model, example)
     found = []
@@ -43,7 +41,7 @@ def regions_of(model: Any, report: Report, example: Any) -> tuple[Region, ...]:
 
 
 def programs_of(model: Any, example: Any) -> list[tuple[set[str], str]]:
-    """For each weight that a program computes, the layers the program reads and its code."""
+    """For each weight computed by a program: the layers the program reads, and its code."""
     trained, _ = rewrite(model, [RepQ(bits=32, bn="frozen")], example, "tensorrt")
     found = []
     for path, module in graphs(trained):
@@ -76,7 +74,7 @@ def _ancestors(module: fx.GraphModule, ends: list[fx.Node]) -> list[fx.Node]:
 
 
 def _reads_input(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether it is a layer's output or the moments of one: no part of a program on weights."""
+    """Whether the node computes moments of a feature map: no part of a program on weights."""
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Moments)
 
 
@@ -95,7 +93,7 @@ def _code(nodes: list[fx.Node], ends: list[fx.Node]) -> str:
 
 
 def deployed_layers(model: nn.Module) -> Iterator[tuple[str, fx.Node, GraphView]]:
-    """The convolutions and linear layers of a merged model, in order, by path."""
+    """The convolutions and linear layers of a merged model in order, each with its path."""
     for path, module in graphs(model):
         view = GraphView(module)
         prefix = f"{path}." if path else ""
@@ -106,7 +104,7 @@ def deployed_layers(model: nn.Module) -> Iterator[tuple[str, fx.Node, GraphView]
 
 
 def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Branch, ...]:
-    """The kernels that became this layer, as they are trained."""
+    """The kernels that merged into this layer, as they were trained."""
     return tuple(
         Branch(name, spread(view.tensor(f"{node.target}.weight")))
         for name, node, view in _inside(base, regions, into)
@@ -115,7 +113,7 @@ def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tupl
 
 
 def norms_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Norm, ...]:
-    """What the batch norms in this layer's region multiply their channels by."""
+    """The factors by which the batch norms in this layer's region multiply their channels."""
     found = []
     for name, node, view in _inside(base, regions, into):
         m = view.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -141,7 +139,7 @@ def _inside(
 
 
 def kinds_of(view: GraphView, node: fx.Node) -> str:
-    """What a node is, for a reader."""
+    """What a node does, in words for a reader."""
     text = operator(view.ops[node]) if node in view.ops else ""
     if text:
         return text

@@ -1,1 +1,1 @@
-"""Checks of a Q/DQ file that anybody made, against the rules of a runtime."""
+"""Checks an ONNX Q/DQ file, from any tool, against the rules of a runtime."""

@@ -1,4 +1,4 @@
-"""lint: checks anybody's ONNX Q/DQ file against what a runtime takes, fuses and runs fast."""
+"""lint: checks an ONNX Q/DQ file, from any tool, against what a runtime accepts and runs fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 from onnx import NodeProto, external_data_helper
 
 from repfx.errors import InputError, unknown
-from repfx.lowering.lint import numbers, places  # noqa: F401, they register their rules
+from repfx.lowering.lint import numbers, places  # noqa: F401, importing them registers the rules
 from repfx.lowering.lint.rulebook import REGISTRY, RUNTIMES, Hit, Rule, Severity
 from repfx.lowering.onnx.external import elsewhere, require
 from repfx.lowering.onnx.index import Index, called
@@ -23,9 +23,11 @@ _ORDER = "EWI"
 
 @dataclass(frozen=True)
 class Finding:
-    """`rule`: its id, such as Q08. `severity`: E the build fails or the numbers are wrong, W slow
-    or inaccurate, I worth knowing. `node`: a node, tensor or graph. `message`: what is wrong.
-    `cure`: what to do."""
+    """One place that breaks one rule.
+
+    `rule`: its id, such as Q08. `severity`: E where the build fails or the numbers are wrong, W
+    where it is slow or inaccurate, I where it is worth knowing. `node`: the name of a node, tensor
+    or graph. `message`: what is wrong. `cure`: what to do about it."""
 
     rule: str
     severity: str
@@ -38,24 +40,24 @@ class Finding:
 
 
 def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt") -> list[Finding]:
-    """The findings on the main graph of every rule for the runtime, the worst first.
+    """Checks the main graph against every rule for the runtime. The worst findings come first.
 
-    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and, by runtime,
-    how bad a breach is.
+    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and how severe a
+    finding is for each runtime.
 
-    Raises InputError for an unknown target and where the file is missing, is no ONNX model, is
-    malformed, or lacks the files that hold its weights."""
+    Raises InputError where the target is unknown, and where the file is missing, is not an ONNX
+    model, is malformed, or the files that hold its weights are not beside it."""
     if target not in RUNTIMES:
         raise unknown("target", target, RUNTIMES)
     model = path if isinstance(path, onnx.ModelProto) else _read(Path(path))
     where = "the model" if isinstance(path, onnx.ModelProto) else str(path)
     if not model.graph.node and not model.graph.output:
-        raise InputError(f"{where} is not an ONNX model: it holds no graph")
+        raise InputError(f"{where} is not an ONNX model: it has no graph")
     apart = {location for _, location in elsewhere(model)}
     if apart:
         raise InputError(
             f"{where} lacks its weights, which are in {', '.join(sorted(apart))}: load "
-            "them, or give the path"
+            "them first, or pass the path of the file"
         )
     try:
         index = Index(_inlined(model))
@@ -72,9 +74,7 @@ def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt
 
 
 def _hits(name: str, rule: Rule, index: Index, where: str) -> list[Hit]:
-    """What the rule finds. Files may hold anything: what a rule cannot make sense of is no fault of
-    the rule.
-    """
+    """What one rule finds. A rule that fails on a malformed file blames the file, not itself."""
     try:
         return list(rule.find(index))
     except Exception as error:
@@ -99,9 +99,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its local functions written out, so that rules see their nodes; as it is where
-    that fails.
-    """
+    """The model with its local functions inlined, so that rules see their nodes, where possible."""
     if not model.functions:
         return model
     try:

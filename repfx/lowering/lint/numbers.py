@@ -1,4 +1,4 @@
-"""Lint rules about the numbers: types, scales, zero points and axes that a runtime reads."""
+"""Lint rules about numbers: the types, scales, zero points and axes that a runtime reads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ from repfx.lowering.lint.rulebook import (
 )
 from repfx.lowering.onnx.index import DQ, Index, Layer, Q, arg, attribute, subgraphs
 
-_TYPES = (
-    TensorProto.INT8,
-    TensorProto.INT4,
-    TensorProto.FLOAT8E4M3FN,
-    23,
-)  # 23: FLOAT4E2M1, not in older onnx
+# 23 is FLOAT4E2M1, which older versions of onnx do not have.
+_TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)
 _BYTES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 _BETWEEN = frozenset(
     {
@@ -47,7 +43,7 @@ _INTEGER_OPS = frozenset({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear
 
 
 def _formats(index: Index) -> Iterator[NodeProto]:
-    """Every Q, and every DQ that does not repeat its Q. Quantized biases are left to Q08."""
+    """Every Q, and every DQ whose parameters differ from its Q's. Q08 checks quantized biases."""
     yield from index.quantizes
     for node in index.dequantizes:
         q = index.q(node)
@@ -67,9 +63,9 @@ def _per_channel(index: Index, node: NodeProto) -> bool:
     return (index.size(arg(node, 1)) or 1) > 1
 
 
-@rule("Q00", everywhere("E"), "quantize before the export and keep the Q/DQ nodes in it")
+@rule("Q00", everywhere("E"), "quantize the model before exporting it, and keep the Q/DQ nodes")
 def nothing_quantized(index: Index) -> Iterator[Hit]:
-    """The graph holds at least one QuantizeLinear, or integer constants with DequantizeLinear."""
+    """The graph has at least one QuantizeLinear, or a DequantizeLinear of an integer constant."""
     constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
     if index.quantizes or any(constant):
         return
@@ -77,16 +73,16 @@ def nothing_quantized(index: Index) -> Iterator[Hit]:
     holders = dict.fromkeys(n.op_type for n in index.graph.node if _quantized_inside(n))
     if holders:
         message = (
-            f"all its Q/DQ are inside {', '.join(holders)}; subgraphs are not read, so "
+            f"all of its Q/DQ nodes are inside {', '.join(holders)}; subgraphs are not read, so "
             "nothing was checked"
         )
         yield Hit(
             where,
             message,
-            cure="export without control flow, or check each branch as a file of its own",
+            cure="export without control flow, or check each branch in a file of its own",
         )
     else:
-        yield Hit(where, "holds no Q/DQ: nothing in it runs in integers")
+        yield Hit(where, "has no Q/DQ nodes, so no layer runs in integers")
 
 
 def _quantized_inside(node: NodeProto) -> bool:
@@ -94,9 +90,9 @@ def _quantized_inside(node: NodeProto) -> bool:
     return any(n.op_type in (Q, DQ) or _quantized_inside(n) for n in inner)
 
 
-@rule("Q01", {TENSORRT: "E"}, "quantize symmetrically: TensorRT has no zero points")
+@rule("Q01", {TENSORRT: "E"}, "quantize symmetrically: TensorRT supports no zero point but 0")
 def zero_points_are_zero(index: Index) -> Iterator[Hit]:
-    """Every zero point is all zeros."""
+    """Every zero point is 0."""
     for node in _formats(index):
         zero = index.value(arg(node, 2)) if arg(node, 2) else None
         if zero is not None and np.any(zero.astype(np.float64) != 0):
@@ -105,54 +101,52 @@ def zero_points_are_zero(index: Index) -> Iterator[Hit]:
 
 @rule("Q02", SLOW_ELSEWHERE, "quantize to int8 with a constant zero point")
 def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
-    """The zero point is constant and of a type that has integer layers: int8, uint8 too where it is
-    not for TensorRT.
-    """
+    """Every zero point is a constant of a type the runtime has integer layers for.
+
+    That is int8, and for runtimes other than TensorRT also uint8."""
     for node in _formats(index):
         name = arg(node, 2)
         kind = (
             index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
         )
         if name and name not in index.fixed:
-            yield Hit(node, f"zero point {name} is computed, not constant")
+            yield Hit(node, f"zero point {name} is computed; it must be a constant")
         elif kind and kind not in _TYPES:
             yield Hit(
                 node,
-                f"codes are {_type_name(kind)}, which the parser rejects or reads as int8",
+                f"the codes are {_type_name(kind)}, which the parser rejects or reads as int8",
                 {TENSORRT: "E"},
             )
         if kind and kind not in _BYTES:
             elsewhere = {ONNXRUNTIME: "W", OPENVINO: "W"}
             yield Hit(
                 node,
-                f"codes are {_type_name(kind)}, for which there are no integer layers",
+                f"the codes are {_type_name(kind)}, for which there are no integer layers",
                 elsewhere,
             )
 
 
 def _codes(index: Index, node: NodeProto) -> int:
-    """The type of constant codes that come without a zero point."""
+    """The type of constant codes that have no zero point; 0 where they are not constant."""
     return index.type(arg(node, 0)) if node.op_type == DQ and arg(node, 0) in index.fixed else 0
 
 
 @rule("Q03", {TENSORRT: "W"}, "give QuantizeLinear an int8 zero point of zeros")
 def zero_points_are_given(index: Index) -> Iterator[Hit]:
-    """Every QuantizeLinear states its zero point, as ONNX takes uint8 without one and TensorRT
-    int8.
-    """
+    """Every QuantizeLinear has a zero point; without one ONNX means uint8, TensorRT int8."""
     for node in index.quantizes:
         if not arg(node, 2) and not attribute(node, "output_dtype", 0):
-            yield Hit(node, "has no zero point: uint8 in ONNX, int8 in TensorRT")
+            yield Hit(node, "has no zero point, which means uint8 in ONNX and int8 in TensorRT")
 
 
-@rule("Q04", everywhere("E"), "write the scale as a positive constant: a scalar, or one a channel")
+@rule("Q04", everywhere("E"), "write positive constant scales: one scalar, or one per channel")
 def scales_are_numbers(index: Index) -> Iterator[Hit]:
-    """The scale is constant, finite, positive, and a scalar or 1-D of the axis's size."""
+    """Every scale is a finite, positive constant: a scalar, or 1-D with the size of the axis."""
     for node in _formats(index):
         name = arg(node, 1)
         scale = index.value(name)
         if name not in index.fixed:
-            yield Hit(node, f"scale {name} is computed, not constant", SLOW_ELSEWHERE)
+            yield Hit(node, f"scale {name} is computed; it must be a constant", SLOW_ELSEWHERE)
             continue
         if scale is None:
             continue
@@ -168,19 +162,19 @@ def scales_are_numbers(index: Index) -> Iterator[Hit]:
 
 
 def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[Hit]:
-    if scale.ndim == 0 or index.opset < 13:  # without the axis attribute: Q07
+    if scale.ndim == 0 or index.opset < 13:  # older opsets have no axis attribute, see Q07
         return
     shape, axis = index.shape(arg(node, 0)), attribute(node, "axis", 1)
     outside = shape is not None and not -len(shape) <= axis < len(shape)
     length = shape[axis] if shape and not outside else None
     if scale.ndim > 1:
-        yield Hit(node, f"scale has shape {scale.shape}")
+        yield Hit(node, f"the scale has shape {scale.shape}")
     elif outside and scale.size != 1:
         yield Hit(node, f"{scale.size} scales for axis {axis} of a tensor of shape {shape}")
     elif scale.size == 1 and length != 1:
         yield Hit(
             node,
-            "scale has shape (1,), which breaks some fusions",
+            "the scale has shape (1,), which prevents some fusions",
             {TENSORRT: "W"},
             "write it as a scalar",
         )
@@ -188,9 +182,9 @@ def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[H
         yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
 
 
-@rule("Q05", {TENSORRT: "E", ONNXRUNTIME: "W"}, "use one scale for an activation")
+@rule("Q05", {TENSORRT: "E", ONNXRUNTIME: "W"}, "quantize activations per tensor, with one scale")
 def channels_of_constants_only(index: Index) -> Iterator[Hit]:
-    """Only constants have a scale a channel."""
+    """Only constants are quantized per channel."""
     for node in _formats(index):
         if _per_channel(index, node) and arg(node, 0) not in index.fixed:
             yield Hit(node, f"activation {arg(node, 0)} has {index.size(arg(node, 1))} scales")
@@ -198,9 +192,9 @@ def channels_of_constants_only(index: Index) -> Iterator[Hit]:
 
 @rule("Q06", SLOW_ELSEWHERE, "quantize the weight along its output channels, or per tensor")
 def weight_axes(index: Index) -> Iterator[Hit]:
-    """Weight scales run along Conv's axis 0 and the output axis of Gemm and MatMul; a ConvTranspose
-    best has one scale.
-    """
+    """Weights are quantized along the output axis; a ConvTranspose is best quantized per tensor.
+
+    The output axis of a Conv is 0; that of a Gemm or MatMul depends on how its weight is stored."""
     for layer in index.layers:
         dq = index.dq(layer.weight) if layer.weight else None
         if (
@@ -217,40 +211,37 @@ def weight_axes(index: Index) -> Iterator[Hit]:
         if kind == "ConvTranspose":
             yield from _transposed(layer.node, axis)
         elif axis != wanted:
-            # ONNX Runtime does not run such a product at all
+            # ONNX Runtime does not run such a MatMul at all.
             severity = {**SLOW_ELSEWHERE, ONNXRUNTIME: "E"} if kind == "MatMul" else None
             yield Hit(
                 layer.node,
-                f"{kind} weight is quantized along axis {axis}; axis {wanted} is needed",
+                f"the {kind} weight is quantized along axis {axis}; it has to be axis {wanted}",
                 severity,
             )
 
 
 def _transposed(node: NodeProto, axis: int) -> Iterator[Hit]:
-    """A ConvTranspose with a scale a channel: TensorRT has it along axis 0, OpenVINO along axis
-    1."""
-    cure = "quantize per tensor, or leave in float"
+    """A ConvTranspose quantized per channel: TensorRT takes axis 0, OpenVINO axis 1."""
+    cure = "quantize it per tensor, or leave it in float"
     if axis != 0:
         yield Hit(
             node,
-            f"ConvTranspose weight is quantized along axis {axis}; axis 0 is needed",
+            f"the ConvTranspose weight is quantized along axis {axis}; it has to be axis 0",
             {TENSORRT: "E"},
         )
     else:
-        yield Hit(node, "ConvTranspose with a scale a channel is fragile", {TENSORRT: "W"}, cure)
+        yield Hit(node, "a ConvTranspose quantized per channel is fragile", {TENSORRT: "W"}, cure)
     if axis != 1:
         yield Hit(
             node,
-            f"ConvTranspose with scales along axis {axis} runs in float",
+            f"a ConvTranspose quantized along axis {axis} runs in float",
             {OPENVINO: "W"},
             cure,
         )
 
 
 def _axis_at(index: Index, layer: Layer, dq: NodeProto) -> int | None:
-    """The quantization axis as the layer sees it, after transpositions; None where it cannot be
-    followed.
-    """
+    """The quantization axis as the layer sees it, past Transposes; None where that is unknown."""
     shape = index.shape(arg(dq, 0))
     if not shape:
         return None
@@ -280,16 +271,16 @@ def _output_axis(index: Index, layer: Layer) -> int | None:
 
 @rule("Q07", everywhere("E"), "export with opset 13 or later")
 def opsets(index: Index) -> Iterator[Hit]:
-    """The opset is 13 or later for scales a channel, for TensorRT 10.0 and 10.1 20 at most."""
+    """The opset is at least 13 for per-channel scales, at most 20 for TensorRT 10.0 and 10.1."""
     if index.opset < 13:
         for node in (*index.quantizes, *index.dequantizes):
             if _per_channel(index, node):
-                yield Hit(node, f"has scales a channel; opset {index.opset} has no axis for them")
+                yield Hit(node, f"has per-channel scales; opset {index.opset} has no axis for them")
                 return
     if index.opset > 20:
         yield Hit(
             index.graph.name or "graph",
-            f"opset {index.opset}: TensorRT 10.0 and 10.1 read 20 at most",
+            f"uses opset {index.opset}; TensorRT 10.0 and 10.1 read opset 20 at most",
             {TENSORRT: "I"},
             "export with opset 20 for those versions",
         )
@@ -298,12 +289,10 @@ def opsets(index: Index) -> Iterator[Hit]:
 @rule(
     "Q08",
     {TENSORRT: "E"},
-    "leave the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)",
+    "keep the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)",
 )
 def biases_are_float(index: Index) -> Iterator[Hit]:
-    """No bias is dequantized: TensorRT has no int32 DequantizeLinear and wants biases as float
-    constants.
-    """
+    """Every bias is a float constant: TensorRT has no DequantizeLinear for int32."""
     told = set()
     for layer in index.layers:
         dq = index.dq(layer.bias) if layer.bias else None
@@ -311,14 +300,14 @@ def biases_are_float(index: Index) -> Iterator[Hit]:
             told.add(id(dq))
             yield Hit(
                 layer.node,
-                f"bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}",
+                f"the bias {layer.bias} is dequantized from {_type_name(index.type(arg(dq, 0)))}",
             )
     for node in index.dequantizes:
         if index.of_bias(node) and id(node) not in told:
-            yield Hit(node, "dequantizes int32")
+            yield Hit(node, "dequantizes int32 codes")
 
 
-@rule("Q09", {TENSORRT: "E"}, "let Q, or the integer constant, feed DQ directly")
+@rule("Q09", {TENSORRT: "E"}, "feed DequantizeLinear directly from its Q or integer constant")
 def nothing_between(index: Index) -> Iterator[Hit]:
     """Nothing stands between a QuantizeLinear or an integer constant and its DequantizeLinear."""
     for dq in index.dequantizes:
@@ -337,18 +326,18 @@ def nothing_between(index: Index) -> Iterator[Hit]:
     "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)",
 )
 def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
-    """No QLinearConv, ConvInteger, DynamicQuantizeLinear or com.microsoft operator, which ONNX
-    Runtime alone runs well.
-    """
+    """No operator is one that only ONNX Runtime runs well.
+
+    Such are QLinearConv, ConvInteger, DynamicQuantizeLinear and those of com.microsoft."""
     for node in index.graph.node:
         foreign, integer = node.domain == "com.microsoft", node.op_type in _INTEGER_OPS
         if foreign or integer or node.op_type.startswith("QLinear"):
             name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
-            yield Hit(node, f"{name} is not known to TensorRT", {TENSORRT: "E"})
+            yield Hit(node, f"TensorRT does not know {name}", {TENSORRT: "E"})
         if foreign:
             yield Hit(
                 node,
-                f"com.microsoft.{node.op_type}: OpenVINO knows few operators of this domain",
+                f"com.microsoft.{node.op_type}: OpenVINO supports few operators of this domain",
                 {OPENVINO: "W"},
             )
         elif integer:
@@ -358,23 +347,21 @@ def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
 @rule(
     "Q24",
     {TENSORRT: "I"},
-    "give the builder an optimization profile with the smallest, usual and largest shape",
+    "give the builder an optimization profile: the smallest, the usual and the largest shape",
 )
 def dynamic_inputs(index: Index) -> Iterator[Hit]:
-    """An input with a dynamic dimension needs an optimization profile, or the build fails."""
+    """Every input has a fixed shape; a dynamic one needs an optimization profile for the build."""
     for info in index.graph.input:
         shape = index.shapes.get(info.name)
         if info.name not in index.tensors and shape and None in shape:
             where = ", ".join(str(i) for i, d in enumerate(shape) if d is None)
-            yield Hit(
-                info.name, f"dynamic in dimension {where}: building without a profile is an error"
-            )
+            yield Hit(info.name, f"dimension {where} is dynamic: a build without a profile fails")
 
 
 @rule("Q25", everywhere("E"), "give both the same scale")
 def one_scale_a_pair(index: Index) -> Iterator[Hit]:
-    """A QuantizeLinear and its DequantizeLinear have one scale."""
+    """A QuantizeLinear and its DequantizeLinear have the same scale."""
     for dq in index.dequantizes:
         q = index.q(dq)
         if q is not None and not index.one_scale(q, dq):
-            yield Hit(dq, f"scale differs from that of {q.name or q.output[0]} before it")
+            yield Hit(dq, f"its scale differs from that of {q.name or q.output[0]} before it")

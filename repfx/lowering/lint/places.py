@@ -1,6 +1,4 @@
-"""Lint rules about places: where Q and DQ stand, so that a runtime fuses layers and keeps them in
-INT8.
-"""
+"""Lint rules about places: where Q and DQ must be for layers to fuse and run in INT8."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ from repfx.lowering.onnx.index import (
 
 _ACTIVATIONS = with_trait(Trait.ACTIVATION)
 _CONVS = frozenset({"Conv", "ConvTranspose"})
-_LINEAR = IDENTITY | {"BatchNormalization"}  # what folds into the layer before it
+_LINEAR = IDENTITY | {"BatchNormalization"}  # these fold into the layer before them
 
 
 def _quantized(index: Index, layer: Layer) -> bool:
@@ -51,9 +49,7 @@ def _to_q(index: Index, name: str) -> bool:
 
 
 def _conv_of(index: Index, name: str) -> NodeProto | None:
-    """The quantized convolution that makes a tensor for one reader, itself or its
-    BatchNormalization.
-    """
+    """The quantized convolution that makes a tensor, past a batch norm, if it has one reader."""
     node = index.maker(name, _LINEAR)
     if node is None or node.op_type not in _CONVS or index.dq(arg(node, 0)) is None:
         return None
@@ -62,19 +58,17 @@ def _conv_of(index: Index, name: str) -> NodeProto | None:
 
 @rule("Q10", SLOW_ELSEWHERE, "put Q/DQ on both the activation and the weight, or on neither")
 def both_or_neither(index: Index) -> Iterator[Hit]:
-    """A layer with a weight has both its activation and its weight from DequantizeLinear, or
-    neither.
-    """
+    """Every layer with a constant weight has both input and weight quantized, or neither."""
     for layer in index.layers:
         x, w = index.dq(layer.x), index.dq(layer.weight) if layer.weight else None
         if layer.weight and (x is None) != (w is None):
             has, lacks = ("weight", "activation") if x is None else ("activation", "weight")
-            yield Hit(layer.node, f"the {has} is quantized and the {lacks} is not")
+            yield Hit(layer.node, f"the {has} is quantized, but the {lacks} is not")
 
 
 @rule("Q11", {TENSORRT: "W"}, "quantize after the activation, not before")
 def nothing_after_conv(index: Index) -> Iterator[Hit]:
-    """No Q/DQ between a layer with a weight and its batch norm, activation or bias."""
+    """No Q/DQ stands between a layer with a weight and its batch norm, activation or bias."""
     for q in index.quantizes:
         made = index.maker(arg(q, 0), _LINEAR)
         if made is None or made.op_type not in WEIGHTED:
@@ -85,14 +79,14 @@ def nothing_after_conv(index: Index) -> Iterator[Hit]:
                 if bias or after.op_type == "BatchNormalization" or after.op_type in _ACTIVATIONS:
                     yield Hit(
                         q,
-                        f"stands between {made.op_type} and {after.op_type}, which then do "
-                        "not fuse",
+                        f"stands between {made.op_type} and {after.op_type}, which keeps "
+                        "them from fusing",
                     )
 
 
-@rule("Q12", everywhere("I"), "merge it into a neighbour, if the model has one")
+@rule("Q12", everywhere("I"), "merge it into a neighbouring convolution, if there is one")
 def lone_batch_norms(index: Index) -> Iterator[Hit]:
-    """A batch norm that is not directly after a convolution is a layer of its own."""
+    """Every batch norm directly follows a convolution; otherwise it runs as a layer of its own."""
     for node in index.nodes:
         if node.op_type != "BatchNormalization":
             continue
@@ -102,7 +96,7 @@ def lone_batch_norms(index: Index) -> Iterator[Hit]:
             or made.op_type not in WEIGHTED
             or sum(1 for _ in index.readers(out(made))) > 1
         ):
-            yield Hit(node, "BatchNormalization is not directly after a convolution")
+            yield Hit(node, "BatchNormalization does not directly follow a convolution")
 
 
 @rule(
@@ -111,9 +105,7 @@ def lone_batch_norms(index: Index) -> Iterator[Hit]:
     "put Q/DQ on the skip input of the Add and leave the convolution's output as it is",
 )
 def residual_adds(index: Index) -> Iterator[Hit]:
-    """Of the inputs of a residual Add after a quantized convolution, exactly the other one is from
-    DequantizeLinear.
-    """
+    """A residual Add after a quantized convolution has Q/DQ on its skip input, and only there."""
     for node in index.nodes:
         inputs = list(node.input)
         if node.op_type != "Add" or len(inputs) != 2 or any(i in index.fixed for i in inputs):
@@ -125,13 +117,13 @@ def residual_adds(index: Index) -> Iterator[Hit]:
             if dqs == [None, None]:
                 yield Hit(
                     node,
-                    "adds a convolution and a skip in float: the skip is not from DequantizeLinear",
+                    "adds a convolution and a skip in float: the skip has no Q/DQ",
                 )
             continue
         for dq in dqs:
             q = index.q(dq) if dq is not None else None
             conv = _conv_of(index, arg(q, 0)) if q is not None else None
-            # With another reader it is the skip of this Add, an earlier linear convolution.
+            # With another reader it is an earlier linear convolution, and the skip of this Add.
             if (
                 q is not None
                 and conv is not None
@@ -140,14 +132,14 @@ def residual_adds(index: Index) -> Iterator[Hit]:
             ):
                 yield Hit(
                     node,
-                    f"Q/DQ stands between {conv.name or out(conv)} and the Add, which then "
-                    "do not fuse",
+                    f"Q/DQ stands between {conv.name or out(conv)} and the Add, which keeps "
+                    "them from fusing",
                 )
                 break
 
 
 def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
-    """Convolutions of one tensor under a sum, in groups of two and more."""
+    """Groups of two or more convolutions that read the same tensor and end in one sum."""
     groups: dict[str, dict[int, NodeProto]] = defaultdict(dict)
     todo, seen = list(add.input), set(add.input)
     while todo:
@@ -175,22 +167,22 @@ def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
     "merge the block into one convolution before quantizing (repfx.transform)",
 )
 def unmerged_blocks(index: Index) -> Iterator[Hit]:
-    """No sum of several convolutions of one tensor: such a block was not merged, and no runtime
-    does it.
-    """
+    """No sum adds several convolutions of one tensor: such a block was not merged.
+
+    No runtime merges it by itself."""
     for node in index.nodes:
         if node.op_type not in ("Add", "Sum"):
             continue
         if any(n.op_type in ("Add", "Sum") for n in index.readers(out(node), {*IDENTITY, Q, DQ})):
-            continue  # a part of a longer sum
+            continue  # this is part of a longer sum
         for convs in _parallel(index, node):
             names = ", ".join(c.name or out(c) for c in convs[:3])
-            yield Hit(node, f"sums {len(convs)} convolutions of one tensor ({names})")
+            yield Hit(node, f"adds {len(convs)} convolutions of one tensor ({names})")
 
 
-@rule("Q15", everywhere("I"), "let one quantizer serve all readers")
+@rule("Q15", everywhere("I"), "use one quantizer for all readers of the tensor")
 def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
-    """A tensor is quantized with one scale, whoever reads it."""
+    """Every tensor is quantized with one scale for all its readers."""
     groups: dict[str, list[NodeProto]] = defaultdict(list)
     for q in index.quantizes:
         groups[index.source(arg(q, 0))].append(q)
@@ -203,11 +195,11 @@ def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
             yield Hit(name, f"is quantized with {len(scales)} different scales")
 
 
-@rule("Q16", everywhere("W"), "quantize every input of the Concat with one common scale, or none")
+@rule("Q16", everywhere("W"), "quantize all inputs of the Concat with one common scale, or none")
 def concats(index: Index) -> Iterator[Hit]:
-    """The inputs of a Concat are all quantized with one scale, or none is; ONNX Runtime wants its
-    output quantized too.
-    """
+    """All inputs of a Concat are quantized with the same scale, or none is quantized.
+
+    ONNX Runtime also needs Q/DQ on the output, where a layer reads it."""
     for node in index.nodes:
         inputs = [i for i in node.input if i and i not in index.fixed]
         if node.op_type != "Concat" or not inputs:
@@ -218,29 +210,26 @@ def concats(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"{len(found)} of {len(inputs)} inputs are quantized", {TENSORRT: "W"})
         elif any(not index.one_scale(found[0], d) for d in found[1:]):
             severity = {TENSORRT: "W", OPENVINO: "W"} if direct else {TENSORRT: "W"}
-            yield Hit(node, "inputs are quantized with different scales", severity)
+            yield Hit(node, "the inputs are quantized with different scales", severity)
         if found and direct:
             yield Hit(
                 node,
-                "a layer reads it as it is",
+                "a layer reads its output, which is not quantized",
                 {ONNXRUNTIME: "W"},
-                "quantize what the Concat gives as well",
+                "quantize the output of the Concat as well",
             )
 
 
-@rule("Q17", {TENSORRT: "W"}, "put Q/DQ before the pool, and after it only for an average")
+@rule("Q17", {TENSORRT: "W"}, "put Q/DQ before the pool, and after it only for an average pool")
 def pools(index: Index) -> Iterator[Hit]:
-    """An average pool before a Q is fed by DequantizeLinear; a max pool is quantized before and not
-    after.
-    """
+    """An average pool with Q/DQ after it also has it before; a max pool has it only before."""
     for node in index.nodes:
         y, fed = out(node), index.dq(arg(node, 0)) is not None
         if node.op_type in ("AveragePool", "GlobalAveragePool") or _spatial_mean(index, node):
             if not fed and _to_q(index, y):
                 yield Hit(
                     node,
-                    f"{node.op_type} runs in float and is quantized after: its input is not "
-                    "from DequantizeLinear",
+                    f"{node.op_type} runs in float: its output is quantized, but its input is not",
                 )
         elif node.op_type in ("MaxPool", "GlobalMaxPool"):
             readers = [n.op_type for n in index.readers(y, MOVES)]
@@ -251,17 +240,17 @@ def pools(index: Index) -> Iterator[Hit]:
                     cure="remove the Q/DQ after the pool",
                 )
             elif not fed and Q in readers and not {Q, "Concat"}.issuperset(readers):
-                # With Q as the only reader TensorRT moves it before the pool by itself; a float
-                # Concat wants float.
+                # Where Q is the only reader, TensorRT moves it before the pool by itself. A Concat
+                # in float has to read floats.
                 yield Hit(
                     node,
                     f"{node.op_type} runs in float: Q stands after it, and other layers "
-                    "read the float value",
+                    "read the float output",
                 )
 
 
 def _spatial_mean(index: Index, node: NodeProto) -> bool:
-    """Whether it is a ReduceMean over every dimension but the first two."""
+    """Whether the node is a ReduceMean over every dimension but the first two."""
     if node.op_type != "ReduceMean":
         return False
     given = index.value(arg(node, 1)) if arg(node, 1) else attribute(node, "axes", ())
@@ -275,18 +264,16 @@ def _spatial_mean(index: Index, node: NodeProto) -> bool:
 
 @rule("Q18", everywhere("W"), "remove one of the two quantizers")
 def no_dq_to_q(index: Index) -> Iterator[Hit]:
-    """No DequantizeLinear directly before a QuantizeLinear."""
+    """No DequantizeLinear directly precedes a QuantizeLinear."""
     for q in index.quantizes:
         made = index.maker(arg(q, 0))
         if made is not None and made.op_type == DQ:
-            yield Hit(q, "quantizes what was dequantized just before")
+            yield Hit(q, "quantizes a value that was dequantized just before")
 
 
-@rule("Q19", {TENSORRT: "W"}, "use a multiple of 4 channels a group, or leave the layer in float")
+@rule("Q19", {TENSORRT: "W"}, "use a multiple of 4 channels per group, or leave the layer in float")
 def grouped_convs(index: Index) -> Iterator[Hit]:
-    """A quantized grouped convolution has a multiple of 4 channels a group; depthwise ones are
-    exempt.
-    """
+    """Every quantized grouped convolution but depthwise has a multiple of 4 channels per group."""
     for layer in index.layers:
         groups, shape = attribute(layer.node, "group", 1), index.shape(layer.weight)
         if (
@@ -302,7 +289,7 @@ def grouped_convs(index: Index) -> Iterator[Hit]:
         )
         if inputs != 1 and (inputs % 4 or outputs % 4):
             yield Hit(
-                layer.node, f"{groups} groups of {inputs} input and {outputs} output channels"
+                layer.node, f"has {groups} groups of {inputs} input and {outputs} output channels"
             )
 
 
@@ -312,9 +299,7 @@ def grouped_convs(index: Index) -> Iterator[Hit]:
     "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)",
 )
 def float32_islands(index: Index) -> Iterator[Hit]:
-    """In a file without FP16, layers that are not quantized run in FP32, as strong typing takes the
-    file's types.
-    """
+    """Layers without Q/DQ are FP16; a strongly typed engine runs FP32 layers in FP32."""
     if not index.quantizes and not index.dequantizes:
         return
     if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & set(index.types.values()):
@@ -328,28 +313,28 @@ def float32_islands(index: Index) -> Iterator[Hit]:
         first = plain[0].node.name or out(plain[0].node)
         yield Hit(
             plain[0].node,
-            f"{len(plain)} of {len(index.layers)} layers run in FP32, {first} the first",
+            f"{len(plain)} of {len(index.layers)} layers run in FP32, the first of them {first}",
         )
 
 
 @rule("Q21", {TENSORRT: "W"}, "leave the graph's outputs in float")
 def outputs_are_float(index: Index) -> Iterator[Hit]:
-    """No Q/DQ directly on an output of the graph."""
+    """No Q/DQ stands directly before an output of the graph."""
     for name in index.outputs:
         made = index.maker(name, MOVES)
         if made is not None and made.op_type in (Q, DQ):
-            yield Hit(name, f"{made.op_type} makes this output of the graph")
+            yield Hit(name, f"this output of the graph comes from {made.op_type}")
 
 
 @rule(
     "Q26",
     {ONNXRUNTIME: "W"},
-    "quantize what the layer gives, to uint8 with zero point 0 where that is after a ReLU",
+    "quantize the output of the layer; after a ReLU, to uint8 with zero point 0",
 )
 def onnxruntime_gives_codes(index: Index) -> Iterator[Hit]:
-    """What a quantized convolution gives is quantized at once, or after a ReLU that rounding does,
-    if it is no output.
-    """
+    """The output of a quantized convolution is quantized directly, or after a ReLU the Q replaces.
+
+    Outputs of the graph are exempt."""
     for layer in index.layers:
         y = out(layer.node)
         if layer.node.op_type != "Conv" or not _quantized(index, layer) or y in index.outputs:
@@ -358,15 +343,16 @@ def onnxruntime_gives_codes(index: Index) -> Iterator[Hit]:
         if floats:
             yield Hit(
                 layer.node,
-                f"gives floats to {called(floats[0])}, which no integer kernel does: it "
-                "runs in float",
+                f"its output goes to {called(floats[0])} in float; no integer kernel does "
+                "that, so it runs in float",
             )
 
 
 def _rounded_away(index: Index, node: NodeProto) -> bool:
-    """Whether it is a ReLU or Clip that makes an output, or stands before a Q whose zero point is
-    its least code.
-    """
+    """Whether the node is a ReLU or Clip that does not keep the convolution in float.
+
+    Either it makes an output of the graph, or the Q after it saturates at 0 just as the ReLU does,
+    because the zero point is the smallest code."""
     qs = list(index.readers(out(node)))
     fine = out(node) in index.outputs or (
         bool(qs) and all(q.op_type == Q and _from_zero(index, q) for q in qs)

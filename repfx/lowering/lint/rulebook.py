@@ -1,6 +1,6 @@
-"""What a lint rule is: a function from an Index to hits, and for which runtimes it is how bad.
+"""What a lint rule is: a function from an Index to hits, with a severity for each runtime.
 
-The first line of the function's docstring is the rule's public description.
+The first line of the function's docstring is the rule's public description, so it must be complete.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from onnx import NodeProto
 from repfx.lowering.onnx.index import Index
 
 TENSORRT, ONNXRUNTIME, OPENVINO = RUNTIMES = ("tensorrt", "onnxruntime", "openvino")
-# By runtime: E the build fails or the numbers are wrong, W slow or inaccurate, I worth knowing.
-# Runtimes that are not named have no such rule.
+# Runtime -> letter. E: the build fails or the numbers are wrong. W: slow or inaccurate. I: worth
+# knowing. The rule does not apply to a runtime that is not named.
 Severity = Mapping[str, str]
 
 
 def everywhere(letter: str) -> Severity:
-    """The same for every runtime."""
+    """The same severity for every runtime."""
     return dict.fromkeys(RUNTIMES, letter)
 
 
-# What TensorRT refuses and the others run, but in float: `repfx.lowering.runtimes.layers` says so
-# of such files.
+# TensorRT refuses it. The other runtimes run it, but in float; `repfx.lowering.runtimes.layers`
+# shows this.
 SLOW_ELSEWHERE: Severity = {TENSORRT: "E", ONNXRUNTIME: "W", OPENVINO: "W"}
 
 
 class Hit(NamedTuple):
-    """A place that breaks a rule. `severity` and `cure`: where they are not the rule's own."""
+    """A place that breaks a rule. `severity` and `cure` are set only if the rule's do not fit."""
 
     node: NodeProto | str
     message: str
@@ -38,7 +38,7 @@ class Hit(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule as it is registered."""
+    """A registered rule."""
 
     severity: Severity
     description: str

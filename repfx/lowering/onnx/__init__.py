@@ -1,1 +1,1 @@
-"""A model with quantizers as an ONNX file with Q/DQ, checked by running it."""
+"""Writes a model with quantizers as an ONNX Q/DQ file and checks it by running it."""

@@ -1,11 +1,11 @@
-"""Biases as ONNX Runtime's integer convolutions have them: 32-bit integers whose step is that of
-the products.
+"""Integer biases, as ONNX Runtime's integer convolutions use them.
 
     round(b / (s_x s_w)) s_x s_w
 
-It rounds the biases of a file to this itself, wherever they are float. Written so from the start,
-what it runs is what the file says and what the torch model, with the same biases, is compared with.
-"""
+They are 32-bit integers whose step is the product of the steps of the input and the weight. ONNX
+Runtime rounds float biases to these integers anyway. Where they are written as integers from the
+start, the runtime runs what the file says, and the torch model it is compared with has the same
+biases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repfx.quant import FakeQuant
 
 
 class IntegerBias(nn.Module):
-    """codes * scale, both (channels,)."""
+    """The bias codes * scale, both (channels,)."""
 
     is_graph_leaf = True
     codes: Tensor
@@ -37,7 +37,7 @@ class IntegerBias(nn.Module):
 
 
 class WrittenBias(IntegerBias):
-    """The same in ONNX."""
+    """The same as a DequantizeLinear in ONNX."""
 
     def forward(self) -> Tensor:
         inputs, shape = (self.codes, self.scale), self.codes.shape
@@ -47,12 +47,11 @@ class WrittenBias(IntegerBias):
 
 
 def with_integer_biases(model: nn.Module) -> nn.Module:
-    """A copy whose quantized convolutions have such biases, and weights whose steps are large
-    enough for these.
+    """A copy whose quantized convolutions have integer biases, and steps large enough for them.
 
-    The steps of a channel whose weights are tiny beside its bias are made larger: 32 bits hold no
-    more than 2^31 of the products of two steps. A channel of zeros takes the smallest step of its
-    layer."""
+    Where a channel's weights are tiny next to its bias, the step of its weights is made larger,
+    because a 32-bit code reaches only 2^31 times the product of the two steps. A channel of zeros
+    takes the smallest step of its layer."""
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         view = GraphView(module)
@@ -74,9 +73,9 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
 
 
 def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor, Tensor] | None:
-    """Of a quantized convolution with a bias: the quantizers of what it reads and of its weight,
-    the bias, the codes.
-    """
+    """The parts of a quantized convolution with a bias; None for any other node.
+
+    The quantizers of its input and of its weight, the bias, and the weight's codes."""
     layer = view.layer(node)
     if layer is None or layer.kind.name != "conv":
         return None
@@ -95,7 +94,7 @@ def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor
 
 def _large_enough(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
     used = codes.flatten(1).abs().amax(1) > 0
-    most = 2**31 - 1 - 2**15 * codes[0].numel()  # less what the products add up to
+    most = 2**31 - 1 - 2**15 * codes[0].numel()  # leave room for the sum of the products
     least = bias.abs().double() / (x.double() * most)
     steps = weight.double().expand(bias.shape)
     zeros = steps[used].min() if bool(used.any()) else steps.min()
@@ -105,7 +104,7 @@ def _large_enough(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Ten
 
 
 def _quantizer(view: GraphView, value: fx.Node | None) -> FakeQuant | None:
-    """The quantizer of a value, perhaps before it was moved."""
+    """The quantizer of a value, past operators that only move values; None where there is none."""
     while value is not None:
         module = view.modules.get(str(value.target)) if value.op == "call_module" else None
         if isinstance(module, FakeQuant):

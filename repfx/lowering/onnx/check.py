@@ -1,6 +1,4 @@
-"""Whether a runtime computes what a file says, here and on the instruction sets that it can be made
-to stop at.
-"""
+"""Checks that a runtime computes what a file says, also on older instruction sets."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def reference(model: nn.Module, target: str, float16: bool = False) -> nn.Module:
-    """The torch model with the constants that a file for this target holds: float16 ones, or
-    integer biases.
-    """
+    """The torch model with the constants of a file for this target: float16, or integer biases."""
     if float16:
         return half.constants(model)
     return with_integer_biases(model) if target_named(target).between == "all" else model
@@ -32,8 +28,10 @@ def reference(model: nn.Module, target: str, float16: bool = False) -> nn.Module
 
 @dataclass(frozen=True)
 class How:
-    """How a file is run to be compared. `float16`: it is in half precision. `isa`: stopped at this
-    instruction set. `deployed`: the codes are those of an optimized session."""
+    """How a file is run for a comparison.
+
+    `float16`: the file is in half precision. `isa`: the runtime uses no instruction set newer than
+    this. `deployed`: the codes come from an optimized session."""
 
     float16: bool = False
     isa: Isa | None = None
@@ -51,10 +49,10 @@ def checked(
     args: tuple[Any, ...],
     how: How = How(),
 ) -> Parity:
-    """The comparison of a `reference` and its file in this runtime.
+    """Compares a model from `reference` with its file in this runtime.
 
-    Raises CheckError where the runtime computes something else than the model. (OpenVINO computes a
-    float16 file in float32: what its operators give is not rounded.)"""
+    Raises CheckError where the runtime does not compute what the model computes. (OpenVINO runs a
+    float16 file in float32, so the outputs of its operators are not rounded.)"""
     rounded = None
     if how.float16:
         rounded = half.operators(model) if runtime == "onnxruntime" else model
@@ -75,8 +73,6 @@ def on_each(
     args: tuple[Any, ...],
     float16: bool,
 ) -> Iterator[tuple[Isa, Parity]]:
-    """The comparison on each instruction set in turn. Raises CheckError at the first that computes
-    something else.
-    """
+    """Compares on each instruction set in turn. Raises CheckError at the first that differs."""
     for isa in isas:
         yield isa, checked(runtime, model, proto, args, How(float16, isa))

@@ -1,4 +1,4 @@
-"""torch.onnx, quiet, for opsets from 13 on; what it cannot export it says in one line."""
+"""Runs torch.onnx quietly, for opset 13 and later, and puts each failure into one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from repfx.lowering.onnx import finish, older, sizes
 def export(
     model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool
 ) -> onnx.ModelProto:
-    """The graph of a model, with its batch free and where `dynamic` the sizes of its inputs
-    (`sizes`).
+    """The graph of a model with a dynamic batch and, where `dynamic`, dynamic sizes (`sizes`).
 
     Raises InputError where the exporter fails, an operator has no form in the opset or the model
     fixes a size."""
@@ -55,16 +54,14 @@ def export(
 
 
 def _why(error: BaseException) -> str:
-    """What torch says of an export that failed, first and last in the chain, in one line without
-    colours and advice.
-    """
+    """Why an export failed, in one line: the first and last error of torch's chain, no advice."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if "specialized it to be a constant" in str(cause):
         return (
-            "it computes with a fixed number of pictures, which x.shape[0], or -1 in a "
-            "view, would leave open"
+            "it computes with a fixed batch size; x.shape[0], or -1 in a view, would leave "
+            "the batch dynamic"
         )
     said = [
         re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)

@@ -11,9 +11,7 @@ from repfx.errors import InputError
 
 
 def elsewhere(model: onnx.ModelProto) -> list[tuple[str, str]]:
-    """The tensors that are in other files, with the file: of initializers, Constant nodes,
-    subgraphs and functions.
-    """
+    """The names of tensors kept in other files, each with its file, subgraphs included."""
     kept = (
         t
         for t in external_data_helper._get_all_tensors(model)
@@ -25,10 +23,10 @@ def elsewhere(model: onnx.ModelProto) -> list[tuple[str, str]]:
 
 
 def require(model: onnx.ModelProto, path: Path) -> None:
-    """Raises InputError where a file that the ONNX file at `path` keeps weights in is not there."""
+    """Raises InputError where a file that holds weights of the ONNX file at `path` is missing."""
     for tensor, location in elsewhere(model):
         if not (path.parent / location).is_file():
             raise InputError(
                 f"{path} keeps {tensor or 'a constant'} in "
-                f"{location or 'a file without a name'}, which is not beside it"
+                f"{location or 'an unnamed file'}, which is not beside it"
             )

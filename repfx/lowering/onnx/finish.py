@@ -1,4 +1,4 @@
-"""What is done to the finished ONNX graph for one runtime or one opset, a function each."""
+"""Changes to the finished ONNX graph for one runtime or one opset, each a function."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 import onnx
 
-CALL = "repfx.quantizer"  # the exporter's note on a QuantizeLinear: which quantizer's call it is
+CALL = "repfx.quantizer"  # the key of a note on a QuantizeLinear that names the quantizer's call
 
 
 def codes_name(path: str, call: int = 0) -> str:
-    """What the file calls the codes of a call of a quantizer, counted from 0.
+    """The name in the file of the codes that one call of a quantizer makes; calls count from 0.
 
     >>> codes_name("conv1.input_quant"), codes_name("conv1.input_quant", 2)
     ('conv1.input_quant.codes', 'conv1.input_quant.codes_2')
@@ -20,8 +20,9 @@ def codes_name(path: str, call: int = 0) -> str:
 
 
 def name_codes(proto: onnx.ModelProto) -> None:
-    """Names the codes of each call of a quantizer after it and drops the exporter's notes, which
-    hold stack traces with paths of the machine."""
+    """Names the codes of each quantizer call after the quantizer and drops the exporter's notes.
+
+    Those notes hold stack traces with paths of the machine."""
     renamed = {
         node.output[0]: e.value
         for node in proto.graph.node
@@ -49,7 +50,7 @@ def name_codes(proto: onnx.ModelProto) -> None:
 
 
 def narrow(proto: onnx.ModelProto, names: set[str]) -> None:
-    """Makes the codes of these weights int4, two a byte, with a zero point of that type."""
+    """Stores the codes of these weights as int4, two per byte, with an int4 zero point."""
     held = {t.name: t for t in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in {
@@ -82,12 +83,12 @@ def drop_unread(proto: onnx.ModelProto) -> None:
 
 
 def keep_in_float(proto: onnx.ModelProto, every: bool) -> None:
-    """Writes the biases of layers whose weights are float, or of `every` layer, as sign(b) times
-    |b|, the sign an integer.
+    """Writes the biases of layers with float weights, or of `every` layer, as sign(b) * |b|.
 
-    ONNX Runtime rounds the weights of such a layer between two quantizers to int8, a tensor one
-    scale, and in half precision biases to integers of a step that float16 does not hold; not where
-    the bias is an integer already."""
+    The sign is an integer and |b| its scale. Otherwise ONNX Runtime rounds the float weights of a
+    layer between two quantizers to int8, with one scale per tensor, and in half precision it rounds
+    biases to integers whose step is too small for float16. It leaves a layer alone whose bias is an
+    integer already."""
     held = {t.name: t for t in proto.graph.initializer}
     nodes = []
     for node in proto.graph.node:

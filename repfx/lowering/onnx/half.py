@@ -1,8 +1,7 @@
-"""float16: what a strongly typed engine does with the layers, scales, weights and biases of a
-half-precision file.
+"""float16: layers, scales, weights and biases in half precision, as in a strongly typed engine.
 
-Inputs and outputs stay float32 with a Cast each. QuantizeLinear divides in float32 and rounds, as
-runtimes do."""
+The file's inputs and outputs stay float32, with a Cast each. QuantizeLinear divides in float32 and
+rounds, as runtimes do."""
 
 from __future__ import annotations
 
@@ -20,18 +19,16 @@ from repfx.capture.model import graphs
 from repfx.errors import InputError
 from repfx.quant import FakeQuant
 
-OPSET = 19  # of QuantizeLinear in float16
-WORST = (
-    2**-8
-)  # the relative error that rounding a scale may make: half a step at the end of an 8-bit grid
+OPSET = 19  # the first with QuantizeLinear in float16
+# The largest relative error of a scale in float16: half a step at the end of an 8-bit grid.
+WORST = 2**-8
 
 
 def constants(model: nn.Module) -> nn.Module:
-    """A float32 copy whose constants are rounded to float16; of a quantized weight only its scale
-    is.
+    """A float32 copy with constants rounded to float16; quantized weights keep their values.
 
-    Raises InputError where a constant is beyond float16, or a scale is too small for it.
-    """
+    Of a quantized weight only the scale is rounded. Raises InputError where a constant is too large
+    for float16 or a scale is too small."""
     _check(model)
     model = copy.deepcopy(model)
     coded = set()
@@ -48,7 +45,7 @@ def constants(model: nn.Module) -> nn.Module:
 
 
 def operators(model: nn.Module) -> nn.Module:
-    """A float32 copy in which what each operator gives is rounded to float16."""
+    """A float32 copy in which the output of each operator is rounded to float16."""
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         graph = module.graph
@@ -65,9 +62,9 @@ def operators(model: nn.Module) -> nn.Module:
 
 
 def to_half(value: object) -> object:
-    """Rounds float32 tensors in place, so that views stay views; what repeats one value was rounded
-    before it was.
-    """
+    """Rounds float32 tensors to float16 values in place, so that views stay views.
+
+    An expanded tensor stays unchanged: its values were rounded before it was expanded."""
 
     def rounded(t: Tensor) -> Tensor:
         return t if t.dtype != torch.float32 or 0 in t.stride() else t.copy_(t.half())
@@ -76,8 +73,7 @@ def to_half(value: object) -> object:
 
 
 def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
-    """Raises InputError naming the first operator whose result float16 cannot hold, on this
-    input."""
+    """Raises InputError naming the first operator whose result on this input overflows float16."""
     largest = torch.finfo(torch.float16).max
     beyond: list[str] = []
 
@@ -99,7 +95,9 @@ def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
         with torch.no_grad():
             Interpreter(model).run(*args)
     if beyond:
-        raise InputError(f"{beyond[0]}, float16 ends at {largest:g}: lower the model in float32")
+        raise InputError(
+            f"{beyond[0]}, but float16 ends at {largest:g}: lower the model in float32"
+        )
 
 
 def copied_half(value: object) -> object:
@@ -109,7 +107,7 @@ def copied_half(value: object) -> object:
 
 
 def in_half(model: nn.Module) -> nn.Module:
-    """The model in float16, in place, constants of its graphs included."""
+    """Converts the model to float16 in place, the constants of its graphs included."""
     model = model.half()
     for _, module in graphs(model):
         for node in module.graph.nodes:

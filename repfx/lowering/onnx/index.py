@@ -1,6 +1,4 @@
-"""Who makes and who reads each tensor of an ONNX graph, and what is known about it without running
-the graph.
-"""
+"""Which nodes make and read each tensor of an ONNX graph, and what is known without running it."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ from repfx.graph.vocabulary import with_trait
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 IDENTITY = with_trait(Trait.SAME)
-# Codes pass through these as they are, so runtimes move Q and DQ across.
+# Codes pass through these unchanged, so runtimes move Q and DQ across them.
 MOVES = with_trait(Trait.SAME | Trait.MOVES | Trait.PADS)
 WEIGHTED = with_trait(Trait.LAYER)
 
 
 class Layer(NamedTuple):
-    """A convolution or linear node and its tensors; `weight` is "" where no operand is constant."""
+    """A convolution or linear node and its tensors; `weight` is "" if no operand is constant."""
 
     node: NodeProto
     x: str
@@ -32,9 +30,7 @@ class Layer(NamedTuple):
 
 
 class Index:
-    """A model's main graph by tensor name. Works on incomplete graphs: what is not known is None or
-    empty.
-    """
+    """A model's main graph by tensor name. What an incomplete graph lacks is None or empty."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model, self.graph = model, model.graph
@@ -87,7 +83,7 @@ class Index:
     def _infer(self) -> None:
         try:
             graph = onnx.shape_inference.infer_shapes(self.model).graph
-        except Exception:  # an odd graph: rules that need shapes stay silent
+        except Exception:  # an odd graph: rules that need shapes find nothing
             graph = self.graph
         for info in (*graph.input, *graph.value_info, *graph.output):
             if info.type.HasField("tensor_type"):
@@ -107,7 +103,7 @@ class Index:
         return Layer(node, x, w if w in self.fixed else "", arg(node, 2))
 
     def source(self, name: str, through: Collection[str] = IDENTITY) -> str:
-        """The tensor that the named one repeats: upwards past layers of the kinds in `through`."""
+        """The tensor that the named one comes from, looking up past nodes of kinds in `through`."""
         seen = set()
         while name in self.made and self.made[name].op_type in through and name not in seen:
             seen.add(name)
@@ -118,11 +114,12 @@ class Index:
         return self.made.get(self.source(name, through))
 
     def dq(self, name: str) -> NodeProto | None:
-        """The DequantizeLinear that feeds the tensor, directly or through layers that only move
-        values. Of a Concat every input must have one; the first is returned."""
+        """The DequantizeLinear that feeds the tensor, directly or past nodes that only move values.
+
+        Every input of a Concat must have one; the first is returned."""
         name = self.source(name, MOVES)
         if name not in self._dqs:
-            self._dqs[name] = None  # the answer within a cycle
+            self._dqs[name] = None  # ends the search where the graph has a cycle
             node = self.made.get(name)
             if node is not None and node.op_type == "Concat":
                 found = [self.dq(i) for i in node.input]
@@ -136,7 +133,7 @@ class Index:
         return node if node is not None and node.op_type == Q else None
 
     def readers(self, name: str, through: Collection[str] = IDENTITY) -> Iterator[NodeProto]:
-        """The nodes that read the tensor, looking past layers of the kinds in `through`."""
+        """The nodes that read the tensor, looking past nodes of the kinds in `through`."""
         todo, seen = [name], {name}
         while todo:
             for node in self.users.get(todo.pop(), ()):
@@ -147,14 +144,14 @@ class Index:
                 seen.update(node.output)
 
     def value(self, name: str) -> np.ndarray | None:
-        """The constant's value, None where the tensor is computed or cannot be read."""
+        """The value of a constant; None where the tensor is computed or cannot be read."""
         name = self.source(name)
         if name not in self._values:
             tensor, value = self.tensors.get(name), None
             if tensor is not None:
                 try:
                     value = numpy_helper.to_array(tensor)
-                except Exception:  # a type of which numpy knows nothing, or truncated data
+                except Exception:  # a type that numpy does not know, or truncated data
                     value = None
             self._values[name] = value
         return self._values[name]
@@ -174,9 +171,7 @@ class Index:
         return self.types.get(name) or self.types.get(self.source(name), 0)
 
     def one_scale(self, a: NodeProto, b: NodeProto) -> bool:
-        """Whether two Q or DQ nodes have the same scale; scales that are computed are the same if
-        the tensor is.
-        """
+        """Whether two Q or DQ nodes have the same scale: the same tensor, or equal constants."""
         first, second = self.source(arg(a, 1)), self.source(arg(b, 1))
         if first == second:
             return True
@@ -189,7 +184,7 @@ class Index:
         )
 
     def of_bias(self, dq: NodeProto) -> bool:
-        """Whether it dequantizes int32 codes, as quantizers that also round the bias write them."""
+        """Whether a DQ has int32 codes, which tools that also quantize the bias write."""
         return TensorProto.INT32 in (self.type(arg(dq, 0)), self.type(arg(dq, 2)))
 
 
@@ -203,14 +198,14 @@ def out(node: NodeProto) -> str:
 
 
 def called(node: NodeProto) -> str:
-    """The node's name, or else what it makes or is."""
+    """The node's name, or else that of its output or operator."""
     return node.name or out(node) or node.op_type
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """A whole number, or a list of them where `default` is a sequence. Raises ValueError naming the
-    node for others.
-    """
+    """An attribute that is a whole number, or a list of them where `default` is a sequence.
+
+    Raises ValueError naming the node where it is anything else."""
     for a in node.attribute:
         if a.name == name:
             value = onnx.helper.get_attribute_value(a)
@@ -225,15 +220,14 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 
 def known(shape: onnx.TensorShapeProto) -> tuple[int | None, ...]:
-    """The dimensions; None is one that the file leaves open, be it by a name, by nothing or by
-    -1."""
+    """The dimensions, with None for a dynamic one: a name, -1 or nothing in the file."""
     return tuple(
         d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in shape.dim
     )
 
 
 def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
-    """The branches of an If, the body of a Loop or Scan."""
+    """The branches of an If, or the body of a Loop or Scan."""
     for a in node.attribute:
         if a.HasField("g"):
             yield a.g
@@ -241,7 +235,7 @@ def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def captured(node: NodeProto) -> list[str]:
-    """The tensors around a node that its subgraphs read."""
+    """The tensors of the outer graph that a node's subgraphs read."""
     found: set[str] = set()
     for graph in subgraphs(node):
         inside = (

@@ -1,12 +1,12 @@
 """lower: torch -> ONNX Q/DQ.
 
     FakeQuant of an activation   ->   QuantizeLinear, DequantizeLinear
-    FakeQuant of a weight        ->   int8 codes as a constant, DequantizeLinear along its axis
+    FakeQuant of a weight        ->   constant int8 codes, DequantizeLinear along the axis
     bias                         ->   a float constant
 
-With `float16` all that is not an integer is float16 (`half`).
-The batch dimension is dynamic, with `dynamic` height and width too (`sizes`). The file is checked
-by onnx.checker, run in ONNX Runtime and compared with the torch model before it gets its name."""
+With `float16` everything that is not an integer is float16 (`half`). The batch dimension is
+dynamic, and with `dynamic` so are height and width (`sizes`). The graph is checked by onnx.checker,
+run in ONNX Runtime and compared with the torch model before a file is written."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """`onnx`: the file. `parity`: how it compares with the torch model on the example, run in ONNX
-    Runtime. `there`: the same in the target's own runtime where that is another one and
-    installed."""
+    """A written file and how it compares with the model.
+
+    `onnx`: the file. `parity`: how it compares with the torch model on the example in ONNX Runtime.
+    `there`: the same in the target's own runtime, where that is a different one and is installed;
+    None otherwise."""
 
     onnx: Path
     parity: Parity
@@ -60,21 +62,21 @@ def lower(
     float16: bool = False,
     dynamic: bool = False,
 ) -> Artifact:
-    """Writes the model as ONNX and compares the file, run in ONNX Runtime, with the torch model on
-    the example.
+    """Writes the model as ONNX, runs the file in ONNX Runtime and compares it with the torch model.
 
-    `example`: a tensor (N, ...) or a tuple of them, without NaN; the first dimension of each is
-    dynamic in the file. `target` must be the one the model was quantized for. A model without
-    quantizers gives a float file. `float16`: scales, biases and layers that are not quantized are
-    float16 in the file, its inputs and outputs stay float32; the comparison is then with the torch
-    model rounded to float16 after each operator. `opset`: 13 to 23, from 19 with `float16`; from 21
-    on weights of 4 bits and fewer are int4. `dynamic`: height and width of each input are free in
-    the file too, and it is compared at larger ones as well.
+    A model without quantizers gives a float file.
+
+    `example`: a tensor (N, ...) or a tuple of them, without NaN. The first dimension of each is
+    dynamic in the file. `target`: the one the model was quantized for. `float16`: scales, biases
+    and layers that are not quantized are float16 in the file. Its inputs and outputs stay float32,
+    and it is compared with the torch model rounded to float16 after each operator. `opset`: 13 to
+    23, with `float16` 19 to 23. From 21 on, weights of 4 bits or fewer are int4. `dynamic`: the
+    height and width of each input are dynamic too, and larger ones are compared as well.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
-    the example does not fit, the model fixes a size that `dynamic` frees, an output is no tensor or
-    the path cannot be written; CheckError where the file is not valid or a runtime computes
-    something else."""
+    the model does not accept the example, the model fixes a size that `dynamic` frees, an output is
+    not a tensor or the path cannot be written; CheckError where the file is not valid or a runtime
+    does not compute what the model computes."""
     form = _Form(target, opset, float16, dynamic)
     args = _inputs(example)
     if isinstance(model, torch.export.ExportedProgram):
@@ -93,7 +95,7 @@ def lower(
     how = How(float16)
     parity = checked("onnxruntime", model, proto, args, how)
     own = target_named(target).runtime
-    # ONNX Runtime runs float16 as it likes
+    # In float16, an optimized ONNX Runtime session rounds where it likes, so it is not compared.
     fair = own in installed() and (own == "openvino" or not float16)
     there = checked(own, model, proto, args, How(float16, deployed=True)) if fair else None
     if dynamic:
@@ -104,8 +106,7 @@ def lower(
 
 @dataclass(frozen=True)
 class _Form:
-    """What the file is to be; the options of `lower`. Raises InputError for an opset that there is
-    not."""
+    """The options of `lower` that shape the file. Raises InputError for an unsupported opset."""
 
     target: str
     opset: int
@@ -116,7 +117,7 @@ class _Form:
         least = half.OPSET if self.float16 else older.OLDEST
         if not isinstance(self.opset, int) or not least <= self.opset <= 23:
             raise InputError(
-                f"opset is a whole number from {least} to "
+                f"opset must be a whole number from {least} to "
                 f"23{' with float16' if self.float16 else ''}, not {self.opset!r}"
             )
 
@@ -124,9 +125,9 @@ class _Form:
 def _inputs(example: Any) -> tuple[Tensor, ...]:
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
-        raise InputError("the example is a tensor with a batch dimension, or a tuple of such")
+        raise InputError("the example must be a tensor with a batch dimension, or a tuple of them")
     if any(a.isnan().any() for a in args):
-        raise InputError("the example holds NaN: what the file makes of it would say nothing")
+        raise InputError("the example holds NaN, so comparing outputs would prove nothing")
     return args
 
 
@@ -149,16 +150,15 @@ def _check_outputs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     for leaf in torch.utils._pytree.tree_leaves(result):
         if not (leaf is None or isinstance(leaf, Tensor)):
             raise InputError(
-                f"outputs of an ONNX file must be tensors, and the model gives {repr(leaf)[:60]}"
+                f"outputs of an ONNX file must be tensors, but the model gives {repr(leaf)[:60]}"
             )
 
 
 class _Activation(nn.Module):
-    """QuantizeLinear and DequantizeLinear, with the name of the quantizer's codes on the node, one
-    a call.
+    """QuantizeLinear and DequantizeLinear of an activation.
 
-    With `offset` a signed grid is written as unsigned codes around 128 (`Target`).
-    """
+    A note on each QuantizeLinear gives the name that its codes get in the file, one for each call.
+    With `offset` a signed grid is written as unsigned codes around 128 (`Target`)."""
 
     scale: Tensor
 
@@ -186,7 +186,7 @@ class _Activation(nn.Module):
 
 
 class _Weight(nn.Module):
-    """Integer codes and DequantizeLinear: what the deployed file holds of a weight."""
+    """A weight as the file holds it: integer codes and a DequantizeLinear."""
 
     codes: Tensor
     scale: Tensor
@@ -217,15 +217,14 @@ def _check_formats(model: nn.Module, target: str) -> None:
             raw.append(name)
         elif not m.of_weight and m.grid.bits != 8:
             raise InputError(
-                f"{name} rounds activations to {m.grid.bits} bits; the layers of ONNX "
-                "runtimes and TensorRT have 8. "
-                "Quantize with ptq(bits=8), or with ptq(bits=8, weight_bits=4), int4 from "
-                "opset 21 on; "
-                "torch runs this model as it is"
+                f"{name} rounds activations to {m.grid.bits} bits, but integer layers in TensorRT "
+                "and the ONNX runtimes take 8. Quantize with ptq(bits=8), or with ptq(bits=8, "
+                "weight_bits=4), whose weights are int4 from opset 21 on. This model still runs "
+                "in torch"
             )
         elif m.of_weight and m.grid.bits > 8:
             raise InputError(
-                f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold 8 at most"
+                f"{name} rounds weights to {m.grid.bits} bits; int8 constants hold at most 8"
             )
         elif not m.of_weight and not m.grid.signed and not formats.unsigned_after_relu:
             other.append(name)
@@ -236,13 +235,13 @@ def _check_formats(model: nn.Module, target: str) -> None:
         )
     if other:
         raise InputError(
-            f"{other[0]} is unsigned, which {target} does not run: transform the model with "
-            f"target={target!r}"
+            f"{other[0]} is unsigned, which {target} does not run: transform the float model "
+            f"with target={target!r}"
         )
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelProto:
-    """The ONNX graph of a copy whose quantizers are symbolic."""
+    """The ONNX graph of the model, exported from a copy whose quantizers are symbolic."""
     formats = target_named(form.target)
     symbolic = _symbolic(model, formats)
     wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
@@ -263,8 +262,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
 
 
 def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
-    """A copy in eval mode, on the CPU, whose quantizers are what the file holds of them."""
-    # Contiguous: of channels last, the exporter would write views as Gathers over computed indices.
+    """A copy in eval mode on the CPU, with ONNX operators in place of its quantizers."""
+    # Contiguous, because the exporter writes views of channels-last tensors as Gathers over
+    # computed indices.
     copied: Any = copy.deepcopy(model).eval().cpu()
     symbolic: nn.Module = copied.to(memory_format=torch.contiguous_format)
     rounding = [
@@ -278,7 +278,8 @@ def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
         for quantizer in activations.values():
             quantizer.calls = 0
 
-    symbolic.register_forward_pre_hook(count_anew)  # the exporter may run the model more than once
+    # The exporter may run the model more than once.
+    symbolic.register_forward_pre_hook(count_anew)
     return symbolic
 
 
@@ -310,16 +311,14 @@ def _make_symbolic(
         else:
             holder._modules[name] = activations[id(quant)]
             node.args = (node.args[0], node in around)
-    for node in reversed(graph.nodes):  # fx's own elimination takes writes in place for dead
+    for node in reversed(graph.nodes):  # fx's own elimination removes in-place writes as dead
         if is_dead(node):
             graph.erase_node(node)
     module.recompile()
 
 
 def _check_reach(codes: Tensor, node: fx.Node, path: str, target: Target) -> None:
-    """Raises InputError where products of weights quantized for another target overflow on CPUs
-    without VNNI.
-    """
+    """Raises InputError where weights for another target would overflow on CPUs without VNNI."""
     most = target.weight().high
     groups = {u.args[6] for u in node.users if len(u.args) > 6}
     depthwise = (
@@ -330,14 +329,13 @@ def _check_reach(codes: Tensor, node: fx.Node, path: str, target: Target) -> Non
     if not depthwise and codes.numel() and int(codes.abs().max()) > most:
         raise InputError(
             f"{path} has codes beyond {most}, whose products overflow on CPUs without VNNI: "
-            "transform the model with "
-            f"target={target.name!r}, or lower it with target='{target.name}-vnni'"
+            f"transform the model with target={target.name!r}, or lower it with "
+            f"target='{target.name}-vnni'"
         )
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
-    """Adds the bias of a linear layer after it: ONNX Runtime has no integer Gemm with a float
-    bias."""
+    """Adds a linear layer's bias after it: ONNX Runtime has no integer Gemm with a float bias."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if isinstance(bias, fx.Node):
         node.args, node.kwargs = (
@@ -350,20 +348,18 @@ def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _constant(module: fx.GraphModule, node: Any, quantizer: str) -> Tensor:
-    """The value of a constant expression of the graph, the weight of a quantizer."""
+    """The value of a constant expression in the graph: the weight that a quantizer rounds."""
     if node.op == "get_attr":
         value: Any = module
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
         held: Tensor = value
         return held
-    if node.op in (
-        "placeholder",
-        "call_module",
-    ):  # repq's: batch norms of a kernel, which may ask for the input
-        why = f"{quantizer} rounds a weight that is computed in each call, as in training"
+    # repq puts these here: batch norms of a kernel, which may need the input.
+    if node.op in ("placeholder", "call_module"):
+        why = f"{quantizer} rounds a weight that is still computed at every call, as in training"
         raise InputError(
-            f'{why}: run repfx.transform(model, ["fuse"]) first and lower what it gives'
+            f'{why}: run repfx.transform(model, ["fuse"]) first and lower the model it returns'
         )
     args, kwargs = fx.node.map_aggregate(
         (node.args, node.kwargs),

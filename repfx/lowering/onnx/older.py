@@ -1,9 +1,7 @@
-"""Opsets 13 to 17: the finished graph, which the exporter writes in opset 18, in the operators of
-an older one.
+"""Opsets 13 to 17: rewrites the finished graph, exported in opset 18, in older operators.
 
-Most operators are the same or only lose an attribute. (`onnx.version_converter` has no way down for
-the axes of ReduceMean, for Split and Pad, and below 14 not even for Add.) Tensors keep their names.
-"""
+Most operators stay the same or only lose an attribute. (`onnx.version_converter` cannot convert
+the axes of ReduceMean, Split or Pad down, and below 14 not even Add.) Tensors keep their names."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from repfx.lowering.onnx.index import Index, called, subgraphs
 
 OLDEST, WRITTEN = 13, 18
 
-# Younger attributes, and what they say where the operator does what it did without them.
+# Newer attributes, each with the value at which the operator does what it did without it.
 _AS_BEFORE: dict[str, Any] = {
     "allowzero": 0,
     "antialias": 0,
@@ -34,10 +32,9 @@ _AS_BEFORE: dict[str, Any] = {
 
 
 def to_opset(proto: onnx.ModelProto, opset: int) -> None:
-    """Writes the graph in the operators of the opset, in place, and in the file format of its time.
+    """Rewrites the graph in place in the operators of the opset and the file format of its time.
 
-    Raises InputError naming an operator that has no form in it.
-    """
+    Raises InputError naming an operator that has no form in that opset."""
     if opset < WRITTEN:
         _rewrite(proto.graph, Index(proto), opset)
         for entry in proto.opset_import:
@@ -56,9 +53,10 @@ def _rewrite(graph: onnx.GraphProto, index: Index, opset: int) -> None:
 
 
 class _Draft:
-    """One node on its way to an older opset: its inputs and attributes, or the nodes that do the
-    same, and constants.
-    """
+    """One node on its way to an older opset.
+
+    It holds the node's new inputs and attributes, or the nodes that replace it, and their
+    constants."""
 
     def __init__(self, node: NodeProto, index: Index, opset: int) -> None:
         self.node, self.index, self.opset = node, index, opset
@@ -112,7 +110,7 @@ class _Draft:
         return self.constants[-1].name
 
     def op(self, kind: str, *inputs: str, to: str = "", **attrs: Any) -> str:
-        """A node in place of this one, or before it where `to` names what it makes."""
+        """Adds a node that replaces this one, or, with `to`, a node before it that makes `to`."""
         dot = f".{to}" if to else ""
         made = f"{self.node.output[0]}{dot}"
         self.nodes.append(
@@ -121,16 +119,16 @@ class _Draft:
         return made
 
     def whole(self, i: int) -> list[int]:
-        """The whole numbers of a constant input."""
+        """The integers in a constant input."""
         value = self.index.value(self.inputs[i])
         if value is None:
-            raise self.error(f"whose input {i} is computed")
+            raise self.error(f"with a computed input {i}")
         return [int(v) for v in value.ravel()]
 
     def shape(self) -> tuple[int | None, ...]:
         shape = self.index.shape(self.inputs[0])
         if shape is None:
-            raise self.error("of a tensor of unknown shape")
+            raise self.error("on a tensor of unknown shape")
         return shape
 
 
@@ -142,7 +140,7 @@ def _schema(kind: str, opset: int) -> defs.OpSchema | None:
 
 
 def _reduce(draft: _Draft) -> None:
-    """The axes are an attribute."""
+    """In older opsets the axes are an attribute."""
     if len(draft.inputs) > 1:
         draft.attrs["axes"] = draft.whole(1)
         draft.attrs.pop("noop_with_empty_axes", None)
@@ -150,12 +148,12 @@ def _reduce(draft: _Draft) -> None:
 
 
 def _split(draft: _Draft) -> None:
-    """Parts that are not equal have their sizes written."""
+    """In older opsets the sizes of the parts are written out."""
     count = draft.attrs.pop("num_outputs", None)
     if count is not None:
         size = draft.shape()[draft.attrs.get("axis", 0)]
         if size is None:
-            raise draft.error("of a dynamic dimension")
+            raise draft.error("along a dynamic dimension")
         part = -(-size // count)
         draft.inputs[1:] = [
             draft.constant("sizes", [part] * (count - 1) + [size - part * (count - 1)])
@@ -163,7 +161,7 @@ def _split(draft: _Draft) -> None:
 
 
 def _pad(draft: _Draft) -> None:
-    """The pads are those of every axis."""
+    """In older opsets the pads cover every axis."""
     if len(draft.inputs) > 3:
         rank, axes, pads = len(draft.shape()), draft.whole(3), draft.whole(1)
         full = [0] * (2 * rank)
@@ -174,7 +172,7 @@ def _pad(draft: _Draft) -> None:
 
 
 def _shape(draft: _Draft) -> None:
-    """A part of the sizes is a slice of all."""
+    """Some of the sizes are a slice of all sizes."""
     ends = [draft.attrs.get("start", 0)], [draft.attrs.get("end", 2**63 - 1)], [0]
     names = [
         draft.constant(name, value)
@@ -184,7 +182,7 @@ def _shape(draft: _Draft) -> None:
 
 
 def _reshape(draft: _Draft) -> None:
-    """A zero always copies a dimension; computed shapes of pictures have none."""
+    """In older opsets a 0 always copies a dimension; computed shapes of images have no 0."""
     value = draft.index.value(draft.inputs[1])
     if value is None or value.all():
         draft.attrs.pop("allowzero", None)
@@ -201,7 +199,7 @@ def _mish(draft: _Draft) -> None:
 
 
 def _layer_norm(draft: _Draft) -> None:
-    """In the operators that exporters wrote it in before, by which runtimes know it."""
+    """Written in the operators that older exporters used, which runtimes recognize."""
     if any(draft.node.output[1:]):
         raise draft.error("with more than one output")
     (x, scale, *bias), axis = draft.inputs, draft.attrs.get("axis", -1)

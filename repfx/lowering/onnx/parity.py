@@ -1,17 +1,16 @@
 """Parity: the ONNX file against the torch model, code by code.
 
-Two runtimes add in different orders, so a value on the edge between two codes may go either way,
-and one such tie moves everything after it. To count ties and nothing else, each stretch between two
-quantizers is compared on the same codes: the torch model runs with every call of a quantizer
-answering what the runtime computed there, and is asked what it would have said. It runs twice so,
-in float64, which is taken for exact, and in the file's own precision, which tells how far
-arithmetic of that precision errs there. With u the exact value over the scale and c the runtime's
-code,
+Two runtimes add in different orders, so a value halfway between two codes may be rounded either
+way, and one such tie changes everything after it. To count ties where they arise, each stretch
+between two quantizers is compared on the same codes: in the torch model every call of a quantizer
+returns the codes that the runtime computed there, and the codes it would have computed itself are
+compared with them. The model runs twice this way: in float64, which is taken as exact, and in the
+file's own precision, which shows how far arithmetic of that precision errs there. With u the exact
+value over the scale and c the runtime's code, a difference with
 
     |u - c| <= 1/2 + error / scale
 
-is a tie, however many of them there are; whatever is further off is wrong, if it is one code of
-millions."""
+is a tie, and any number of ties is fine. Anything beyond is wrong, even one code in millions."""
 
 from __future__ import annotations
 
@@ -38,9 +37,10 @@ Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Ten
 
 @dataclass(frozen=True)
 class CodeDifference:
-    """At one quantizer, on equal codes before it: `codes` compared, how many are `different`, the
-    `largest` difference, and how many of the different are `wrong`, further off than arithmetic
-    errs."""
+    """How the codes of one quantizer compare, with equal codes at every quantizer before it.
+
+    `codes`: how many are compared. `different`: how many differ. `largest`: the largest difference.
+    `wrong`: how many differ by more than arithmetic errors explain."""
 
     codes: int
     different: int
@@ -52,12 +52,13 @@ class CodeDifference:
 class Parity:
     """How a file run by `runtime` compares with the torch model.
 
-    `quantizers`: per call of an activation quantizer, in order of the graph, on equal codes before
-    it. `outputs`: each output on the file's codes, against float64; `errors`: how far torch's own
-    arithmetic errs there, relative. `output`: each on its own, as it is deployed, the file in the
-    runtime's optimized session. `optimized`: whether the codes are of such a session too, which may
-    choose other kernels for a file that shows them. `before` and `after`: the torch model and the
-    file, so run, against the model without rounding; None where nothing is rounded."""
+    `output`: model and file each run on their own as deployed, the file in the runtime's optimized
+    session. `outputs`: each output on the file's codes, against float64. `quantizers`: the codes of
+    each call of an activation quantizer, in the order of the graph, on equal codes before it.
+    `errors`: the relative error of torch's own arithmetic at each output. `before` and `after`: the
+    torch model and the file, run as for `output`, against the model without rounding; None where
+    nothing is rounded. `optimized`: whether the codes come from an optimized session too. (It may
+    choose other kernels for a file whose codes are outputs.)"""
 
     output: Difference
     outputs: tuple[Difference, ...]
@@ -84,19 +85,19 @@ class Parity:
 
     @property
     def sqnr(self) -> float:
-        """Signal over noise of the output in dB, torch against the file."""
+        """The signal-to-quantization-noise ratio of the output in dB, file against torch."""
         return self.output.sqnr
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing but ties differs."""
+        """Whether only ties differ."""
         return not self.wrong
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What differs by more than ties, in words. Nothing where the file gives, as it is
-        deployed, what torch gives.
-        """
+        """What differs by more than ties, in words.
+
+        Empty where the file was run as deployed and its output equals torch's."""
         limits = LOWERED[self.float16]
         exact = limits.rounding + limits.spread * max(self.errors, default=0.0)
         if self.optimized and self.output.relative <= exact and not self.output.different:
@@ -143,13 +144,14 @@ def compare(
     rounded: nn.Module | None = None,
     run: Run | None = None,
 ) -> Parity:
-    """Runs both on the same input and compares the output and the codes of every call of an
-    activation quantizer.
+    """Runs model and file on the same input and compares outputs and all activation codes.
 
-    `rounded`: for a file in float16, the model rounded to float16 after each operator. `run`: what
-    runs the files, both optimized, such as `Isa.run` or `as_deployed`; without it codes are those
-    of a session that is not. Raises MissingPart where the runtime is not installed, CheckError
-    where it does not run the file, InputError where a quantizer is given NaN."""
+    `rounded`: for a file in float16, the model rounded to float16 after each operator. `run`: a
+    function that runs the files, both optimized, such as `Isa.run` or `as_deployed`. Without it the
+    codes come from a session without optimizations.
+
+    Raises MissingPart where the runtime is not installed, CheckError where it does not run the
+    file, InputError where a quantizer is given NaN."""
     exposed, steps = expose(proto)
     outputs = len(proto.graph.output)
     shown, deployed = _run_files(run or as_written, runtime, [exposed, proto], args)
@@ -181,7 +183,7 @@ def _run_files(
         return run(runtime, files, args)
     except RepfxError:
         raise
-    except Exception as error:  # each runtime has exceptions of its own
+    except Exception as error:  # each runtime raises exceptions of its own
         raise CheckError(
             f"{runtime} does not run the file: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -190,8 +192,7 @@ def _run_files(
 def _in_precision(
     model: nn.Module, args: tuple[Tensor, ...], theirs: dict[str, Tensor]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The output on the file's codes in the file's own precision, and what each quantizer was
-    given."""
+    """The output on the file's codes in the file's own precision, and each quantizer's input."""
     inputs: dict[str, Tensor] = {}
     output = _forced(model, args, theirs, lambda key, m, x, codes: inputs.update({key: x.float()}))
     return output, inputs
@@ -204,11 +205,10 @@ def _exactly(
     inputs: dict[str, Tensor],
     limits: Limits,
 ) -> tuple[Any, dict[str, CodeDifference]]:
-    """The output on the file's codes in float64, and how far the codes are from what it says of
-    them. In float32 where the forward insists on that.
+    """The output on the file's codes in float64, and how the codes compare with the exact ones.
 
-    `inputs`: what each quantizer is given in the file's precision, which tells how far that errs.
-    """
+    It runs in float32 where the forward insists on that. `inputs`: each quantizer's input in the
+    file's precision, which shows how far that precision errs."""
     found: dict[str, CodeDifference] = {}
 
     def judge(key: str, m: FakeQuant, x: Tensor, codes: Tensor) -> None:
@@ -227,7 +227,7 @@ def _exactly(
         return _forced(_double(model), wide, theirs, judge), found
     except RepfxError:
         raise
-    except Exception:  # a forward that asks for float32
+    except Exception:  # a forward that insists on float32
         found.clear()
         return _forced(model, args, theirs, judge), found
 
@@ -235,8 +235,7 @@ def _exactly(
 def _against_float(
     model: nn.Module, args: tuple[Tensor, ...], free: Any, deployed: list[Tensor]
 ) -> tuple[Difference | None, Difference | None]:
-    """How far the torch model and the file are from the model without rounding; None twice where
-    nothing is rounded."""
+    """The torch model and the file against the model without rounding; None if nothing rounds."""
     if not any(isinstance(m, FakeQuant) for m in model.modules()):
         return None, None
     with in_float(quantizers_of(model).values()):
@@ -245,9 +244,9 @@ def _against_float(
 
 
 def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The file with what each DequantizeLinear of an activation gives as an output, and of each the
-    name of the codes and the step. (Were the codes themselves outputs, OpenVINO would run other
-    kernels.)"""
+    """The file with every dequantized activation as an output, and the step by name of the codes.
+
+    (If the codes themselves were outputs, OpenVINO would choose other kernels.)"""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
     held = {t.name: t for t in proto.graph.initializer}
@@ -269,9 +268,9 @@ def _forced(
     theirs: dict[str, Tensor],
     see: Callable[[str, FakeQuant, Tensor, Tensor], None],
 ) -> Any:
-    """Runs the model with each call of a quantizer answering the file's codes, and shows these with
-    what it was given.
-    """
+    """Runs the model with the file's codes in place of those of each activation quantizer.
+
+    `see` is called with the name of each call, the quantizer, its input and the file's codes."""
 
     def force(name: str) -> Any:
         calls = itertools.count()
@@ -281,10 +280,11 @@ def _forced(
             x, call = inputs[0], next(calls)
             if x.isnan().any():
                 raise InputError(
-                    f"{name} is given NaN, which no code stands for: the example cannot be compared"
+                    f"{name} is given NaN, which no code can represent: file and model cannot be "
+                    "compared on this example"
                 )
             codes = theirs.get(codes_name(name, call))
-            if codes is None:  # the exporter writes two calls on equal values as one
+            if codes is None:  # the exporter merges two calls on equal values into one
                 codes = next((c for other, c in seen if torch.equal(other, x)), None)
             if codes is None:
                 return None
@@ -307,7 +307,7 @@ def _forced(
 
 
 def _double(model: nn.Module) -> nn.Module:
-    """A copy in float64 whose quantized weights are still those of the file, rounded in float32."""
+    """A copy in float64 whose quantized weights keep the codes of the file, rounded in float32."""
     model = copy.deepcopy(model).double()
 
     def same_codes(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
@@ -328,14 +328,14 @@ def _largest(values: Tensor) -> float:
 def as_written(
     runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]
 ) -> list[list[Tensor]]:
-    """What the files give: all but the last without optimizations, the last as it is deployed."""
+    """The files' outputs: all but the last run without optimizations, the last as deployed."""
     return [session(runtime, f, optimize=f is files[-1])(args) for f in files]
 
 
 def as_deployed(
     runtime: str, files: Sequence[onnx.ModelProto], args: Sequence[Tensor]
 ) -> list[list[Tensor]]:
-    """What the files give in the runtime's own optimized session."""
+    """The files' outputs in the runtime's own optimized session."""
     return [session(runtime, f)(args) for f in files]
 
 

@@ -1,8 +1,8 @@
-"""Sizes that a file leaves open: the batch, and with `dynamic` all that comes after the channels.
+"""Sizes that are dynamic in a file: the batch, and with `dynamic` all after the channels.
 
-torch.export notes what a model asks of its sizes, but the file does not hold it: a model that pools
-to 4 x 4 is exported as one that divides by 4. So a file with free sizes is compared with the model
-at sizes other than the example's too."""
+torch.export records what a model requires of its sizes, but the file does not: a model that pools
+to 4 x 4 is exported as one that divides by 4. So a file with dynamic sizes is also compared with
+the model at sizes other than the example's."""
 
 from __future__ import annotations
 
@@ -18,39 +18,36 @@ from repfx.capture.running import describe, run_eval
 from repfx.errors import CheckError, InputError
 
 NAMES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
-# What is added to each size: a multiple of what strides usually ask for, and odd numbers, which few
-# models refuse.
+# What is added to each size: a multiple of the usual strides, then odd numbers. Few models refuse
+# both.
 _STEPS = ((64, 64, 64), (1, 3, 5))
 
 
 def free(args: tuple[Tensor, ...], dynamic: bool) -> tuple[dict[int, Any], ...]:
-    """Which dimensions of each input are free, as torch.export takes it. Raises InputError for a
-    size of 1.
-    """
+    """The dynamic dimensions of each input for torch.export. Raises InputError for a size of 1."""
     batch, auto = torch.export.Dim("batch"), torch.export.Dim.AUTO
     for i, a in enumerate(args):
         for d, name in _sizes(a, dynamic).items():
             if a.shape[d] == 1:
                 raise InputError(
-                    f"the {name} of input {i + 1} is 1 in the example; to be free it has to "
+                    f"the {name} of input {i + 1} is 1 in the example; to be dynamic it has to "
                     "be larger there"
                 )
     return tuple({0: batch, **dict.fromkeys(_sizes(a, dynamic), auto)} for a in args)
 
 
 def name(proto: onnx.ModelProto, args: tuple[Tensor, ...], dynamic: bool) -> None:
-    """Names the free dimensions batch, height, width; those of a further input, where they are
-    others, height_2.
+    """Names the dynamic dimensions batch, height and width.
 
-    Raises InputError where the model fixes one.
-    """
+    Where those of a second input may differ, they are height_2 and width_2. Raises InputError where
+    the model fixes one."""
     names: dict[str, str] = {}
     for i, (info, a) in enumerate(zip(proto.graph.input, args, strict=True)):
         for d, word in {0: "batch", **_sizes(a, dynamic)}.items():
             symbol = info.type.tensor_type.shape.dim[d].dim_param
             if d > 0 and (symbol.isdigit() or not symbol):
                 raise InputError(
-                    f"the model fixes the {word} of its input {info.name}, {a.shape[d]}: "
+                    f"the model fixes the {word} of its input {info.name} at {a.shape[d]}: "
                     "lower it without dynamic"
                 )
             names.setdefault(symbol, word if word not in names.values() else f"{word}_{i + 1}")
@@ -63,17 +60,16 @@ def name(proto: onnx.ModelProto, args: tuple[Tensor, ...], dynamic: bool) -> Non
 def check(
     model: nn.Module, args: tuple[Tensor, ...], compare: Callable[[tuple[Tensor, ...]], object]
 ) -> None:
-    """Compares file and model at other sizes, those that the model takes; `compare` does it and
-    raises CheckError.
+    """Compares file and model at other sizes that the model accepts.
 
-    Raises CheckError where they differ, InputError where the model takes no other size.
-    """
+    `compare` runs both on one input and raises CheckError where they differ. Raises CheckError in
+    that case, InputError where the model accepts no other size."""
     taken = 0
     for steps in _STEPS:
         other = tuple(_grown(a, steps) for a in args)
         try:
             run_eval(model, other)
-        except Exception:  # what the model itself refuses
+        except Exception:  # the model itself refuses this size
             continue
         taken += 1
         try:
@@ -85,18 +81,18 @@ def check(
     if not taken:
         words = " and ".join(dict.fromkeys(word for a in args for word in _sizes(a, True).values()))
         raise InputError(
-            f"the model fixes {words}, it takes {describe(args)} and nothing larger: lower "
+            f"the model fixes {words}; it takes {describe(args)} and nothing larger: lower "
             "it without dynamic"
         )
 
 
 def _sizes(x: Tensor, dynamic: bool) -> dict[int, str]:
-    """The names of the free dimensions after the channels."""
+    """The names of the dynamic dimensions after the channels."""
     return dict(enumerate(NAMES.get(x.dim(), ()), 2)) if dynamic else {}
 
 
 def _grown(x: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """One picture of an input, repeated to be larger."""
+    """The first image of an input, made larger by repeating it."""
     x = x[:1]
     for d, step in zip(_sizes(x, True), steps, strict=False):
         size = x.shape[d]

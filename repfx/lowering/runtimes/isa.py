@@ -1,8 +1,8 @@
-"""Instruction sets: one file run by processes that stop at each one that this machine can show.
+"""Instruction sets: runs a file in processes limited to older instruction sets of the CPU.
 
-OpenVINO's kernels stop at what ONEDNN_MAX_CPU_ISA names. ONNX Runtime's cannot be told; where
-qemu's user mode emulation (qemu-x86_64) is installed, they run on older processors that it
-emulates."""
+OpenVINO's kernels use nothing newer than ONEDNN_MAX_CPU_ISA names. ONNX Runtime's have no such
+switch; where qemu's user mode emulation (qemu-x86_64) is installed, they run on older processors
+that it emulates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from repfx.errors import CheckError, InputError, unknown
 from repfx.lowering.runtimes import sessions
 
-# As oneDNN calls them, oldest first, with the capability of the CPU that each takes.
+# By oneDNN's names, oldest first, with the CPU capability that each needs.
 _ONEDNN = {
     "SSE41": "sse4_1",
     "AVX2": "avx2",
@@ -40,9 +40,10 @@ _EMULATED = {"SSE4.2 (emulated)": "Nehalem", "AVX2 (emulated)": "Haswell"}
 
 @dataclass(frozen=True)
 class Isa:
-    """`name`, and how a process is made to stop there: by `variables` of its environment or a
-    command before its own.
-    """
+    """An instruction set that a process can be limited to.
+
+    `variables`: environment variables that do it. `emulator`: a command before the process's own
+    that does it."""
 
     name: str
     variables: tuple[tuple[str, str], ...] = ()
@@ -51,15 +52,13 @@ class Isa:
     def run(
         self, runtime: str, files: Sequence[onnx.ModelProto], inputs: Sequence[Tensor]
     ) -> list[list[Tensor]]:
-        """What the files give, all in one process. Raises CheckError where it ends without a
-        result.
-        """
+        """The files' outputs, all from one process. Raises CheckError where the process fails."""
         return self.run_all(runtime, [(file, inputs) for file in files])
 
     def run_all(
         self, runtime: str, tasks: Sequence[tuple[onnx.ModelProto, Sequence[Tensor]]]
     ) -> list[list[Tensor]]:
-        """The same with inputs for each file."""
+        """The same, each file with inputs of its own."""
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
             for i, (model, inputs) in enumerate(tasks):
@@ -86,9 +85,7 @@ def _tensors(path: Path) -> list[Tensor]:
 
 
 def isas(runtime: str) -> list[Isa]:
-    """The instruction sets that the runtime can be made to stop at on this machine, oldest first;
-    perhaps none.
-    """
+    """The instruction sets the runtime can be limited to here, oldest first; perhaps none."""
     if runtime == "openvino":
         able = torch.cpu.get_capabilities()
         return [
@@ -103,11 +100,12 @@ def isas(runtime: str) -> list[Isa]:
 
 
 def chosen(runtime: str, wanted: str) -> list[Isa]:
-    """Those of a comma-separated list, or of "all". Raises InputError naming the ones there are."""
+    """The named ones of a comma-separated list, or all for "all". Raises InputError for others."""
     there = {isa.name: isa for isa in isas(runtime)}
     if not there:
         raise InputError(
-            "ONNX Runtime cannot be told to stop at an instruction set; qemu-user emulates some"
+            "ONNX Runtime has no switch for the instruction set; install qemu-user to emulate "
+            "older processors"
         )
     if wanted == "all":
         return list(there.values())
@@ -118,9 +116,7 @@ def chosen(runtime: str, wanted: str) -> list[Isa]:
 
 
 def running() -> str:
-    """What this process runs on: the newest instruction set of the CPU, and where it was told to
-    stop.
-    """
+    """The CPU, its newest instruction set, and the limit set by ONEDNN_MAX_CPU_ISA, if any."""
     able = torch.cpu.get_capabilities()
     newest = next(
         (name for name, needs in reversed(_ONEDNN.items()) if able.get(needs)), "none of these"

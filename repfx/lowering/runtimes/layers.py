@@ -1,8 +1,7 @@
-"""Which layers of a file a runtime on this machine runs in integers: asked of the graph that it
-made of the file.
+"""Which layers of a file a runtime runs in integers on this machine, read from its own graph.
 
-A layer is a convolution or a matrix product with a constant weight. Q and DQ around it do not tell:
-ONNX Runtime runs DQ -> Conv -> Sigmoid in float, however well the file is quantized."""
+A layer is a convolution or a matrix product with a constant weight. Q and DQ around it do not
+decide: ONNX Runtime runs DQ -> Conv -> Sigmoid in float, however well the file is quantized."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ _OPENVINO = {"Convolution", "FullyConnected", "Deconvolution"}
 
 @dataclass(frozen=True)
 class Kernels:
-    """`integers`: how many layers run in integers. `floats`: the names of the others.
+    """How a runtime runs a file. `integers`: layers in integers. `floats`: the others' names.
 
     >>> print(Kernels(20, ("head",)))
     20 of 21 layers run in integers, head in float
@@ -61,9 +60,9 @@ class Kernels:
 
 
 def kernels(runtime: str, path: str | os.PathLike[str]) -> Kernels:
-    """What the runtime makes of an ONNX file. Raises InputError for an unknown runtime, MissingPart
-    without it.
-    """
+    """Which layers of an ONNX file the runtime runs in integers.
+
+    Raises InputError for an unknown runtime, MissingPart where it is not installed."""
     if runtime not in _OF:
         raise unknown("runtime", runtime, _OF)
     return _OF[runtime](Path(path))
@@ -73,12 +72,12 @@ def _in_onnxruntime(path: Path) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.qdqisint8allowed", "1")  # as `runtimes` runs it
+        options.add_session_config_entry("session.qdqisint8allowed", "1")  # as in `sessions`
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     constant = {t.name for t in graph.initializer}
-    for node in graph.node:  # sorted, as ONNX asks for
+    for node in graph.node:  # in topological order, as ONNX requires
         if all(name in constant for name in node.input):
             constant.update(node.output)
     integers, floats = 0, []

@@ -1,6 +1,4 @@
-"""Runtimes that execute an ONNX file on this machine, behind one call: session(file)(inputs) ->
-outputs.
-"""
+"""One call for every runtime on this machine: session(runtime, file)(inputs) -> outputs."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ Model = str | os.PathLike[str] | onnx.ModelProto
 
 
 def write_ir(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Writes an ONNX file as OpenVINO IR: `path` (.xml) and its weights (.bin) beside it.
+    """Converts an ONNX file to OpenVINO IR: `path` (.xml), with its weights (.bin) beside it.
 
     Raises InputError for another suffix or a path that cannot be written, MissingPart without
     OpenVINO."""
     goal = Path(path)
     if goal.suffix.lower() != ".xml":
-        raise InputError(f"OpenVINO IR is an .xml file with its .bin beside it, not {path}")
+        raise InputError(f"OpenVINO IR is an .xml file with a .bin beside it, not {path}")
     openvino = openvino_module()
     part = goal.with_name(f".{goal.stem}.part.xml")
     try:
@@ -50,11 +48,11 @@ RUNTIMES = tuple(SESSIONS)
 
 
 def session(name: str, model: Model, optimize: bool = True, threads: int | None = None) -> Session:
-    """A session by the runtime's name. Raises InputError for an unknown one, MissingPart for one
-    that is not installed.
+    """A session of the named runtime: a function from inputs to outputs.
 
-    Optimized, ONNX Runtime rounds biases to int32, which the file need not ask for. OpenVINO always
-    optimizes."""
+    With `optimize`, ONNX Runtime rounds biases to int32, even where they are float in the file.
+    OpenVINO always optimizes. Raises InputError for an unknown runtime, MissingPart for one that is
+    not installed."""
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     if name == "openvino":
@@ -70,7 +68,7 @@ def session(name: str, model: Model, optimize: bool = True, threads: int | None 
 
 
 def installed() -> list[str]:
-    """The runtimes that can run here."""
+    """The names of the runtimes that are installed."""
     return [name for name in RUNTIMES if importlib.util.find_spec(name) is not None]
 
 

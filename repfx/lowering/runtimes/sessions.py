@@ -1,11 +1,10 @@
-"""Sessions of ONNX Runtime and OpenVINO on numpy arrays. Run as a program it is a process of its
-own for one comparison:
+"""Sessions of ONNX Runtime and OpenVINO on numpy arrays, also as a program of its own.
 
     python sessions.py FOLDER
 
-runs FOLDER/0/model.onnx on inputs.npz beside it and writes what it gives as outputs.npz, and so on.
-It needs nothing of repfx and no torch, so that it starts quickly, also on a processor that is
-emulated."""
+runs FOLDER/0/model.onnx on the inputs.npz beside it and writes outputs.npz there, then FOLDER/1 and
+so on. It imports neither repfx nor torch, so that it starts quickly even on an emulated processor.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +20,17 @@ Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
 def in_onnxruntime(model: str | bytes, optimize: bool = True, threads: int | None = None) -> Run:
-    """On the CPU; without `optimize` each operator runs as written."""
+    """A session on the CPU; without `optimize` each operator runs as written."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # idle threads would slow others' turns
-    # Else it rewrites int8 activations as uint8, and from opset 21 on fails where a Q/DQ pair was
-    # copied across a pool.
+    # Threads that spin while idle would slow down whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without this it rewrites int8 activations as uint8, and from opset 21 on fails where a Q/DQ
+    # pair was copied across a pool.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -42,7 +40,7 @@ def in_onnxruntime(model: str | bytes, optimize: bool = True, threads: int | Non
 
 
 def in_openvino(model: str | bytes, optimize: bool = True, threads: int | None = None) -> Run:
-    """On the CPU, in float32 where the file is; its plugin always optimizes."""
+    """A session on the CPU, which runs float layers in float32 and always optimizes."""
     import openvino
 
     core = openvino.Core()

@@ -1,4 +1,4 @@
-"""Latency of a model's forms, their runs taken in turn, so that the machine's mood is shared."""
+"""Latency of a model's forms, timed in turn so that slow moments of the machine affect all."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ from repfx.lowering.runtimes.run import session
 
 @dataclass(frozen=True)
 class Timing:
-    """One form in one runtime: milliseconds a run, their spread, and, of INT8, what the runtime
-    runs in integers.
-    """
+    """One form in one runtime: milliseconds per run and, for INT8, which layers run in integers."""
 
     form: str
     runtime: str
@@ -42,7 +40,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """Prints as a table; `json()` is the same as text."""
+    """The timings. Prints as a table; `json()` gives the same numbers as JSON."""
 
     rows: tuple[Timing, ...]
     batch: int
@@ -55,10 +53,10 @@ class Bench:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"milliseconds a batch of {self.batch}, runs in turn", caption=self.cpu)
+        table = Table(title=f"milliseconds per batch of {self.batch}", caption=self.cpu)
         for name in ("form", "runtime"):
             table.add_column(name)
-        for name in ("median", "fastest..slowest", "over float there", "layers in integers"):
+        for name in ("median", "fastest..slowest", "ratio to float", "layers in integers"):
             table.add_column(name, justify="right")
         for r in self.rows:
             base = next(
@@ -80,8 +78,9 @@ class Bench:
 def interleaved(
     runs: Mapping[Any, Callable[[], Any]], rounds: int, progress: bool = False
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each run of each, `rounds` rounds after two that do not count. The order is
-    drawn anew each round: what runs after a large model finds its caches cold."""
+    """The milliseconds of each function in each of `rounds` rounds, after two that do not count.
+
+    The order is shuffled in each round, because a run after a large model finds cold caches."""
     times: dict[Any, list[float]] = {name: [] for name in runs}
     order, draw = list(runs.items()), random.Random(0)
     with torch.no_grad():
@@ -97,7 +96,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Forms:
-    """One model three times: as written, merged, and quantized for each runtime by its name."""
+    """One model as written, merged, and quantized for each runtime, by its name."""
 
     written: nn.Module
     merged: nn.Module
@@ -112,13 +111,12 @@ def bench(
     threads: int | None = None,
     progress: bool = False,
 ) -> Bench:
-    """Times the model as written and merged in torch, merged and INT8 in each runtime that it is
-    quantized for.
+    """Times the model in torch, as written and merged, and in each runtime, merged and INT8.
 
-    `x`: (N, ...). Raises InputError where a model does not take it, MissingPart for a runtime that
-    is not installed."""
+    `x`: (N, ...). Raises InputError where a model does not accept it, MissingPart for a runtime
+    that is not installed."""
     if rounds < 1:
-        raise InputError(f"rounds is a whole number from 1, not {rounds}")
+        raise InputError(f"rounds must be a whole number from 1, not {rounds}")
     runs: dict[Any, Callable[[], Any]] = {
         ("train form", "torch"): lambda: forms.written(x),
         ("merged", "torch"): lambda: forms.merged(x),

@@ -1,1 +1,1 @@
-"""ONNX Q/DQ as an engine of TensorRT."""
+"""Builds TensorRT engines from ONNX Q/DQ files and runs them."""

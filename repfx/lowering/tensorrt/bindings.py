@@ -1,6 +1,4 @@
-"""The `tensorrt` module and the GPU, where they are: the one place that imports it, its log and its
-progress.
-"""
+"""The one place that imports `tensorrt`: the module, the GPU, the log and the progress bars."""
 
 from __future__ import annotations
 
@@ -22,10 +20,9 @@ OLDEST = 10
 
 
 def present(elsewhere: str) -> tuple[Any, dict[str, str]]:
-    """The tensorrt module and the GPU: its name and compute capability.
+    """The tensorrt module, and the name and compute capability of the GPU.
 
-    Raises MissingPart where one of them is not there; its message ends in `elsewhere`.
-    """
+    Raises MissingPart where one of them is missing; its message ends with `elsewhere`."""
     trt = tensorrt(elsewhere)
     gpu = _gpu()
     if gpu is None:
@@ -34,9 +31,9 @@ def present(elsewhere: str) -> tuple[Any, dict[str, str]]:
 
 
 def tensorrt(elsewhere: str = "") -> Any:
-    """The module. Raises MissingPart, its message ending in `elsewhere`, where it is missing or
-    older than 10.
-    """
+    """The tensorrt module.
+
+    Raises MissingPart where it is missing or older than 10; its message ends with `elsewhere`."""
     try:
         import tensorrt as trt
     except (ImportError, OSError) as error:
@@ -59,9 +56,9 @@ def _gpu() -> dict[str, str] | None:
 
 @functools.cache
 def log_of(trt: Any) -> Any:
-    """The one logger of the process, which keeps `errors`: TensorRT holds on to the first it is
-    given and frees none.
-    """
+    """The one logger of the process; `errors` are the messages since they were last cleared.
+
+    TensorRT keeps using the first logger it is given and never frees it, so there is only one."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -76,21 +73,20 @@ def log_of(trt: Any) -> Any:
 
 
 def joined(errors: Iterable[str]) -> str:
-    """What the log holds, as the end of a sentence.
+    """The logged errors as the end of a sentence.
 
     >>> joined([])
-    'it says no reason'
+    'it gives no reason'
     """
-    return "; ".join(dict.fromkeys(errors)) or "it says no reason"
+    return "; ".join(dict.fromkeys(errors)) or "it gives no reason"
 
 
 @contextlib.contextmanager
 def watched(trt: Any, progress: bool) -> Iterator[Any]:
-    """A progress monitor that Ctrl-C stops: TensorRT then ends at its next step and `stopped` is
-    true.
+    """A progress monitor: after Ctrl-C TensorRT stops at its next step, and `stopped` is true.
 
-    `progress`: bars on the terminal. An exception must not pass through TensorRT, so the signal
-    only sets the mark; it can be caught in the main thread alone."""
+    `progress`: show bars on the terminal. An exception must not pass through TensorRT, so the
+    signal handler only sets `stopped`. Signals can be caught in the main thread only."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -1,8 +1,7 @@
-"""lower: ONNX Q/DQ -> a TensorRT engine, on TensorRT 10 and 11. Nothing here has ever run on a real
-engine.
+"""lower: ONNX Q/DQ -> a TensorRT engine, for TensorRT 10 and 11. Never yet run on a real engine.
 
-The network is strongly typed: every precision is what the file says, so there are no precision
-flags and no calibrators."""
+The network is strongly typed: every layer has the precision that the file gives it, so there are no
+precision flags and no calibrators."""
 
 from __future__ import annotations
 
@@ -32,9 +31,9 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Profile:
-    """The batch sizes an engine takes, and the one it is fastest for. Raises InputError unless 1 <=
-    min <= opt <= max.
-    """
+    """The batch sizes an engine accepts, from `min` to `max`, and `opt`, the one it is tuned for.
+
+    Raises InputError unless 1 <= min <= opt <= max."""
 
     min: int = 1
     opt: int = 8
@@ -43,18 +42,18 @@ class Profile:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise InputError(
-                f"a profile has 1 <= min <= opt <= max; these are {self.min}, {self.opt}, "
+                f"a profile needs 1 <= min <= opt <= max; these are {self.min}, {self.opt} and "
                 f"{self.max}"
             )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine. `layers`: how many by precision ("?": not told). `reformats`: layers that
-    only change a layout.
+    """A built engine.
 
-    `path`, `metadata`: the engine and the JSON beside it. `version`: of the TensorRT that built it,
-    the one that runs it."""
+    `path`, `metadata`: the engine file and the JSON file beside it. `layers`: the number of layers
+    by precision ("?" where it is not reported). `reformats`: how many more layers only change a
+    layout. `version`: the TensorRT version that built the engine and can run it."""
 
     path: Path
     metadata: Path
@@ -73,17 +72,19 @@ def build(
     progress: bool = False,
     hardware_compatible: bool = False,
 ) -> Engine:
-    """Builds the engine of an ONNX file for the GPU at hand, with a JSON beside it (`engine_path` +
-    ".json").
+    """Builds an engine from an ONNX file for the GPU of this machine, with a JSON file beside it.
 
-    `profile`: of the batch, the only dimension that may be dynamic; 1, 8, 32 when None.
+    The JSON file is `engine_path` + ".json".
+
+    `profile`: the sizes of the batch, the only dimension that may be dynamic; 1, 8, 32 when None.
     `workspace_gib`: the most device memory one layer may use, in GiB. `timing_cache`: a file that
-    is read where it exists and written after the build. `hardware_compatible`: runs on every GPU
-    from Ampere on, slower.
+    is read if it exists and written after the build. `hardware_compatible`: the engine also runs on
+    other GPUs, from Ampere on, but slower.
 
-    Raises InputError where the file cannot be used (the operators are named) or a path not written,
-    MissingPart, with the trtexec line, without TensorRT or a CUDA device, CheckError where TensorRT
-    builds nothing; KeyboardInterrupt on Ctrl-C. No engine file is left then."""
+    Raises InputError where the file cannot be used (operators are named) or a path cannot be
+    written; MissingPart, with the trtexec command, without TensorRT or a CUDA device; CheckError
+    where TensorRT builds no engine; KeyboardInterrupt on Ctrl-C. In each case no engine file is
+    written."""
     profile = profile or Profile()
     order = _Order(onnx_path, profile, workspace_gib, hardware_compatible)
     goal, beside = Path(engine_path), _metadata(engine_path)
@@ -98,7 +99,7 @@ def build(
     for path in (goal, beside, timing_cache):
         _check_place(path)
     trt, gpu = present(
-        f". Where TensorRT and a GPU are at hand this builds the same engine:\n{line}"
+        f". On a machine with TensorRT and a GPU, this builds the same engine:\n{line}"
     )
     log = log_of(trt)
     log.errors.clear()
@@ -114,7 +115,7 @@ def build(
 
 @dataclass(frozen=True)
 class _Order:
-    """What decides the engine that is built."""
+    """Everything that decides which engine is built."""
 
     onnx: Place
     profile: Profile
@@ -134,14 +135,14 @@ class _Order:
 def _plan(
     trt: Any, log: Any, order: _Order, timing_cache: Place | None, progress: bool
 ) -> tuple[bytes, bytes]:
-    """The engine, and the timings that were taken for it, none without a cache."""
+    """The serialized engine, and the timing cache, empty where none was asked for."""
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
     network, parser = _parse(trt, builder, log, order.onnx)
     config = _config(trt, builder, order.workspace_gib, order.hardware_compatible)
     _add_profile(builder, config, _inputs(_read(order.onnx)), order.profile)
-    # the cache must outlive the build
+    # The cache must outlive the build.
     cache = None if timing_cache is None else _load_cache(config, Path(timing_cache))
     with watched(trt, progress) as monitor:
         config.progress_monitor = monitor
@@ -151,18 +152,18 @@ def _plan(
         raise KeyboardInterrupt
     if plan is None:
         raise CheckError(
-            f"TensorRT {trt.__version__} built no engine of {order.onnx}: {joined(log.errors)}"
+            f"TensorRT {trt.__version__} built no engine from {order.onnx}: {joined(log.errors)}"
         )
     return plan, b"" if cache is None else cache.serialize()
 
 
 def _described(trt: Any, log: Any, plan: bytes, order: _Order) -> dict[str, Any]:
-    """What the engine says of itself: its inputs and outputs, and how many layers of what kind."""
+    """What the engine reports about itself: its inputs and outputs, and its layers, counted."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise CheckError(
-            f"TensorRT cannot load the engine it built of {order.onnx}: {joined(log.errors)}"
+            f"TensorRT cannot load the engine it built from {order.onnx}: {joined(log.errors)}"
         )
     inspector = engine.create_engine_inspector()
     layers, reformats = count_layers(
@@ -180,12 +181,12 @@ def trtexec(
     *,
     hardware_compatible: bool = False,
 ) -> str:
-    """The shell line that builds the engine `build` builds. Raises InputError where the file or a
-    value cannot be used.
-    """
+    """The shell command that builds the same engine as `build`.
+
+    Raises InputError where the file or a value cannot be used."""
     profile = profile or Profile()
     if not (math.isfinite(workspace_gib) and workspace_gib * 1024 >= 1):
-        raise InputError(f"the workspace is at least 1 MiB; workspace_gib is {workspace_gib}")
+        raise InputError(f"the workspace must be at least 1 MiB; workspace_gib is {workspace_gib}")
     model = _read(onnx_path)
     read = [onnx_path, *(Path(onnx_path).parent / location for _, location in elsewhere(model))]
     _check_apart(read, engine_path, _metadata(engine_path), timing_cache)
@@ -200,18 +201,18 @@ def trtexec(
             words.append(
                 f"--{size}Shapes=" + ",".join(f"{_quoted(n)}:{s}" for n, s in full.items())
             )
-    # trtexec 10 reads the last letter alone (B, K, M, G): "MiB" would be bytes
+    # trtexec 10 reads only the last letter (B, K, M, G), so "MiB" would mean bytes.
     words.append(f"--memPoolSize=workspace:{int(workspace_gib * 1024)}M")
     if timing_cache is not None:
         words.append(f"--timingCacheFile={os.fspath(timing_cache)}")
     if hardware_compatible:
         words.append("--hardwareCompatibilityLevel=ampere+")
-    # TensorRT 11 is always strongly typed and takes the word without effect; 10 needs it
+    # TensorRT 10 needs --stronglyTyped. TensorRT 11 always is, and ignores the flag.
     return shlex.join([*words, "--stronglyTyped", "--profilingVerbosity=detailed"])
 
 
 def _quoted(name: str) -> str:
-    """As trtexec reads names that may hold a colon: 'x:0' in quotes, which are part of the word."""
+    """The name as trtexec reads it: one with a colon, such as 'x:0', in quotes."""
     return name if re.fullmatch(r"[\w./-]+", name) else f"'{name}'"
 
 
@@ -223,40 +224,39 @@ def _inputs(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
         if info.name in constants:
             continue
         if not info.type.tensor_type.HasField("shape"):
-            raise InputError(f"input {info.name} of the file has no shape")
+            raise InputError(f"the input {info.name} of the file has no shape")
         out[info.name] = known(info.type.tensor_type.shape)
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if axis > 0 and out[info.name][axis] is None:
                 raise InputError(
                     f"dimension {axis} ({dim.dim_param or 'unnamed'}) of input {info.name} "
-                    "is dynamic; only the batch, "
-                    "dimension 0, may be: export the model at one size"
+                    "is dynamic; only the batch, dimension 0, may be: export the model at one size"
                 )
     return out
 
 
 def _read(onnx_path: Place) -> onnx.ModelProto:
-    """The file without weights that it keeps elsewhere; they are there."""
+    """The model without the weights in other files, which were checked to exist."""
     try:
         model = onnx.load(os.fspath(onnx_path), load_external_data=False)
     except Exception as error:
         raise InputError(
-            f"{onnx_path} is no ONNX file: {str(error).strip() or type(error)}"
+            f"{onnx_path} is not an ONNX file: {str(error).strip() or type(error)}"
         ) from error
     require(model, Path(onnx_path))
     return model
 
 
 def _check_apart(read: list[Place], *written: Place | None) -> None:
-    """No file of a build is written over another."""
+    """Raises InputError where one file of a build would overwrite another."""
     taken = {os.path.realpath(file) for file in read}
     for file in written:
         if file is None:
             continue
         if (real := os.path.realpath(file)) in taken:
             raise InputError(
-                f"{file} is named twice: the ONNX file, engine, its .json and timing cache "
-                "are files apart"
+                f"{file} is named twice: the ONNX file, the engine, its .json and the timing "
+                "cache must be different files"
             )
         taken.add(real)
 
@@ -270,23 +270,21 @@ def _filled(shape: tuple[int | None, ...], batch: int) -> tuple[int, ...]:
 
 
 def _check_place(path: Place | None) -> None:
-    """Found out before minutes of building, not after."""
+    """Raises InputError for a path that cannot be written, before minutes of building."""
     if path is None:
         return
     parent = Path(path).parent
     if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(
-            f"cannot write {path}: {parent} is no folder that can be written, or the path "
-            "is a folder"
+            f"cannot write {path}: it is a folder, or {parent} is not a folder that can be "
+            "written to"
         )
 
 
 def _parse(trt: Any, builder: Any, log: Any, onnx_path: Place) -> tuple[Any, Any]:
-    """The network, strongly typed, and its parser, which owns the weights until the engine is
-    built.
-    """
+    """The strongly typed network, and its parser, which owns the weights until the build ends."""
     creation = trt.NetworkDefinitionCreationFlag
-    # 11 takes the flag without effect, so a later version may drop it
+    # TensorRT 11 ignores the flag, so a later version may drop it.
     flags = 1 << int(creation.STRONGLY_TYPED) if hasattr(creation, "STRONGLY_TYPED") else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -321,13 +319,13 @@ def _add_profile(
         if None in shape:
             shapes.set_shape(name, *(_filled(shape, n) for n in (batch.min, batch.opt, batch.max)))
     if config.add_optimization_profile(shapes) < 0:
-        raise CheckError(f"TensorRT refuses the profile {batch}")
+        raise CheckError(f"TensorRT rejects the profile {batch}")
 
 
 def _load_cache(config: Any, path: Path) -> Any:
-    """Attaches the timings of the file, or none where there is no file or it is of another GPU or
-    version.
-    """
+    """Attaches the timing cache in the file.
+
+    Attaches an empty one where there is no file, or it was made on another GPU or version."""
     data = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
@@ -337,7 +335,7 @@ def _load_cache(config: Any, path: Path) -> Any:
 
 
 def _ports(trt: Any, engine: Any) -> dict[str, dict[str, Any]]:
-    """The inputs and outputs by name: the shape (-1 is dynamic) and the type."""
+    """The engine's inputs and outputs by name, each with its shape (-1 is dynamic) and type."""
     ports: dict[str, dict[str, Any]] = {"inputs": {}, "outputs": {}}
     for i in range(engine.num_io_tensors):
         name = engine.get_tensor_name(i)

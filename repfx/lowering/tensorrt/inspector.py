@@ -1,6 +1,6 @@
-"""The engine inspector's report, counted. Its schema differs between TensorRT versions, so nothing
-in it is relied on.
-"""
+"""Counts the layers in the engine inspector's report.
+
+The schema of the report differs between TensorRT versions, so no entry is taken for granted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 UNKNOWN = "?"
 
-# The longer words first: "uint8" holds "int8", "bfloat16" holds "float16".
+# Longer words first, because "uint8" contains "int8" and "bfloat16" contains "float16".
 _TYPES = (
     ("BF16", r"bf16|bfloat16"),
     ("UINT8", r"uint8"),
@@ -27,11 +27,11 @@ _TYPES = (
 
 
 def count_layers(report: str) -> tuple[dict[str, int], int]:
-    """The layers of an engine by precision, and how many more only change the layout of a tensor
-    (reformats).
+    """The number of layers of an engine by precision, and the number of reformats beside them.
 
-    `report`: what EngineInspector.get_engine_information gives as JSON. A layer whose precision is
-    not told counts as "?"; a report that cannot be read gives ({}, 0). Never raises.
+    A reformat is a layer that only changes the layout of a tensor. `report`: the JSON from
+    EngineInspector.get_engine_information. A layer whose precision is not reported counts as "?",
+    and a report that cannot be read gives ({}, 0). Never raises.
 
     >>> conv = '{"LayerType": "Conv", "Weights": {"Type": "Int8"}}'
     >>> count_layers('{"Layers": [' + conv + ', {"LayerType": "Reformat"}]}')
@@ -58,7 +58,7 @@ def _layers(report: str) -> list[Any]:
 
 
 def _is_reformat(layer: Any) -> bool:
-    # an engine built without details lists names only
+    # An engine built without details lists only names.
     words = (
         [layer]
         if not isinstance(layer, dict)
@@ -68,9 +68,9 @@ def _is_reformat(layer: Any) -> bool:
 
 
 def _precision(layer: Any) -> str:
-    """By what the layer says itself, else by its weights (an INT8 convolution may give floats),
-    else by its output.
-    """
+    """The precision a layer reports, else that of its weights, else that of its output.
+
+    Weights come before the output because an INT8 convolution may give floats."""
     if not isinstance(layer, dict):
         return UNKNOWN
     weights, outputs = _entry(layer, "weights"), _entry(layer, "outputs")
@@ -96,7 +96,7 @@ def _type(text: Any) -> str:
 
 
 def _entry(holder: Any, key: str) -> Any:
-    """The value under a key in any spelling: DataType, Datatype, datatype."""
+    """The value under a key in any case: DataType, Datatype, datatype."""
     if not isinstance(holder, dict):
         return None
     return next((value for name, value in holder.items() if str(name).lower() == key), None)

@@ -1,5 +1,4 @@
-"""A TensorRT engine, run: device memory is torch tensors, which TensorRT is told the addresses
-of."""
+"""Runs a TensorRT engine on torch tensors, whose device addresses are passed to TensorRT."""
 
 from __future__ import annotations
 
@@ -29,11 +28,12 @@ _DTYPES = {
 
 
 def run(engine_path: Place, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The engine's outputs by name for inputs by name, each (N, ...) with N within the profile.
-    bfloat16 comes as float32.
+    """Runs an engine once: its outputs by name for inputs by name.
 
-    Raises InputError where the engine or a feed does not fit, MissingPart without TensorRT or a
-    CUDA device, CheckError where the engine fails."""
+    Inputs and outputs are (N, ...) with N within the profile. bfloat16 outputs become float32.
+
+    Raises InputError where the engine cannot be loaded or an input does not fit it, MissingPart
+    without TensorRT or a CUDA device, CheckError where the engine fails."""
     launch, outputs, stream = _prepared(engine_path, feeds)
     launch()
     stream.synchronize()
@@ -43,13 +43,11 @@ def run(engine_path: Place, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def latency(engine_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100) -> list[float]:
-    """The milliseconds each of `rounds` runs takes on the GPU, inputs and outputs already there,
-    after a warm-up.
+    """The milliseconds that each of `rounds` runs takes on the GPU after a warm-up.
 
-    Raises what `run` raises.
-    """
+    Inputs and outputs stay in device memory. Raises what `run` raises."""
     if rounds < 1:
-        raise InputError(f"rounds is at least 1, not {rounds}")
+        raise InputError(f"rounds must be at least 1, not {rounds}")
     launch, _, stream = _prepared(engine_path, feeds)
     for _ in range(WARM_UP):
         launch()
@@ -67,7 +65,7 @@ def latency(engine_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100)
 def _prepared(
     engine_path: Place, feeds: dict[str, np.ndarray]
 ) -> tuple[Callable[[], None], dict[str, Tensor], torch.cuda.Stream]:
-    """A function that starts one run on the stream, and the tensors (on the device) it writes."""
+    """A function that starts one run on the stream, the device tensors it writes, the stream."""
     trt, _ = present("")
     log = log_of(trt)
     log.errors.clear()
@@ -83,9 +81,9 @@ def _prepared(
         if name not in tensors:
             tensors[name] = _room(engine, context, name)
         if not context.set_tensor_address(name, tensors[name].data_ptr()):
-            raise CheckError(f"TensorRT takes no memory for {name}: {joined(log.errors)}")
+            raise CheckError(f"TensorRT rejects the memory for {name}: {joined(log.errors)}")
     stream = torch.cuda.Stream()
-    # the copies above ran on another stream
+    # The copies above ran on another stream.
     torch.cuda.synchronize()
 
     alive = (runtime, engine, tensors)
@@ -108,8 +106,7 @@ def _loaded(trt: Any, log: Any, engine_path: Place) -> tuple[Any, Any, Any]:
     if engine is None:
         raise InputError(
             f"TensorRT {trt.__version__} cannot load {engine_path}: {joined(log.errors)}. "
-            "An engine runs on the version "
-            "and the kind of GPU that built it"
+            "An engine runs only with the TensorRT version and on the kind of GPU that built it"
         )
     context = engine.create_execution_context()
     if context is None:
@@ -118,7 +115,7 @@ def _loaded(trt: Any, log: Any, engine_path: Place) -> tuple[Any, Any, Any]:
 
 
 def _given(engine: Any, context: Any, name: str, value: np.ndarray) -> Tensor:
-    """An input on the device, its shape told to the context."""
+    """Puts an input on the device and tells the context its shape."""
     tensor = _fed(engine, name, value)
     if not context.set_input_shape(name, tuple(tensor.shape)):
         lowest, _, highest = engine.get_tensor_profile_shape(name, 0)
@@ -129,10 +126,12 @@ def _given(engine: Any, context: Any, name: str, value: np.ndarray) -> Tensor:
 
 
 def _room(engine: Any, context: Any, name: str) -> Tensor:
-    """Memory for an output, whose shape follows from those of the inputs."""
+    """Memory for an output, whose shape follows from the shapes of the inputs."""
     shape = tuple(context.get_tensor_shape(name))
     if min(shape, default=0) < 0:
-        raise InputError(f"the size of output {name} depends on the data, which is not run here")
+        raise InputError(
+            f"the size of output {name} depends on the data; such engines are not supported here"
+        )
     return torch.empty(shape, dtype=_dtype(engine, name), device=DEVICE)
 
 
