@@ -71,7 +71,7 @@ def _norms(layer: Layer, bits: int) -> Found:
 
 def _spent(what: str, wide: int, channels: int, median: float) -> str:
     return (
-        f"has {wide} of {channels} {what} channels that take up its range; the median channel "
+        f"spends the range of its {what} on {wide} of {channels} channels; the median channel "
         f"uses {median:.1%} of it"
     )
 
