@@ -22,9 +22,11 @@ from repfx.cli.options import (
     Batch,
     Data,
     Device,
+    Mean,
     Model,
     Output,
     Size,
+    Std,
     Target,
     Trust,
     Weights,
@@ -102,12 +104,8 @@ def quantize(
     batch: Batch = 32,
     limit: Annotated[int, typer.Option(min=1, help="Use at most this many images.")] = 1024,
     workers: Workers = 0,
-    mean: Annotated[
-        str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")
-    ] = "0.485,0.456,0.406",
-    std: Annotated[
-        str, typer.Option(help="Standard deviation of each channel.")
-    ] = "0.229,0.224,0.225",
+    mean: Mean = "0.485,0.456,0.406",
+    std: Std = "0.229,0.224,0.225",
     device: Device = None,
     target: Target = "tensorrt",
     weights: Weights = None,

@@ -57,6 +57,8 @@ Device = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Mean = Annotated[str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")]
+Std = Annotated[str, typer.Option(help="Standard deviation of each channel.")]
 Size = Annotated[int, typer.Option(help="Side of the square input images, in pixels.", min=1)]
 
 

@@ -12,9 +12,11 @@ from rich.markup import escape
 import repfx as api
 from repfx.cli.models import load_model
 from repfx.cli.options import (
+    Mean,
     Model,
     Output,
     Size,
+    Std,
     Target,
     Trust,
     Weights,
@@ -42,12 +44,8 @@ def report(
     ] = "fuse,ptq",
     json: Annotated[Path | None, typer.Option("--json", help="A file for the numbers.")] = None,
     size: Size = 224,
-    mean: Annotated[
-        str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")
-    ] = "0.485,0.456,0.406",
-    std: Annotated[
-        str, typer.Option(help="Standard deviation of each channel.")
-    ] = "0.229,0.224,0.225",
+    mean: Mean = "0.485,0.456,0.406",
+    std: Std = "0.229,0.224,0.225",
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,

@@ -37,6 +37,11 @@ from repfx.quant import Grid
 _VALUES: dict[str, Any] = {"grid": Grid, "geometry": Geometry, "axis": Axis, "links": Links}
 
 FORMAT = "1"
+# What reading a tree of strange JSON may raise.
+_UNREADABLE = (
+    *(KeyError, IndexError, TypeError, ValueError, AttributeError),
+    *(RuntimeError, AssertionError),
+)
 _INTERNAL = set(nn.Module().__dict__) | {"on", "observer"}
 _PATH = re.compile(r"[^\"'\\\x00-\x1f]+")
 
@@ -53,15 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     text = json.dumps({"format": FORMAT, "model": tree})
     try:  # check that the file can be read again before it is written
         _decode_module(json.loads(text)["model"], tensors, {})
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
+    except _UNREADABLE as error:
         raise InputError(f"cannot save: {error}") from error
     write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
 
@@ -85,15 +82,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         if data["format"] != FORMAT:
             raise InputError(f"{path} has format {data['format']!r}; this version reads {FORMAT!r}")
         return _decode_module(data["model"], tensors, {})
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
