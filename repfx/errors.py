@@ -42,7 +42,7 @@ class Inexact(RepfxError):
 
 @dataclass(frozen=True)
 class Declined:
-    """A part of a model that was left alone: where it is, and why.
+    """A part of a model that was not changed: where it is, and why.
 
     `cure` is a hint: what would make the part mergeable. It may be empty."""
 

@@ -134,7 +134,7 @@ def _capture(
         _undo(swaps)
         captured.declined[mark:] = [
             Declined(
-                where, reason, "it uses the inside of its children, so they are left alone too"
+                where, reason, "it uses the inside of its children, so they are not changed either"
             )
         ]
     return module
