@@ -188,6 +188,22 @@ def test_every_spelling_has_the_same_op_and_sign(name: str) -> None:
         same = "" if kind in ("dropout", "identity", "conv") else kind  # a no-op may be gone
         found.add((same, non_negative(view, last.args[0])))  # type: ignore[arg-type]
     assert len(found) == 1, found
+    assert {sign for _, sign in found} == {name in NEVER_NEGATIVE}
+
+
+NEVER_NEGATIVE = ("max(x, 0)", "min(max(x, 0), 6)", "sigmoid", "adaptive max pool")
+KEEP_THE_SIGN = ("max pool", "average pool", "mean over space", "transpose", "nearest resize")
+
+
+@pytest.mark.parametrize("name", [*KEEP_THE_SIGN, "leaky relu", "silu", "clamp(x, -1, 1)"])
+def test_the_sign_goes_through_what_keeps_it(name: str) -> None:
+    for act in SAME[name]:
+        model = Between(name, act).eval()
+        model.before = nn.Softplus()
+        traced = repfx.transform(model, [], example=torch.randn(1, 3, 10, 10))
+        view = GraphView(traced)
+        (last,) = (n for n in view.nodes if (layer := view.layer(n)) and layer.path == "last")
+        assert non_negative(view, last.args[0]) is (name in KEEP_THE_SIGN)  # type: ignore[arg-type]
 
 
 def test_a_product_of_values_that_are_not_negative_is_not_negative() -> None:
@@ -248,7 +264,7 @@ def tried(row: Any, spelling: Any) -> tuple[Tensor, list[Tensor]] | None:
     """An input and what the spelling makes of it; None where it takes other arguments."""
     for shape in ((2, 4, 8), (2, 4, 8, 8), (2, 4, 4, 8, 8)):
         x = torch.randn(shape)
-        for rest in REST.get(row.name, [(torch.randn(shape),), ()]):
+        for rest in (*REST.get(row.name, [(torch.randn(shape),)]), ()):
             args: tuple[Any, ...] = ([x], *rest) if Trait.JOINS in row.traits else (x, *rest)
             try:
                 if isinstance(spelling, str):
