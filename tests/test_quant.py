@@ -698,7 +698,7 @@ def test_a_model_that_overwrites_its_input_leaves_the_pictures_alone(method: str
     for bad, text in (
         ([x * float("nan")], "NaN or infinity"),
         ([x[:, :2]], "does not take"),
-        ([()], "a tuple or a dict"),
+        ([()], "a tuple that begins with a tensor"),
         (None, "an iterable of batches"),
     ):
         with pytest.raises(repfx.InputError, match=text):

@@ -234,7 +234,7 @@ def test_several_inputs_come_by_name() -> None:
     assert not torch.equal(before["both.weight"], model.state_dict()["both.weight"])
     with pytest.raises(InputError, match="several inputs: a batch is a dict of image, depth"):
         repfx.reconstruct(model, [image])
-    with pytest.raises(InputError, match="a batch has image, but no depth"):
+    with pytest.raises(InputError, match="a batch has image, but no tensor depth"):
         repfx.reconstruct(model, [{"image": image}])
     with pytest.raises(InputError, match="all must be of one size"):
         repfx.reconstruct(model, [{"image": image, "depth": depth[:3]}])
