@@ -30,7 +30,7 @@ class Between(nn.Module):
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
         # What is linear would merge with the convolutions, were there nothing between.
-        self.before = nn.Hardswish() if name in LINEAR else nn.Identity()
+        self.before: nn.Module = nn.Hardswish() if name in LINEAR else nn.Identity()
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
