@@ -233,12 +233,12 @@ def test_parametrized_layers() -> None:
     assert set(result.state_dict()) == {"0.weight", "0.bias"}
 
 
-def test_layers_with_hooks_are_left_alone() -> None:
+def test_what_hooks_compute_is_part_of_the_graph() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval())
     model[0].register_forward_hook(lambda m, args, out: out * 2)
     result = repfx.transform(model, ["fuse"])
     assert_same(model, result, image())
-    assert "forward hooks" in str(result.meta["repfx"].declined)
+    assert set(result.state_dict()) == {"0.weight", "0.bias"}
 
 
 def test_bad_models_are_refused() -> None:
@@ -286,13 +286,11 @@ class Pieces(nn.Module):
         return torch.cat([*parts, *rest, first, high, low], 1)
 
 
-@pytest.mark.parametrize(("chunks", "traced"), [(2, True), (4, True), (3, False)])
-def test_pieces_are_iterated_over(chunks: int, traced: bool) -> None:
-    """Of 4 channels, chunk(3) gives 2 pieces: what was traced does not run, and the module stays as
-    written.
-    """
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+def test_pieces_are_iterated_over(chunks: int) -> None:
+    """Of 4 channels, chunk(3) gives 2 pieces."""
     model, x = Pieces(chunks).eval(), torch.randn(2, 3, 5, 5)
     merged = repfx.transform(model, ["fuse"], example=x)
-    assert isinstance(merged, fx.GraphModule) == traced
+    assert isinstance(merged, fx.GraphModule)
     assert repfx.verify(model, merged, x).relative < 1e-6
-    assert any(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) != traced
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())

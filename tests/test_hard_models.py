@@ -5,6 +5,7 @@ that a guess would get wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,12 @@ def test_a_border_of_one_size_only() -> None:
     fused(model, (2, 4, 20, 13))
 
 
+@dataclass
+class Pair:
+    first: Tensor
+    second: Tensor
+
+
 def test_constants_that_are_not_what_they_seem(tmp_path: Path) -> None:
     fused(Net(lambda m, x: m.c(x) / m.n, c=conv(), n=torch.tensor([2, 3, 4, 5]).reshape(4, 1, 1)))
     padded = Net(
@@ -241,8 +248,8 @@ def test_constants_that_are_not_what_they_seem(tmp_path: Path) -> None:
         nn.utils.parametrizations.spectral_norm(conv()), nn.BatchNorm2d(4)
     ).train()
     repfx.transform(spectral, ["fuse"], example=X)
-    top = Net(lambda m, x: m.c(x).topk(2, 1).values, c=conv()).eval()
-    with pytest.raises(repfx.InputError, match="cannot save"):
+    top = Net(lambda m, x: Pair(m.c(x), x), c=conv()).eval()
+    with pytest.raises(repfx.InputError, match="cannot save: function 'Pair'"):
         repfx.save(repfx.transform(top, [], example=X), tmp_path / "top.pt")
     assert not list(tmp_path.iterdir())
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 
 from repfx.capture.assemble import graph_module
 from repfx.capture.canonical import canonical
 from repfx.capture.copying import Copy, alias
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
-from repfx.capture.running import Noting, agree, describe, guess_example, parameters_of, run_eval
+from repfx.capture.recorder import Untraceable
+from repfx.capture.running import Noting, agree, describe, guess_example, others, run_eval
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, signature
 from repfx.errors import Declined, InputError
 from repfx.tolerances import TRACED, TRACED_WIDE
@@ -113,18 +113,21 @@ def _capture(
             run_eval(Noting(module, captured.sure, captured.given), example)
         return canonical(module)
     mark, swaps = len(captured.declined), []
-    try:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            raise TraceError("it has forward hooks, or a forward put on the instance")
-        tracer, graph = _trace(module, example)
-        normalise(graph)
-        result = graph_module(module, graph, tracer)
-        swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-        if _agrees(Noting(result, captured.sure, captured.given), example, expected):
-            return canonical(result)
-        reason = "the traced graph does not compute what its forward computes"
-    except Exception as error:
-        reason = f"its forward cannot be traced: {first_line(error)}"
+    reason = "without an example that it accepts its forward cannot be run; pass one"
+    for given in () if example is None else others(example):
+        try:
+            tracer, graph = _trace(module, given)
+            normalise(graph)
+            result = graph_module(module, graph, tracer)
+            swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
+            if _agrees(Noting(result, captured.sure, captured.given), example, expected):
+                return canonical(result)
+            reason = "the traced graph does not compute what its forward computes"
+        except Exception as error:
+            reason = f"its forward cannot be traced: {first_line(error)}"
+        _undo(swaps)
+        del captured.declined[mark:]
+        swaps = []
     _undo(swaps)
     del captured.declined[mark:]
     where, cure = path or "the model", "its children are transformed on their own"
@@ -140,20 +143,19 @@ def _capture(
     return module
 
 
-def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, fx.Graph]:
+def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Graph]:
     """Traces a module and returns its graph.
 
     If a module inside branches on self.training, its training branch is taken, provided that this
     branch computes the same as the eval branch in eval mode. Then one graph is right in both modes.
     """
-    names = _names_of(module, example)
     asked: set[str] = set()
     training: set[str] = set()
     while True:
-        tracer = Tracer(names, training=frozenset(training))
+        tracer = Tracer(training=frozenset(training))
         failed: Exception | None = None
         try:
-            graph = tracer.trace(module)
+            graph = tracer.trace(module, example)
         except Exception as error:  # anything the forward raises, maybe because of its branch
             failed = error
         branching = {path: module.get_submodule(path) for path in tracer.branching - asked}
@@ -171,9 +173,9 @@ def _trace(module: nn.Module, example: tuple[Any, ...] | None) -> tuple[Tracer, 
     if failed is not None:
         raise failed
     if "" in tracer.branching and signature(graph) != signature(
-        Tracer(names, value=True).trace(module)
+        Tracer(value=True).trace(module, example)
     ):
-        raise TraceError(BRANCHES)
+        raise Untraceable(BRANCHES)
     return tracer, graph
 
 
@@ -196,9 +198,7 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
         except Exception:  # it does not run in float64, or does not run at all
             continue
         try:
-            graph = (tracer := Tracer(_names_of(twin, inputs), training=frozenset({""}))).trace(
-                twin
-            )
+            graph = (tracer := Tracer(training=frozenset({""}))).trace(twin, give)
             traced = graph_module(twin, graph, tracer)
             if not agree(run_eval(traced, give), want, tolerance):
                 return False
@@ -290,12 +290,13 @@ def _children(
     for holder, name, child in parts:
         if id(child) not in done:
             inputs = seen.get(id(child))
-            plain = all(p.default is p.empty for p in parameters_of(child))
-            if (example is not None and inputs is None) or (inputs is None and not plain):
+            if inputs is None and example is None:
+                inputs, _ = guess_example(child)
+            if inputs is None:
                 # The forward never calls it, or calls it in a way that a graph cannot follow.
                 done[id(child)] = child
             else:
-                expected = None if inputs is None else run_eval(child, inputs)
+                expected = run_eval(child, inputs)
                 full = ".".join(p for p in (path, _path_in(module, child)) if p)
                 done[id(child)] = _capture(child, full, inputs, expected, captured)
         if done[id(child)] is not child:
@@ -351,9 +352,3 @@ def _refuse_non_finite(model: nn.Module) -> None:
             continue  # if the sum is finite, so are the terms
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds NaN or infinity")
-
-
-def _names_of(module: nn.Module, example: tuple[Any, ...] | None) -> frozenset[str]:
-    if example is None:
-        return frozenset()
-    return frozenset(p.name for p, _ in zip(parameters_of(module), example, strict=False))

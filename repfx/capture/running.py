@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from repfx.tolerances import TRACED
 
@@ -44,31 +46,35 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
         return None, None
     generator = torch.Generator().manual_seed(0)
     tried: set[tuple[int, ...]] = set()
+    for like, shape in _shapes(model):
+        # Several shapes: the first layer in the module tree need not be the first one called.
+        if shape in tried or len(tried) > 8:
+            continue
+        tried.add(shape)
+        x = torch.randn(shape, generator=generator, device="cpu").to(like)
+        try:
+            return (x,), run_eval(model, (x,))
+        except Exception:  # a wrong guess; try the next one
+            continue
+    return None, None
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Shapes of inputs that the model may accept, from its layers, then from its bare kernels."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             continue
         if isinstance(module, nn.Linear):
-            shapes: list[tuple[int, ...]] = [(2, module.in_features)]
+            yield weight, (2, module.in_features)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            axes = weight.dim() - 2
-            shapes = [
-                (2, module.in_channels, *(size,) * axes)
-                for size in ((64, 224) if axes == 2 else (32,))
-            ]
-        else:
-            continue
-        for shape in shapes:
-            # Several shapes: the first layer in the module tree need not be the first one called.
-            if shape in tried or len(tried) > 8:
-                continue
-            tried.add(shape)
-            x = torch.randn(shape, generator=generator, device="cpu").to(weight)
-            try:
-                return (x,), run_eval(model, (x,))
-            except Exception:  # a wrong guess; try the next one
-                continue
-    return None, None
+            axes = len(module.kernel_size)
+            for size in (64, 224) if axes == 2 else (32,):
+                yield weight, (2, module.in_channels, *(size,) * axes)
+    for p in model.parameters():
+        if p.is_floating_point() and p.dim() in (3, 4, 5):
+            for channels in dict.fromkeys((p.shape[1], p.shape[0])):
+                yield p, (2, channels, *(32,) * (p.dim() - 2))
 
 
 def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
@@ -85,17 +91,22 @@ def quiet() -> contextlib.redirect_stderr[io.StringIO]:
 
 
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The output in eval mode, without side effects.
+    """The output in eval mode, without side effects. The inputs stay what they are."""
+    given = tree_map_only(Tensor, lambda t: t.clone(), example)  # and new lists and dicts
+    with undone(model), quiet():
+        for m in model.modules():
+            m.__dict__["training"] = False
+        return model(*given)
 
-    Afterwards modes, attributes, buffers, inputs and the random state are what they were before."""
+
+@contextlib.contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards modes, attributes, buffers and the random state are what they were before."""
     kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
-    given = tuple(v.clone() if isinstance(v, Tensor) else v for v in example)
-    for m, _, _ in kept:
-        m.__dict__["training"] = False
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
-            return model(*given)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
     finally:
         for m, attributes, held in kept:
             m.__dict__.clear()
@@ -131,3 +142,22 @@ def _near(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 def describe(example: tuple[Any, ...]) -> str:
     return ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else repr(e) for e in example)
+
+
+def others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The example with other values: first for one image more, then for as many.
+
+    A graph that was traced on these and agrees on the example has baked in neither the values nor
+    the number of images."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+    batches = {t.shape[0] if t.dim() else 0 for t in tensors}
+
+    def changed(t: Tensor) -> Tensor:
+        return t * 0.97 if t.is_floating_point() else t.clone()
+
+    def longer(t: Tensor) -> Tensor:
+        return torch.cat([changed(t), t[:1]])
+
+    if len(batches) == 1 and batches != {0}:
+        yield tree_map_only(Tensor, longer, example)
+    yield tree_map_only(Tensor, changed, example)

@@ -1,232 +1,178 @@
-"""Tracer: a torch.fx tracer for models found in practice.
+"""Tracer: runs a module on an example and returns the graph of what its forward does.
 
-It differs from `torch.fx.Tracer` in these points:
-
-- A module whose forward cannot be traced becomes a leaf, with the reason. Tracing goes on.
-- Parameters and buffers are proxies with a concrete shape, so that expressions of weights are
-  recorded as expressions.
+- A layer of torch.nn is one node. Hooks and parametrizations are part of the forward, so a layer
+  that has some is entered, and its weight is recorded as the expression it is.
+- A module whose forward cannot be recorded becomes a leaf, with the reason. Tracing goes on.
 - `self.training` is not fixed by the trace: see `repfx.graph.modes`.
 - A BatchNorm subclass that calls `F.batch_norm` itself is recorded as a batch norm.
-- Assertions are not recorded.
-- Arguments with defaults keep these unless the example has a value for them.
+- Whatever the forward writes into the model's attributes is undone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import textwrap
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _NormBase
 
-from repfx.capture.proxies import ConstantProxy, Value, pieces
+from repfx.capture.recorder import Recorder, Untraceable
+from repfx.capture.running import undone
+from repfx.capture.symbols import symbol
 from repfx.errors import Declined
-from repfx.graph.effects import writes_by_name
+from repfx.graph.guards import is_guard
 from repfx.graph.modes import Asked, Mode, ModeFlag, TrainOnly
 
 MODE = "_mode"
 BRANCHES = "its forward branches on self.training"
+_CALL = nn.Module.__call__
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls this module and does not enter it.
 
-    True for layers of torch.nn, parametrized modules, GraphModules, and modules that say so with
-    the attribute `is_graph_leaf`."""
-    if isinstance(module, (Mode, TrainOnly, fx.GraphModule)) or getattr(
-        module, "is_graph_leaf", False
-    ):
+    True for layers of torch.nn that have no hooks and no parametrized tensors, for scripted
+    modules, GraphModules, and modules that say so with the attribute `is_graph_leaf`."""
+    if isinstance(module, (Mode, TrainOnly, fx.GraphModule, torch.jit.ScriptModule)):
         return True
-    if nn.utils.parametrize.is_parametrized(module):
+    if getattr(module, "is_graph_leaf", False):
         return True
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
+    if has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
+        return False
+    name = type(module).__module__
+    layer = name.startswith("torch.nn.") and not name.startswith("torch.nn.utils.")
+    return layer and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-class Tracer(fx.Tracer):
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Tracer:
     """Traces one module.
 
     `opaque` collects the paths of modules that became leaves, with the reasons. `branching`
     collects those that did so because of an `if self.training`, "" for the root. `training` lists
     the paths of modules whose training branch is traced."""
 
-    def __init__(
-        self,
-        example_names: frozenset[str],
-        value: bool = False,
-        training: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(param_shapes_constant=False)
+    def __init__(self, value: bool = False, training: frozenset[str] = frozenset()) -> None:
         self.branching: set[str] = set()
         self.training = training
-        self.example_names = example_names
         self.opaque: dict[str, Declined] = {}
         self.train_only: set[str] = set()
         self.plain_norms: set[str] = set()
         self.asked = Asked(value)
         self.modes: dict[str, fx.Node] = {}
         self.stack: list[nn.Module] = []
-        self.names: dict[int, str] = {}
-        self.constants: dict[str, ConstantProxy] = {}
         self.norm_asked = 0
+        self.result: Any = None
 
-    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
-        modules = list(root.modules())
-        # A forward may store proxies in attributes and buffers.
-        kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    def trace(self, root: nn.Module, args: tuple[Any, ...]) -> fx.Graph:
+        """The graph of the root's forward on these arguments.
+
+        Raises whatever the forward raises, and Untraceable if a graph cannot express it."""
+        self.root = root
+        self.paths = {id(m): path for path, m in reversed(list(root.named_modules()))}
         self.asked.training = {id(root.get_submodule(path)) for path in self.training}
-        for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-            self.names.setdefault(id(tensor), name)
-        try:
-            for m in modules:
-                if not is_leaf(m):
-                    m.__dict__["training"] = ModeFlag(self.asked, m)
-            self.stack = [root]
-            with torch.random.fork_rng(devices=[]):
-                graph = super().trace(root)
-            # Tensors that are not parameters; fx stores them on the root. One from a closure or a
-            # global variable belongs to the caller, so the graph gets a copy.
-            before = kept[0][1]
-            stored = {
-                str(n.target): vars(root)[n.target]
-                for n in graph.nodes
-                if n.op == "get_attr" and n.target in vars(root) and n.target not in before
-            }
-            before.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in stored.items()})
-            return graph
-        finally:
-            if self.asked.times:
-                self.branching.add("")
-            for m, attributes, held in kept:
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                m._buffers.clear()
-                m._buffers.update(held)
+        self.recorder = Recorder(_names(root))
+        self.recorder.mode_node, self.recorder.answer = self._mode_node, lambda flag: False
+        self.recorder.special[F.batch_norm] = self._own_norm
+        with self._prepared(root):
+            given = self._placeholders(root, args)
+            with self.recorder:
+                self.result = self._run(root, *given)
+            out = self.recorder.argument(self.result)
+            self.recorder.graph.output(out)
+        for name, tensor in self.recorder.constants.items():
+            root.__dict__[name] = tensor.detach().clone()
+        return self.recorder.graph
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.opaque or is_leaf(m)
+    @contextlib.contextmanager
+    def _prepared(self, root: nn.Module) -> Iterator[None]:
+        """Calls of modules come to this tracer. Afterwards the model is what it was before."""
+        self.stack = [root]
+        tracer = self
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Placeholders for the arguments without defaults, and for those that the example gives."""
-        args: list[Any] = [self.root]
-        for p in list(inspect.signature(root_fn).parameters.values())[1:]:
-            if p.kind is p.VAR_POSITIONAL and len(args) == 1:
-                raise TraceError("its forward takes any number of arguments")
-            if p.kind is p.VAR_KEYWORD or p.kind is p.VAR_POSITIONAL:
-                continue
-            if p.kind is p.KEYWORD_ONLY and p.default is p.empty:
-                raise TraceError(f"its forward has a required keyword-only argument {p.name!r}")
-            wanted = p.default is p.empty or p.name in self.example_names
-            if p.kind is not p.KEYWORD_ONLY:
-                args.append(
-                    self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default
-                )
-        if not any(isinstance(a, fx.Proxy) for a in args):
-            raise TraceError(
+        def call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return tracer.call_module(m, args, kwargs)
+
+        check, applied = torch._assert, torch.autograd.Function.apply
+        with undone(root):
+            for m in root.modules():
+                m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            torch._assert = lambda *_: None  # type: ignore[assignment]
+            torch.autograd.Function.apply = classmethod(_refuse)  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                nn.Module.__call__ = _CALL  # type: ignore[method-assign]
+                torch._assert = check
+                torch.autograd.Function.apply = applied  # type: ignore[method-assign]
+                if self.asked.times:
+                    self.branching.add("")
+
+    def _placeholders(self, root: nn.Module, args: tuple[Any, ...]) -> list[Any]:
+        """The arguments, each bound to a placeholder with the name it has in the signature."""
+        names = _argument_names(root, len(args))
+        given = []
+        for name, value in zip(names, args, strict=True):
+            copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
+            node = self.recorder.add("placeholder", name, (), {})
+            given.append(symbol(copied, self.recorder, lambda node=node: node))
+            if isinstance(value, (bool, str, type(None))):
+                self.recorder.fact_of(node, "==", value)
+            else:
+                self.recorder.bind(copied, node)
+        if not any(n.op == "placeholder" for n in self.recorder.graph.nodes):
+            raise Untraceable(
                 "its forward requires no argument; pass an example with the arguments it is called "
                 "with"
             )
-        return root_fn, args
+        return given
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Value(node, self)
+    # ---- modules ----------------------------------------------------------------------------
 
-    def iter(self, obj: fx.Proxy) -> Any:
-        """The pieces of a chunk or a split, for code that loops over them."""
-        count, piece = pieces(obj.node), cast(Any, obj)
-        return super().iter(obj) if count is None else iter([piece[i] for i in range(count)])
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
-            return attr_val
-        if name not in self.constants:
-            node = self.create_node("get_attr", name, (), {})
-            self.constants[name] = ConstantProxy(node, self, attr_val)
-        return self.constants[name]
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, ModeFlag):
-            path = f"{self.path_of_module(a.owner)}.{MODE}".lstrip(".")
-            if path not in self.modes:
-                with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                    self.modes[path] = self.create_node("call_module", path, (), {})
-            return self.modes[path]
-        if isinstance(a, Tensor) and id(a) in self.names:
-            return self.create_node("get_attr", self.names[id(a)], (), {})
-        return super().create_arg(a)
-
-    def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
-    ) -> Any:
-        if target is torch._assert:
-            return None
-        if (
-            target is F.batch_norm
-            and isinstance(self.stack[-1], _NormBase)
-            and self._is_own_norm(args, kwargs)
-        ):
-            path = self.path_of_module(self.stack[-1])
-            self.plain_norms.add(path)
-            # The norm's own `if self.training` does not count.
-            self.asked.times = self.norm_asked
-            return super().create_proxy(
-                "call_module", path, (args[0] if args else kwargs["input"],), {}
-            )
-        constants = _constants((args, kwargs)) if kind in ("call_function", "call_method") else None
-        if constants:
-            if writes_by_name(target, kwargs):
-                raise TraceError(f"it changes a parameter or buffer in place ({target})")
-            values = fx.node.map_aggregate(
-                (args, kwargs), lambda v: v.value if isinstance(v, ConstantProxy) else v
-            )
-            with torch.no_grad():
-                call_args, call_kwargs = values
-                f = target if kind == "call_function" else getattr(type(call_args[0]), target)
-                value = f(*call_args, **call_kwargs)
-            if isinstance(value, Tensor):
-                node = self.create_node(
-                    kind, target, self.create_arg(args), self.create_arg(kwargs)
-                )
-                return ConstantProxy(node, self, value)
-            if not isinstance(value, (tuple, list)):
-                return value
-        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if type(m) is nn.Identity and len(args) == 1 and not m._forward_hooks:
+    def call_module(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.recorder.paused:
+            return _CALL(m, *args, **kwargs)
+        if type(m) is nn.Identity and len(args) == 1 and not kwargs and not has_hooks(m):
             return args[0]
-        try:
-            path = self.path_of_module(m)
-        except NameError:
+        path = self.paths.get(id(m))
+        if path is None:
             if m.state_dict():
-                raise
-            # Not a part of the model, and without state: as good as a function.
-            return forward(*args, **kwargs)
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        mark = next(iter(reversed(self.graph.nodes)), None)
-        asked, scopes = self.asked.times, dict(self.module_stack)
+                raise Untraceable("it calls a module that is not a part of it")
+            return self._run(m, *args, **kwargs)  # without state: as good as a function
+        if path in self.opaque or is_leaf(m):
+            return self._leaf(m, path, args, kwargs)
+        return self._enter(m, path, args, kwargs)
+
+    def _run(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _CALL(m, *args, **kwargs)
+
+    def _enter(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorder = self.recorder
+        mark = next(iter(reversed(recorder.graph.nodes)), None)
+        asked, kept = self.asked.times, [(c, dict(c.__dict__)) for c in m.modules()]
         self.norm_asked = asked
         self.stack.append(m)
+        recorder.scope.append((path, type(m)))
+        depth, opened = len(self.stack), len(recorder.scope)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = self._run(m, *args, **kwargs)
             if self.asked.times == asked:
                 return result
             # The question is settled here, either way, and does not count for the parents.
             self.asked.times = asked
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
-                return self.create_proxy("call_module", path, args, kwargs)
-            if self._same_in_training(mark, result, forward, args, kwargs):
+                return self._leaf(m, path, args, kwargs)
+            if self._same_in_training(mark, result, m, args, kwargs):
                 return result
             reason = BRANCHES
             self.branching.add(path)
@@ -236,17 +182,73 @@ class Tracer(fx.Tracer):
                 self.branching.add(path)
                 self.asked.times = asked
         finally:
-            self.stack.pop()
-        self.module_stack.clear()
-        self.module_stack.update(scopes)
+            del self.stack[depth - 1 :], recorder.scope[opened - 1 :]
+        for child, attributes in kept:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
         self.opaque[path] = Declined(path, reason)
-        self._forget_after(mark)
-        return self.create_proxy("call_module", path, args, kwargs)
+        recorder.forget_after(mark)
+        return self._leaf(m, path, args, kwargs)
 
-    def _is_own_norm(self, args: Any, kwargs: Any) -> bool:
-        """Whether F.batch_norm got the module's own state, mode and eps, as in the plain layer."""
+    def _leaf(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a module without recording what is inside, and records the call."""
+        recorder = self.recorder
+        node = recorder.add("call_module", path, recorder.argument(args), recorder.argument(kwargs))
+        flags = [(c, c.__dict__["training"]) for c in m.modules()]
+        recorder.paused += 1
+        for child, _ in flags:
+            child.__dict__["training"] = False
+        try:
+            result = _CALL(m, *recorder.bare(args), **recorder.bare(kwargs))
+        finally:
+            recorder.paused -= 1
+            for child, flag in flags:
+                child.__dict__["training"] = flag
+        return recorder.bind(self._own(m, result, args, kwargs), node)
+
+    def _own(self, m: nn.Module, result: Any, args: Any, kwargs: Any) -> Any:
+        writes = bool(getattr(m, "inplace", False))
+        return result if writes else _alias(result, [*args, *kwargs.values()])
+
+    def _same_in_training(
+        self, mark: fx.Node | None, result: Any, m: nn.Module, args: Any, kwargs: Any
+    ) -> bool:
+        """Whether the module's forward records the same operators if `self.training` is true."""
+        recorder = self.recorder
+        graph = recorder.graph
+        end, asked = next(iter(reversed(graph.nodes)), None), self.asked.times
+        kept = [(c, dict(c.__dict__)) for c in m.modules()]
+        self.asked.value = True
+        try:
+            again = self._run(m, *args, **kwargs)
+            first, second = recorder.argument(result), recorder.argument(again)
+            same = _signature(graph, mark, end, first) == _signature(graph, end, None, second)
+        except Exception:  # the training branch cannot be traced, so it is not the same
+            same = False
+        finally:
+            self.asked.value, self.asked.times = False, asked
+            for child, attributes in kept:
+                child.__dict__.clear()
+                child.__dict__.update(attributes)
+            recorder.forget_after(end)
+        return same
+
+    # ---- modes and norms --------------------------------------------------------------------
+
+    def _mode_node(self, flag: ModeFlag) -> fx.Node:
+        path = f"{self.paths[id(flag.owner)]}.{MODE}".lstrip(".")
+        if path not in self.modes:
+            graph = self.recorder.graph
+            with graph.inserting_before(next(iter(graph.nodes))):
+                self.modes[path] = self.recorder.add("call_module", path, (), {})
+        return self.modes[path]
+
+    def _own_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records F.batch_norm of a norm's own state, mode and eps as a call of that layer."""
         m: Any = self.stack[-1]
-        names = (
+        if not isinstance(m, _NormBase):
+            return NotImplemented
+        names = [
             "input",
             "running_mean",
             "running_var",
@@ -255,49 +257,57 @@ class Tracer(fx.Tracer):
             "training",
             "momentum",
             "eps",
-        )
-        given = {
-            "weight": None,
-            "bias": None,
-            "eps": 1e-5,
-            **dict(zip(names, args, strict=False)),
-            **kwargs,
-        }
-        for name in names[1:5]:
-            own = m._parameters.get(name, m._buffers.get(name))
-            mine = given[name].value if isinstance(given[name], ConstantProxy) else given[name]
-            if mine is not own:
-                return False
-        follows = isinstance(given.get("training"), ModeFlag) or self.asked.times > self.norm_asked
-        return follows and given["eps"] == m.eps
+        ]
+        given = {"weight": None, "bias": None, "eps": 1e-5}
+        given |= {**dict(zip(names, args, strict=False)), **kwargs}
+        own = [m._parameters.get(n, m._buffers.get(n)) for n in names[1:5]]
+        if any(given[n] is not mine for n, mine in zip(names[1:5], own, strict=True)):
+            return NotImplemented
+        flag = isinstance(given.get("training"), ModeFlag)
+        if given["eps"] != m.eps or not (flag or self.asked.times > self.norm_asked):
+            return NotImplemented
+        path = self.paths[id(m)]
+        self.plain_norms.add(path)
+        self.asked.times = self.norm_asked  # the norm's own `if self.training` does not count
+        recorder = self.recorder
+        node = recorder.add("call_module", path, (recorder.argument(given["input"]),), {})
+        result = F.batch_norm(given["input"], *own[:2], *own[2:], False, 0.0, m.eps)
+        return recorder.bind(result, node)
 
-    def _same_in_training(
-        self, mark: fx.Node | None, result: Any, forward: Any, args: Any, kwargs: Any
-    ) -> bool:
-        """Whether the module's forward records the same operators if `self.training` is true."""
-        end, asked = next(iter(reversed(self.graph.nodes)), None), self.asked.times
-        self.asked.value = True
-        try:
-            again = forward(*args, **kwargs)
-            same = _signature(self.graph, mark, end, result) == _signature(
-                self.graph, end, None, again
-            )
-        except Exception:  # the training branch cannot be traced, so it is not the same
-            same = False
-        finally:
-            self.asked.value, self.asked.times = False, asked
-            self._forget_after(end)
-        return same
 
-    def _forget_after(self, mark: fx.Node | None) -> None:
-        for node in reversed(self.graph.nodes):
-            if node is mark:
-                break
-            if node.op != "placeholder" and not is_mode(node) and not node.users:
-                self.graph.erase_node(node)
-        self.constants = {
-            name: proxy for name, proxy in self.constants.items() if not proxy.node._erased
-        }
+def _refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    raise Untraceable(f"it calls {cls.__name__}, an autograd function of its own")
+
+
+def _alias(result: Any, given: list[Any]) -> Any:
+    if not isinstance(result, Tensor) or all(result is not v for v in given):
+        return result
+    return torch.ops.aten.alias.default(result)
+
+
+def _names(root: nn.Module) -> dict[int, str]:
+    """The path of every parameter, buffer and other tensor of a model, by id."""
+    names: dict[int, str] = {}
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        names.setdefault(id(tensor), name)
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
+    return names
+
+
+def _argument_names(root: nn.Module, count: int) -> list[str]:
+    """The names of the first `count` positional arguments of the root's forward."""
+    names: list[str] = []
+    for p in inspect.signature(root.forward).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            names += [f"{p.name}_{i}" for i in range(count - len(names))]
+        elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            names.append(p.name)
+    if len(names) < count:
+        raise Untraceable(f"its forward takes {len(names)} arguments, not {count}")
+    return names[:count]
 
 
 def is_mode(node: fx.Node) -> bool:
@@ -314,13 +324,12 @@ def _signature(
 ) -> list[Any]:
     """The nodes in (after, until], by operator and position.
 
-    Earlier values and mode nodes are identified by name."""
+    Earlier values, and nodes that are made once for all their readers, are identified by name."""
     position: dict[fx.Node, Any] = {}
     found: list[Any] = []
     inside = after is None
 
     def place(v: Any) -> Any:
-        v = v.node if isinstance(v, fx.Proxy) else v
         return (
             repr(position.get(v, v.target if v.op == "get_attr" else v.name))
             if isinstance(v, fx.Node)
@@ -328,7 +337,7 @@ def _signature(
         )
 
     for node in graph.nodes:
-        if inside and not is_mode(node) and node.op != "get_attr":
+        if inside and not _shared(node):
             position[node] = len(found)
             found.append(
                 repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place)))
@@ -341,17 +350,13 @@ def _signature(
     return found
 
 
-def _constants(values: Any) -> bool:
-    """Whether there are proxies among the arguments, and all of them are constants."""
-    found = {True: 0, False: 0}
-
-    def count(v: Any) -> Any:
-        if isinstance(v, (fx.Proxy, fx.Node, ModeFlag)):
-            found[isinstance(v, ConstantProxy)] += 1
-        return v
-
-    fx.node.map_aggregate(values, count)
-    return found[True] > 0 and found[False] == 0
+def _shared(node: fx.Node) -> bool:
+    """Whether the recorder makes this node once, for all that read it."""
+    if node.op == "get_attr" or is_mode(node) or is_guard(node):
+        return True
+    return node.target in ("size", "numel") or (
+        node.target is getattr and node.args[1] in ("dtype", "device")
+    )
 
 
 def first_line(error: Exception) -> str:

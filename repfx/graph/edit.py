@@ -196,7 +196,7 @@ def drop_unreferenced(
     # The objects are kept here, so that no new object gets the id of one of them.
     gone: dict[int, Any] = {id(m): m for m in replaced}
     for path in sorted(before - now, key=lambda p: -p.count(".")):  # the inner ones first
-        if path.rpartition(".")[0] in now:
+        if any(path[:i] in now for i, c in enumerate(path) if c == "."):
             continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent)

@@ -379,6 +379,11 @@ _CALLS = _by(lambda row: row.spelled)
 _LEAVES = _by(lambda row: row.leaf.classes if row.leaf else ())
 
 
+def layers() -> frozenset[type[nn.Module]]:
+    """The classes of torch.nn that are a convolution or linear layer."""
+    return frozenset(cls for cls, row in _LEAVES.items() if Trait.LAYER in row.traits)
+
+
 def kind_of(node: fx.Node, module: nn.Module | None = None) -> Kind:
     """The row of the operator that a node calls, or UNKNOWN.
 

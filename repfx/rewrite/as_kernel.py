@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from repfx.algebra import Kernel
 from repfx.capture.assemble import graph_module
 from repfx.capture.normalise import normalise
+from repfx.capture.running import guess_example
 from repfx.capture.tracer import Tracer
 from repfx.errors import Inexact, InputError
 from repfx.graph.regions import Region, is_linear, nodes_between
@@ -49,8 +50,11 @@ def lifted(module: nn.Module) -> Lifted:
 
     Raises InputError if it is not linear between one input and one output.
     """
-    tracer = Tracer(frozenset())
-    graph = tracer.trace(module)
+    example, _ = guess_example(module)
+    if example is None:
+        raise InputError("the module does not run on one image or batch of features")
+    tracer = Tracer()
+    graph = tracer.trace(module, example)
     normalise(graph)
     result = graph_module(module, graph, tracer)
     view = GraphView(result)

@@ -11,6 +11,7 @@ from torch import fx, nn
 from repfx.graph.edit import free_path
 from repfx.graph.ops import Map, Ref
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import layers
 from repfx.rewrite.merge_regions import Merge
 
 
@@ -112,7 +113,25 @@ class Names:
             ):
                 return path
         scope = path or self.view.name(main).rpartition(".")[0]
+        if self._is_layer(main, scope) and all(
+            self._leads_to(n, removed)
+            for where, reads in self.reads.items()
+            for n in reads
+            if f"{where}.".startswith(f"{scope}.")
+        ):
+            return scope
         return free_path(self.module, f"{scope}.merged" if scope else "merged")
+
+    def _is_layer(self, node: fx.Node, scope: str) -> bool:
+        """Whether the node is the forward of the layer at `scope`, whose weight is computed."""
+        classes = dict(node.meta.get("nn_module_stack", {}).values())
+        return any(base in layers() for base in getattr(classes.get(scope), "__mro__", ()))
+
+    def _leads_to(self, node: fx.Node, removed: set[fx.Node]) -> bool:
+        """Whether everything that is computed from a constant is removed."""
+        return all(user in removed or self._leads_to(user, removed) for user in node.users) and (
+            bool(node.users)
+        )
 
     def _reads_end_in(self, path: str, removed: set[fx.Node]) -> bool:
         """Whether only removed nodes read the tensors of the module at `path`."""

@@ -156,7 +156,7 @@ def as_args(example: Any) -> tuple[Any, ...] | None:
 
 def require_convolutions(captured: Captured) -> None:
     """Raises InputError if nothing in the model can be merged or quantized."""
-    if captured.declined or any(isinstance(m, FakeQuant) for m in captured.model.modules()):
+    if any(isinstance(m, FakeQuant) for m in captured.model.modules()):
         return
     if any(t.dim() >= 2 for t in [*captured.model.parameters(), *captured.model.buffers()]):
         return

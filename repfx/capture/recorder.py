@@ -1,0 +1,405 @@
+"""Recorder: writes down what a model's own Python does to tensors while it runs on an example.
+
+    y = F.relu(x) + x[:, :1]      runs as always, and leaves     relu(x), getitem(x, ...), add(., .)
+
+Every value is a plain tensor. The recorder knows which node each tensor came from, so a size, a
+dtype and a type are what they are, and `isinstance`, `len` and libraries work. Only the entries of
+a tensor that depends on the input are out of reach: code that looks at them raises `Untraceable`.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from repfx.capture.symbols import Integer, Real, Symbol, plain, symbol
+from repfx.graph.effects import writes_by_name
+from repfx.graph.guards import holds, in_words
+from repfx.graph.modes import ModeFlag
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import kind_of
+
+
+class Untraceable(Exception):
+    """The forward does something that a graph cannot express; the text says what."""
+
+
+class Depends(IntEnum):
+    """What the value of a node depends on."""
+
+    NOTHING = 0  # weights and constants only
+    SIZES = 1
+    DATA = 2
+
+
+# Methods that say something about a tensor, whatever its entries are.
+_ABOUT = frozenset(
+    [
+        "dim",
+        "ndimension",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_contiguous",
+        "get_device",
+        "element_size",
+        "stride",
+        "storage_offset",
+        "type",
+        "is_pinned",
+        "is_shared",
+        "is_inference",
+        "has_names",
+        "data_ptr",
+        "untyped_storage",
+        "__hash__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "is_same_size",
+        "__dir__",
+        "register_hook",
+        "requires_grad_",
+        "retain_grad",
+    ]
+)
+_VALUES = ("T", "mT", "H", "mH", "real", "imag")
+_REFLECTED = {"rdiv": operator.truediv, "ror": operator.or_, "rand": operator.and_}
+_LEAST = (type(None), bool, int, float, complex, str, type(Ellipsis), torch.layout)
+_PLAIN = (*_LEAST, torch.memory_format, torch.dtype, torch.device)
+
+
+class Recorder(TorchFunctionMode):
+    """The graph of what runs while this mode is on.
+
+    `names`: the path of each parameter, buffer and other tensor of the model, by id. `constants`
+    are tensors from elsewhere that the forward used, by the name of their node."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.names = names
+        self.paused = 0
+        self.scope: list[tuple[str, type]] = []
+        self.constants: dict[str, Tensor] = {}
+        self.depends: dict[fx.Node, Depends] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.held: set[fx.Node] = set()  # nodes that may share memory with a tensor of the model
+        self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
+        self.answer: Callable[[ModeFlag], bool] = lambda flag: False
+        self.fixed_size: Callable[[fx.Node, int], fx.Node | int] = lambda node, axis: node
+        self.special: dict[Any, Callable[..., Any]] = {}  # functions that are recorded otherwise
+        self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
+        self._rebound: list[tuple[int, tuple[weakref.ref[Tensor], fx.Node], fx.Node]] = []
+        self._read: dict[str, fx.Node] = {}
+        self._asked: dict[Any, fx.Node] = {}  # dtypes and devices that were read, and from where
+        self._known: dict[fx.Node, int] = {}
+        self._facts: dict[str, fx.Node] = {}
+
+    # ---- what runs --------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if func in self.special:
+            done = self.special[func](args, kwargs)
+            if done is not NotImplemented:
+                return done
+        if name == "__get__":
+            return self._attribute(func, func.__self__.__name__, args[0])
+        if name == "__set__":
+            return self._assign(func, args)
+        if name in ("size", "__len__", "numel", "nelement") and self._of(args[0]) > 0:
+            return self._measure(name, args, kwargs)
+        if name == "__iter__" and self._of(args[0]) > 0:
+            return iter(args[0].unbind(0))
+        self._refuse_writes(name, args, kwargs)
+        result = func(*self.bare(args), **self.bare(kwargs))
+        if name in _ABOUT and not _tensors(result):
+            return result
+        if _tensors(result) or name == "__setitem__":
+            return self._record(func, name, args, kwargs, result)
+        if result is None or func is torch._C._set_grad_enabled:
+            return result
+        self._look(name, args, kwargs)
+        return result
+
+    def bare(self, value: Any) -> Any:
+        """Arguments without symbols and flags, for the functions that run."""
+        if isinstance(value, (Integer, Real)):
+            return plain(value)
+        if isinstance(value, ModeFlag):
+            return self.answer(value)
+        kind = type(value)
+        if kind in (tuple, list):
+            return kind(map(self.bare, value))
+        if kind is torch.Size:
+            return torch.Size(map(self.bare, value))
+        if isinstance(value, dict):
+            return {k: self.bare(v) for k, v in value.items()} if kind is dict else value
+        if kind is slice:
+            return slice(*map(self.bare, (value.start, value.stop, value.step)))
+        return value
+
+    def _attribute(self, func: Any, name: str, tensor: Tensor) -> Any:
+        value = func(tensor)
+        level = self._of(tensor)
+        if name == "shape" and level > 0:
+            return torch.Size(self._sizes(tensor))
+        if name in ("dtype", "device") and level > 0:
+            self._asked[value] = self.node_of(tensor)
+            return value
+        if name == "data":
+            return self._record(torch.Tensor.detach, "detach", (tensor,), {}, tensor.detach())
+        if name in _VALUES:
+            node = self.add("call_function", getattr, (self.node_of(tensor), name), {})
+            return self.bind(_fresh(value, (tensor,)), node)
+        return value
+
+    def _assign(self, func: Any, args: tuple[Any, ...]) -> Any:
+        if func.__self__.__name__ != "requires_grad":
+            raise Untraceable(f"it assigns to the attribute {func.__self__.__name__} of a tensor")
+        return func(*args)
+
+    def _record(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Any:
+        op, target, ordered = spelling(func, name, args)
+        writes = writes_by_name(target, kwargs) or name == "__setitem__"
+        node = self.add(op, target, self.argument(ordered), self.argument(kwargs))
+        kind = kind_of(node)
+        if Trait.RANDOM in kind.traits:
+            self.depends[node] = Depends.DATA
+        if Trait.FRESH not in kind.traits and self.held & set(node.all_input_nodes):
+            self.held.add(node)
+        return self.bind(result if writes else _fresh(result, (args, kwargs)), node)
+
+    def _refuse_writes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name != "__setitem__" and not writes_by_name(name, kwargs):
+            return
+        written = kwargs.get("out", args[0] if args else None)
+        if self.held & {self.node_of(t) for t in _tensors(written)}:
+            raise Untraceable(f"it changes a parameter or buffer in place ({name.strip('_')})")
+
+    def _look(self, name: str, args: Any, kwargs: Any) -> None:
+        """Python is about to see entries of these tensors."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        level = max((self._of(t) for t in given), default=Depends.NOTHING)
+        if level is Depends.DATA:
+            raise Untraceable(f"its Python reads the entries of a tensor ({name.strip('_')})")
+        if level is Depends.SIZES:
+            for t in given:
+                self._fix(self.node_of(t))
+
+    def _fix(self, node: fx.Node) -> None:
+        """Records as facts all sizes that a value is computed from."""
+        seen, todo = {node}, [node]
+        while todo:
+            at = todo.pop()
+            if at.target in ("size", "numel"):
+                self.fact_of(at, "==", self._known[at])
+                continue
+            for n in at.all_input_nodes:
+                if n not in seen:
+                    seen.add(n)
+                    todo.append(n)
+
+    # ---- sizes ------------------------------------------------------------------------------
+
+    def _measure(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[0]
+        if name == "__len__":
+            return self._sizes(tensor)[0]
+        if name == "size":
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            sizes = self._sizes(tensor)
+            return torch.Size(sizes) if axis is None else sizes[self.bare(axis)]
+        node = self.node_of(tensor)
+        return symbol(tensor.numel(), self, lambda: self._size_node(node, "numel", ()))
+
+    def _sizes(self, tensor: Tensor) -> list[Any]:
+        node, found = self.node_of(tensor), []
+        for axis, size in enumerate(tensor.shape):
+            source = self.fixed_size(node, axis)
+            make = lambda source=source, axis=axis: self._size_node(source, "size", (axis,))  # noqa: E731
+            found.append(size if isinstance(source, int) else symbol(size, self, make))
+        return found
+
+    def _size_node(self, of: fx.Node, method: str, rest: tuple[int, ...]) -> fx.Node:
+        key = f"{of.name}.{method}{rest}"
+        if key not in self._read or self._read[key]._erased:
+            made = self.add("call_method", method, (of, *rest), {})
+            self.depends[made] = Depends.SIZES
+            shape = torch.Size(self.shapes[of])
+            self._known[made] = shape[rest[0]] if rest else shape.numel()
+            self._read[key] = made
+        return self._read[key]
+
+    def operation(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+        """The node of an operation on numbers, some of them symbols."""
+        node = self.add("call_function", function, self.argument(args), {})
+        self.depends[node] = Depends.SIZES
+        return node
+
+    def fact(self, left: Any, relation: str, right: Any) -> None:
+        """Records what a decision of the model's Python, or a number it needed, rests on."""
+        if not self.paused:
+            self.fact_of(self.argument(left), relation, self.argument(right))
+
+    def fact_of(self, left: Any, relation: str, right: Any) -> None:
+        text = f"{in_words(left)} {relation} {in_words(right)}"
+        if left is right or (text in self._facts and not self._facts[text]._erased):
+            return
+        where = self.scope[-1][0] if self.scope else ""
+        words = f"{text} ({where})" if where else text
+        args = (left, relation, right, words)
+        self._facts[text] = self.add("call_function", holds, args, {})
+
+    # ---- nodes ------------------------------------------------------------------------------
+
+    def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        levels = [self.depends.get(n, Depends.NOTHING) for n in node.all_input_nodes]
+        data = op in ("placeholder", "call_module")
+        self.depends[node] = Depends.DATA if data else max(levels, default=Depends.NOTHING)
+        if self.scope:
+            node.meta["nn_module_stack"] = {path: (path, cls) for path, cls in self.scope}
+        return node
+
+    def bind(self, value: Any, node: fx.Node) -> Any:
+        """Notes that this value, with all tensors inside, is what the node returns."""
+        if isinstance(value, Tensor):
+            before = self._nodes.get(id(value))
+            if before is not None and before[0]() is value:  # changed in place
+                self._rebound.append((id(value), before, node))
+            self._nodes[id(value)] = (weakref.ref(value), node)
+            self.shapes[node] = tuple(value.shape)
+            node.meta["dtype"], node.meta["shape"] = value.dtype, tuple(value.shape)
+        else:
+            for key, part, read in parts(value):
+                if _tensors(part):
+                    self.bind(part, self.add("call_function", read, (node, key), {}))
+        return value
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor. One that no node returned is a constant."""
+        held, node = self._nodes.get(id(tensor), (None, None))
+        if node is not None and held is not None and held() is tensor and not node._erased:
+            return node
+        name = self.names.get(id(tensor))
+        if name is None:
+            name = f"_tensor_constant{len(self.constants)}"
+            self.constants[name] = tensor
+        node = self.graph.create_node("get_attr", name, (), {})
+        self.depends[node] = Depends.NOTHING
+        self.held.add(node)
+        self.bind(tensor, node)
+        return node
+
+    def _of(self, value: Any) -> Depends:
+        if not isinstance(value, Tensor):
+            return Depends.NOTHING
+        return self.depends[self.node_of(value)]
+
+    def argument(self, value: Any) -> Any:
+        """A value as an argument of a node. Raises Untraceable if a graph cannot hold it."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if isinstance(value, Symbol):
+            return value.node
+        if isinstance(value, ModeFlag):
+            return self.mode_node(value)
+        if isinstance(value, (torch.dtype, torch.device)) and value in self._asked:
+            name = "dtype" if isinstance(value, torch.dtype) else "device"
+            return self._described(self._asked[value], name)
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, (list, tuple)):
+            made = [self.argument(v) for v in value]
+            named = hasattr(value, "_fields")
+            return type(value)(*made) if named else made if isinstance(value, list) else tuple(made)
+        if type(value) is dict:
+            return {k: self.argument(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if isinstance(value, range):
+            return [self.argument(v) for v in value]
+        if is_dataclass(value) and not isinstance(value, type):
+            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value)}
+            return self.add("call_function", type(value), (), given)
+        if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of numpy
+            return value.item()
+        raise Untraceable(f"it hands over a {type(value).__name__}")
+
+    def _described(self, node: fx.Node, name: str) -> fx.Node:
+        key = f"{node.name}.{name}"
+        if key not in self._read or self._read[key]._erased:
+            self._read[key] = self.add("call_function", getattr, (node, name), {})
+            self.depends[self._read[key]] = Depends.SIZES
+        return self._read[key]
+
+    def forget_after(self, mark: fx.Node | None) -> None:
+        """Erases the nodes that were recorded after `mark`."""
+        for node in reversed(self.graph.nodes):
+            if node is mark:
+                break
+            if node.op != "placeholder" and not node.users:
+                self.graph.erase_node(node)
+                self.held.discard(node)
+        while self._rebound and self._rebound[-1][2]._erased:
+            key, before, _ = self._rebound.pop()
+            self._nodes[key] = before
+
+
+def spelling(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """How a node calls this function: op, target and arguments."""
+    if name.startswith("__") and name.endswith("__"):
+        core = name.strip("_")
+        direct = getattr(operator, core, None) or getattr(operator, f"{core}_", None)
+        if direct is not None:
+            return "call_function", direct, args
+        function = _REFLECTED.get(core) or getattr(operator, core[1:])
+        return "call_function", function, (args[1], args[0])
+    of_tensor = getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
+    if of_tensor or getattr(torch.Tensor, name, None) is func:
+        return "call_method", name, args
+    return "call_function", func, args
+
+
+def parts(value: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
+    """The parts of a structure: (key, part, the function that reads it)."""
+    if isinstance(value, (list, tuple)):
+        yield from ((i, v, operator.getitem) for i, v in enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name), getattr) for f in fields(value))
+    elif isinstance(value, dict):
+        yield from ((k, v, operator.getitem) for k, v in value.items())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for _, part, _ in parts(value) for t in _tensors(part)]
+
+
+def _fresh(result: Any, given: Any) -> Any:
+    """The result, as a tensor object of its own where it is one of the arguments.
+
+    Two values that are one object now, as in a dropout that is off, may differ in training."""
+    if type(result) in (list, tuple):
+        return type(result)(_fresh(v, given) for v in result)
+    same = isinstance(result, Tensor) and any(t is result for t in tree_leaves(given))
+    return torch.ops.aten.alias.default(result) if same else result

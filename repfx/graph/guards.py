@@ -1,0 +1,83 @@
+"""Guards: what a graph takes for granted about the sizes of its inputs, checked at every call.
+
+    if x.shape[2] % 32: raise ...      ->      holds(x.size(2) % 32, "==", 0, "encoder")
+
+A model's Python may look at a size and decide what to do. The graph has the operators of one
+decision, so it is right only for inputs that lead to the same one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from repfx.errors import InputError
+
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_SIGNS = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+}
+
+
+def holds(left: Any, relation: str, right: Any, fact: str) -> None:
+    """Raises InputError unless left and right are related as they were when the model was traced.
+
+    `fact` says the same in words."""
+    if not RELATIONS[relation](left, right):
+        raise InputError(
+            f"this graph was traced with {fact}, but here {left} {relation} {right} does not hold: "
+            "transform the model again with an example of this size"
+        )
+
+
+fx.node.has_side_effect(holds)  # so that nothing takes it for dead code
+
+
+def is_guard(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is holds
+
+
+def facts_of(graph: fx.Graph) -> list[str]:
+    """What the guards of a graph check, in words."""
+    return [str(node.args[3]) for node in graph.nodes if is_guard(node)]
+
+
+def in_words(value: Any) -> str:
+    """A size as a reader would write it.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> in_words(graph.call_function(operator.mod, (graph.call_method("size", (x, 2)), 32)))
+    'x.size(2) % 32'
+    """
+    if not isinstance(value, fx.Node):
+        return str(value)
+    parts = [in_words(a) for a in value.args]
+    if value.target in _SIGNS and len(parts) == 2:
+        inner = [
+            f"({text})" if isinstance(a, fx.Node) and a.target in _SIGNS else text
+            for a, text in zip(value.args, parts, strict=True)
+        ]
+        return f" {_SIGNS[value.target]} ".join(inner)  # type: ignore[index]
+    if value.op == "call_method":
+        return f"{parts[0]}.{value.target}({', '.join(parts[1:])})"
+    if value.op == "call_function" and value.target is operator.getitem:
+        return f"{parts[0]}[{parts[1]}]"
+    if value.op == "call_function":
+        return f"{getattr(value.target, '__name__', value.target)}({', '.join(parts)})"
+    return value.name
