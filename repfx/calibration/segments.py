@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from repfx.capture.running import quiet
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import Writes
+from repfx.graph.run_node import Interpreter
 from repfx.quant import FakeQuant
 
 # In layers. A residual block stays whole; parts of up to this size learned better uncut.
@@ -136,7 +137,7 @@ def _carried(
     for rows in (3, 5):
         seen = set(inputs)
 
-        class Watch(fx.Interpreter):
+        class Watch(Interpreter):
             def run_node(self, n: fx.Node, rows: int = rows, seen: set[fx.Node] = seen) -> Any:
                 value = super().run_node(n)
                 if _has_rows(value, rows):

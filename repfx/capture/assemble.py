@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from repfx.capture.owned import INPUTS, as_object_of
 from repfx.capture.tracer import MODE, Tracer, is_leaf
+from repfx.graph.holders import holder_of
 from repfx.graph.modes import Mode, TrainOnly
 
 
@@ -36,7 +38,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
             result.__dict__[name] = value
     result.training = root.training
     result.graph = graph
-    return result
+    result.__dict__[INPUTS] = tracer.inputs
+    return as_object_of(result, root)
 
 
 def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Module]) -> nn.Module:
@@ -48,7 +51,7 @@ def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Mo
     if path in called or (is_leaf(module) and not read_only):
         memo[id(module)] = module
         return module
-    holder = nn.Module()
+    holder = holder_of(module)
     memo[id(module)] = holder
     holder._parameters, holder._buffers = module._parameters, module._buffers
     holder._non_persistent_buffers_set = module._non_persistent_buffers_set

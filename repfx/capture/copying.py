@@ -63,15 +63,34 @@ def alias(model: nn.Module) -> Copy:
             ) not in memo:
                 copy.deepcopy(module, memo)
         for module in model.modules():
+            if unwrapped(module) is not module:
+                continue  # a part that was compiled: the copy has the part itself there
             if id(module) not in memo:
-                memo[id(module)] = type(module).__new__(type(module))
+                memo[id(module)] = object.__new__(type(module))
                 plain.append((module, memo[id(module)]))
+        for module in model.modules():
+            if unwrapped(module) is not module:
+                memo[id(module)] = memo[id(unwrapped(module))]
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
         copied: nn.Module = memo[id(model)]
         return Copy(copied, shared)
     except Exception as error:
         raise InputError(f"the model cannot be copied: {error}") from error
+
+
+def unwrapped(module: Any) -> Any:
+    """The model inside the wrappers of torch: torch.compile, DistributedDataParallel and others."""
+    while True:
+        name = type(module).__module__
+        inner: Any = None
+        if name.startswith("torch._dynamo."):
+            inner = module._modules.get("_orig_mod")
+        elif name.startswith("torch.nn.parallel."):
+            inner = module._modules.get("module")
+        if inner is None:
+            return module
+        module = inner
 
 
 def _alias_value(value: Any, memo: dict[int, Any]) -> Any:

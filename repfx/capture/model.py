@@ -16,14 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from repfx.capture.assemble import graph_module
 from repfx.capture.canonical import canonical
-from repfx.capture.copying import Copy, alias
+from repfx.capture.copying import Copy, alias, unwrapped
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
 from repfx.capture.recorder import Untraceable
-from repfx.capture.running import Noting, agree, describe, guess_example, others, run_eval
+from repfx.capture.running import (
+    Noting,
+    agree,
+    describe,
+    guess_example,
+    in_order,
+    others,
+    run_eval,
+)
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, signature
 from repfx.errors import Declined, InputError
 from repfx.tolerances import TRACED, TRACED_WIDE
@@ -63,6 +72,7 @@ def capture(
     Python forward or no weights, holds NaN or infinity, or does not accept the given example."""
     if isinstance(model, torch.export.ExportedProgram):
         model = from_exported(model)
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(
             f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}"
@@ -71,7 +81,10 @@ def capture(
         raise InputError(
             "a scripted module has no Python forward to trace: pass the module it was made from"
         )
-    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(t) for t in tensors):
+        raise InputError("the model has lazy layers without weights: run it once on an example")
+    if any(t.is_meta for t in tensors):
         raise InputError("the model is on the meta device: it has no weights yet")
     _refuse_non_finite(model)
     twin = alias(model)
@@ -283,29 +296,49 @@ def _children(
     """Replaces each child that can be traced by its graph, and returns what was replaced.
 
     Containers, such as a ModuleList, are entered."""
-    parts = list(_parts(module)) if captured.enter_opaque else []
-    seen = _record(module, [child for _, _, child in parts], example)
+    parts, seen = _called_parts(module, example) if captured.enter_opaque else ([], {})
     done: dict[int, nn.Module] = {}
     swaps: list[Swap] = []
     for holder, name, child in parts:
+        full = ".".join(p for p in (path, _path_in(module, child)) if p)
         if id(child) not in done:
-            inputs = seen.get(id(child))
-            if inputs is None and example is None:
-                inputs, _ = guess_example(child)
-            if inputs is None:
-                # The forward never calls it, or calls it in a way that a graph cannot follow.
-                done[id(child)] = child
-            else:
-                expected = run_eval(child, inputs)
-                full = ".".join(p for p in (path, _path_in(module, child)) if p)
-                done[id(child)] = _capture(child, full, inputs, expected, captured)
+            inputs = guess_example(child)[0] if example is None else seen.get(id(child))
+            done[id(child)] = child  # if it is never called, or in a way that no graph can follow
+            if inputs is not None:
+                done[id(child)] = _capture(child, full, inputs, run_eval(child, inputs), captured)
+            elif example is None:
+                swaps += _children(child, full, None, captured)
         if done[id(child)] is not child:
             holder._modules[name] = done[id(child)]
             swaps.append((holder, name, child))
     return swaps
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+Part = tuple[nn.Module, str, nn.Module]
+
+
+def _called_parts(
+    module: nn.Module, example: tuple[Any, ...] | None
+) -> tuple[list[Part], dict[int, tuple[Any, ...]]]:
+    """The outermost modules inside that are called, with their holders, names and inputs.
+
+    A model may walk over its own Sequential: then the parts are what is inside that."""
+    found: list[Part] = []
+    seen: dict[int, tuple[Any, ...]] = {}
+    todo = list(_parts(module))
+    while todo:
+        now = _record(module, [child for _, _, child in todo], example)
+        seen |= now
+        inner: list[Part] = []
+        for part in todo:
+            called = example is None or id(part[2]) in now
+            found += [part] if called else []
+            inner += [] if called else list(_parts(part[2]))
+        todo = inner
+    return found, seen
+
+
+def _parts(module: nn.Module) -> Iterator[Part]:
     for name, child in module._modules.items():
         if child is None or is_leaf(child):
             continue
@@ -324,18 +357,17 @@ def _path_in(module: nn.Module, child: nn.Module) -> str:
 def _record(
     module: nn.Module, children: list[nn.Module], example: tuple[Any, ...] | None
 ) -> dict[int, tuple[Any, ...]]:
-    """The positional arguments of each child's first call, by id.
+    """The arguments of each child's first call, by id, in the order of its forward.
 
-    Children that are called with keyword arguments are left out."""
+    Children that are called with arguments that have no such order are left out."""
     seen: dict[int, tuple[Any, ...]] = {}
     if example is None:
         return seen
-    keyworded = set()
 
     def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs:
-            keyworded.add(id(child))
-        seen.setdefault(id(child), args)
+        given = in_order(child, args, kwargs)
+        if given is not None and id(child) not in seen:
+            seen[id(child)] = tree_map_only(Tensor, lambda t: t.clone(), given)
 
     hooks = [child.register_forward_pre_hook(note, with_kwargs=True) for child in children]
     try:
@@ -343,7 +375,7 @@ def _record(
     finally:
         for hook in hooks:
             hook.remove()
-    return {key: args for key, args in seen.items() if key not in keyworded}
+    return seen
 
 
 def _refuse_non_finite(model: nn.Module) -> None:

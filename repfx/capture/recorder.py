@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from repfx.capture.structures import leaves, parts, tensors_in
 from repfx.capture.symbols import Integer, Real, Symbol, plain, symbol
 from repfx.graph.effects import writes_by_name
 from repfx.graph.guards import holds, in_words
@@ -43,34 +44,10 @@ class Depends(IntEnum):
 
 # Methods that say something about a tensor, whatever its entries are.
 _ABOUT = frozenset(
-    [
-        "dim",
-        "ndimension",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "is_contiguous",
-        "get_device",
-        "element_size",
-        "stride",
-        "storage_offset",
-        "type",
-        "is_pinned",
-        "is_shared",
-        "is_inference",
-        "has_names",
-        "data_ptr",
-        "untyped_storage",
-        "__hash__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "is_same_size",
-        "__dir__",
-        "register_hook",
-        "requires_grad_",
-        "retain_grad",
-    ]
+    """dim ndimension is_floating_point is_complex is_signed is_contiguous get_device element_size
+    stride storage_offset type is_pinned is_shared is_inference has_names data_ptr untyped_storage
+    __hash__ __repr__ __str__ __format__ is_same_size __dir__ register_hook requires_grad_
+    retain_grad""".split()  # noqa: SIM905
 )
 _VALUES = ("T", "mT", "H", "mH", "real", "imag")
 _REFLECTED = {"rdiv": operator.truediv, "ror": operator.or_, "rand": operator.and_}
@@ -100,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self.special: dict[Any, Callable[..., Any]] = {}  # functions that are recorded otherwise
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._rebound: list[tuple[int, tuple[weakref.ref[Tensor], fx.Node], fx.Node]] = []
+        self._wholes: dict[int, tuple[Any, list[int], fx.Node]] = {}
         self._read: dict[str, fx.Node] = {}
         self._asked: dict[Any, fx.Node] = {}  # dtypes and devices that were read, and from where
         self._known: dict[fx.Node, int] = {}
@@ -128,9 +106,9 @@ class Recorder(TorchFunctionMode):
             return iter(args[0].unbind(0))
         self._refuse_writes(name, args, kwargs)
         result = func(*self.bare(args), **self.bare(kwargs))
-        if name in _ABOUT and not _tensors(result):
+        if name in _ABOUT and not tensors_in(result):
             return result
-        if _tensors(result) or name == "__setitem__":
+        if tensors_in(result) or name == "__setitem__":
             return self._record(func, name, args, kwargs, result)
         if result is None or func is torch._C._set_grad_enabled:
             return result
@@ -191,7 +169,7 @@ class Recorder(TorchFunctionMode):
         if name != "__setitem__" and not writes_by_name(name, kwargs):
             return
         written = kwargs.get("out", args[0] if args else None)
-        if self.held & {self.node_of(t) for t in _tensors(written)}:
+        if self.held & {self.node_of(t) for t in tensors_in(written)}:
             raise Untraceable(f"it changes a parameter or buffer in place ({name.strip('_')})")
 
     def _look(self, name: str, args: Any, kwargs: Any) -> None:
@@ -290,9 +268,22 @@ class Recorder(TorchFunctionMode):
             node.meta["dtype"], node.meta["shape"] = value.dtype, tuple(value.shape)
         else:
             for key, part, read in parts(value):
-                if _tensors(part):
+                if tensors_in(part):
                     self.bind(part, self.add("call_function", read, (node, key), {}))
         return value
+
+    def bind_whole(self, value: Any, node: fx.Node) -> Any:
+        """As `bind`. A structure that is passed on unchanged is the node itself.
+
+        What a module returns in training may have other parts."""
+        if not isinstance(value, Tensor):
+            self._wholes[id(value)] = (value, _identities(value), node)
+        return self.bind(value, node)
+
+    def _whole(self, value: Any) -> fx.Node | None:
+        held, known, node = self._wholes.get(id(value), (None, None, None))
+        same = held is value and value is not None and known == _identities(value)
+        return node if same and node is not None and not node._erased else None
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor. One that no node returned is a constant."""
@@ -327,6 +318,8 @@ class Recorder(TorchFunctionMode):
             return self._described(self._asked[value], name)
         if isinstance(value, _PLAIN):
             return value
+        if (whole := self._whole(value)) is not None:
+            return whole
         if isinstance(value, (list, tuple)):
             made = [self.argument(v) for v in value]
             named = hasattr(value, "_fields")
@@ -379,20 +372,8 @@ def spelling(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tup
     return "call_function", func, args
 
 
-def parts(value: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
-    """The parts of a structure: (key, part, the function that reads it)."""
-    if isinstance(value, (list, tuple)):
-        yield from ((i, v, operator.getitem) for i, v in enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from ((f.name, getattr(value, f.name), getattr) for f in fields(value))
-    elif isinstance(value, dict):
-        yield from ((k, v, operator.getitem) for k, v in value.items())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for _, part, _ in parts(value) for t in _tensors(part)]
+def _identities(value: Any) -> list[int]:
+    return [id(v) for v in leaves(value)]
 
 
 def _fresh(result: Any, given: Any) -> Any:

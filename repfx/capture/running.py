@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from repfx.capture.structures import leaves, tensors_in
+from repfx.graph.run_node import Interpreter
 from repfx.tolerances import TRACED
 
 
@@ -25,7 +28,7 @@ class Noting(nn.Module):
         self.graph_module, self.sure, self.given = graph_module, sure, given
 
     def forward(self, *args: Any) -> Any:
-        class Interpreter(fx.Interpreter):
+        class Shapes(Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if isinstance(result, Tensor):
@@ -36,13 +39,16 @@ class Noting(nn.Module):
                 return result
 
         sure, given = self.sure, self.given
-        return Interpreter(self.graph_module).run(*args)
+        inputs = getattr(self.graph_module, "graph_inputs", None)
+        return Shapes(self.graph_module).run(*(inputs(args, {}) if inputs else args))
 
 
 def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
-    """A random image or batch of features that the model accepts, and its output; or None, None."""
+    """A random image or batch of features that the model accepts, and its output; or None, None.
+
+    A model with several inputs may take that many images."""
     required = [p for p in parameters_of(model) if p.default is p.empty]
-    if len(required) != 1:
+    if not required:
         return None, None
     generator = torch.Generator().manual_seed(0)
     tried: set[tuple[int, ...]] = set()
@@ -51,9 +57,11 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
         if shape in tried or len(tried) > 8:
             continue
         tried.add(shape)
-        x = torch.randn(shape, generator=generator, device="cpu").to(like)
+        given = tuple(
+            torch.randn(shape, generator=generator, device="cpu").to(like) for _ in required
+        )
         try:
-            return (x,), run_eval(model, (x,))
+            return given, run_eval(model, given)
         except Exception:  # a wrong guess; try the next one
             continue
     return None, None
@@ -85,6 +93,31 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     return [p for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
 
 
+def in_order(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """The arguments of a call in the order of the forward, with its defaults where none is given.
+
+    None if some have no place in that order."""
+    if not kwargs:
+        return args
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return None
+    given: list[Any] = []
+    last = max(i for i, name in enumerate(bound.signature.parameters) if name in bound.arguments)
+    for p in list(bound.signature.parameters.values())[: last + 1]:
+        value = bound.arguments.get(p.name, p.default)
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            given.append(value)
+        elif p.kind is p.VAR_POSITIONAL:
+            given += bound.arguments.get(p.name, ())
+        elif bound.arguments.get(p.name) and value is not p.default:
+            return None
+    return tuple(given)
+
+
 def quiet() -> contextlib.redirect_stderr[io.StringIO]:
     """Keeps fx from printing a traceback of generated code next to the exception it raises."""
     return contextlib.redirect_stderr(io.StringIO())
@@ -94,18 +127,31 @@ def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
     """The output in eval mode, without side effects. The inputs stay what they are."""
     given = tree_map_only(Tensor, lambda t: t.clone(), example)  # and new lists and dicts
     with undone(model), quiet():
-        for m in model.modules():
+        for m in _plain_modules(model):
             m.__dict__["training"] = False
         return model(*given)
+
+
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """All modules but scripted ones, whose state is not in Python."""
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _as_written() -> contextlib.AbstractContextManager[Any]:
+    """Makes compiled modules run their own Python."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Afterwards modes, attributes, buffers and the random state are what they were before."""
-    kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in _plain_modules(model)]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _as_written():
             yield
     finally:
         for m, attributes, held in kept:
@@ -121,7 +167,7 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 def agree(a: Any, b: Any, tolerance: float = TRACED) -> bool:
     """Whether outputs are equal up to rounding, relative to the largest value of each tensor."""
-    flat_a, flat_b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
+    flat_a, flat_b = leaves(a), leaves(b)
     if len(flat_a) != len(flat_b):
         return False
     for x, y in zip(flat_a, flat_b, strict=True):
@@ -149,8 +195,7 @@ def others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
     A graph that was traced on these and agrees on the example has baked in neither the values nor
     the number of images."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
-    batches = {t.shape[0] if t.dim() else 0 for t in tensors}
+    batches = {t.shape[0] if t.dim() else 0 for t in tensors_in(example)}
 
     def changed(t: Tensor) -> Tensor:
         return t * 0.97 if t.is_floating_point() else t.clone()

@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Tracer:
         self.stack: list[nn.Module] = []
         self.norm_asked = 0
         self.result: Any = None
+        self.inputs: dict[str, bool] = {}  # the arguments that are inputs, and which are tensors
 
     def trace(self, root: nn.Module, args: tuple[Any, ...]) -> fx.Graph:
         """The graph of the root's forward on these arguments.
@@ -103,7 +105,7 @@ class Tracer:
 
         check, applied = torch._assert, torch.autograd.Function.apply
         with undone(root):
-            for m in root.modules():
+            for m in (m for m in root.modules() if not _scripted(m)):
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
             nn.Module.__call__ = call  # type: ignore[method-assign]
             torch._assert = lambda *_: None  # type: ignore[assignment]
@@ -120,11 +122,17 @@ class Tracer:
     def _placeholders(self, root: nn.Module, args: tuple[Any, ...]) -> list[Any]:
         """The arguments, each bound to a placeholder with the name it has in the signature."""
         names = _argument_names(root, len(args))
-        given = []
+        parameters = inspect.signature(root.forward).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        given: list[Any] = []
         for name, value in zip(names, args, strict=True):
             copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
+            if name in defaults and value is defaults[name]:
+                given.append(value)
+                continue
             node = self.recorder.add("placeholder", name, (), {})
-            given.append(symbol(copied, self.recorder, lambda node=node: node))
+            self.inputs[name] = isinstance(value, Tensor)
+            given.append(symbol(copied, self.recorder, partial(_itself, node)))
             if isinstance(value, (bool, str, type(None))):
                 self.recorder.fact_of(node, "==", value)
             else:
@@ -158,7 +166,7 @@ class Tracer:
     def _enter(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder = self.recorder
         mark = next(iter(reversed(recorder.graph.nodes)), None)
-        asked, kept = self.asked.times, [(c, dict(c.__dict__)) for c in m.modules()]
+        asked, kept = self.asked.times, State(m, (args, kwargs))
         self.norm_asked = asked
         self.stack.append(m)
         recorder.scope.append((path, type(m)))
@@ -172,7 +180,7 @@ class Tracer:
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
                 return self._leaf(m, path, args, kwargs)
-            if self._same_in_training(mark, result, m, args, kwargs):
+            if self._same_in_training(mark, result, kept, args, kwargs):
                 return result
             reason = BRANCHES
             self.branching.add(path)
@@ -183,9 +191,7 @@ class Tracer:
                 self.asked.times = asked
         finally:
             del self.stack[depth - 1 :], recorder.scope[opened - 1 :]
-        for child, attributes in kept:
-            child.__dict__.clear()
-            child.__dict__.update(attributes)
+        kept.restore()
         self.opaque[path] = Declined(path, reason)
         recorder.forget_after(mark)
         return self._leaf(m, path, args, kwargs)
@@ -194,7 +200,7 @@ class Tracer:
         """Runs a module without recording what is inside, and records the call."""
         recorder = self.recorder
         node = recorder.add("call_module", path, recorder.argument(args), recorder.argument(kwargs))
-        flags = [(c, c.__dict__["training"]) for c in m.modules()]
+        flags = [(c, c.__dict__["training"]) for c in m.modules() if not _scripted(c)]
         recorder.paused += 1
         for child, _ in flags:
             child.__dict__["training"] = False
@@ -204,32 +210,31 @@ class Tracer:
             recorder.paused -= 1
             for child, flag in flags:
                 child.__dict__["training"] = flag
-        return recorder.bind(self._own(m, result, args, kwargs), node)
+        return recorder.bind_whole(self._own(m, result, args, kwargs), node)
 
     def _own(self, m: nn.Module, result: Any, args: Any, kwargs: Any) -> Any:
         writes = bool(getattr(m, "inplace", False))
         return result if writes else _alias(result, [*args, *kwargs.values()])
 
     def _same_in_training(
-        self, mark: fx.Node | None, result: Any, m: nn.Module, args: Any, kwargs: Any
+        self, mark: fx.Node | None, result: Any, before: State, args: Any, kwargs: Any
     ) -> bool:
         """Whether the module's forward records the same operators if `self.training` is true."""
         recorder = self.recorder
         graph = recorder.graph
         end, asked = next(iter(reversed(graph.nodes)), None), self.asked.times
-        kept = [(c, dict(c.__dict__)) for c in m.modules()]
+        kept = State(before.module, (args, kwargs))
+        before.restore()
         self.asked.value = True
         try:
-            again = self._run(m, *args, **kwargs)
+            again = self._run(before.module, *args, **kwargs)
             first, second = recorder.argument(result), recorder.argument(again)
             same = _signature(graph, mark, end, first) == _signature(graph, end, None, second)
         except Exception:  # the training branch cannot be traced, so it is not the same
             same = False
         finally:
             self.asked.value, self.asked.times = False, asked
-            for child, attributes in kept:
-                child.__dict__.clear()
-                child.__dict__.update(attributes)
+            kept.restore()
             recorder.forget_after(end)
         return same
 
@@ -258,7 +263,7 @@ class Tracer:
             "momentum",
             "eps",
         ]
-        given = {"weight": None, "bias": None, "eps": 1e-5}
+        given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
         given |= {**dict(zip(names, args, strict=False)), **kwargs}
         own = [m._parameters.get(n, m._buffers.get(n)) for n in names[1:5]]
         if any(given[n] is not mine for n, mine in zip(names[1:5], own, strict=True)):
@@ -271,8 +276,41 @@ class Tracer:
         self.asked.times = self.norm_asked  # the norm's own `if self.training` does not count
         recorder = self.recorder
         node = recorder.add("call_module", path, (recorder.argument(given["input"]),), {})
-        result = F.batch_norm(given["input"], *own[:2], *own[2:], False, 0.0, m.eps)
+        result = F.batch_norm(given["input"], own[0], own[1], own[2], own[3], False, 0.0, m.eps)
         return recorder.bind(result, node)
+
+
+class State:
+    """What a forward may change: the attributes of its modules, and the lists and dicts it gets."""
+
+    def __init__(self, module: nn.Module, arguments: Any) -> None:
+        self.module = module
+        self.attributes = [(c, dict(c.__dict__)) for c in module.modules() if not _scripted(c)]
+        self.containers: list[tuple[Any, Any]] = []
+        self._note(arguments)
+
+    def _note(self, value: Any) -> None:
+        if type(value) in (list, dict):
+            self.containers.append((value, value.copy()))
+        if isinstance(value, (list, tuple, dict)):
+            for v in value.values() if isinstance(value, dict) else value:
+                self._note(v)
+
+    def restore(self) -> None:
+        for child, attributes in self.attributes:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+        for container, held in self.containers:
+            container.clear()
+            container.update(held) if isinstance(held, dict) else container.extend(held)
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    return node
+
+
+def _scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _refuse(cls: type, *args: Any, **kwargs: Any) -> Any:

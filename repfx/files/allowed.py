@@ -5,6 +5,7 @@ The functions are those that torch lists as overridable, Python's operators, and
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import cache
 from typing import Any
@@ -14,6 +15,8 @@ from torch import fx, nn
 
 from repfx.algebra import Fixed, KernelNorm, Moments, pad_with
 from repfx.errors import InputError
+from repfx.graph.guards import holds
+from repfx.graph.holders import is_holder
 from repfx.graph.modes import Mode
 from repfx.quant import Affine, FakeQuant
 
@@ -42,6 +45,8 @@ def class_name(module: nn.Module, path: str) -> str:
             return name
     if isinstance(module, fx.GraphModule):
         return "torch.fx.GraphModule"
+    if is_holder(module):
+        return "torch.nn.modules.module.Module"
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name == "torch.nn.modules.module.Module" or (
         name.startswith("torch.nn.modules.") and class_named(name)
@@ -71,7 +76,9 @@ def class_named(name: str) -> type[nn.Module]:
 
 @cache
 def _functions() -> dict[str, Any]:
-    table: dict[str, Any] = {"getattr": getattr, "repfx.pad_with": pad_with}
+    table: dict[str, Any] = {"getattr": getattr, "repfx.pad_with": pad_with, "repfx.holds": holds}
+    table |= {"math.ceil": math.ceil, "math.floor": math.floor, "math.trunc": math.trunc}
+    table["round"] = round
     for space, functions in torch.overrides.get_overridable_functions().items():
         prefix = getattr(space, "__name__", "")
         if space is not torch.Tensor and isinstance(prefix, str):

@@ -31,6 +31,7 @@ from repfx.files.allowed import (
     function_named,
     methods,
 )
+from repfx.graph.holders import is_holder
 from repfx.graph.modes import TrainOnly
 from repfx.quant import Grid
 
@@ -134,7 +135,7 @@ def _encode_module(
     if isinstance(module, fx.GraphModule):
         out["graph"] = _encode_graph(module.graph)
         out["name"] = type(module).__name__
-    elif type(module) is not nn.Module:
+    elif not is_holder(module):
         attributes = {
             k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k != "meta"
         }

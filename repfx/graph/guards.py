@@ -73,7 +73,7 @@ def in_words(value: Any) -> str:
             f"({text})" if isinstance(a, fx.Node) and a.target in _SIGNS else text
             for a, text in zip(value.args, parts, strict=True)
         ]
-        return f" {_SIGNS[value.target]} ".join(inner)  # type: ignore[index]
+        return f" {_SIGNS[value.target]} ".join(inner)
     if value.op == "call_method":
         return f"{parts[0]}.{value.target}({', '.join(parts[1:])})"
     if value.op == "call_function" and value.target is operator.getitem:

@@ -14,10 +14,31 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any], module: nn.Module | Non
     args, kwargs = fx.node.map_aggregate(
         (node.args, node.kwargs), lambda v: value(v) if isinstance(v, fx.Node) else v
     )
+    args, kwargs = mutable(args), mutable(kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     f: Any = node.target if module is None else module
     return f(*args, **kwargs)
+
+
+def mutable(value: Any) -> Any:
+    """The same lists, tuples and dicts, but none that fx keeps from being changed.
+
+    A module that a graph calls may write into the list it gets."""
+    if isinstance(value, list):
+        return [mutable(v) for v in value]
+    if type(value) is tuple:
+        return tuple(map(mutable, value))
+    if isinstance(value, dict):
+        return {k: mutable(v) for k, v in value.items()}
+    return value
+
+
+class Interpreter(fx.Interpreter):
+    """fx's, with lists that modules may write into."""
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_module(target, mutable(args), mutable(kwargs))
 
 
 def step(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:

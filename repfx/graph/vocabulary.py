@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from repfx.algebra import pad_with
 from repfx.graph import channels, pointwise, spatial, traits
+from repfx.graph.guards import holds
 from repfx.graph.modes import TrainOnly
 from repfx.graph.ops import Op
 from repfx.graph.traits import Trait
@@ -354,6 +355,7 @@ OTHERS = (
     ),
     Kind("size", T.MEASURES, "size dim ndimension numel nelement is_floating_point"),
     Kind("attribute", when=traits.attribute, also=(getattr,)),
+    Kind("guard", also=[holds]),
     Kind(
         "check", T.CHECKS,
         also=[

@@ -6,9 +6,10 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from repfx.graph.edit import free_path
+from repfx.graph.holders import is_holder
 from repfx.graph.ops import Map, Ref
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import layers
@@ -97,12 +98,7 @@ class Names:
             else ""
         )
         holder = self.module.get_submodule(path) if path else None
-        if (
-            holder is not None
-            and type(holder) is nn.Module
-            and not holder._modules
-            and not holder._buffers
-        ):
+        if holder is not None and is_holder(holder) and not holder._modules and not holder._buffers:
             read = {str(n.target) for n in self.reads.get(path, [])} >= {
                 f"{path}.{k}" for k in holder._parameters
             }

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from repfx.capture.model import graphs
 from repfx.errors import InputError
+from repfx.graph.run_node import Interpreter
 from repfx.quant import FakeQuant
 
 OPSET = 19  # the first with QuantizeLinear in float16
@@ -77,7 +78,7 @@ def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
     largest = torch.finfo(torch.float16).max
     beyond: list[str] = []
 
-    class Interpreter(fx.Interpreter):
+    class Halves(Interpreter):
         def run_node(self, n: fx.Node) -> object:
             result = super().run_node(n)
             if (
@@ -93,7 +94,7 @@ def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
 
     if isinstance(model, fx.GraphModule):
         with torch.no_grad():
-            Interpreter(model).run(*args)
+            Halves(model).run(*args)
     if beyond:
         raise InputError(
             f"{beyond[0]}, but float16 ends at {largest:g}: lower the model in float32"
