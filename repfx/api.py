@@ -37,13 +37,15 @@ def transform(
 
     `passes`: names ("fuse"), specs ("ptq(bits=6)") and configured objects
     (repfx.passes.Ptq(bits=6)) can be mixed. They run in the order of their stages, together with
-    the passes that they require. `example`: an input, or a tuple of inputs, for a model whose
-    input cannot be guessed. `target`: the runtime the number formats are for, such as tensorrt,
+    the passes that they require. `example`: an input, a tuple of inputs, or a dict of
+    arguments by name, for a model whose input cannot be guessed. `target`: the runtime the number formats are for, such as tensorrt,
     onnxruntime or openvino.
 
-    The result is a GraphModule. If the model's own forward cannot be traced, the result is a copy
-    in the model's own class, and those of its children that can be traced are GraphModules.
-    `result.meta["repfx"]` is the report, with `.merged` and `.declined`.
+    The model's own Python runs once on the example. The result is a GraphModule that is still an
+    object of the model's class, with its attributes and methods. If the forward looks at entries of
+    the data, the result is a copy of the model, and those of its children that can be traced are
+    GraphModules. `result.meta["repfx"]` is the report, with `.merged`, `.declined` and `.facts`,
+    the conditions on sizes that the graph rests on.
 
     Raises InputError for an unknown pass, option or target, and for a model that has no
     convolution, holds NaN or does not accept the example. Raises CheckError if a pass broke its
@@ -105,7 +107,7 @@ def verify(before: Any, after: Any, x: Any) -> Difference:
 
     Both models run in eval mode. Raises InputError if one of them does not accept x, and CheckError
     if their outputs have different shapes."""
-    args = as_args(x)
+    args = as_args(x, before)
     assert args is not None
     return difference(_output(before, args), _output(after, args))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.capture.running import quiet
+from repfx.capture.running import in_order, quiet
 from repfx.data.batches import Batch
 from repfx.errors import InputError
 
@@ -21,13 +21,16 @@ def device_of(model: nn.Module) -> torch.device:
 def feed(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch.
 
-    The model gets a copy of the batch on its own device, because some models overwrite their
+    A dict is the model's arguments by name if it has arguments of these names, else its one
+    argument. The model gets a copy of the batch on its own device, because some models overwrite their
     input. Raises InputError for a batch that the model does not take.
     """
     inputs = batch.to(device_of(model), copy=True).inputs
     try:
         with quiet():
-            return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            if isinstance(inputs, Mapping) and in_order(model, (), dict(inputs)) is not None:
+                return model(**inputs)
+            return model(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in batch.tensors)
         raise InputError(f"the model does not take a batch of shape {shapes}: {error}") from error

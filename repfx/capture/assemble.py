@@ -27,6 +27,9 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
     result = fx.GraphModule(nn.Module(), fx.Graph(), "GraphModule")
     called = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     plain_tree = _plain(root, "", called, made)
+    for path, part in tracer.parts.items():
+        holder = plain_tree.get_submodule(path.rpartition(".")[0])
+        holder.add_module(path.rpartition(".")[2], part.train(holder.training))
     for path in tracer.modes:
         holder = plain_tree.get_submodule(path.rpartition(".")[0])
         holder.add_module(MODE, Mode().train(holder.training))

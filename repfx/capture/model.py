@@ -23,7 +23,6 @@ from repfx.capture.canonical import canonical
 from repfx.capture.copying import Copy, alias, unwrapped
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
-from repfx.capture.recorder import Untraceable
 from repfx.capture.running import (
     Noting,
     agree,
@@ -33,8 +32,10 @@ from repfx.capture.running import (
     others,
     run_eval,
 )
-from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, signature
+from repfx.capture.tracer import Tracer, first_line, is_leaf
 from repfx.errors import Declined, InputError
+from repfx.graph.guards import facts_of
+from repfx.graph.modes import TrainOnly
 from repfx.tolerances import TRACED, TRACED_WIDE
 
 
@@ -54,6 +55,11 @@ class Captured:
     sure: bool = False  # whether its number of dimensions is certain: given by the user, or images
     enter_opaque: bool = True
     copy: Copy = field(default_factory=lambda: Copy(nn.Module(), set()))
+
+    @property
+    def facts(self) -> list[str]:
+        """What the graphs take for granted about the sizes of their inputs."""
+        return [fact for _, module in graphs(self.model) for fact in facts_of(module.graph)]
 
     def separate(self) -> None:
         """Gives `model` its own storage, so writing into it cannot change the original model."""
@@ -111,9 +117,13 @@ def capture(
 
 def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
     """The GraphModules of a captured model with their paths: the model itself, or its parts."""
-    for path, module in model.named_modules():
-        if isinstance(module, fx.GraphModule):
-            yield path, module
+    if isinstance(model, TrainOnly):
+        return  # nothing of it is deployed
+    if isinstance(model, fx.GraphModule):
+        yield "", model
+    for name, child in model.named_children():
+        for path, module in graphs(child):
+            yield f"{name}.{path}".rstrip("."), module
 
 
 def _capture(
@@ -185,10 +195,6 @@ def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Grap
         training |= free
     if failed is not None:
         raise failed
-    if "" in tracer.branching and signature(graph) != signature(
-        Tracer(value=True).trace(module, example)
-    ):
-        raise Untraceable(BRANCHES)
     return tracer, graph
 
 

@@ -25,11 +25,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from repfx.capture.recorder import Recorder, Untraceable
 from repfx.capture.running import undone
 from repfx.capture.symbols import symbol
+from repfx.capture.two_modes import Comparison, Part, TooDifferent
 from repfx.errors import Declined
 from repfx.graph.guards import is_guard
 from repfx.graph.modes import Asked, Mode, ModeFlag, TrainOnly
 
-MODE = "_mode"
+MODE, PART = "_mode", "_train_only"
 BRANCHES = "its forward branches on self.training"
 _CALL = nn.Module.__call__
 
@@ -67,6 +68,7 @@ class Tracer:
         self.opaque: dict[str, Declined] = {}
         self.train_only: set[str] = set()
         self.plain_norms: set[str] = set()
+        self.parts: dict[str, TrainOnly] = {}  # what is done in training only
         self.asked = Asked(value)
         self.modes: dict[str, fx.Node] = {}
         self.stack: list[nn.Module] = []
@@ -87,7 +89,15 @@ class Tracer:
         with self._prepared(root):
             given = self._placeholders(root, args)
             with self.recorder:
-                self.result = self._run(root, *given)
+                mark = next(iter(reversed(self.recorder.graph.nodes)))
+                kept = State(root, given)
+                self.result = _CALL(root, *given)
+                if self.asked.times:
+                    try:
+                        self.result = self._settled(mark, self.result, kept, tuple(given), {})
+                    except TooDifferent:
+                        raise Untraceable(BRANCHES) from None
+                    self.asked.times = 0
             out = self.recorder.argument(self.result)
             self.recorder.graph.output(out)
         for name, tensor in self.recorder.constants.items():
@@ -155,13 +165,10 @@ class Tracer:
         if path is None:
             if m.state_dict():
                 raise Untraceable("it calls a module that is not a part of it")
-            return self._run(m, *args, **kwargs)  # without state: as good as a function
+            return _CALL(m, *args, **kwargs)  # without state: as good as a function
         if path in self.opaque or is_leaf(m):
             return self._leaf(m, path, args, kwargs)
         return self._enter(m, path, args, kwargs)
-
-    def _run(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _CALL(m, *args, **kwargs)
 
     def _enter(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder = self.recorder
@@ -172,7 +179,7 @@ class Tracer:
         recorder.scope.append((path, type(m)))
         depth, opened = len(self.stack), len(recorder.scope)
         try:
-            result = self._run(m, *args, **kwargs)
+            result = _CALL(m, *args, **kwargs)
             if self.asked.times == asked:
                 return result
             # The question is settled here, either way, and does not count for the parents.
@@ -180,8 +187,8 @@ class Tracer:
             if args and result is args[0] and not m.state_dict():
                 self.train_only.add(path)
                 return self._leaf(m, path, args, kwargs)
-            if self._same_in_training(mark, result, kept, args, kwargs):
-                return result
+            return self._settled(mark, result, kept, args, kwargs)
+        except TooDifferent:
             reason = BRANCHES
             self.branching.add(path)
         except Exception as error:
@@ -216,27 +223,59 @@ class Tracer:
         writes = bool(getattr(m, "inplace", False))
         return result if writes else _alias(result, [*args, *kwargs.values()])
 
-    def _same_in_training(
+    def _settled(
         self, mark: fx.Node | None, result: Any, before: State, args: Any, kwargs: Any
-    ) -> bool:
-        """Whether the module's forward records the same operators if `self.training` is true."""
-        recorder = self.recorder
-        graph = recorder.graph
+    ) -> Any:
+        """Records the forward in training too, and cuts out what it does in training only.
+
+        Returns the result, which may now be that of such a part. Raises TooDifferent."""
+        recorder, graph = self.recorder, self.recorder.graph
         end, asked = next(iter(reversed(graph.nodes)), None), self.asked.times
         kept = State(before.module, (args, kwargs))
         before.restore()
         self.asked.value = True
         try:
-            again = self._run(before.module, *args, **kwargs)
-            first, second = recorder.argument(result), recorder.argument(again)
-            same = _signature(graph, mark, end, first) == _signature(graph, end, None, second)
-        except Exception:  # the training branch cannot be traced, so it is not the same
-            same = False
+            again = _CALL(before.module, *args, **kwargs)
+            nodes = list(graph.nodes)
+            start, stop = nodes.index(mark) + 1 if mark else 0, nodes.index(end) + 1 if end else 0
+            first = {n for n in nodes[start:stop] if not _shared(n)}
+            second = {n for n in nodes[stop:] if not _shared(n)}
+            found = Comparison(first, second)
+            found.match()
+            found.compare(recorder.argument(result), recorder.argument(again), None)
+            for part in found.parts():
+                result = self._cut_out(before.module, part, found.same, result)
+        except TooDifferent:
+            raise
+        except Exception as error:  # the training branch cannot be traced
+            raise TooDifferent from error
         finally:
             self.asked.value, self.asked.times = False, asked
             kept.restore()
             recorder.forget_after(end)
-        return same
+        return result
+
+    def _cut_out(self, m: nn.Module, part: Part, same: dict[fx.Node, fx.Node], result: Any) -> Any:
+        """Puts a call of the part behind the value that it changes in training."""
+        recorder = self.recorder
+        module, inputs = part.module(same)
+        if None in part.readers and not isinstance(result, Tensor):
+            raise TooDifferent
+        path = f"{self.paths[id(m)]}.{PART}".lstrip(".")
+        path += f"_{len(self.parts)}" if self.parts else ""
+        self.parts[path] = module
+        last = max(inputs)
+        with recorder.graph.inserting_after(last):
+            node = recorder.add("call_module", path, tuple(inputs), {})
+        node.meta |= {k: part.before.meta[k] for k in ("dtype", "shape") if k in part.before.meta}
+        recorder.shapes[node] = recorder.shapes[part.before]
+        for reader in part.readers:
+            if reader is not None:
+                reader.replace_input_with(part.before, node)
+        if None not in part.readers:
+            return result
+        # A tensor object of its own: the value before the part may still be read elsewhere.
+        return recorder.bind(torch.ops.aten.alias.default(result), node)
 
     # ---- modes and norms --------------------------------------------------------------------
 
@@ -352,49 +391,9 @@ def is_mode(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).rpartition(".")[2] == MODE
 
 
-def signature(graph: fx.Graph) -> list[Any]:
-    """What a graph computes, without node names: equal if two graphs have the same operators."""
-    return _signature(graph, None, None, None)
-
-
-def _signature(
-    graph: fx.Graph, after: fx.Node | None, until: fx.Node | None, result: Any
-) -> list[Any]:
-    """The nodes in (after, until], by operator and position.
-
-    Earlier values, and nodes that are made once for all their readers, are identified by name."""
-    position: dict[fx.Node, Any] = {}
-    found: list[Any] = []
-    inside = after is None
-
-    def place(v: Any) -> Any:
-        return (
-            repr(position.get(v, v.target if v.op == "get_attr" else v.name))
-            if isinstance(v, fx.Node)
-            else v
-        )
-
-    for node in graph.nodes:
-        if inside and not _shared(node):
-            position[node] = len(found)
-            found.append(
-                repr((node.op, node.target, fx.node.map_aggregate((node.args, node.kwargs), place)))
-            )
-        if node is after:
-            inside = True
-        if node is until:
-            break
-    found.append(repr(fx.node.map_aggregate(result, place)))
-    return found
-
-
 def _shared(node: fx.Node) -> bool:
-    """Whether the recorder makes this node once, for all that read it."""
-    if node.op == "get_attr" or is_mode(node) or is_guard(node):
-        return True
-    return node.target in ("size", "numel") or (
-        node.target is getattr and node.args[1] in ("dtype", "device")
-    )
+    """Whether a node is no step of a forward: a weight, a mode or a guard."""
+    return node.op == "get_attr" or is_mode(node) or is_guard(node)
 
 
 def first_line(error: Exception) -> str:

@@ -119,6 +119,12 @@ def _encode_module(
     if id(module) in seen:
         return {"same": seen[id(module)]}
     seen[id(module)] = path
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise InputError(
+            f"cannot save {path or 'the model'}: it has forward hooks, which are code of your own. "
+            "Remove them first; for spectral_norm that is torch.nn.utils.remove_spectral_norm or "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
     if isinstance(module, TrainOnly) and not module.training:
         return {"class": "torch.nn.Identity", "training": False}
     out: dict[str, Any] = {

@@ -38,10 +38,13 @@ class RegionReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `fuse` would do. `regions`: every block, merged or not. `declined`: those not merged."""
+    """What `fuse` would do. `regions`: every block, merged or not. `declined`: those not merged.
+
+    `facts`: what the traced graph takes for granted about the sizes of its inputs."""
 
     regions: tuple[RegionReport, ...]
     declined: tuple[Declined, ...]
+    facts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         console = Console(width=140)
@@ -73,6 +76,8 @@ class Inspection:
         for d in self.declined:
             why = escape(d.reason + (f"; {d.cure}" if d.cure else ""))
             table.add_row(escape(d.where), "[dim]not merged[/dim]", why, "", "")
+        for fact in self.facts:
+            table.add_row("the input", "[dim]holds for[/dim]", escape(fact), "", "")
         return table
 
 
@@ -81,7 +86,7 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
 
     Raises InputError in the same cases as `transform`.
     """
-    captured = capture(model, as_args(example))
+    captured = capture(model, as_args(example, model))
     require_convolutions(captured)
     regions: list[RegionReport] = []
     declined: list[Declined] = list(captured.declined)
@@ -101,7 +106,7 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
         for d in plan.declined:
             regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0, d.cure))
             declined.append(Declined(prefix + d.where, d.reason, d.cure))
-    return Inspection(tuple(regions), tuple(declined))
+    return Inspection(tuple(regions), tuple(declined), tuple(captured.facts))
 
 
 def _tally(kinds: tuple[str, ...]) -> str:

@@ -39,11 +39,13 @@ class Report:
     """What the passes did.
 
     `results` has one entry per pass and graph; `untraced` lists the modules that could not be
-    traced and stay as written.
+    traced and stay as written. `facts` are the conditions on sizes that the graph rests on, because
+    the model's Python looked at them; each call checks them.
     """
 
     results: list[Result] = field(default_factory=list)
     untraced: list[Declined] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
 
     @property
     def merged(self) -> list[Merged]:

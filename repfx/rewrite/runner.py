@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from repfx.capture.model import Captured, capture, graphs
-from repfx.capture.running import run_eval
+from repfx.capture.running import in_order, run_eval
 from repfx.errors import CheckError, InputError
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Pass, Promise, resolve
@@ -28,7 +28,7 @@ def rewrite(
     """
     ordered = resolve(passes)
     formats = target_named(target)
-    args = as_args(example)
+    args = as_args(example, model)
     captured = capture(model, args)
     report = _rewrite(captured, ordered, formats)
     if captured.declined and not _still_runs(captured, ordered):
@@ -46,7 +46,7 @@ def rewrite(
 
 
 def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
-    report = Report(untraced=captured.declined)
+    report = Report(untraced=captured.declined, facts=captured.facts)
     for path, module in list(graphs(captured.model)):
         for p in passes:
             promised = _Promised(p, captured, module)
@@ -150,8 +150,17 @@ def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
     )
 
 
-def as_args(example: Any) -> tuple[Any, ...] | None:
-    return example if example is None or isinstance(example, tuple) else (example,)
+def as_args(example: Any, model: Any = None) -> tuple[Any, ...] | None:
+    """The arguments of a call, in the order of the model's forward.
+
+    A dict whose keys are names of arguments stands for these; any other dict is one argument."""
+    if example is None or isinstance(example, tuple):
+        return example
+    if isinstance(example, dict) and isinstance(model, nn.Module):
+        given = in_order(model, (), example) if example else None
+        if given is not None:
+            return given
+    return (example,)
 
 
 def require_convolutions(captured: Captured) -> None:
