@@ -37,9 +37,9 @@ def transform(
 
     `passes`: names ("fuse"), specs ("ptq(bits=6)") and configured objects
     (repfx.passes.Ptq(bits=6)) can be mixed. They run in the order of their stages, together with
-    the passes that they require. `example`: an input, a tuple of inputs, or a dict of
-    arguments by name, for a model whose input cannot be guessed. `target`: the runtime the number formats are for, such as tensorrt,
-    onnxruntime or openvino.
+    the passes that they require. `example`: an input, a tuple of inputs, or a dict of arguments by
+    name, for a model whose input cannot be guessed. `target`: the runtime the number formats are
+    for, such as tensorrt, onnxruntime or openvino.
 
     The model's own Python runs once on the example. The result is a GraphModule that is still an
     object of the model's class, with its attributes and methods. If the forward looks at entries of

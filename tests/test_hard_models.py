@@ -248,7 +248,7 @@ def test_constants_that_are_not_what_they_seem(tmp_path: Path) -> None:
         nn.utils.parametrizations.spectral_norm(conv()), nn.BatchNorm2d(4)
     ).train()
     repfx.transform(spectral, ["fuse"], example=X)
-    top = Net(lambda m, x: Pair(m.c(x), x), c=conv()).eval()
+    top = Net(lambda m, x: Pair(m.c(x), x), c=conv()).eval()  # type: ignore[return-value]
     with pytest.raises(repfx.InputError, match="cannot save: function 'Pair'"):
         repfx.save(repfx.transform(top, [], example=X), tmp_path / "top.pt")
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,8 @@ def feed(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch.
 
     A dict is the model's arguments by name if it has arguments of these names, else its one
-    argument. The model gets a copy of the batch on its own device, because some models overwrite their
-    input. Raises InputError for a batch that the model does not take.
+    argument. The model gets a copy of the batch on its own device, because some models overwrite
+    their input. Raises InputError for a batch that the model does not take.
     """
     inputs = batch.to(device_of(model), copy=True).inputs
     try:

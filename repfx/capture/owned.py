@@ -73,14 +73,14 @@ class Owned(fx.GraphModule):
         return [given[name] for name in kinds]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owned:
-        made = object.__new__(_class(type(self).user_class))
+        made: Owned = object.__new__(_class(type(self).user_class))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self._state(), memo))
         made.graph = copy.deepcopy(self.graph, memo)
         return made
 
     def __copy__(self) -> Owned:
-        made = object.__new__(_class(type(self).user_class))
+        made: Owned = object.__new__(_class(type(self).user_class))
         made.__dict__.update(self._state())
         made.graph = copy.deepcopy(self.graph)
         return made
@@ -115,7 +115,7 @@ def _class(base: type[nn.Module]) -> Any:
 
 
 def _unpickled(base: type[nn.Module], state: dict[str, Any], nodes: list[Any]) -> Owned:
-    made = object.__new__(_class(base))
+    made: Owned = object.__new__(_class(base))
     made.__dict__.update(state)
     made.graph = _decoded(nodes)
     return made

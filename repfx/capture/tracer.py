@@ -118,7 +118,7 @@ class Tracer:
             for m in (m for m in root.modules() if not _scripted(m)):
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            torch._assert = lambda *_: None  # type: ignore[assignment]
+            torch._assert = lambda *_: None
             torch.autograd.Function.apply = classmethod(_refuse)  # type: ignore[assignment]
             try:
                 yield
