@@ -192,7 +192,7 @@ POINTWISE = (
     ),
     Kind("neg", T.FRESH, "neg negative", rule=pointwise.neg, onnx="Neg"),
     Kind(
-        "identity", T.SAME, "contiguous alias", rule=pointwise.identity,
+        "identity", T.SAME, "contiguous alias positive pos", rule=pointwise.identity,
         leaf=Leaf((nn.Identity,)), onnx="Identity",
     ),
     Kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity),
