@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 import repfx
 from repfx.testing import assert_same, randomise
@@ -108,3 +109,470 @@ def test_a_number_that_makes_integers_floats_stays() -> None:
     model = Net(lambda m, x: m.a((x > 0).int() / 1), a=nn.Linear(4, 2)).eval()
     x = torch.randn(2, 4)
     assert_same(model, repfx.transform(model, ["fuse"], example=x), x, 1e-6)
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def left_over(model: nn.Module, x: Tensor, *others: Tensor) -> tuple[int, fx.GraphModule]:
+    """How many norms `fuse` leaves. The result is right on x and on inputs of other sizes."""
+    model = ready(model)
+    fused = repfx.transform(model, ["fuse"], example=x)
+    for given in (x, *others):
+        assert_same(model, fused, given, 1e-11)
+    again = repfx.transform(fused, ["fuse"], example=x)
+    assert not again.meta["repfx"].merged
+    return count(fused, NORMS), fused
+
+
+class Shared(nn.Module):
+    """One batch norm whose value several layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n, self.q, self.k = nn.BatchNorm2d(8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.v = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(x)
+        tokens = y.flatten(2).transpose(1, 2)
+        return torch.softmax(self.q(tokens), 1) * self.k(tokens) + self.v(y).flatten(2).mT
+
+
+def norm_then(run: Callable[[Any, Tensor], Tensor], *sizes: int, **parts: Any) -> nn.Module:
+    """relu(conv(x)), a batch norm, and what moves the channels before a layer."""
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(sizes) or 2](8)
+    return Net(lambda m, x: run(m, m.n(torch.relu(x))), n=norm, **parts)
+
+
+def linear(i: int = 8, o: int = 5) -> nn.Linear:
+    return nn.Linear(i, o)
+
+
+FORWARD: dict[str, tuple[nn.Module, list[tuple[int, ...]]]] = {
+    "pool, flatten": (
+        norm_then(
+            lambda m, y: m.f(m.p(y).flatten(1)), p=nn.AdaptiveAvgPool2d(1), f=linear()
+        ),
+        [(2, 8, 6, 5), (3, 8, 4, 7)],
+    ),
+    "layers": (
+        nn.Sequential(
+            nn.ReLU(), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Dropout(),
+            nn.Linear(8, 3),
+        ),
+        [(2, 8, 6, 5), (1, 8, 3, 3)],
+    ),
+    "dropout in place": (
+        nn.Sequential(
+            nn.ReLU(), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Dropout(inplace=True), nn.Linear(8, 3),
+        ),
+        [(2, 8, 6, 5)],
+    ),
+    "mean": (norm_then(lambda m, y: m.f(y.mean((2, 3))), f=linear()), [(2, 8, 6, 5)]),
+    "mean of one axis after the other": (
+        norm_then(lambda m, y: m.f(y.mean(-1).mean(2)), f=linear()),
+        [(2, 8, 6, 5)],
+    ),
+    "mean that keeps axes, 1x1": (
+        norm_then(lambda m, y: m.f(y.mean((2, 3), keepdim=True)), f=nn.Conv2d(8, 3, 1)),
+        [(2, 8, 6, 5)],
+    ),
+    "squeezed": (
+        norm_then(
+            lambda m, y: m.f(F.adaptive_avg_pool2d(y, 1).squeeze(-1).squeeze(-1)), f=linear()
+        ),
+        [(2, 8, 6, 5)],
+    ),
+    "viewed, then the mean": (
+        norm_then(lambda m, y: m.f(y.view(y.shape[0], 8, -1).mean(-1)), f=linear()),
+        [(2, 8, 6, 5), (3, 8, 2, 9)],
+    ),
+    "tokens": (
+        norm_then(lambda m, y: m.f(y.flatten(2).transpose(1, 2)), f=linear()),
+        [(2, 8, 6, 5), (3, 8, 2, 9)],
+    ),
+    "tokens by reshape and permute": (
+        norm_then(
+            lambda m, y: m.f(y.reshape(y.size(0), y.size(1), -1).permute(0, 2, 1)), f=linear()
+        ),
+        [(2, 8, 6, 5), (3, 8, 2, 9)],
+    ),
+    "channels last": (
+        norm_then(lambda m, y: m.f(torch.permute(y, (0, 2, 3, 1))), f=linear()),
+        [(2, 8, 6, 5), (3, 8, 2, 9)],
+    ),
+    "one position": (
+        norm_then(lambda m, y: m.f(y[:, :, 0, -1]), f=linear()),
+        [(2, 8, 6, 5)],
+    ),
+    "every position has weights of its own": (
+        norm_then(lambda m, y: m.f(y.flatten(1)), f=linear(8 * 6)),
+        [(2, 8, 3, 2), (1, 8, 6, 1)],
+    ),
+    "positions first": (
+        norm_then(lambda m, y: m.f(y.permute(0, 2, 3, 1).flatten(1)), f=linear(8 * 6)),
+        [(2, 8, 3, 2), (1, 8, 6, 1)],
+    ),
+    "resized": (
+        norm_then(lambda m, y: m.f(F.interpolate(y, scale_factor=2)), f=nn.Conv2d(8, 4, 3)),
+        [(2, 8, 6, 5)],
+    ),
+    "a pool with padding that it does not count": (
+        norm_then(
+            lambda m, y: m.f(m.p(y)),
+            p=nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+            f=nn.Conv2d(8, 4, 1),
+        ),
+        [(2, 8, 6, 5)],
+    ),
+    "mirrored": (
+        norm_then(
+            lambda m, y: m.f(F.pad(y.flatten(2), (2, 1), "reflect")),
+            f=nn.Conv1d(8, 4, 3, groups=2),
+        ),
+        [(2, 8, 6, 5)],
+    ),
+    "sequence": (
+        norm_then(lambda m, y: m.f(y.mean(2)), 1, f=linear()),
+        [(2, 8, 6), (1, 8, 3)],
+    ),
+    "volume": (
+        norm_then(lambda m, y: m.f(y.mean((2, 3, 4))), 1, 1, 1, f=linear()),
+        [(2, 8, 3, 4, 2)],
+    ),
+    "several readers": (Shared(), [(2, 8, 6, 5)]),
+    "scales and shifts": (
+        Net(
+            lambda m, x: m.f((torch.relu(x) * m.s + m.b).mean((2, 3))),
+            s=nn.Parameter(torch.rand(8, 1, 1) + 0.5),
+            b=nn.Parameter(torch.rand(1, 8, 1, 1)),
+            f=linear(),
+        ),
+        [(2, 8, 6, 5)],
+    ),
+    "a scale before a padded convolution": (
+        Net(
+            lambda m, x: m.f(F.interpolate(torch.relu(x) * m.s, scale_factor=2)),
+            s=nn.Parameter(torch.rand(8, 1, 1) + 0.5),
+            f=nn.Conv2d(8, 4, 3, padding=1),
+        ),
+        [(2, 8, 6, 5)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_norm_moves_into_the_layer_after_it(name: str) -> None:
+    model, shapes = FORWARD[name]
+    left, fused = left_over(model, *(image(*shape) for shape in shapes))
+    assert left == 0 and "n:" not in reasons(fused)
+    assert not any(n.target in (operator.mul, operator.add) for n in fused.graph.nodes) or (
+        name == "several readers"
+    )
+    before = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in fused.parameters()) < before + sum(
+        m.out_features for m in fused.modules() if isinstance(m, nn.Linear)
+    )
+
+
+STAYS: dict[str, tuple[nn.Module, str]] = {
+    "a ReLU": (
+        norm_then(lambda m, y: m.f(torch.relu(y).mean((2, 3))), f=linear()),
+        "it cannot move behind 'relu_1', which reads it",
+    ),
+    "a maximum": (
+        norm_then(lambda m, y: m.f(F.adaptive_max_pool2d(y, 1).flatten(1)), f=linear()),
+        "it cannot move behind 'adaptive_max_pool2d'",
+    ),
+    "a mean over channels": (
+        norm_then(lambda m, y: m.f(y.mean(1)), f=linear(8, 4)),
+        "it cannot move behind 'mean'",
+    ),
+    "zeros around the image": (
+        norm_then(lambda m, y: m.f(y), f=nn.Conv2d(8, 4, 3, padding=1)),
+        "bn 'n' has a bias and conv 3x3 'f' pads with zeros",
+    ),
+    "zeros around the pool": (
+        norm_then(lambda m, y: m.f(F.avg_pool2d(y, 3, 1, 1)), f=nn.Conv2d(8, 4, 1)),
+        "bn 'n' has a bias and 'avg_pool2d' pads with zeros",
+    ),
+    "the linear layer runs over positions": (
+        norm_then(lambda m, y: m.f(y), f=linear(8, 4)),
+        "maps over different axes",
+    ),
+    "channels and positions mixed": (
+        norm_then(lambda m, y: m.f(y.reshape(y.size(0), -1, 8)), f=linear()),
+        "it cannot move behind 'reshape'",
+    ),
+    "an axis that happens to have size one": (
+        norm_then(lambda m, y: m.f(y[:, :, :, :1].squeeze(3).mT), f=linear()),
+        "it cannot move behind 'squeeze'",
+    ),
+    "another reader": (
+        norm_then(lambda m, y: m.f(y.mean((2, 3))) + y.sum((1, 2, 3))[:, None], f=linear()),
+        "it cannot move behind 'sum_1'",
+    ),
+    "a result of the model": (
+        norm_then(lambda m, y: (m.f(y.mean((2, 3))), y), f=linear()),
+        "it is a result of the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_a_norm_that_cannot_move_stays(name: str) -> None:
+    model, reason = STAYS[name]
+    x = image(2, 8, 8, 8)
+    left, fused = left_over(model, x)
+    assert left == 1 and reason in reasons(fused), reasons(fused)
+
+
+def test_what_is_changed_in_place_stays() -> None:
+    def before(m: Any, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        z = m.n(y)
+        y += 1
+        return m.f(z.mean((2, 3))) + y.mean((1, 2, 3))[:, None]
+
+    def after(m: Any, x: Tensor) -> Tensor:
+        z = m.n(torch.relu(x))
+        z[:, 0] = 1
+        return m.f(z.mean((2, 3)))
+
+    for run in (before, after):
+        left, _ = left_over(Net(run, n=nn.BatchNorm2d(8), f=linear()), image(2, 8, 6, 5))
+        assert left == 1
+
+
+BACKWARD: dict[str, tuple[nn.Module, list[tuple[int, ...]]]] = {}
+
+
+def then_norm(
+    name: str, run: Callable[[Any, Tensor], Tensor], *shapes: tuple[int, ...], **parts: Any
+) -> None:
+    BACKWARD[name] = Net(run, **parts), list(shapes)
+
+
+LINEAR = {"f": nn.Linear(6, 8, bias=False), "n": nn.BatchNorm1d(8)}
+CONV = {"f": nn.Conv2d(4, 8, 3), "n": nn.BatchNorm1d(8)}
+then_norm(
+    "flatten, reshape_as",
+    lambda m, x: m.n((y := m.f(x)).flatten(0, 1)).reshape_as(y),
+    (2, 5, 6), (3, 4, 6), **LINEAR,
+)  # fmt: skip
+then_norm(
+    "flatten, view",
+    lambda m, x: m.n((y := m.f(x)).flatten(0, 1)).view(y.shape).relu(),
+    (2, 5, 6), (3, 4, 6), **LINEAR,
+)  # fmt: skip
+then_norm(
+    "view to rows",
+    lambda m, x: m.n(m.f(x).view(-1, 8)).view(x.shape[0], -1, 8).relu(),
+    (2, 5, 6), (3, 4, 6), **LINEAR,
+)  # fmt: skip
+then_norm(
+    "reshape by sizes",
+    lambda m, x: m.n(m.f(x).reshape(x.shape[0] * x.shape[1], 8)).relu(),
+    (2, 5, 6), (3, 4, 6), **LINEAR,
+)  # fmt: skip
+then_norm(
+    "four axes", lambda m, x: m.n(m.f(x).flatten(0, 2)).relu(), (2, 5, 3, 6), **LINEAR
+)  # fmt: skip
+then_norm(
+    "heads", lambda m, x: m.n(m.f(x).flatten(1, 2).transpose(1, 2)), (2, 5, 3, 6), **LINEAR
+)  # fmt: skip
+then_norm("conv, tokens", lambda m, x: m.n(m.f(x).flatten(2)).relu(), (2, 4, 6, 5), **CONV)
+then_norm(
+    "conv, pool, neck",
+    lambda m, x: m.n(F.adaptive_avg_pool2d(m.f(x), 1).flatten(1)).relu(),
+    (2, 4, 6, 5), **CONV,
+)  # fmt: skip
+then_norm("conv, mean, neck", lambda m, x: m.n(m.f(x).mean((2, 3))), (2, 4, 6, 5), **CONV)
+then_norm(
+    "squeezed neck",
+    lambda m, x: m.n(m.f(x).mean((2, 3), True).squeeze(3).squeeze(2)),
+    (2, 4, 6, 5), **CONV,
+)  # fmt: skip
+then_norm(
+    "conv, upsampled",
+    lambda m, x: m.n(F.interpolate(m.f(x), scale_factor=2, mode="bilinear")).relu(),
+    (2, 4, 6, 5), f=nn.Conv2d(4, 8, 3), n=nn.BatchNorm2d(8),
+)  # fmt: skip
+then_norm(
+    "flattened features of a 1x1 map",
+    lambda m, x: m.n(F.adaptive_avg_pool2d(m.f(x), 1).flatten(1)).relu(),
+    (2, 4, 6, 5), f=nn.Conv2d(4, 8, 3, groups=2), n=nn.BatchNorm1d(8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_norm_moves_into_the_layer_before_it(name: str) -> None:
+    model, shapes = BACKWARD[name]
+    left, fused = left_over(model, *(image(*shape) for shape in shapes))
+    assert left == 0 and not reasons(fused)
+
+
+BEHIND: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "over tokens": (
+        Net(lambda m, x: m.n(m.f(x).relu().flatten(2)), f=linear(6, 8), n=nn.BatchNorm1d(5)),
+        (2, 5, 6, 6),
+        "no convolution leads to it",
+    ),
+    "another axis": (
+        Net(lambda m, x: m.n(m.f(x).flatten(2)), f=linear(6, 8), n=nn.BatchNorm1d(5)),
+        (2, 5, 3, 6),
+        "its channels are not those of linear 'f'",
+    ),
+    "one number per position": (
+        Net(lambda m, x: m.n(m.f(x).flatten(1)), f=nn.Conv2d(4, 8, 3), n=nn.BatchNorm1d(16)),
+        (2, 4, 3, 4),
+        "its channels are not those of conv 3x3 'f'",
+    ),
+    "read before the norm": (
+        Net(
+            lambda m, x: m.n((y := m.f(x)).flatten(0, 1)).reshape_as(y) + y.softmax(-1),
+            f=linear(6, 8),
+            n=nn.BatchNorm1d(8),
+        ),
+        (2, 5, 6),
+        "linear 'f' before it is also read elsewhere",
+    ),
+    "a padded pool": (
+        Net(
+            lambda m, x: m.n(F.avg_pool2d(m.f(x).flatten(2)[..., None], 3, 1, 1)),
+            f=nn.Conv2d(4, 8, 3),
+            n=nn.BatchNorm2d(8),
+        ),
+        (2, 4, 6, 5),
+        "avg_pool2d: not merged with 'n'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_norm_after_something_else_stays(name: str) -> None:
+    model, shape, reason = BEHIND[name]
+    left, fused = left_over(model, image(*shape))
+    assert left == 1 and reason in reasons(fused), reasons(fused)
+
+
+def two(**options: Any) -> dict[str, nn.Module]:
+    return {
+        "a": nn.Conv2d(4, 4, 3, padding=1, **options),
+        "b": nn.Conv2d(4, 4, 5, padding=2, **options),
+    }
+
+
+def twice(y: Tensor) -> Tensor:
+    """Read by two, so that no region leads through the norm."""
+    return y + torch.sigmoid(y) * y
+
+
+JOINED: dict[str, nn.Module] = {
+    "two kernels": Net(
+        lambda m, x: twice(m.n(torch.cat([m.a(x), m.b(x)], 1))), **two(), n=nn.BatchNorm2d(8)
+    ),
+    "depthwise": Net(
+        lambda m, x: twice(m.n(torch.cat([m.a(x), m.b(x)], 1))),
+        **two(groups=4, bias=False),
+        n=nn.BatchNorm2d(8),
+    ),
+    "different sources": Net(
+        lambda m, x: torch.relu(m.n(torch.cat((m.a(torch.relu(x)), m.b(x)), dim=1))),
+        **two(),
+        n=nn.BatchNorm2d(8),
+    ),
+    "a concatenation of a concatenation": Net(
+        lambda m, x: torch.relu(
+            m.n(torch.concat([m.a(x.relu()), torch.cat([m.b(x), m.c(x.sigmoid())], -3)], dim=1))
+        ),
+        **two(),
+        c=nn.Conv2d(4, 6, 1),
+        n=nn.BatchNorm2d(14),
+    ),
+    "joined along the rows": Net(
+        lambda m, x: torch.relu(m.n(torch.cat([m.a(x.relu()), m.b(x)], 2))),
+        **two(),
+        n=nn.BatchNorm2d(4),
+    ),
+    "a sum of different sources": Net(
+        lambda m, x: torch.relu(m.n(m.a(x.relu()) - m.b(x))), **two(), n=nn.BatchNorm2d(4)
+    ),
+    "pooled, then joined": Net(
+        lambda m, x: m.n(torch.cat([m.a(x.relu()).mean((2, 3)), m.b(x).mean((2, 3))], 1)),
+        **two(),
+        n=nn.BatchNorm1d(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_norm_moves_into_all_that_is_joined(name: str) -> None:
+    left, fused = left_over(JOINED[name], image(2, 4, 7, 6), image(1, 4, 5, 8))
+    assert left == 0
+    assert not any("n:" in r for r in reasons(fused).split(" | "))
+
+
+APART: dict[str, tuple[nn.Module, str]] = {
+    "one part is no layer": (
+        Net(
+            lambda m, x: torch.relu(m.n(torch.cat([m.a(x), m.b(x).relu()], 1))),
+            **two(),
+            n=nn.BatchNorm2d(8),
+        ),
+        "no convolution leads to it",
+    ),
+    "one part is read elsewhere": (
+        Net(
+            lambda m, x: m.n(torch.cat([y := m.a(x.relu()), m.b(x)], 1)).relu()[:, :4] * y,
+            **two(),
+            n=nn.BatchNorm2d(8),
+        ),
+        "'a' before it is also read elsewhere",
+    ),
+    "one part twice": (
+        Net(
+            lambda m, x: torch.relu(m.n(torch.cat([y := m.a(x.relu()), m.b(x), y], 1))),
+            **two(),
+            n=nn.BatchNorm2d(12),
+        ),
+        "'a' before it is also read elsewhere",
+    ),
+    "a sum that spreads one of its values": (
+        Net(
+            lambda m, x: torch.relu(m.n(m.a(x.relu()) + m.c(x))),
+            **two(),
+            c=nn.Conv2d(4, 1, 1),
+            n=nn.BatchNorm2d(4),
+        ),
+        "its channels are not those of conv 1x1 'c'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_norm_of_more_than_layers_stays(name: str) -> None:
+    model, reason = APART[name]
+    left, fused = left_over(model, image(2, 4, 7, 6))
+    assert left == 1 and reason in reasons(fused), reasons(fused)
+
+
+def test_bnfold_moves_norms_too_and_not_through_branches() -> None:
+    model, x = ready(FORWARD["pool, flatten"][0]), image(2, 8, 6, 5)
+    folded = repfx.transform(model, ["bnfold"], example=x)
+    assert count(folded, NORMS) == 0
+    assert_same(model, folded, x, 1e-11)
+    model = ready(JOINED["two kernels"])
+    assert count(repfx.transform(model, ["bnfold"], example=image(2, 4, 7, 6)), NORMS) == 1
+
+
+def test_a_head_that_is_called_twice_keeps_its_other_call() -> None:
+    model = Net(
+        lambda m, x: m.f(m.n(x.relu()).mean((2, 3))) * m.f(x.mean((2, 3))),
+        n=nn.BatchNorm2d(8),
+        f=linear(),
+    )
+    left, fused = left_over(model, image(2, 8, 6, 5))
+    assert left == 0 and count(fused, nn.Linear) == 2
