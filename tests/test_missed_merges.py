@@ -576,3 +576,71 @@ def test_a_head_that_is_called_twice_keeps_its_other_call() -> None:
     )
     left, fused = left_over(model, image(2, 8, 6, 5))
     assert left == 0 and count(fused, nn.Linear) == 2
+
+
+def test_inspect_says_what_fuse_does() -> None:
+    model, x = ready(JOINED["two kernels"]), image(2, 4, 7, 6)
+    found = repfx.inspect(model, example=x)
+    assert [(r.ops, r.merged) for r in found.regions if r.name == "n"] == [
+        (("bn", "conv 3x3", "conv 5x5"), "part of a, b")
+    ]
+    assert not any(d.where == "n" for d in found.declined)
+
+
+SIZED: dict[str, nn.Module] = {
+    "by name": Net(
+        lambda m, x: m.n(m.f(x, output_size=[13, 11])),
+        f=nn.ConvTranspose2d(4, 6, 3, 2, 1),
+        n=nn.BatchNorm2d(6),
+    ),
+    "by place": Net(
+        lambda m, x: m.n(m.f(x, (14, 12))).relu(),
+        f=nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2, bias=False),
+        n=nn.BatchNorm2d(6),
+    ),
+    "that of another value": Net(
+        lambda m, x: m.n(m.f(m.d(x).relu(), output_size=x.shape[2:])) + x,
+        d=nn.Conv2d(4, 4, 3, 2, 1),
+        f=nn.ConvTranspose2d(4, 4, 3, 2, 1, dilation=1),
+        n=nn.BatchNorm2d(4),
+    ),
+    "behind a concatenation": Net(
+        lambda m, x: m.n(torch.cat([m.f(x, output_size=[14, 12]), m.g(x.relu())], 1)),
+        f=nn.ConvTranspose2d(4, 3, 3, 2, 1),
+        g=nn.ConvTranspose2d(4, 2, 2, 2),
+        n=nn.BatchNorm2d(5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_norm_after_a_transposed_convolution_of_a_given_size(name: str) -> None:
+    left, fused = left_over(SIZED[name], image(2, 4, 7, 6))
+    assert left == 0 and "n:" not in reasons(fused)
+
+
+def test_a_transposed_convolution_of_a_given_size_that_is_called_twice() -> None:
+    model = Net(
+        lambda m, x: m.n(m.f(x, output_size=[13, 11])).relu() + m.f(x, output_size=[13, 11]),
+        f=nn.ConvTranspose2d(4, 6, 3, 2, 1),
+        n=nn.BatchNorm2d(6),
+    )
+    left, fused = left_over(model, image(2, 4, 7, 6))
+    assert left == 0 and count(fused, nn.ConvTranspose2d) == 2
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 2, padding="same"),
+        nn.Conv2d(4, 6, (4, 1), padding="same", groups=2),
+        nn.Conv2d(4, 6, (2, 6), padding="same", dilation=(3, 1), bias=False),
+        nn.Conv3d(4, 6, (2, 3, 4), padding="same"),
+        nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"),
+    ],
+)
+def test_a_norm_after_an_even_kernel(layer: Any) -> None:
+    dims = len(layer.kernel_size)
+    norm = NORMS[dims - 1](6)
+    left, fused = left_over(nn.Sequential(layer, norm), image(2, 4, *(9, 8, 7)[:dims]))
+    assert left == 0 and not reasons(fused)

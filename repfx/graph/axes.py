@@ -10,7 +10,7 @@ from repfx.graph.calls import call_of
 from repfx.graph.ops import Map, Sum
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
-from repfx.graph.vocabulary import kind_of
+from repfx.graph.vocabulary import kind_of, overrides
 from repfx.graph.wiring import At, Size, Sizes, Wiring, same
 
 
@@ -71,6 +71,24 @@ def joined_along(view: GraphView, node: fx.Node) -> int | None:
     return (given or [0])[0] % rank
 
 
+def layer_op(view: GraphView, node: fx.Node) -> Map | None:
+    """The Map of a convolution or linear layer that may take an affine; None for other nodes.
+
+    A transposed convolution that is told its output's size is opaque, but it takes one as well."""
+    op, module = view.ops[node], view.module_of(node)
+    if isinstance(op, Map):
+        return op if op.own is not None and op.macs else None
+    kind = view.kind(node)
+    sized = kind.name == "conv_transpose" and len(node.args) == 2 - len(node.kwargs)
+    sized = sized and set(node.kwargs) <= {"output_size"}
+    if module is None or kind.leaf is None or kind.rule is None or not sized or overrides(module):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    found = kind.rule(view, node.args[0], **kind.leaf.arguments(str(node.target), module))
+    return found if isinstance(found, Map) else None
+
+
 def size_of(view: GraphView, node: fx.Node, axis: int) -> Size | None:
     """The size of an axis: a number, or the first node and axis that have it. None if unknown."""
     first = view.rank(node)
@@ -79,7 +97,7 @@ def size_of(view: GraphView, node: fx.Node, axis: int) -> Size | None:
     axis %= first
     while True:
         rank = view.rank(node) or 0
-        op = view.ops[node]
+        op, layer = view.ops[node], layer_op(view, node)
         kind = op.kind if isinstance(op, Map) else ""
         x: fx.Node | None = None
         join = joined_along(view, node)
@@ -89,11 +107,11 @@ def size_of(view: GraphView, node: fx.Node, axis: int) -> Size | None:
                 parts = [size_of(view, v, axis) for v in op.values]
                 known = [n for n in parts if isinstance(n, int)]
                 return sum(known) if len(known) == len(parts) else (node, axis)
-        elif isinstance(op, Map) and op.own is not None:
+        elif layer is not None and layer.own is not None:
             channels = rank - 1 if kind == "linear" else 1
             if axis == channels:
-                return op.own.outputs
-            x = op.x if kind == "linear" or axis == 0 else None
+                return layer.own.outputs
+            x = layer.x if kind == "linear" or axis == 0 else None
         elif kind == "bn" and axis == 1:
             return op.inputs  # type: ignore[union-attr]
         elif kind == "bn" or _is_activation(view, node):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry, Kernel
 from repfx.errors import CheckError, Inexact
+from repfx.graph.axes import layer_op
 from repfx.graph.edit import drop_unreferenced, layer_from, put_module, references, replace_region
 from repfx.graph.ops import Map, Ref
 from repfx.graph.regions import Region
@@ -24,7 +25,7 @@ from repfx.rewrite.merge_regions import Merge
 from repfx.rewrite.names import Names
 from repfx.rewrite.prove import EXACT, input_sizes, prove, twin
 from repfx.rewrite.results import Merged
-from repfx.rewrite.slide import Slide, Take, layer_op
+from repfx.rewrite.slide import Slide, Take
 from repfx.rewrite.weights import in_float64
 
 Fetch = Callable[[Ref], Tensor]

@@ -20,6 +20,7 @@ from repfx.graph.axes import (
     input_of,
     input_rank,
     joined_along,
+    layer_op,
     reads_size,
     size_of,
     wiring_of,
@@ -28,9 +29,8 @@ from repfx.graph.naming import described
 from repfx.graph.ops import Map, Op, Opaque, Sum
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
-from repfx.graph.vocabulary import overrides
 from repfx.graph.wiring import Wiring
-from repfx.rewrite.merge_regions import Accept
+from repfx.rewrite.merge_regions import Accept, Merge
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,22 @@ class Slide:
     forward: bool
 
 
-def plan_slides(view: GraphView, accept: Accept) -> tuple[list[Slide], dict[fx.Node, Inexact]]:
-    """The affines to move, no two of them into the same layer, and why others cannot move."""
+def plan_slides(
+    view: GraphView, accept: Accept, merges: Sequence[Merge] = ()
+) -> tuple[list[Slide], dict[fx.Node, Inexact]]:
+    """The affines to move, no two of them into the same layer, and why others cannot move.
+
+    `merges`: regions that will be layers by then."""
+    sinks = {m.region.sink: m.geometry for m in merges}
+    gone = {n for m in merges for n in m.region.removed}
     slides: list[Slide] = []
     failed: dict[fx.Node, Inexact] = {}
     taken: set[fx.Node] = set()
     for node in view.nodes:
+        if node in gone:
+            continue
         try:
-            found = _slide(view, node)
+            found = _slide(view, node, sinks)
         except Inexact as why:
             failed[node] = why
             continue
@@ -136,30 +144,12 @@ def explained(declined: Sequence[Declined], why: dict[str, Inexact]) -> tuple[De
     )
 
 
-def layer_op(view: GraphView, node: fx.Node) -> Map | None:
-    """The Map of a convolution or linear layer that may take an affine; None for other nodes.
-
-    A transposed convolution that is told its output's size is opaque, but it takes one as well."""
-    op, module = view.ops[node], view.module_of(node)
-    if isinstance(op, Map):
-        return op if op.own is not None and op.macs else None
-    kind = view.kind(node)
-    sized = kind.name == "conv_transpose" and len(node.args) == 2 - len(node.kwargs)
-    sized = sized and set(node.kwargs) <= {"output_size"}
-    if module is None or kind.leaf is None or kind.rule is None or not sized or overrides(module):
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    found = kind.rule(view, node.args[0], **kind.leaf.arguments(str(node.target), module))
-    return found if isinstance(found, Map) else None
-
-
-def _slide(view: GraphView, node: fx.Node) -> Slide | None:
+def _slide(view: GraphView, node: fx.Node, sinks: dict[fx.Node, Geometry]) -> Slide | None:
     op = view.ops[node]
     layout = _layout(view, node, op) if isinstance(op, Map) else None
     if layout is None or not isinstance(op, Map) or op.inputs is None:
         return None
-    walk = _Backward(view, node)
+    walk = _Backward(view, node, sinks)
     try:
         takes = tuple(walk.into(op.x, node, layout, tuple(range(op.inputs))))
         layers = {t.layer for t in takes}
@@ -195,20 +185,22 @@ class _Backward:
 
     view: GraphView
     affine: fx.Node
+    sinks: dict[fx.Node, Geometry]
     seen: list[fx.Node] = field(default_factory=list)
 
     def into(
         self, value: fx.Node, reader: fx.Node, layout: Layout, rows: tuple[int, ...]
     ) -> Iterator[Take]:
         view, op, layer = self.view, self.view.ops[value], layer_op(self.view, value)
+        own = self.sinks.get(value, None if layer is None else layer.own)
         self._check(value, reader)
         self.seen.append(value)
-        if layer is not None and layer.own is not None:
-            at = _channel_axis(layer, layout.rank)
-            if at not in layout.axes or layout.needs or layer.own.outputs != len(rows):
+        if own is not None:
+            at = _channel_axis(own, layout.rank)
+            if at not in layout.axes or layout.needs or own.outputs != len(rows):
                 raise Inexact(f"its channels are not those of {described(view, value)}")
-            if layer.own.why_no_layer:
-                raise Inexact(layer.own.why_no_layer)
+            if own.why_no_layer:
+                raise Inexact(own.why_no_layer)
             yield Take(value, rows, layout.shifts)
         elif isinstance(op, Sum) and Trait.JOINS in view.traits(value):
             yield from self._joined(value, op, layout, rows)
@@ -307,7 +299,7 @@ class _Forward:
         assert op.own is not None
         own, n, c = op.own, op.own.inputs, self.channels
         whole = n == c or ((layout.outer != layout.inner) and n % c == 0)
-        if _channel_axis(op, layout.rank) != layout.axes[0] or not whole:
+        if _channel_axis(own, layout.rank) != layout.axes[0] or not whole:
             raise Inexact(f"its channels are not those of {described(self.view, user)}")
         if own.why_no_layer:
             raise Inexact(own.why_no_layer)
@@ -316,9 +308,8 @@ class _Forward:
         return tuple(i // (n // c) if layout.inner else i % c for i in range(n))
 
 
-def _channel_axis(op: Map, rank: int) -> int | None:
-    """The channel axis of a layer's input and output, of `rank` axes; None if it takes others."""
-    assert op.own is not None
-    if op.kind == "linear":
+def _channel_axis(g: Geometry, rank: int) -> int | None:
+    """The channel axis of a layer's values, of `rank` axes; None if it takes others."""
+    if g.channel_axis == -1:
         return rank - 1 if rank >= 2 else None
-    return 1 if rank == len(op.own.axes) + 2 else None
+    return 1 if rank == len(g.axes) + 2 else None
