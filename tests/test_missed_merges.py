@@ -4,6 +4,7 @@ The model's own forward in eval mode, in float64, is the oracle."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -644,3 +645,70 @@ def test_a_norm_after_an_even_kernel(layer: Any) -> None:
     norm = NORMS[dims - 1](6)
     left, fused = left_over(nn.Sequential(layer, norm), image(2, 4, *(9, 8, 7)[:dims]))
     assert left == 0 and not reasons(fused)
+
+
+def trained(model: nn.Module, x: Tensor, bn: str = "batch") -> tuple[int, Any]:
+    """repq in float trains what the model trains; how many norms it leaves once it is fused."""
+    model = ready(model)
+    result = repfx.transform(model, [f"repq(bits=32, bn={bn})"], example=x)
+    assert_same(model, result, x, 1e-11)
+    plain, merged = copy.deepcopy(model).train(), copy.deepcopy(result).train()
+    for _ in range(2):
+        want, got = plain(x), merged(x)
+        if bn in ("batch", "frozen"):
+            assert float((want - got).detach().abs().amax()) < 1e-9
+    for key, value in plain.state_dict().items():
+        if "running_" in key and bn == "batch":
+            assert float((merged.state_dict()[key] - value).detach().abs().amax()) < 1e-9, key
+    plain.load_state_dict({k: merged.state_dict()[k] for k in plain.state_dict()})
+    assert_same(plain.eval(), merged.eval(), x, 1e-9)
+    fused = repfx.transform(merged.eval(), ["fuse"], example=x)
+    assert_same(plain, fused, x, 1e-9)
+    return count(fused, NORMS), result
+
+
+TRAINED: dict[str, nn.Module] = {
+    "a norm is read by a skip": Net(
+        lambda m, x: (y := m.a(x)) + F.gelu(m.b(y)), a=conv_bn(4, 6, 1), b=conv_bn(6, 6, 1)
+    ),
+    "two skips": Net(
+        lambda m, x: torch.sigmoid(y := m.a(x)) * (z := m.b(y)) + m.c(z),
+        a=conv_bn(4, 4, 1),
+        b=conv_bn(4, 4, 1),
+        c=conv_bn(4, 4, 1),
+    ),
+    "a norm alone is read by a skip": Net(
+        lambda m, x: F.gelu(m.b(y := m.n(m.a(x)))) + y,
+        a=nn.Conv2d(4, 4, 3, padding=1),
+        n=nn.BatchNorm2d(4),
+        b=conv_bn(4, 4, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_repq_merges_the_parts_of_what_it_cannot_merge_whole(name: str, bn: str) -> None:
+    left, result = trained(TRAINED[name], image(3, 4, 7, 6), bn)
+    assert left == 0 and not result.meta["repfx"].declined
+
+
+def test_repq_says_which_norm_stays() -> None:
+    model = Net(
+        lambda m, x: F.gelu(m.n((y := m.a(x)) + m.b(x))) * y,
+        a=conv_bn(4, 4, 3),
+        b=conv_bn(4, 4, 1),
+        n=nn.BatchNorm2d(4),
+    )
+    left, _ = trained(model, image(3, 4, 7, 6))
+    assert left == 1 and count(repfx.transform(ready(model), ["fuse"]), NORMS) == 1
+    model = Net(
+        lambda m, x: F.relu(m.n(m.a(x))) + F.relu(m.n(m.b(x))),
+        a=nn.Conv2d(4, 4, 3),
+        b=nn.Conv2d(4, 4, 3),
+        n=nn.BatchNorm2d(4),
+    )
+    result = repfx.transform(ready(model), ["repq"], example=image(2, 4, 7, 6))
+    assert {d.reason for d in result.meta["repfx"].declined} == {
+        "a batch norm inside it is called more than once"
+    }
