@@ -712,3 +712,85 @@ def test_repq_says_which_norm_stays() -> None:
     assert {d.reason for d in result.meta["repfx"].declined} == {
         "a batch norm inside it is called more than once"
     }
+
+
+def param(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.3)
+
+
+def five(m: Any) -> Tensor:
+    """The 5x5 kernel of a 3x3 one after another."""
+    return F.conv2d(m.a.transpose(0, 1), m.b.flip(2, 3), padding=2).transpose(0, 1)
+
+
+WEIGHTS: dict[str, nn.Module] = {
+    "3x3 after 3x3": Net(
+        lambda m, x: torch.relu(m.n(F.conv2d(x, five(m), padding=2))),
+        a=param(4, 3, 3, 3),
+        b=param(8, 4, 3, 3),
+        n=nn.BatchNorm2d(8),
+    ),
+    "without a norm": Net(
+        lambda m, x: torch.relu(F.conv2d(x, five(m), m.c, padding=2)),
+        a=param(4, 3, 3, 3),
+        b=param(8, 4, 3, 3),
+        c=param(8),
+    ),
+    "a product of matrices": Net(
+        lambda m, x: torch.relu(m.n(F.linear(x.mean((2, 3)), F.linear(m.b, m.a.t())))),
+        a=param(4, 3),
+        b=param(8, 4),
+        n=nn.BatchNorm1d(8),
+    ),
+    "transposed": Net(
+        lambda m, x: torch.relu(m.n(F.conv2d(x, F.conv_transpose2d(m.b, m.a), padding=2))),
+        a=param(4, 3, 3, 3),
+        b=param(8, 4, 3, 3),
+        n=nn.BatchNorm2d(8),
+    ),
+    "of a convolution of weights": Net(
+        lambda m, x: torch.relu(m.n(F.conv2d(x, F.conv2d(F.conv2d(m.a, m.b), m.c)))),
+        a=param(8, 4, 3, 3),
+        b=param(5, 4, 1, 1),
+        c=param(3, 5, 1, 1),
+        n=nn.BatchNorm2d(8),
+    ),
+    "read by two": Net(
+        lambda m, x: (
+            torch.relu(m.n(F.conv2d(x, (w := F.conv2d(m.a, m.b))))) * F.conv2d(x, w * 2).sigmoid()
+        ),
+        a=param(8, 4, 3, 3),
+        b=param(3, 4, 1, 1),
+        n=nn.BatchNorm2d(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_made_of_weights_are_folded_after_training(name: str, bits: int) -> None:
+    model, x = ready(WEIGHTS[name]), image(2, 3, 9, 8)
+    fused = repfx.transform(model, ["fuse"], example=x)
+    assert_same(model, fused, x, 1e-10)
+    result = repfx.transform(model, [f"repq(bits={bits})"], example=x).train()
+    result(x)
+    deployed = repfx.transform(result.eval(), ["fuse"], example=x)
+    assert_same(result, deployed, x, 1e-10)
+    for net in (fused, deployed):
+        held = {k.rpartition(".")[2] for k in net.state_dict()}
+        assert held <= {"weight", "bias", "scale"}, held
+        layers = [n for n in net.graph.nodes if n.target in (F.conv2d, F.linear)]
+        assert all(n.args[0].op != "get_attr" for n in layers)
+
+
+def test_a_layer_of_weights_beside_the_input_stays_a_layer() -> None:
+    model = ready(
+        Net(
+            lambda m, x: F.conv2d(x * F.linear(m.a, m.b).sum(), m.c * 2),
+            a=param(3, 4),
+            b=param(2, 4),
+            c=param(8, 3, 3, 3),
+        )
+    )
+    x = image(2, 3, 9, 8)
+    assert_same(model, repfx.transform(model, ["fuse"], example=x), x, 1e-10)
