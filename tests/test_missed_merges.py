@@ -794,3 +794,83 @@ def test_a_layer_of_weights_beside_the_input_stays_a_layer() -> None:
     )
     x = image(2, 3, 9, 8)
     assert_same(model, repfx.transform(model, ["fuse"], example=x), x, 1e-10)
+
+
+def back(y: Tensor) -> Tensor:
+    return y.permute(0, 3, 1, 2)
+
+
+# A layer of channels last, and a norm of channels first behind it: a region whose layout turns.
+TURNED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "images": (
+        Net(
+            lambda m, x: m.n(back(m.v(torch.relu(x.permute(0, 2, 3, 1))))),
+            v=nn.Linear(6, 5, bias=False),
+            n=nn.BatchNorm2d(5),
+        ),
+        (4, 6, 3, 7),
+    ),
+    "as many rows as channels": (
+        Net(
+            lambda m, x: m.n(back(m.v(torch.relu(x.permute(0, 2, 3, 1))))),
+            v=nn.Linear(6, 6),
+            n=nn.BatchNorm2d(6),
+        ),
+        (4, 6, 6, 7),
+    ),
+    "two layers": (
+        Net(
+            lambda m, x: m.n(back(m.w(m.v(torch.relu(x))))),
+            v=nn.Linear(7, 9),
+            w=nn.Linear(9, 2),
+            n=nn.BatchNorm2d(2),
+        ),
+        (4, 6, 6, 7),
+    ),
+    "tokens": (
+        Net(
+            lambda m, x: m.n(m.v(torch.relu(x)).transpose(1, 2)).relu(),
+            v=nn.Linear(6, 5),
+            n=nn.BatchNorm1d(5),
+        ),
+        (4, 6, 6),
+    ),
+    "a sum": (
+        Net(
+            lambda m, x: m.n(back((y := torch.relu(x)) + m.v(y))),
+            v=nn.Linear(6, 6),
+            n=nn.BatchNorm2d(6),
+        ),
+        (4, 6, 5, 6),
+    ),
+    "a norm of the input": (
+        Net(
+            lambda m, x: back(m.v(m.n(back(torch.relu(x))).permute(0, 2, 3, 1))),
+            v=nn.Linear(6, 6),
+            n=nn.BatchNorm2d(6),
+        ),
+        (4, 6, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("bn", ["running", "estimate", "estimate_paper", "sampled", "batch"])
+@pytest.mark.parametrize("name", TURNED)
+def test_repq_measures_a_norm_behind_channels_last_over_its_channels(name: str, bn: str) -> None:
+    model, shape = TURNED[name]
+    model, x = ready(model), image(*shape)
+    x = (x + image(*shape[1:])) * image(*shape[1:])  # no two positions are alike
+    result = repfx.transform(model, [f"repq(bits=32, bn={bn})"], example=x)
+    assert not result.meta["repfx"].declined
+    plain, merged = copy.deepcopy(model).train(), result.train()
+    want, got = plain(x), merged(x)
+    state, kept = merged.state_dict(), plain.state_dict()
+    assert torch.allclose(state["n.running_mean"], kept["n.running_mean"], rtol=1e-9, atol=1e-12)
+    if bn in ("running", "sampled", "batch"):
+        near = 0.3 if bn == "sampled" else 1e-9  # it leaves out the correction for the batch's size
+        assert torch.allclose(state["n.running_var"], kept["n.running_var"], rtol=near)
+    if bn == "batch":
+        assert torch.allclose(want, got, rtol=1e-9, atol=1e-9)
+    deployed = repfx.transform(merged.eval(), ["fuse"], example=x)
+    assert_same(merged, deployed, x, 1e-9)
+    assert count(deployed, NORMS) == 0
