@@ -5,8 +5,9 @@ The model's own forward in eval mode, in float64, is the oracle."""
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import repfx
+from repfx.graph import wiring
+from repfx.graph.vocabulary import KINDS
+from repfx.graph.wiring import At, Wiring
+from repfx.rewrite.slide import Layout
 from repfx.testing import assert_same, randomise
 
 
@@ -874,3 +879,108 @@ def test_repq_measures_a_norm_behind_channels_last_over_its_channels(name: str, 
     deployed = repfx.transform(merged.eval(), ["fuse"], example=x)
     assert_same(merged, deployed, x, 1e-9)
     assert count(deployed, NORMS) == 0
+
+
+def sizes_of(v: Any) -> tuple[Any, ...] | None:
+    return tuple(v.shape) if isinstance(v, Tensor) else None
+
+
+CALLS: dict[str, list[tuple[Any, ...]]] = {
+    "identity": [()],
+    "clone": [()],
+    "avgpool": [(2,), (3, 2, 1, False, False), (2, 2, 0, True), (3, 1, 1)],
+    "average": [(1,), ((2, 3),), ((2, 3), True), (-1, True), (2,), ((3, 2),)],
+    "pad": [((1, 2),), ((1, 2), "reflect"), ((-1, 0, 0, -1),), ((1, 1), "constant", 2.0)],
+    "getitem": [((slice(None), slice(1, 3)),), ((..., 0),), ((0, slice(None), 1),)],
+    "slice": [(1, 0, 2), (3, 1, 5, 2)],
+    "narrow": [(2, 0, 2)],
+    "index_select": [(1, torch.tensor([1, 0]))],
+    "flip": [([2],), ([1, 3],)],
+    "permute": [((0, 2, 3, 1),), ((3, 1, 0, 2),)],
+    "transpose": [(1, 2), (-1, 0)],
+    "flatten": [(), (1,), (1, 2), (2, -1), (0, 1)],
+    "reshape": [
+        ((2, 4, 30),),
+        ((2, -1),),
+        ((-1, 5),),
+        ((8, 6, 5),),
+        ((2, 4, 3, 10),),
+        (-1,),
+        (image(2, 4, 30),),
+    ],
+    "squeeze": [(1,), (-1,), (0,)],
+    "resize": [
+        ((12, 10),),
+        (None, 2),
+        ([12], False),
+        ([12, 10], False),
+        ([9, 7, 4], False),
+        ([9],),
+    ],
+}
+# A squeeze moves an affine only if an axis is known to have size one.
+WIRED = [r for r in KINDS if r.spelled and r.wiring not in (None, wiring.squeeze)]
+
+
+def called(row: Any) -> Iterator[tuple[Callable[..., Tensor], tuple[Any, ...], Tensor, Wiring]]:
+    """The calls of a row that run, on values of three ranks, with their wiring."""
+    shapes = ((2, 4, 6), (2, 4, 6, 5), (2, 4, 6, 5, 3))
+    for spelling, rest, shape in itertools.product(row.spelled, CALLS[row.name], shapes):
+        run = getattr(Tensor, spelling) if isinstance(spelling, str) else spelling
+        name, x = str(getattr(spelling, "__name__", spelling)), image(*shape)
+        if name.split(".")[0].endswith("_") or name.endswith(("out", "Dimname", "dtype")):
+            continue
+        at = At(len(shape), lambda v: v if v >= 0 else None, sizes_of)
+        try:
+            y, wired = run(x.clone(), *rest), row.wiring(at, x, *rest)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            continue  # arguments of another spelling
+        if wired is not None and isinstance(y, Tensor) and not wired.needs:
+            rank = y.dim()
+            assert len(wired.sources) == rank, (spelling, rest)
+            yield run, rest, x, wired
+
+
+@pytest.mark.parametrize("row", WIRED, ids=lambda row: row.name)
+def test_an_affine_moves_as_the_wiring_of_a_row_says(row: Any) -> None:
+    """On every axis of x: the operator on scale * x + shift, and the affine moved behind it."""
+    moved = 0
+    for run, rest, x, wired in called(row):
+        for axis, shifts in itertools.product(range(x.dim()), (False, True)):
+            after = Layout(x.dim(), (axis,), shifts=shifts).through(wired)
+            if after is None or (after.outer and after.inner):
+                continue
+            n, (at,), y = x.shape[axis], after.axes, run(x, *rest)
+            scale, shift = image(n) + 3, image(n) * shifts
+            shape = [n if i == axis else 1 for i in range(x.dim())]
+            got = run(x * scale.reshape(shape) + shift.reshape(shape), *rest)
+            m = y.shape[at]
+            rows = [i // (m // n) if after.inner else i % n for i in range(m)]
+            shape = [-1 if i == at else 1 for i in range(y.dim())]
+            want = y * scale[rows].reshape(shape) + shift[rows].reshape(shape)
+            assert torch.allclose(want, got, rtol=1e-9, atol=1e-9), (rest, axis)
+            moved += 1
+    assert moved
+
+
+def test_a_scale_that_makes_several_channels_of_one_stays() -> None:
+    model = ready(
+        Net(
+            lambda m, x: m.f((torch.relu(x) * m.s).mean((2, 3))),
+            s=nn.Parameter(torch.rand(8, 1, 1) + 0.5),
+            f=linear(),
+        )
+    )
+    x = image(2, 1, 6, 5)
+    fused = repfx.transform(model, ["fuse"], example=x)
+    assert_same(model, fused, x, 1e-11)
+    assert "s" in fused.state_dict()
+
+
+@pytest.mark.parametrize("name", ["pool, flatten", "tokens", "positions first"])
+def test_the_norm_of_an_exported_program_moves(name: str) -> None:
+    model, shapes = FORWARD[name]
+    model, x = ready(model), image(*shapes[0])
+    fused = repfx.transform(torch.export.export(model, (x,)), ["fuse"], example=x)
+    assert_same(model, fused, x, 1e-11)
+    assert not any("batch_norm" in str(n.target) for n in fused.graph.nodes)

@@ -11,7 +11,7 @@ from repfx.graph.ops import Map, Sum
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of, overrides
-from repfx.graph.wiring import At, Size, Sizes, Wiring, same
+from repfx.graph.wiring import At, Size, Sizes, Wiring, reshape_as, same
 
 
 def input_of(node: fx.Node) -> fx.Node | None:
@@ -21,15 +21,22 @@ def input_of(node: fx.Node) -> fx.Node | None:
     return first if isinstance(first, fx.Node) else None
 
 
-def wiring_of(view: GraphView, node: fx.Node, rank: int | None = None) -> Wiring | None:
-    """How a node moves the axes of its first argument, whose rank may be given. None if unknown."""
+def wiring_of(
+    view: GraphView,
+    node: fx.Node,
+    rank: int | None = None,
+    channels: tuple[int, int] | None = None,
+) -> Wiring | None:
+    """How a node moves the axes of its first argument; None if unknown.
+
+    The argument's rank may be given, and one of its axes with its size, as `channels`."""
     op, module, x = view.ops[node], view.module_of(node), input_of(node)
     rank = rank if x is None or view.rank(x) is None else view.rank(x)
     hooked = module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
     dropped = isinstance(op, Map) and op.kind == "dropout"  # in eval mode it writes nothing
     if x is None or rank is None or hooked or (node in view.writes.by and not dropped):
         return None
-    at = At(rank, lambda v: _size(view, v), lambda v: _sizes(view, v))
+    at = At(rank, lambda v: _size(view, v), lambda v: _sizes(view, v), channels)
     if isinstance(op, Map) and op.kind in ("identity", "dropout"):
         return same(at) if op.x is x else None
     called = call_of(node, module)
@@ -58,7 +65,7 @@ def reads_size(view: GraphView, user: fx.Node, value: fx.Node) -> bool:
     """Whether a user of a value reads only its shape, its type or its device."""
     if Trait.MEASURES in view.traits(user):
         return True
-    shaped = user.target in ("reshape_as", "view_as", "expand_as")
+    shaped = view.kind(user).wiring is reshape_as or user.target == "expand_as"
     return shaped and user.args[0] is not value and value in user.args[1:]
 
 

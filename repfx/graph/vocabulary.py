@@ -320,10 +320,15 @@ CHANNELS = (
     Kind(
         "getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem, wiring=wiring.getitem,
     ),
-    Kind("slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice"),
-    Kind("narrow", _MOVED, "narrow", rule=channels.narrow),
-    Kind("index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather"),
-    Kind("flip", _MOVED, "flip", rule=channels.flip),
+    Kind(
+        "slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice", wiring=wiring.along,
+    ),
+    Kind("narrow", _MOVED, "narrow", rule=channels.narrow, wiring=wiring.along),
+    Kind(
+        "index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather",
+        wiring=wiring.along,
+    ),
+    Kind("flip", _MOVED, "flip", rule=channels.flip, wiring=wiring.flip),
     Kind(
         "channel_shuffle", _MOVED, "channel_shuffle native_channel_shuffle",
         rule=channels.channel_shuffle, leaf=Leaf((nn.ChannelShuffle,), values="groups"),

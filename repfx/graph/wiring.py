@@ -22,11 +22,12 @@ class At:
     """What a call is applied to: a value of `rank` axes.
 
     `size` turns an argument into a Size, `sizes_of` a value or its shape into its sizes. Both give
-    None where that is not known."""
+    None where that is not known. `channels`: an axis and its size, if the caller knows one."""
 
     rank: int
     size: Callable[[Any], Size | None]
     sizes_of: Callable[[Any], Sizes | None]
+    channels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ def flatten(at: At, input: Any, start_dim: int = 0, end_dim: int = -1) -> Wiring
     return Wiring((*kept[:start], tuple(range(start, end + 1)), *kept[end + 1 :]))
 
 
+def along(at: At, input: Any, dim: int = 0, *_: Any, **__: Any) -> Wiring:
+    """A slice, and other choices of positions along one axis."""
+    return replace(same(at), mixed=_axes(dim, at.rank))
+
+
+def flip(at: At, input: Any, *given: Any, dims: Any = None) -> Wiring:
+    dims = given if dims is None else (dims,)
+    flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    return replace(same(at), mixed=_axes(flat, at.rank))
+
+
 def permute(at: At, input: Any, *given: Any, dims: Any = None) -> Wiring:
     dims = given if dims is None else (dims,)
     flat = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
@@ -153,19 +165,23 @@ def reshape(at: At, input: Any, *shape: Any, **named: Any) -> Wiring | None:
         after = tuple(map(at.size, one))
     elif isinstance(one, int) and not isinstance(one, bool):
         after = (at.size(one),)
-    return None if before is None or after is None else _between(before, after)
+    if before is None or after is None:
+        return None
+    return _between(before, after, at.channels)
 
 
 def reshape_as(at: At, input: Any, other: Any) -> Wiring | None:
     return reshape(at, input, other)
 
 
-def _between(before: Sizes, after: Sizes) -> Wiring:
-    start, most = 0, min(len(before), len(after))
-    while start < most and before[start] is not None and before[start] == after[start]:
-        start += 1
-    ends = list(zip(reversed(before[start:]), reversed(after[start:]), strict=False))
-    end = next((i for i, (a, b) in enumerate(ends) if a is None or a != b), len(ends))
+def _between(before: Sizes, after: Sizes, channels: tuple[int, int] | None) -> Wiring:
+    def equal(i: int, j: int) -> bool:
+        return before[i] is not None and (before[i] == after[j] or (i, after[j]) == channels)
+
+    m, n = len(before), len(after)
+    start = next((i for i in range(min(m, n)) if not equal(i, i)), min(m, n))
+    most = min(m, n) - start
+    end = next((i for i in range(most) if not equal(m - 1 - i, n - 1 - i)), most)
     middle, new = tuple(range(start, len(before) - end)), len(after) - start - end
     kept = [(i,) for i in range(len(before))]
     held = (middle,) if new == 1 else ((),) * new

@@ -69,8 +69,10 @@ def absorbed(view: GraphView, slide: Slide) -> list[Absorbed]:
     return done
 
 
-def put(module: fx.GraphModule, view: GraphView, slides: list[Slide]) -> tuple[Merged, ...]:
-    """Replaces the layers of each slide, and removes its affine."""
+def put(
+    module: fx.GraphModule, view: GraphView, slides: list[Slide], failed: dict[fx.Node, Inexact]
+) -> tuple[Merged, ...]:
+    """Replaces the layers of each slide and removes its affine, or adds why not to `failed`."""
     before, names = references(module.graph), Names(view, module)
     moved: dict[fx.Node, fx.Node] = {}
     replaced: list[nn.Module] = []
@@ -84,7 +86,8 @@ def put(module: fx.GraphModule, view: GraphView, slides: list[Slide]) -> tuple[M
     for slide in slides:
         try:
             layers = absorbed(view, slide)
-        except Inexact:
+        except Inexact as why:
+            failed[slide.affine] = why
             continue
         op = view.ops[slide.affine]
         assert isinstance(op, Map)

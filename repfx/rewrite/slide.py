@@ -176,7 +176,9 @@ def _layout(view: GraphView, node: fx.Node, op: Map) -> Layout | None:
     wide = [i for i, n in enumerate(shape) if n > 1]
     if len(wide) != 1 or len(shape) > rank:
         return None
-    return Layout(rank, (wide[0] - len(shape) + rank,), shifts=op.kind == "shift")
+    axis = wide[0] - len(shape) + rank
+    spreads = view.channels(op.x, axis) != op.inputs  # a value of one channel becomes several
+    return None if spreads else Layout(rank, (axis,), shifts=op.kind == "shift")
 
 
 @dataclass
@@ -270,7 +272,9 @@ class _Forward:
         for user in users:
             if user.op == "output":
                 raise Inexact("it is a result of the model")
-            wired = wiring_of(view, user, layout.rank) if input_of(user) is value else None
+            one = None if layout.outer or layout.inner else (layout.axes[0], self.channels)
+            reads = input_of(user) is value
+            wired = wiring_of(view, user, layout.rank, one) if reads else None
             after = None if wired is None else layout.through(wired)
             layer = layer_op(view, user)
             again = user in self.passed or user in self.layers

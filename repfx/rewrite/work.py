@@ -76,7 +76,7 @@ class Work:
                 continue
             view = GraphView(module) if plan.merges else view
             slides, failed = plan_slides(view, accept)
-            moved = put(module, view, slides) if slides else ()
+            moved = put(module, view, slides, failed) if slides else ()
             merged += moved
             if not moved:
                 why = {view.name(node): inexact for node, inexact in failed.items()}
