@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 
 import repfx
 from repfx.graph import wiring
+from repfx.graph.ops import Map
+from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import KINDS
 from repfx.graph.wiring import At, Wiring
 from repfx.rewrite.slide import Layout
@@ -111,10 +113,13 @@ def test_what_does_something_is_no_identity(act: Callable[[Tensor], Tensor]) -> 
     assert_same(model, repfx.transform(model, ["fuse"], example=x), x, 1e-12)
 
 
-def test_a_number_that_makes_integers_floats_stays() -> None:
+def test_a_number_that_makes_integers_floats_is_no_identity() -> None:
     model = Net(lambda m, x: m.a((x > 0).int() / 1), a=nn.Linear(4, 2)).eval()
     x = torch.randn(2, 4)
-    assert_same(model, repfx.transform(model, ["fuse"], example=x), x, 1e-6)
+    fused = repfx.transform(model, ["fuse"], example=x)
+    assert_same(model, fused, x, 1e-6)
+    view = GraphView(fused)
+    assert [op.kind for op in view.ops.values() if isinstance(op, Map)] == ["scale", "linear"]
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -444,6 +449,11 @@ BEHIND: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         ),
         (2, 5, 6),
         "linear 'f' before it is also read elsewhere",
+    ),
+    "an axis that happens to have size one": (
+        Net(lambda m, x: m.n(m.f(x).squeeze(3)), f=nn.Conv2d(4, 8, 3), n=nn.BatchNorm1d(8)),
+        (2, 4, 6, 3),
+        "its channels are not those of conv 3x3 'f'",
     ),
     "a padded pool": (
         Net(

@@ -195,7 +195,9 @@ class _Backward:
     ) -> Iterator[Take]:
         view, op, layer = self.view, self.view.ops[value], layer_op(self.view, value)
         own = self.sinks.get(value, None if layer is None else layer.own)
-        self._check(value, reader)
+        others = [u for u in value.users if u is not reader and not reads_size(view, u, value)]
+        if others or value in self.seen:
+            raise Inexact(f"{described(view, value)} before it is also read elsewhere")
         self.seen.append(value)
         if own is not None:
             at = _channel_axis(own, layout.rank)
@@ -215,15 +217,6 @@ class _Backward:
             if x is None or before is None:
                 raise Inexact(f"no convolution leads to it: its input is {described(view, value)}")
             yield from self.into(x, value, before, rows)
-
-    def _check(self, value: fx.Node, reader: fx.Node) -> None:
-        view, name = self.view, described(self.view, value)
-        others = (u for u in value.users if u is not reader and not reads_size(view, u, value))
-        if value in self.seen or any(others):
-            raise Inexact(f"{name} before it is also read elsewhere")
-        written = view.writes.of.get(value, ())
-        if any(view.index[value] < view.index[w] < view.index[self.affine] for w in written):
-            raise Inexact(f"{name} before it is changed in place")
 
     def _joined(
         self, value: fx.Node, op: Sum, layout: Layout, rows: tuple[int, ...]
