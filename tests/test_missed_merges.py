@@ -28,7 +28,7 @@ from repfx.testing import assert_same, randomise
 class Net(nn.Module):
     """Holds parts as attributes and runs a function of them and x."""
 
-    def __init__(self, run: Callable[..., Tensor], **parts: Any) -> None:
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
@@ -150,7 +150,7 @@ class Shared(nn.Module):
         return torch.softmax(self.q(tokens), 1) * self.k(tokens) + self.v(y).flatten(2).mT
 
 
-def norm_then(run: Callable[[Any, Tensor], Tensor], *sizes: int, **parts: Any) -> nn.Module:
+def norm_then(run: Callable[[Any, Tensor], Any], *sizes: int, **parts: Any) -> nn.Module:
     """relu(conv(x)), a batch norm, and what moves the channels before a layer."""
     norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(sizes) or 2](8)
     return Net(lambda m, x: run(m, m.n(torch.relu(x))), n=norm, **parts)
