@@ -5,7 +5,9 @@
 It covers any block that is linear between one input and one output: branches, chains, batch norms,
 scales, pools and pads. A region that is inexact at the border, or that would cost more when merged,
 is declined with the reason, and the blocks inside it are merged instead. A value that is also read
-elsewhere is kept. A second run finds nothing to do. After `repq` it replaces the code that computes
+elsewhere is kept. A norm, scale or shift that no region takes moves through pools, flattens,
+transposes and concatenations into the layers before or behind them. A second run finds nothing to
+do. After `repq` it replaces the code that computes
 each weight by the weight itself; after `qprep` it folds each affine into its layer's integers."""
 
 from __future__ import annotations

@@ -135,17 +135,20 @@ class _Writer:
 def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
     """The layers to train merged, in graph order.
 
-    These are the regions that `fuse` would merge and every other convolution or linear layer."""
-    plan = plan_merges(view)
-    found, declined = [], []
-    taken = {n for m in plan.merges for n in m.region.removed}
-    for merge in plan.merges:
-        why = _why_not(view, merge.region)
+    These are the regions that `fuse` would merge, or the largest parts of them that can be trained
+    merged, and every other convolution or linear layer."""
+    refused: dict[fx.Node, str] = {}
+
+    def refuse(region: Region) -> str:
+        why = _why_not(view, region)
         if why:
-            declined.append(Declined(view.name(merge.region.sink), why))
-            taken -= set(merge.region.removed)
-        else:
-            found.append(merge)
+            refused.update(dict.fromkeys(_norms(view, region), why))
+        return why
+
+    plan = plan_merges(view, refuse=refuse)
+    found = list(plan.merges)
+    taken = {n for m in plan.merges for n in m.region.removed}
+    declined = [Declined(view.name(n), why) for n, why in refused.items() if n not in taken]
     for node in view.nodes:
         op = view.ops[node]
         if (
@@ -165,9 +168,13 @@ def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
     return sorted(found, key=lambda m: view.index[m.region.sink]), declined
 
 
+def _norms(view: GraphView, region: Region) -> list[fx.Node]:
+    return [n for n in region.nodes if getattr(view.ops[n], "kind", "") == "bn"]
+
+
 def _why_not(view: GraphView, region: Region) -> str:
     """Why a region cannot be trained on its merged weight."""
-    norms = [n for n in region.nodes if getattr(view.ops[n], "kind", "") == "bn"]
+    norms = _norms(view, region)
     if any(n in region.kept for n in norms):
         return "a batch norm inside it is also read elsewhere"
     if any(n.op != "call_module" for n in norms):

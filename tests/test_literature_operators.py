@@ -208,8 +208,8 @@ DECLINED: dict[str, tuple[nn.Module, int | None, int | None, str | None]] = {
     "adaptive pool": (
         Net(lambda m, x: m.n(F.adaptive_avg_pool2d(m.a(x), 3)), a=conv(), n=BN(8)),
         1,
-        1,
-        "adaptive",
+        0,  # the norm moves into the convolution, the pool stays
+        None,
     ),
     "pixel shuffle": (
         Net(lambda m, x: m.n(F.pixel_shuffle(m.a(x), 2)), a=conv(8, 32), n=BN(8)),
@@ -231,8 +231,8 @@ DECLINED: dict[str, tuple[nn.Module, int | None, int | None, str | None]] = {
             n=BN(16),
         ),
         2,
+        0,  # the norm moves into both
         None,
-        "",
     ),
     "reflect, reflect": (nn.Sequential(REFLECTED(), REFLECTED()), 2, 0, "reflect"),
     "reflect beside zeros": (

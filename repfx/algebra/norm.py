@@ -85,7 +85,9 @@ class KernelNorm(nn.Module):
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
         self.eps: float = norm.eps  # type: ignore[assignment]
         self.momentum: float | None = norm.momentum  # type: ignore[assignment]
-        self.geometry, self.mode, self.exact, self.sample = geometry, mode, exact, sample
+        # The statistics are those of u laid out as x is.
+        self.geometry = geometry.turned_to(geometry.source_axis)
+        self.mode, self.exact, self.sample = mode, exact, sample
         self.training = norm.training
 
     def forward(

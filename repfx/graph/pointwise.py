@@ -76,11 +76,13 @@ def dropout(
 
 
 def _scale(c: Constants, x: Any, factor: Any, power: int = 1) -> Op:
+    if _is_number(factor) and factor == 1 and _keeps_dtype(c, x):
+        return identity(c, x)
     return _affine(c, x, "scale", lambda v: (v**power, None), factor)
 
 
 def _shift(c: Constants, x: Any, sign: float, amount: Any, alpha: float) -> Op:
-    if isinstance(amount, (int, float)) and amount == 0 and sign == 1:
+    if _is_number(amount) and amount == 0 and sign == 1 and _keeps_dtype(c, x):
         return identity(c, x)  # Python's sum() starts from the number 0
     return _affine(
         c, x, "shift", lambda v: (torch.full_like(v, sign), alpha * v), amount, bias=True
@@ -96,7 +98,7 @@ def _affine(
     bias: bool = False,
 ) -> Op:
     """y = scale * x + shift, both from a number, or a constant tensor with an entry per channel."""
-    number = isinstance(operand, (int, float)) and not isinstance(operand, bool)
+    number = _is_number(operand)
     if not isinstance(x, fx.Node) or not (number or c.is_constant(operand)):
         return Opaque()
     shape = () if number else tuple(c.tensor(operand).shape)
@@ -146,6 +148,16 @@ def _widens(operand: Tensor, value: torch.dtype | None) -> bool:
         and operand.dim() > 0
         and torch.promote_types(value, operand.dtype) != value
     )
+
+
+def _is_number(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
+def _keeps_dtype(c: Constants, x: Any) -> bool:
+    """Whether a number cannot change the dtype of x. It would make integers floats, say."""
+    seen = c.dtype(x) if isinstance(x, fx.Node) else None
+    return isinstance(x, fx.Node) and (seen is None or seen.is_floating_point)
 
 
 def _is_value(c: Constants, v: Any) -> bool:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from repfx.algebra import pad_with
-from repfx.graph import channels, pointwise, spatial, traits
+from repfx.graph import channels, pointwise, spatial, traits, wiring
 from repfx.graph.guards import holds
 from repfx.graph.modes import TrainOnly
 from repfx.graph.ops import Op
@@ -65,7 +65,7 @@ class Kind:
 
     `traits` hold for every call, and `when` adds those of one call. `names` stands for all
     functions, methods and aten overloads with these names, `also` for exactly the ones listed.
-    `onnx` names operators of ONNX.
+    `onnx` names operators of ONNX. `wiring` tells how the axes of the value are moved.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Kind:
     also: Iterable[Any] = ()
     leaf: Leaf | None = None
     onnx: str = ""
+    wiring: Callable[..., wiring.Wiring | None] | None = None
 
     @property
     def spelled(self) -> tuple[Any, ...]:
@@ -193,10 +194,10 @@ POINTWISE = (
     ),
     Kind("neg", T.FRESH, "neg negative", rule=pointwise.neg, onnx="Neg"),
     Kind(
-        "identity", T.SAME, "contiguous alias", rule=pointwise.identity,
-        leaf=Leaf((nn.Identity,)), onnx="Identity",
+        "identity", T.SAME, "contiguous alias positive pos", rule=pointwise.identity,
+        leaf=Leaf((nn.Identity,)), onnx="Identity", wiring=wiring.same,
     ),
-    Kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity),
+    Kind("clone", T.SAME | T.FRESH, "clone", rule=pointwise.identity, wiring=wiring.same),
     Kind(
         "dropout", T.RANDOM,
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout",
@@ -263,13 +264,21 @@ POOLS = (
             rule=partial(spatial.avg_pool, axes=n),
             leaf=Leaf((getattr(nn, f"AvgPool{n}d"),), values=_POOL),
             onnx="AveragePool GlobalAveragePool" if n == 2 else "",
+            wiring=partial(wiring.avg_pool, axes=n),
+        )
+        for n in (1, 2, 3)
+    ),
+    *(
+        Kind(
+            "average", T.AVERAGES | T.KEEPS_SIGN | T.FRESH, f"adaptive_avg_pool{n}d",
+            leaf=Leaf((getattr(nn, f"AdaptiveAvgPool{n}d"),), values="output_size"),
+            wiring=partial(wiring.adaptive_pool, axes=n),
         )
         for n in (1, 2, 3)
     ),
     Kind(
-        "average", T.AVERAGES | T.KEEPS_SIGN | T.FRESH,
-        "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
-        leaf=Leaf(_each("AdaptiveAvgPool")), onnx="ReduceMean",
+        "average", T.AVERAGES | T.KEEPS_SIGN | T.FRESH, "mean", onnx="ReduceMean",
+        wiring=wiring.mean,
     ),
     Kind(
         "max_pool", _MOVED | T.MAXIMUM | T.FRESH, "max_pool1d max_pool2d max_pool3d",
@@ -286,7 +295,10 @@ POOLS = (
 
 PADS = (
     *(
-        Kind("pad", T.FRESH | T.PADS, names, rule=spatial.pad, leaf=_pads(mode, classes), onnx=onnx)
+        Kind(
+            "pad", T.FRESH | T.PADS, names, rule=spatial.pad, leaf=_pads(mode, classes), onnx=onnx,
+            wiring=wiring.pad,
+        )
         for names, mode, classes, onnx in (
             ("pad", "constant", (*_each("ConstantPad"), *_each("ZeroPad")), "Pad"),
             ("", "reflect", _each("ReflectionPad"), ""),
@@ -294,7 +306,10 @@ PADS = (
             ("", "circular", _each("CircularPad"), ""),
         )
     ),
-    Kind("pad", T.FRESH | T.PADS, "constant_pad_nd", rule=spatial.constant_pad),
+    Kind(
+        "pad", T.FRESH | T.PADS, "constant_pad_nd", rule=spatial.constant_pad,
+        wiring=wiring.constant_pad,
+    ),
     Kind("pad", T.FRESH | T.PADS, rule=spatial.pad_own, also=[pad_with]),
 )  # fmt: skip
 
@@ -303,27 +318,43 @@ CHANNELS = (
     Kind("stack", T.JOINS | T.FRESH | T.KEEPS_SIGN, "stack hstack vstack dstack"),
     Kind("chunk", _MOVED, "chunk", rule=channels.chunk),
     Kind("split", _MOVED, "split split_with_sizes", rule=channels.split, onnx="Split"),
-    Kind("getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem),
-    Kind("slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice"),
-    Kind("narrow", _MOVED, "narrow", rule=channels.narrow),
-    Kind("index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather"),
-    Kind("flip", _MOVED, "flip", rule=channels.flip),
+    Kind(
+        "getitem", T.KEEPS_SIGN, "getitem", rule=channels.getitem, wiring=wiring.getitem,
+    ),
+    Kind(
+        "slice", _MOVED, "slice", rule=channels.slice_dim, onnx="Slice", wiring=wiring.along,
+    ),
+    Kind("narrow", _MOVED, "narrow", rule=channels.narrow, wiring=wiring.along),
+    Kind(
+        "index_select", _MOVED, "index_select", rule=channels.index_select, onnx="Gather",
+        wiring=wiring.along,
+    ),
+    Kind("flip", _MOVED, "flip", rule=channels.flip, wiring=wiring.flip),
     Kind(
         "channel_shuffle", _MOVED, "channel_shuffle native_channel_shuffle",
         rule=channels.channel_shuffle, leaf=Leaf((nn.ChannelShuffle,), values="groups"),
     ),
-    Kind("permute", _MOVED, "permute", rule=channels.permute, onnx="Transpose"),
-    Kind("transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose),
+    Kind(
+        "permute", _MOVED, "permute", rule=channels.permute, onnx="Transpose",
+        wiring=wiring.permute,
+    ),
+    Kind(
+        "transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose,
+        wiring=wiring.transpose,
+    ),
 )  # fmt: skip
 
 SHAPES = (
-    Kind("flatten", _SHAPED, "flatten", leaf=Leaf((nn.Flatten,)), onnx="Flatten"),
     Kind(
-        "reshape", _SHAPED, "reshape view_as reshape_as unflatten",
-        leaf=Leaf((nn.Unflatten,)), onnx="Reshape",
+        "flatten", _SHAPED, "flatten", leaf=Leaf((nn.Flatten,), values="start_dim end_dim"),
+        onnx="Flatten", wiring=wiring.flatten,
     ),
-    Kind("reshape", names="view", when=traits.view),
-    Kind("squeeze", _SHAPED, "squeeze unsqueeze", onnx="Squeeze Unsqueeze"),
+    Kind("reshape", _SHAPED, "reshape", onnx="Reshape", wiring=wiring.reshape),
+    Kind("reshape", _SHAPED, "reshape_as view_as", wiring=wiring.reshape_as),
+    Kind("reshape", _SHAPED, "unflatten", leaf=Leaf((nn.Unflatten,))),
+    Kind("reshape", names="view", when=traits.view, wiring=wiring.reshape),
+    Kind("squeeze", _SHAPED, "squeeze", onnx="Squeeze", wiring=wiring.squeeze),
+    Kind("squeeze", _SHAPED, "unsqueeze", onnx="Unsqueeze", wiring=wiring.unsqueeze),
     Kind("expand", _MOVED | T.SPREADS, "expand expand_as", onnx="Expand Tile"),
     Kind(
         "pixel_shuffle", _MOVED | T.FRESH, "pixel_shuffle pixel_unshuffle",
@@ -335,11 +366,15 @@ SHAPES = (
             (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
             values="size scale_factor mode",
         ),
+        wiring=wiring.spatial,
     ),
-    Kind("resize", _MOVED | T.FRESH, "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
+    Kind(
+        "resize", _MOVED | T.FRESH, "upsample_nearest1d upsample_nearest2d upsample_nearest3d",
+        wiring=wiring.spatial,
+    ),
     Kind(
         "resize", T.KEEPS_SIGN | T.FRESH,
-        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d",
+        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d", wiring=wiring.spatial,
     ),
     Kind("store", T.STORES, "setitem copy slice_scatter", also=[aten.copy_.default]),
 )  # fmt: skip

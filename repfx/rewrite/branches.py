@@ -110,7 +110,7 @@ def _terms(view: GraphView, node: fx.Node, source: fx.Node) -> list[fx.Node]:
 
 
 def _past_identities(view: GraphView, node: fx.Node, source: fx.Node) -> fx.Node:
-    """The value before any identities: `nn.Identity`, or the addition of a literal 0."""
+    """The value before any identities: `nn.Identity`, x + 0, x * 1, ..."""
     op = view.ops[node]
     while node is not source and isinstance(op, Map) and op.kind == "identity":
         node = op.x

@@ -72,6 +72,8 @@ def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, fx.Node) or isinstance(bias, str):
         return None
+    if _is_program(module, layer.x):  # a convolution of weights: a step of another program
+        return None
     quant = weight if _quantizer(module, weight) is not None else None
     weight = weight if quant is None else cast(fx.Node, quant.args[0])
     if weight.op == "get_attr" or not _is_program(module, weight):

@@ -16,6 +16,7 @@ from repfx.graph.view import GraphView
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.rewrite.names import Names
 from repfx.rewrite.runner import as_args, require_convolutions
+from repfx.rewrite.slide import Slide, explained, plan_slides
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,28 @@ def inspect(model: Any, *, example: Any = None) -> Inspection:
                 (m.params_before, m.geometry.params),
             )
             regions.append(RegionReport(name, kinds, layer(m.geometry), "", *macs, *params))
-        for d in plan.declined:
+        slides, failed = plan_slides(view, lambda ops: True, plan.merges)
+        regions += [_moved(view, slide, prefix) for slide in slides]
+        told = {view.name(slide.affine) for slide in slides}
+        why = {view.name(node): inexact for node, inexact in failed.items()}
+        for d in explained([d for d in plan.declined if d.where not in told], why):
             regions.append(RegionReport(prefix + d.where, (), None, d.reason, 0, 0, 0, 0, d.cure))
             declined.append(Declined(prefix + d.where, d.reason, d.cure))
     return Inspection(tuple(regions), tuple(declined), tuple(captured.facts))
+
+
+def _moved(view: GraphView, slide: Slide, prefix: str) -> RegionReport:
+    """The report of an affine that moves into layers, which stay as large as they are."""
+    ops = [view.ops[n] for n in (slide.affine, *(t.layer for t in slide.takes))]
+    layers = [view.name(t.layer) for t in slide.takes]
+    macs = float(sum(getattr(op, "macs", 0) for op in ops))
+    params = sum(getattr(op, "params", 0) for op in ops)
+    into = f"part of {', '.join(prefix + name for name in layers)}"
+    affine = getattr(ops[0], "params", 0)
+    kinds = tuple(operator(op) for op in ops)
+    return RegionReport(
+        prefix + view.name(slide.affine), kinds, into, "", macs, macs, params, params - affine
+    )
 
 
 def _tally(kinds: tuple[str, ...]) -> str:

@@ -29,6 +29,7 @@ from repfx.rewrite.kernel_of import geometries
 
 Cost = tuple[Fraction, int, int]  # MACs, operators left, dropouts removed
 Accept = Callable[[list[Op]], bool]
+Refuse = Callable[[Region], str]  # why a region must not become one layer; empty if it may
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class Plan:
     again: bool  # whether these merges may make room for more
 
 
-def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
-    """Finds every region to merge; `accept` may reject a region by its operators."""
+def plan_merges(
+    view: GraphView, accept: Accept = lambda ops: True, refuse: Refuse = lambda region: ""
+) -> Plan:
+    """Finds every region to merge.
+
+    `accept` may reject a region by its operators, and `refuse` for a reason, which is told."""
     merges: list[Merge] = []
     told = _Told(view)
     taken: set[fx.Node] = set()
@@ -67,7 +72,7 @@ def plan_merges(view: GraphView, accept: Accept = lambda ops: True) -> Plan:
         blocked |= run.blocked
         if len(run.ends) < 2:
             continue
-        cut = _Cut(view, run, accept, needed)
+        cut = _Cut(view, run, (accept, refuse), needed)
         parts = cut.best()
         _explain(cut, parts, told)
         for merge in (merge for _, _, merge in parts if merge is not None):
@@ -92,8 +97,11 @@ Part = tuple[int, int, Merge | None]  # from one end of a run to another; None i
 class _Cut:
     """The search for the cheapest cut of one run."""
 
-    def __init__(self, view: GraphView, run: Run, accept: Accept, needed: set[fx.Node]) -> None:
-        self.view, self.run, self.accept, self.needed = view, run, accept, needed
+    def __init__(
+        self, view: GraphView, run: Run, rules: tuple[Accept, Refuse], needed: set[fx.Node]
+    ) -> None:
+        self.view, self.run, self.needed = view, run, needed
+        self.accept, self.refuse = rules
         self.rates = _rates(view, run.ends[0], self.between(0, len(run.steps)))
         # For each pair of ends: the one convolution between them, or why there is none.
         self.known: dict[tuple[int, int], Geometry | Inexact] = {}
@@ -157,6 +165,10 @@ class _Cut:
         rate = rates[region.source]
         before, merged = _macs(view, removed, rates), geometry.macs * rate
         if left >= _count(view, removed) or merged > before:
+            return None
+        why = self.refuse(region)
+        if why:
+            self.known[i, j] = Inexact(why)
             return None
         params = sum(op.params for op in ops if not isinstance(op, Opaque))
         dropouts = len(removed) - _count(view, removed)

@@ -42,6 +42,8 @@ class Names:
             weight = self.view.tensor(weight_of(node))
             return (weight[0, 0].numel() if weight.dim() > 2 else 1, op.macs)
 
+        if len(merge.region.removed) == 1:
+            return merge.region.removed[0]
         convs = [n for n in merge.region.removed if self.view.ops[n].macs]  # type: ignore[union-attr]
         return max(convs, key=width)
 
@@ -56,7 +58,7 @@ class Names:
             if len(set(names)) > 1:
                 break
             shared.append(names[0])
-        inside = sum(bool(self.view.ops[n].macs) for n in merge.region.removed)  # type: ignore[union-attr]
+        inside = sum(bool(getattr(self.view.ops[n], "macs", 0)) for n in merge.region.removed)
         here = shared and 2 * inside > self.under[".".join(shared)]
         return ".".join(shared) if here else self.view.name(self.main(merge))
 

@@ -114,7 +114,7 @@ def _run(
     last = {v: node for node in region.nodes for v in node.all_input_nodes}
     for node in region.nodes:
         if node.op == "call_module" and node not in twins:
-            twins[node] = _twin(view.modules[str(node.target)], str(node.target), fetch)
+            twins[node] = twin(view.modules[str(node.target)], str(node.target), fetch)
         values[node] = call(node, value, twins.get(node))
         if seen is not None and isinstance(values[node], Tensor):
             seen.append(float(values[node].abs().amax()))
@@ -125,18 +125,18 @@ def _run(
     return output
 
 
-def _twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:
+def twin(module: nn.Module, path: str, fetch: Callable[[Ref], Tensor]) -> nn.Module:
     """A copy of the module in eval mode, with the fetched tensors, which are in float64."""
     if nn.utils.parametrize.is_parametrized(module):
         return copy.deepcopy(module).cpu().double().eval()
-    twin = copy.copy(module)
+    copied = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
         tensors = {
             k: t if t is None else fetch(f"{path}.{k}") for k, t in module.__dict__[kind].items()
         }
-        twin.__dict__[kind] = tensors
-    twin.__dict__["_modules"] = {
-        k: m and _twin(m, f"{path}.{k}", fetch) for k, m in module._modules.items()
+        copied.__dict__[kind] = tensors
+    copied.__dict__["_modules"] = {
+        k: m and twin(m, f"{path}.{k}", fetch) for k, m in module._modules.items()
     }
-    twin.__dict__["training"] = False
-    return twin
+    copied.__dict__["training"] = False
+    return copied

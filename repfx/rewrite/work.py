@@ -19,6 +19,7 @@ from repfx.graph.edit import (
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.quant import Target
+from repfx.rewrite.absorb import put
 from repfx.rewrite.fold import fold_programs
 from repfx.rewrite.fold_affine import fold_affines
 from repfx.rewrite.kernel_of import kernel_of
@@ -26,6 +27,7 @@ from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.names import Names, weight_of
 from repfx.rewrite.prove import prove
 from repfx.rewrite.results import Merged, Result
+from repfx.rewrite.slide import explained, plan_slides
 from repfx.rewrite.weights import in_float64
 
 
@@ -64,13 +66,21 @@ class Work:
         Each merged layer is proved against its region before it replaces it."""
         # `accept` gets operators, and through them it can reach the graph.
         module = self._module if accept is None else self.module
+        accept = accept or (lambda ops: True)
         merged: list[Merged] = []
         while True:
             view = GraphView(module)
-            plan = plan_merges(view, accept or (lambda ops: True))
+            plan = plan_merges(view, accept)
             merged += self._merge(view, plan)
-            if not plan.again:
-                return Result(name, tuple(merged), plan.declined)
+            if plan.again:
+                continue
+            view = GraphView(module) if plan.merges else view
+            slides, failed = plan_slides(view, accept)
+            moved = put(module, view, slides, failed) if slides else ()
+            merged += moved
+            if not moved:
+                why = {view.name(node): inexact for node, inexact in failed.items()}
+                return Result(name, tuple(merged), explained(plan.declined, why))
 
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node:
         """Inserts a call of `layer` on `value` before a node, and returns the call.
