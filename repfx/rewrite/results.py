@@ -39,11 +39,12 @@ class Report:
     """What the passes did.
 
     `results` has one entry per pass and graph; `untraced` lists the modules that could not be
-    traced and stay as written.
+    traced and stay as written. `compared` says what was compared before and after, and how.
     """
 
     results: list[Result] = field(default_factory=list)
     untraced: list[Declined] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
 
     @property
     def merged(self) -> list[Merged]:
