@@ -221,6 +221,8 @@ def swapped(weight: Tensor, groups: int) -> Tensor:
 
 def _taken(rows: Tensor, index: Rows) -> Tensor:
     """rows[index], with zeros where the index is -1."""
+    if index == tuple(range(rows.shape[0])):
+        return rows
     found = rows[torch.tensor([max(i, 0) for i in index], device=rows.device)]
     if min(index) >= 0:
         return found
@@ -313,19 +315,21 @@ def _linked_product(inner: Kernel, outer: Kernel) -> Callable[[Any], Tensor]:
     alike: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
     for outs, middle in last.blocks:
         alike.setdefault((len(outs), len(middle)), []).append((outs, middle))
+    factors = []
+    for (outs, middle), blocks in alike.items():
+        left = _taken(columns, tuple(o for block, _ in blocks for o in block))[:, :middle]
+        right = _taken(rows, tuple(m for _, block in blocks for m in block))[:, :width]
+        factors.append(((len(blocks), outs, middle), left, right.reshape(len(blocks), middle, -1)))
     order = [o for blocks in alike.values() for outs, _ in blocks for o in outs]
     back = tuple(sorted(range(len(order)), key=order.__getitem__))
 
     def times(tap: Any) -> Tensor:
         parts = []
-        for (outs, middle), blocks in alike.items():
-            left = _taken(columns[tap], tuple(o for block, _ in blocks for o in block))
-            left = left[:, :middle].reshape(len(blocks), outs, middle)
-            right = _taken(rows, tuple(m for _, block in blocks for m in block))
-            right = right[:, :width].reshape(len(blocks), middle, -1)
-            part = left * right if middle == 1 else left @ right
-            parts.append(part.reshape(len(blocks) * outs, width, *places))
-        return _taken(torch.cat(parts), back)
+        for shape, left, right in factors:
+            at = left[tap].reshape(shape)
+            part = at * right if shape[2] == 1 else at @ right
+            parts.append(part.reshape(shape[0] * shape[1], width, *places))
+        return _taken(torch.cat(parts) if len(parts) > 1 else parts[0], back)
 
     return times
 
