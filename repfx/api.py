@@ -43,7 +43,8 @@ def transform(
 
     The result is a GraphModule. If the model's own forward cannot be traced, the result is a copy
     in the model's own class, and those of its children that can be traced are GraphModules.
-    `result.meta["repfx"]` is the report, with `.merged` and `.declined`.
+    `result.meta["repfx"]` is the report, with `.merged` and `.declined`, and in `.compared` what
+    was compared before and after, and how.
 
     Raises InputError for an unknown pass, option or target, and for a model that has no
     convolution, holds NaN or does not accept the example. Raises CheckError if a pass broke its

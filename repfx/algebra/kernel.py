@@ -313,14 +313,14 @@ def _linked_product(inner: Kernel, outer: Kernel) -> Callable[[Any], Tensor]:
     columns = _relinked(outer.weight, outer.geometry.channels, last)
     width, places = first.then(last).width, rows.shape[2:]
     alike: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
-    for outs, middle in last.blocks:
-        alike.setdefault((len(outs), len(middle)), []).append((outs, middle))
+    for block in last.blocks:
+        alike.setdefault((len(block[0]), len(block[1])), []).append(block)
     factors = []
     for (outs, middle), blocks in alike.items():
-        left = _taken(columns, tuple(o for block, _ in blocks for o in block))[:, :middle]
-        right = _taken(rows, tuple(m for _, block in blocks for m in block))[:, :width]
+        left = _taken(columns, tuple(o for group, _ in blocks for o in group))[:, :middle]
+        right = _taken(rows, tuple(m for _, group in blocks for m in group))[:, :width]
         factors.append(((len(blocks), outs, middle), left, right.reshape(len(blocks), middle, -1)))
-    order = [o for blocks in alike.values() for outs, _ in blocks for o in outs]
+    order = [o for blocks in alike.values() for group, _ in blocks for o in group]
     back = tuple(sorted(range(len(order)), key=order.__getitem__))
 
     def times(tap: Any) -> Tensor:

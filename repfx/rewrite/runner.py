@@ -74,6 +74,8 @@ def _attempt(
             f"{error:.1e}"
         )
     report.compared += judge.compared
+    if captured.declined and captured.example is None:
+        report.compared.append("the output of the model was not compared: there is no example")
     return captured, report, why
 
 
