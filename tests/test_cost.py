@@ -222,6 +222,26 @@ def test_depthwise_kernels_stay_depthwise(kind: type[nn.Module]) -> None:
     assert largest <= 8 * channels * 49
 
 
+class Joined(nn.Module):
+    """Two dense layers side by side: their links are as large as their weights."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
+        self.norm = nn.BatchNorm2d(2 * c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+def test_dense_layers_side_by_side_are_cheap_too() -> None:
+    fused(Joined(16), torch.randn(1, 16, 5, 5))
+    start = time.process_time()
+    _, report, largest = fused(Joined(1024), torch.randn(1, 1024, 5, 5))
+    assert len(report.merged) == 1 and time.process_time() - start < 2
+    assert largest <= 2 * 1024 * 1024
+
+
 class Pooled(nn.Module):
     def __init__(self, conv: nn.Module, pool: nn.Module) -> None:
         super().__init__()

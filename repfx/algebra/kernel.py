@@ -193,9 +193,8 @@ def _per_input(values: Tensor, g: Geometry) -> Tensor:
     Without places they have 1s in their place."""
     taps = values.shape[1:] or (1,) * len(g.axes)
     if g.links is not None:
-        columns = g.links.columns
-        found = _taken(values, tuple(i for row in columns for i in row))
-        return found.reshape(g.outputs, len(columns[0]), *taps)
+        found = _taken(values, _table(g.links.columns).flatten())
+        return found.reshape(g.outputs, g.links.width, *taps)
     width = g.inputs // g.groups
     rows = values.reshape(g.groups, 1, width, *values.shape[1:])
     rows = rows.expand(g.groups, g.outputs // g.groups, width, *values.shape[1:])
@@ -219,15 +218,25 @@ def swapped(weight: Tensor, groups: int) -> Tensor:
     return blocks.transpose(1, 2).flatten(0, 1)
 
 
-def _taken(rows: Tensor, index: Rows) -> Tensor:
+def _taken(rows: Tensor, index: Rows | Tensor) -> Tensor:
     """rows[index], with zeros where the index is -1."""
-    if index == tuple(range(rows.shape[0])):
-        return rows
-    found = rows[torch.tensor([max(i, 0) for i in index], device=rows.device)]
-    if min(index) >= 0:
+    if isinstance(index, tuple):
+        if index == tuple(range(rows.shape[0])):
+            return rows
+        index = torch.tensor(index, device="cpu")
+    found = rows[index.clamp(min=0).to(rows.device)]
+    if int(index.min()) >= 0:
         return found
-    there = torch.tensor([i >= 0 for i in index], device=rows.device)
-    return torch.where(there.reshape(-1, *(1,) * (rows.dim() - 1)), found, found.new_zeros(()))
+    there = (index >= 0).reshape(-1, *(1,) * (rows.dim() - 1)).to(rows.device)
+    return torch.where(there, found, found.new_zeros(()))
+
+
+def _table(rows: Sequence[Rows]) -> Tensor:
+    """Rows of integers as a tensor. Most of them are the same tuple."""
+    kinds = {id(row): row for row in rows}
+    place = {key: i for i, key in enumerate(kinds)}
+    which = torch.tensor([place[id(row)] for row in rows], device="cpu")
+    return torch.tensor(list(kinds.values()), device="cpu")[which]
 
 
 def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
@@ -258,12 +267,20 @@ def _regroup(weight: Tensor, groups: int, wanted: int) -> Tensor:
 
 def _relinked(weight: Tensor, have: Links, want: Links) -> Tensor:
     """A weight with the columns of links `have`, as one with the columns of coarser links."""
-    width, index = have.width, []
-    for row, (given, wanted) in enumerate(zip(have.columns, want.columns, strict=True)):
-        at = {channel: row * width + k for k, channel in enumerate(given) if channel >= 0}
-        index += [at.get(channel, -1) for channel in wanted]
-    found = _taken(weight.flatten(0, 1), tuple(index))
-    return found.reshape(weight.shape[0], want.width, *weight.shape[2:])
+    pairs = list(zip(have.columns, want.columns, strict=True))
+    kinds = {(id(given), id(wanted)): (given, wanted) for given, wanted in pairs}
+    same = all(given == wanted or max(given) < 0 for given, wanted in kinds.values())
+    if same and have.width == want.width:  # an output that reads nothing has zeros already
+        return weight
+    found: dict[tuple[int, int], Rows] = {}
+    for key, (given, wanted) in kinds.items():
+        at = {channel: k for k, channel in enumerate(given)}
+        found[key] = tuple(at.get(channel, -1) if channel >= 0 else -1 for channel in wanted)
+    table = _table([found[id(given), id(wanted)] for given, wanted in pairs])
+    start = torch.arange(len(pairs), device="cpu")[:, None] * have.width
+    index = torch.where(table >= 0, table + start, table).flatten()
+    rows = _taken(weight.flatten(0, 1), index)
+    return rows.reshape(weight.shape[0], want.width, *weight.shape[2:])
 
 
 def _compose(inner: Kernel, outer: Kernel, geometry: Geometry) -> Tensor:
