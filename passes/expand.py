@@ -208,7 +208,7 @@ def _fit(given: Lifted, block: Any, wanted: Kernel, title: str) -> None:
         )
     if wanted.geometry.axes != given.kernel.geometry.axes:
         raise InputError(f"block {title} is not a convolution of the requested shape")
-    for name, part in ((block.kernel, "packed"), (block.shift, "bias")):
+    for name, part in ((block.kernel, "weight"), (block.shift, "bias")):
         parameter = block.get_parameter(name)
 
         def read(kernel: Kernel, part: str = part) -> Tensor:

@@ -44,8 +44,9 @@ def transform(
     The model's own Python runs once on the example. The result is a GraphModule that is still an
     object of the model's class, with its attributes and methods. If the forward looks at entries of
     the data, the result is a copy of the model, and those of its children that can be traced are
-    GraphModules. `result.meta["repfx"]` is the report, with `.merged`, `.declined` and `.facts`,
-    the conditions on sizes that the graph rests on.
+    GraphModules. `result.meta["repfx"]` is the report, with `.merged`, `.declined`, `.facts`, which
+    are the conditions on sizes that the graph rests on, and in `.compared` what was compared before
+    and after, and how.
 
     Raises InputError for an unknown pass, option or target, and for a model that has no
     convolution, holds NaN or does not accept the example. Raises CheckError if a pass broke its

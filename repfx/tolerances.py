@@ -19,8 +19,9 @@ SAME_CONSTANT = 1e-9
 TRACED = 1e-4
 TRACED_WIDE = 1e-9
 
-# A model's output before and after passes that must not change it, in float32.
+# A model's output before and after passes that must not change it, in float32 and in float64.
 KEPT = 1e-3
+KEPT_WIDE = 1e-9
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,20 @@ class Geometry:
     @property
     def macs(self) -> Fraction:
         """Multiply-accumulates per position of the source."""
-        a_write = self.outputs * (self.inputs // self.groups) * self.taps
-        return Fraction(a_write, 1 if self.transposed else self.stride)
+        return Fraction(self.weights, 1 if self.transposed else self.stride)
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * (self.inputs // self.groups) * self.taps
 
     @property
     def params(self) -> int:
-        return self.outputs * (self.inputs // self.groups) * self.taps + self.outputs * self.bias
+        return self.weights + self.outputs * self.bias
+
+    @property
+    def channels(self) -> Links:
+        """Which channels are read, also if these are plain groups."""
+        return self.links or Links.regular(self.inputs, self.outputs, self.groups)
 
     @property
     def is_diagonal(self) -> bool:
@@ -177,7 +185,7 @@ class Geometry:
             return self
         if not rows:
             raise Inexact("none of its channels is used")
-        links = (self.links or Links.regular(self.inputs, self.outputs, self.groups)).moved(rows)
+        links = self.channels.moved(rows)
         return replace(self, outputs=len(rows), **_canonical(links))
 
     def cropped(self, axes: tuple[Axis, ...]) -> Geometry:
@@ -225,8 +233,7 @@ class Geometry:
     ) -> dict[str, Any]:
         if self.links is None and other.links is None:
             return {"groups": groups, "links": None}
-        a, b = (g.links or Links.regular(g.inputs, g.outputs, g.groups) for g in (self, other))
-        return _canonical(join(a, b))
+        return _canonical(join(self.channels, other.channels))
 
     def _scattered_by(self, outer: Geometry) -> None:
         """Raises Inexact unless a composition with a transposed map is exact.

@@ -8,6 +8,7 @@ No formula is needed, so this works for operators that have none here. It shares
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -26,7 +27,7 @@ def impulse_response(
 ) -> Kernel:
     """The Kernel of f, whose geometry is known. f takes (N, in, ...), or (N, in) if it is linear.
 
-    All groups are measured at once, in one run with a batch of 1 + in / groups * taps.
+    All groups are measured at once, in one run with a batch of 1 + in / groups * places.
     """
     width = geometry.inputs // geometry.groups
     # The first output position that reads no padding, and an input just large enough for what it
@@ -34,7 +35,7 @@ def impulse_response(
     first = [max(0, -(-a.before // a.stride)) for a in geometry.axes]
     start = [n * a.stride - a.before for n, a in zip(first, geometry.axes, strict=True)]
     sizes = [s + a.taps + max(0, -a.after) for s, a in zip(start, geometry.axes, strict=True)]
-    probes = list(product(range(width), *(range(a.taps) for a in geometry.axes)))
+    probes = list(product(range(width), *(a.places for a in geometry.axes)))
     x = torch.zeros((1 + len(probes), geometry.inputs, *sizes), dtype=dtype, device=device)
     for row, (channel, *taps) in enumerate(probes, start=1):
         where: Any = (
@@ -47,6 +48,8 @@ def impulse_response(
     middle: Any = (slice(None), slice(None), *first)
     at = y[middle]
     weight = (
-        (at[1:] - at[:1]).t().reshape((geometry.outputs, width, *(a.taps for a in geometry.axes)))
+        (at[1:] - at[:1])
+        .t()
+        .reshape((geometry.outputs, width, *(len(a.places) for a in geometry.axes)))
     )
-    return Kernel(geometry, weight, at[0] if geometry.bias else None)
+    return Kernel(replace(geometry, links=None), weight, at[0] if geometry.bias else None)

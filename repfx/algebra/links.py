@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 # For each output channel, the channel it is taken from, or -1 for a channel of zeros.
@@ -50,10 +51,56 @@ class Links:
                     return groups
         return 1
 
-    def then(self, outer: Links) -> Links:
-        """The links of `outer(self(x))`. Labels that meet in the middle become one."""
+    @cached_property
+    def columns(self) -> tuple[Rows, ...]:
+        """The inputs that each output may read, in order, and -1 up to the largest number of them.
+
+        >>> Links((0, 1, 1), (1, 0)).columns
+        ((1, 2), (0, -1))
+        """
+        members: dict[int, list[int]] = {}
+        for i, label in enumerate(self.inputs):
+            members.setdefault(label, []).append(i)
+        width = max(1, *(len(members.get(label, ())) for label in self.outputs))
+        rows = {
+            label: tuple(found + [-1] * (width - len(found)))
+            for label in set(self.outputs)
+            for found in (members.get(label, []),)
+        }
+        return tuple(rows[label] for label in self.outputs)
+
+    @property
+    def width(self) -> int:
+        """The largest number of inputs that an output may read, at least 1."""
+        return len(self.columns[0])
+
+    @property
+    def blocks(self) -> list[tuple[list[int], list[int]]]:
+        """The outputs and the inputs of each label that has outputs.
+
+        A label without inputs is given input 0, for which its columns hold zero."""
+        found: dict[int, tuple[list[int], list[int]]] = {v: ([], []) for v in self.outputs}
+        for o, label in enumerate(self.outputs):
+            found[label][0].append(o)
+        for i, label in enumerate(self.inputs):
+            if label in found:
+                found[label][1].append(i)
+        return [(outs, inputs or [0]) for outs, inputs in found.values()]
+
+    def joined(self, outer: Links) -> tuple[Links, Links]:
+        """Both with common labels, for `outer(self(x))`: labels that meet in the middle are one."""
         same = _joined(zip(self.outputs, outer.inputs, strict=True))
-        return _numbered([same((0, v)) for v in self.inputs], [same((1, v)) for v in outer.outputs])
+        sides = [(0, self.inputs), (0, self.outputs), (1, outer.outputs)]
+        found = [[same((side, v)) for v in row] for side, row in sides]
+        order = dict.fromkeys([*found[0], *found[2], *found[1]])
+        numbers = {v: n for n, v in enumerate(order)}
+        inputs, middle, outputs = (tuple(numbers[v] for v in row) for row in found)
+        return Links(inputs, middle), Links(middle, outputs)
+
+    def then(self, outer: Links) -> Links:
+        """The links of `outer(self(x))`."""
+        first, last = self.joined(outer)
+        return Links(first.inputs, last.outputs)
 
     def plus(self, other: Links) -> Links:
         """The links of `self(x) + other(x)`."""

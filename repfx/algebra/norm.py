@@ -167,7 +167,7 @@ class KernelNorm(nn.Module):
         return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
     def _taps(self, x: Tensor, everywhere: bool) -> Tensor:
-        """The mean of what each tap reads, over the output positions: (in, *taps).
+        """The mean of what each tap reads, over the output positions: (in, *places).
 
         x is a mean over the batch (1, in, ...). With `everywhere` it is the mean of all of x,
         without padding, and the taps are 1s."""
@@ -180,17 +180,17 @@ class KernelNorm(nn.Module):
         for sides, mode in g.pad_steps:
             x = F.pad(x, sides, mode)
         found = []
-        for at in product(*(range(a.taps) for a in g.axes)):
+        for at in product(*(a.places for a in g.axes)):
             part = x[0]
             for axis, (t, a, n) in enumerate(zip(at, g.axes, sizes, strict=True), start=1):
                 part = part[
                     (slice(None),) * axis + (slice(t, t + a.stride * (n - 1) + 1, a.stride),)
                 ]
             found.append(part.flatten(1).mean(1))
-        return torch.stack(found, 1).reshape(-1, *(a.taps for a in g.axes))
+        return torch.stack(found, 1).reshape(-1, *(len(a.places) for a in g.axes))
 
     def _per_weight(self, values: Tensor) -> Tensor:
-        """(in, *taps) -> (out, in / groups, *taps or 1s)."""
+        """(in, *places) -> (out, in / groups, *places or 1s)."""
         g = self.geometry
         rows = values.reshape(g.groups, 1, -1, *values.shape[1:])
         rows = rows.expand(-1, g.outputs // g.groups, *rows.shape[2:])

@@ -317,6 +317,8 @@ def _print_report(report: Report) -> None:
         params = f"{m.params_before:,} → {m.params_after:,}"
         table.add_row(escape(m.into), f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
     out.print(table) if report.merged else out.print("nothing to merge")
+    for line in report.compared:
+        say(f"compared: {line}")
     for d in report.declined:
         say(f"declined: {d}")
 

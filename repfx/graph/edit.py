@@ -29,7 +29,8 @@ def layer_from(kernel: Kernel, like: Tensor) -> nn.Module:
 
     It has the dtype and device of `like`, and is trainable if `like` is.
     """
-    g, weight = kernel.geometry, kernel.packed
+    kernel = kernel.plain
+    g, weight = kernel.geometry, kernel.weight
     if g.source_axis == -1:
         layer: nn.Module = nn.Linear(g.inputs, g.outputs, False, device="meta")
         weight = dense(kernel).flatten(1)
@@ -46,7 +47,7 @@ def layer_from(kernel: Kernel, like: Tensor) -> nn.Module:
             bias=False,
             device="meta",
         )
-        weight = swapped(kernel.packed, g.groups)
+        weight = swapped(weight, g.groups)
     else:
         layer = CONV_LAYERS[len(g.axes)](
             g.inputs,

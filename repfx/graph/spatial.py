@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from repfx.algebra import Axis, Geometry, Kernel, impulse_response, swapped
 from repfx.errors import Inexact
@@ -29,7 +28,7 @@ def convolution(
     groups: int = 1,
     mode: str = "zeros",
 ) -> Op:
-    """The kernel K of a convolution, with d - 1 zeros between its taps."""
+    """The kernel K of a convolution."""
     if not c.is_constant(weight) or not (bias is None or c.is_constant(bias)):
         return Opaque("its weight is quantized or computed from the input")
     shape = c.tensor(weight).shape
@@ -46,7 +45,7 @@ def convolution(
     whole = Geometry(shape[1] * groups, shape[0], groups, axes, bias is not None, mode)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        return Kernel(g, _dilate(fetch(weight), dilations), None if bias is None else fetch(bias))
+        return Kernel(g, fetch(weight), None if bias is None else fetch(bias))
 
     macs = shape[0] * shape[1] * prod(shape[2:])
     params = macs + (shape[0] if bias is not None else 0)
@@ -89,11 +88,7 @@ def transposed_convolution(
     whole = Geometry(shape[0], shape[1] * groups, groups, axes, bias is not None, transposed=True)
 
     def kernel(fetch: Fetch, g: Geometry) -> Kernel:
-        return Kernel(
-            g,
-            _dilate(swapped(fetch(weight), groups), dilations),
-            None if bias is None else fetch(bias),
-        )
+        return Kernel(g, swapped(fetch(weight), groups), None if bias is None else fetch(bias))
 
     params, step = shape.numel(), prod(strides)
     macs = Fraction(params, step)
@@ -296,19 +291,6 @@ def _conv_pads(padding: Any, taps: tuple[int, ...]) -> list[tuple[int, int]]:
     if padding == "same":
         return [same_padding(t) for t in taps]
     return [(p, p) for p in _tuple(padding, len(taps))]
-
-
-def _dilate(w: Tensor, dilations: Sequence[int]) -> Tensor:
-    """The weight with d - 1 zeros between its taps."""
-    for axis, d in enumerate(dilations, start=2):
-        if d > 1 and w.shape[axis] > 1:
-            w = w.unsqueeze(axis + 1)
-            w = (
-                F.pad(w, [0, 0] * (w.dim() - axis - 2) + [0, d - 1])
-                .flatten(axis, axis + 1)
-                .narrow(axis, 0, d * (w.shape[axis] - 1) + 1)
-            )
-    return w
 
 
 def _tuple(v: Any, n: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class Lifted:
     @property
     def kernel(self) -> Kernel:
         """The convolution that the module equals with its current weights."""
-        return kernel_of(self.view, self.region, in_float64(self.view, keep=False))
+        return kernel_of(self.view, self.region, in_float64(self.view, keep=False)).plain
 
     def prove(self) -> float:
         """The relative error of `kernel` against the module's own forward.

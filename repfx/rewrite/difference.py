@@ -56,7 +56,7 @@ def differences(want: Any, got: Any) -> tuple[Difference, ...]:
 
     Raises CheckError if the structures or shapes differ.
     """
-    a, b = _tensors(want), _tensors(got)
+    a, b = tensors_of(want), tensors_of(got)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
         raise CheckError(
             f"outputs of different shapes: {[tuple(x.shape) for x in a]} and "
@@ -102,5 +102,6 @@ def _decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
     return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, Tensor)]

@@ -2,7 +2,9 @@
 
 A run of dominators d0 ... dn is cut into parts. Each part either becomes one convolution, if that
 is exact, or stays as it is. The best cut has the fewest multiply-accumulates. Among equals it
-leaves the fewest operators, and then removes the fewest dropouts, since training may continue:
+leaves the fewest operators, and then removes the fewest dropouts, since training may continue.
+Weights may become more only where that saves work: a 2x2 convolution in place of a 1x1 one and an
+average pool takes as many multiply-accumulates and four times the memory.
 
     best(i) = min over j > i of  cost(i, j) + best(j),  cost = (MACs, operators left, ...)
 
@@ -164,13 +166,14 @@ class _Cut:
         left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + geometry.turned
         rate = rates[region.source]
         before, merged = _macs(view, removed, rates), geometry.macs * rate
-        if left >= _count(view, removed) or merged > before:
+        params = _params(view, removed)
+        grows = geometry.weights > params and merged >= before
+        if left >= _count(view, removed) or merged > before or grows:
             return None
         why = self.refuse(region)
         if why:
             self.known[i, j] = Inexact(why)
             return None
-        params = sum(op.params for op in ops if not isinstance(op, Opaque))
         dropouts = len(removed) - _count(view, removed)
         cost = (merged + _macs(view, kept, rates), left + _count(view, kept), dropouts)
         return cost, Merge(region, geometry, before / rate, params)
@@ -183,11 +186,15 @@ class _Cut:
         region = region_of(self.view, self.run.ends[i], self.run.ends[j], self.between(i, j))
         before = _macs(self.view, region.removed, self.rates)
         merged = known.macs * self.rates[self.run.ends[i]]
-        if merged <= before:
+        params = _params(self.view, region.removed)
+        if merged < before or (merged == before and known.weights <= params):
             return "", ""
         if region.kept:
             last = described(self.view, max(region.kept, key=self.view.index.__getitem__))
             return f"{last} inside it is also read elsewhere and must stay", ""
+        if merged == before:
+            sizes = f"{known.params} parameters, the parts have {params}"
+            return f"one convolution would have {sizes}, and would save no work", ""
         costs = (
             f"{float(merged):.6g} multiply-accumulates per pixel, "
             f"the parts take {float(before):.6g}"
@@ -241,6 +248,10 @@ def _explain(cut: _Cut, parts: list[Part], told: _Told) -> None:
 def _count(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
     """How many operators there are, without those that do nothing in eval mode."""
     return sum(view.ops[node].kind != "dropout" for node in nodes)  # type: ignore[union-attr]
+
+
+def _params(view: GraphView, nodes: tuple[fx.Node, ...]) -> int:
+    return sum(view.ops[node].params for node in nodes)  # type: ignore[union-attr, misc]
 
 
 def _plus(a: Cost, b: Cost) -> Cost:

@@ -91,6 +91,7 @@ def program(
         g = op.geometry(before.geometry)
         if op.kind != "bn":
             return op.kernel(fetch, g)
+        before = before.plain
         node = next(n for n in region.nodes if view.ops[n] is op)
         norm: Any = view.modules[str(node.target)]
         where = str(node.target)
@@ -112,9 +113,9 @@ def program(
         return Kernel.diagonal(g, *parts)  # type: ignore[arg-type]
 
     with module.graph.inserting_before(region.sink):
-        kernel = kernel_of(view, region, fetch, meaning=meaning)
+        kernel = kernel_of(view, region, fetch, meaning=meaning).plain
         packed: Any = (
-            kernel.packed if kernel.geometry.source_axis == 1 else kernel.packed.flatten(1)
+            kernel.weight if kernel.geometry.source_axis == 1 else kernel.weight.flatten(1)
         )
         weight = recorder.create_arg(packed)
         bias = None if kernel.bias is None else recorder.create_arg(kernel.bias)

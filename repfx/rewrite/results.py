@@ -40,12 +40,14 @@ class Report:
 
     `results` has one entry per pass and graph; `untraced` lists the modules that could not be
     traced and stay as written. `facts` are the conditions on sizes that the graph rests on, because
-    the model's Python looked at them; each call checks them.
+    the model's Python looked at them; each call checks them. `compared` says what was compared
+    before and after, and how.
     """
 
     results: list[Result] = field(default_factory=list)
     untraced: list[Declined] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
 
     @property
     def merged(self) -> list[Merged]:

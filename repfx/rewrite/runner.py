@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
+from repfx.capture.exported import from_exported
 from repfx.capture.model import Captured, capture, graphs
 from repfx.capture.running import in_order, run_eval
-from repfx.errors import CheckError, InputError
+from repfx.errors import CheckError, Declined, InputError
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Pass, Promise, resolve
-from repfx.rewrite.difference import difference, differences
+from repfx.rewrite.judge import Judge, disturbed
 from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Work
-from repfx.tolerances import KEPT, MERGED
+from repfx.tolerances import KEPT, KEPT_WIDE, MERGED
+
+Args = tuple[Any, ...] | None
 
 
 def rewrite(
@@ -29,13 +35,13 @@ def rewrite(
     ordered = resolve(passes)
     formats = target_named(target)
     args = as_args(example, model)
-    captured = capture(model, args)
-    report = _rewrite(captured, ordered, formats)
-    if captured.declined and not _still_runs(captured, ordered):
+    captured, report, why = _attempt(model, args, ordered, formats)
+    if why:
         # A module that could not be traced uses children that were rewritten. Leave those
         # children as they are, too.
-        captured = capture(model, args, enter_opaque=False)
-        report = _rewrite(captured, ordered, formats)
+        captured, report, _ = _attempt(model, args, ordered, formats, enter_opaque=False)
+        undone = f"what merged inside modules that cannot be traced is undone: {why}"
+        report.untraced.append(Declined("the model", undone))
     if not report.merged and not any(r.inserted for r in report.results):
         require_convolutions(captured)
     captured.separate()
@@ -45,11 +51,71 @@ def rewrite(
     return captured.model, report
 
 
-def _rewrite(captured: Captured, passes: list[Pass], formats: Target) -> Report:
+def _attempt(
+    model: Any, args: Args, passes: list[Pass], formats: Target, enter_opaque: bool = True
+) -> tuple[Captured, Report, str]:
+    """The rewritten copy, the report, and how its output changed if it must not have."""
+    captured = capture(model, args, enter_opaque)
+    kinds = [p.dtype for p in captured.model.parameters() if p.is_floating_point()]
+    kind = str(next(iter(kinds), torch.float32)).removeprefix("torch.")
+    limit = max([KEPT, *(MERGED.get(k, 0.0) for k in kinds)])
+    judge = Judge(
+        limit,
+        kind,
+        lambda: _in_float64(model, captured, passes, formats, kind),
+        lambda: disturbed(_module(model), captured.example or ()),
+    )
+    report = _rewrite(captured, passes, formats, judge)
+    why = _whole(captured, passes, judge)
+    if report.merged:
+        error = max(m.error for m in report.merged)
+        report.compared.append(
+            "each merge with its region, on random inputs in float64: relative difference at most "
+            f"{error:.1e}"
+        )
+    report.compared += judge.compared
+    if captured.declined and captured.example is None:
+        report.compared.append("the output of the model was not compared: there is no example")
+    return captured, report, why
+
+
+def _in_float64(
+    model: Any, captured: Captured, passes: list[Pass], formats: Target, kind: str
+) -> tuple[Judge, str] | None:
+    """The same passes on the model in float64, and how its output changed.
+
+    None if it does not run in float64, or if other parts of it can be traced there."""
+    try:
+        args = tree_map(_widened, captured.example)
+        twin = copy.deepcopy(_module(model)).double()
+        wide = capture(twin, args, captured.enter_opaque)
+    except Exception:  # the model's forward can raise anything
+        return None
+    if [path for path, _ in graphs(wide.model)] != [path for path, _ in graphs(captured.model)]:
+        return None
+    judge = Judge(KEPT_WIDE, f"float64, as rounding changes it in {kind}")
+    try:
+        _rewrite(wide, passes, formats, judge)
+        return judge, _whole(wide, passes, judge)
+    except CheckError as error:
+        return judge, str(error)
+    except Exception:  # a pass that expects another dtype
+        return None
+
+
+def _module(model: Any) -> nn.Module:
+    return from_exported(model) if isinstance(model, torch.export.ExportedProgram) else model
+
+
+def _widened(v: Any) -> Any:
+    return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+
+def _rewrite(captured: Captured, passes: list[Pass], formats: Target, judge: Judge) -> Report:
     report = Report(untraced=captured.declined, facts=captured.facts)
     for path, module in list(graphs(captured.model)):
         for p in passes:
-            promised = _Promised(p, captured, module)
+            promised = _Promised(p, captured, module, judge)
             result = promised.run(Work(module, formats, promised.reached))
             report.results.append(_prefixed(result, path))
     return report
@@ -61,10 +127,10 @@ class _Promised:
     A pass that only calls `merge` and `fold` of its Work has proved everything it did. A pass that
     asked for the graph may have done anything, so the model's output on the example is compared."""
 
-    def __init__(self, p: Pass, captured: Captured, module: fx.GraphModule) -> None:
+    def __init__(self, p: Pass, captured: Captured, module: fx.GraphModule, judge: Judge) -> None:
         self.title = f"pass {p.name!r}"
         self.kept, self.p = p.promises, p
-        self.captured, self.module = captured, module
+        self.captured, self.module, self.judge = captured, module, judge
         self.keys = set(module.state_dict())
         self.before: Any = None  # the output before the pass, if it must stay the same
 
@@ -109,48 +175,29 @@ class _Promised:
         if self.before is None:
             return
         after = self._output()
-        limit = _limit(self.captured.model)
         why = "the model no longer runs"
         if after is not None:
-            why = _apart(self.before, after, limit)
+            why = self.judge.changed(self.title, self.before, after)
         if why:
             raise CheckError(f"{self.title} promised that {Promise.REGIONS.value}, but {why}")
 
 
-def _apart(before: Any, after: Any, limit: float) -> str:
-    """How two outputs of a model differ by more than rounding; empty if they do not.
+def _whole(captured: Captured, passes: list[Pass], judge: Judge) -> str:
+    """How the output of a partly traced model changed, or why it no longer runs; empty if not.
 
-    Integers are not compared: an argmax, for example, may change when rounding breaks a tie.
-    """
+    If all passes promise to keep the output, it must be the same as before."""
+    if not captured.declined or captured.example is None:
+        return ""
     try:
-        found = differences(before, after)
-    except CheckError as error:
-        return str(error)
-    off = [d for d in found if not d.integers and not d.relative <= limit]
-    return f"the output on the example changed: {off[0]}" if off else ""
+        after = run_eval(captured.model, captured.example)
+    except Exception as error:  # the model's forward can raise anything
+        return f"the model no longer runs: {error}"
+    if not all(Promise.REGIONS in p.promises for p in passes):
+        return ""
+    return judge.changed("all passes", captured.expected, after)
 
 
-def _limit(model: nn.Module) -> float:
-    """How far rounding may change the output of a model of this precision."""
-    return max([KEPT, *(MERGED.get(p.dtype, 0.0) for p in model.parameters())])
-
-
-def _still_runs(captured: Captured, passes: list[Pass]) -> bool:
-    """Whether a partly traced model still runs on the example.
-
-    If all passes promise to keep the output, it must also be the same as before."""
-    if captured.example is None:
-        return True
-    try:
-        off = difference(captured.expected, run_eval(captured.model, captured.example))
-    except Exception:  # the model's forward can raise anything
-        return False
-    return off.relative <= _limit(captured.model) or not all(
-        Promise.REGIONS in p.promises for p in passes
-    )
-
-
-def as_args(example: Any, model: Any = None) -> tuple[Any, ...] | None:
+def as_args(example: Any, model: Any = None) -> Args:
     """The arguments of a call, in the order of the model's forward.
 
     A dict whose keys are names of arguments stands for these; any other dict is one argument."""

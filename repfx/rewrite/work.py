@@ -150,7 +150,7 @@ class Work:
         proved = []
         for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
             key = names.signature(merge)
-            kernel = kernel_of(view, merge.region, in_float64(view, keep=False))
+            kernel = kernel_of(view, merge.region, in_float64(view, keep=False)).plain
             error = prove(view, merge.region, kernel, in_float64(view, keep=True))
             if key not in made:
                 made[key] = layer_from(kernel, view.tensor(names.weight(merge)))

@@ -1,0 +1,184 @@
+"""What is compared: outputs that a sort or a threshold makes out of rounding do not undo merges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repfx
+from repfx.rewrite.contract import Pass, Promise, Stage
+from repfx.rewrite.results import Report, Result
+from repfx.rewrite.work import Work
+
+
+class Head(nn.Module):
+    """A convolution, a batch norm and scores; `opaque`: with code that no tracer follows."""
+
+    def __init__(self, opaque: bool = True) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.opaque and x.sum() == 0:
+            raise ValueError("empty")
+        y = self.last(self.body(x)).flatten(2)
+        return self.choose(y[:, 0].sigmoid(), y[:, 1:])
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Sorted(Head):
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        return scores, scores.argsort(dim=1)
+
+
+class Ordered(Head):
+    """Boxes in the order of their scores: floating point, and no value near the one before."""
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        best = scores.topk(4096, dim=1).indices
+        return {"boxes": boxes.gather(2, best[:, None].expand(-1, 4, -1))}
+
+
+class Suppressed(Head):
+    """Of neighbours that are much alike, one is kept: the number of boxes varies."""
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        order = scores[0].argsort(descending=True)
+        row = boxes[0, :, order]
+        near = (row[:, 1:] - row[:, :-1]).abs().sum(0) < 0.2
+        return [row[:, 1:][:, ~near], order]
+
+
+class Rounded(Head):
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        return (boxes * 1e6).long()
+
+
+HEADS = [Sorted, Ordered, Suppressed, Rounded]
+
+
+def head(kind: type[nn.Module], *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(*args).eval()
+
+
+def picture() -> Tensor:
+    return torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+
+
+def fused(model: nn.Module, x: Any = None, passes: Any = ("fuse",)) -> Report:
+    result = repfx.transform(model, list(passes), example=picture() if x is None else x)
+    report: Report = result.meta["repfx"]
+    return report
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_discrete_output_does_not_undo_merges(kind: type[Head]) -> None:
+    report = fused(head(kind))
+    assert len(report.merged) == 1
+    assert not any("undone" in d.reason for d in report.declined)
+    assert any("in float64, as rounding changes it in float32" in c for c in report.compared)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_nor_does_it_break_the_promise_of_a_pass(kind: type[Head]) -> None:
+    """bnfold reaches for the module, so the whole output is compared."""
+    report = fused(head(kind, False), passes=["bnfold"])
+    assert len(report.merged) == 1
+    assert any("pass 'bnfold', in float64" in c for c in report.compared)
+
+
+def test_a_smooth_output_is_compared_as_it_is() -> None:
+    report = fused(head(Sorted), picture()[:, :, :4, :4])
+    assert len(report.merged) == 1
+    assert [c.split(":")[0] for c in report.compared] == [
+        "each merge with its region, on random inputs in float64",
+        "the output on the example before and after all passes, in float32",
+    ]
+
+
+class Narrow(Sorted):
+    """It does not run in float64."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.float())
+
+
+class NarrowOrdered(Ordered):
+    """Nor does this, and it gives nothing that rounding leaves alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.float())
+
+
+def test_what_rounding_leaves_alone_is_compared_where_float64_does_not_run() -> None:
+    report = fused(head(Narrow))
+    assert len(report.merged) == 1
+    assert any("1 of 2 tensors of the output, those that stay" in c for c in report.compared)
+
+
+def test_merges_that_nothing_can_check_are_undone_and_the_report_says_so() -> None:
+    report = fused(head(NarrowOrdered))
+    assert not report.merged
+    assert any("is undone: the output on the example changed" in d.reason for d in report.declined)
+
+
+class Peeks(Sorted):
+    """Reads the weight of a layer that takes in the batch norm behind it."""
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        return (scores + self.body[0].weight.sum()).argsort(dim=1)
+
+
+class PeeksShape(Suppressed):
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        return super().choose(scores, boxes * (1 + self.body[0].bias[0]))
+
+
+class PeeksConv(Ordered):
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        wide = F.conv1d(boxes, self.body[0].weight[:4, :1, 0].expand(4, 4, 3), padding=1)
+        return super().choose(scores, wide)
+
+
+@pytest.mark.parametrize("kind", [Peeks, PeeksShape, PeeksConv])
+def test_code_that_reads_the_inside_of_a_layer_is_still_found(kind: type[Head]) -> None:
+    model, x = head(kind), picture()
+    with torch.no_grad():
+        model.body[1].weight.uniform_(0.5, 2)
+        model.body[1].bias.normal_()
+    result = repfx.transform(model, ["fuse"], example=x)
+    report = result.meta["repfx"]
+    assert not report.merged
+    want, got = (torch.utils._pytree.tree_leaves(m(x)) for m in (model, result))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@dataclass(frozen=True)
+class Spoiler(Pass):
+    """Promises to keep regions, and scales a layer by a little."""
+
+    name: ClassVar[str] = "spoiler"
+    stage: ClassVar[Stage] = Stage.MERGE
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REGIONS})
+
+    def run(self, work: Work) -> Result:
+        done = work.merge(self.name)
+        layer: Any = work.module.get_submodule(done.merged[0].into)
+        layer.weight.data.mul_(1 + 1e-6)
+        return done
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_broken_promise_is_found_behind_a_sort(kind: type[Head]) -> None:
+    with pytest.raises(repfx.CheckError, match="pass 'spoiler' promised"):
+        fused(head(kind, False), passes=[Spoiler()])
