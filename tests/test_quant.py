@@ -842,7 +842,7 @@ def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:
 
 
 NEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sub_": lambda y: (y.sub_(2), y)[1],
+    "sub_": lambda y: (y.sub_(torch.sigmoid(y)), y)[1],
     "sub_ of a view": lambda y: (y.view(-1).sub_(2), y)[1],
     "setitem": lambda y: _with_first(y, -5.0),
     "cat with a constant": lambda y: torch.cat([y, torch.full((2, 2, 10, 10), -3.0)], 1)[:, 2:],

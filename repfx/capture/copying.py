@@ -50,7 +50,11 @@ def alias(model: nn.Module) -> Copy:
     shared: set[int] = set()
     for tensor in _tensors(model):
         if id(tensor) not in memo:
-            if isinstance(tensor, nn.Parameter):
+            if tensor.is_inference():
+                own = tensor.detach().clone()
+                parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
+            elif isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
                 shared.add(tensor.untyped_storage().data_ptr())
             else:  # small, and a forward may write into it even in eval mode

@@ -29,12 +29,13 @@ from repfx.capture.running import (
     describe,
     guess_example,
     in_order,
+    larger,
     others,
     run_eval,
 )
 from repfx.capture.tracer import Tracer, first_line, is_leaf
 from repfx.errors import Declined, InputError
-from repfx.graph.guards import facts_of
+from repfx.graph.guards import facts_of, is_guard
 from repfx.graph.modes import TrainOnly
 from repfx.tolerances import TRACED, TRACED_WIDE
 
@@ -135,24 +136,13 @@ def _capture(
         if example is not None:
             run_eval(Noting(module, captured.sure, captured.given), example)
         return canonical(module)
-    mark, swaps = len(captured.declined), []
+    mark = len(captured.declined)
     reason = "without an example that it accepts its forward cannot be run; pass one"
     for given in () if example is None else others(example):
-        try:
-            tracer, graph = _trace(module, given)
-            normalise(graph)
-            result = graph_module(module, graph, tracer)
-            swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-            if _agrees(Noting(result, captured.sure, captured.given), example, expected):
-                return canonical(result)
-            reason = "the traced graph does not compute what its forward computes"
-        except Exception as error:
-            reason = f"its forward cannot be traced: {first_line(error)}"
-        _undo(swaps)
-        del captured.declined[mark:]
-        swaps = []
-    _undo(swaps)
-    del captured.declined[mark:]
+        found = _attempt(module, path, given, example, expected, captured)
+        if not isinstance(found, str):
+            return found
+        reason = found
     where, cure = path or "the model", "its children are transformed on their own"
     captured.declined.append(Declined(where, reason, cure))
     swaps = _children(module, path, example, captured)
@@ -164,6 +154,50 @@ def _capture(
             )
         ]
     return module
+
+
+def _attempt(
+    module: nn.Module, path: str, given: Any, example: Any, expected: Any, captured: Captured
+) -> fx.GraphModule | str:
+    """The graph that was traced on `given` and agrees on the example, or the reason for none.
+
+    Raises nothing."""
+    mark, swaps = len(captured.declined), []
+    try:
+        tracer, graph = _trace(module, given)
+        if facts_of(graph):
+            tracer, graph = _of_any_size(module, given, example, expected) or (tracer, graph)
+        normalise(graph)
+        result = graph_module(module, graph, tracer)
+        swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
+        if _agrees(Noting(result, captured.sure, captured.given), example, expected):
+            return canonical(result)
+        reason = "the traced graph does not compute what its forward computes"
+    except Exception as error:
+        reason = f"its forward cannot be traced: {first_line(error)}"
+    _undo(swaps)
+    del captured.declined[mark:]
+    return reason
+
+
+def _of_any_size(
+    module: nn.Module, given: Any, example: Any, expected: Any
+) -> tuple[Tracer, fx.Graph] | None:
+    """The graph that larger images give, if it is right for the example too and rests on less.
+
+    A model may hold what it made for the size that it saw last. Then it asks whether the size is
+    another one, and the answer does not matter if the graph agrees on the example."""
+    try:
+        tracer, graph = _trace(module, larger(given))
+        for node in list(graph.nodes):
+            if is_guard(node) and node.args[1] == "!=" and isinstance(node.args[2], int):
+                graph.erase_node(node)
+        if facts_of(graph):
+            return None
+        agrees = _agrees(graph_module(module, graph, tracer), example, expected)
+    except Exception:  # it takes images of one size only
+        return None
+    return (tracer, graph) if agrees else None
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Graph]:

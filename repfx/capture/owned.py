@@ -40,9 +40,16 @@ class Owned(fx.GraphModule):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = self.graph_inputs(args, kwargs)
-            if given is None:
+            if given is not None:
+                return self.graph_forward(*given)
+            try:
                 return base.forward(self, *args, **kwargs)
-            return self.graph_forward(*given)
+            except Exception as error:
+                names = ", ".join(self.__dict__[INPUTS])
+                raise InputError(
+                    f"this {base.__name__} was traced with the arguments ({names}); for other "
+                    f"ones, transform the model with an example that has them ({error})"
+                ) from error
 
         forward.__signature__ = cls.user_signature  # type: ignore[attr-defined]
         cls.forward = forward

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from typing import Any
@@ -51,6 +51,8 @@ _ABOUT = frozenset(
 )
 _VALUES = ("T", "mT", "H", "mH", "real", "imag")
 _REFLECTED = {"rdiv": operator.truediv, "ror": operator.or_, "rand": operator.and_}
+_SIGNS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
+_SIGNS |= {f"{name}_": getattr(operator, f"i{f.__name__}") for name, f in _SIGNS.items()}
 _LEAST = (type(None), bool, int, float, complex, str, type(Ellipsis), torch.layout)
 _PLAIN = (*_LEAST, torch.memory_format, torch.dtype, torch.device)
 
@@ -79,7 +81,8 @@ class Recorder(TorchFunctionMode):
         self._rebound: list[tuple[int, tuple[weakref.ref[Tensor], fx.Node], fx.Node]] = []
         self._wholes: dict[int, tuple[Any, list[int], fx.Node]] = {}
         self._read: dict[str, fx.Node] = {}
-        self._asked: dict[Any, fx.Node] = {}  # dtypes and devices that were read, and from where
+        self._asked: dict[Any, fx.Node] = {}  # (of an input?, dtype or device that was read): whose
+        self._of_weights = False
         self._known: dict[fx.Node, int] = {}
         self._facts: dict[str, fx.Node] = {}
 
@@ -137,8 +140,8 @@ class Recorder(TorchFunctionMode):
         level = self._of(tensor)
         if name == "shape" and level > 0:
             return torch.Size(self._sizes(tensor))
-        if name in ("dtype", "device") and level > 0:
-            self._asked[value] = self.node_of(tensor)
+        if name in ("dtype", "device"):
+            self._asked[level > 0, value] = self.node_of(tensor)
             return value
         if name == "data":
             return self._record(torch.Tensor.detach, "detach", (tensor,), {}, tensor.detach())
@@ -155,7 +158,10 @@ class Recorder(TorchFunctionMode):
     def _record(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Any:
-        op, target, ordered = spelling(func, name, args)
+        op, target, ordered = spelling(func, name, args, bool(kwargs))
+        given = tensors_in([*args, *kwargs.values()])
+        # A dtype of its own: that of an input has no place in an expression of weights.
+        self._of_weights = bool(given) and all(self._of(t) is Depends.NOTHING for t in given)
         writes = writes_by_name(target, kwargs) or name == "__setitem__"
         node = self.add(op, target, self.argument(ordered), self.argument(kwargs))
         kind = kind_of(node)
@@ -313,9 +319,11 @@ class Recorder(TorchFunctionMode):
             return value.node
         if isinstance(value, ModeFlag):
             return self.mode_node(value)
-        if isinstance(value, (torch.dtype, torch.device)) and value in self._asked:
+        if isinstance(value, (torch.dtype, torch.device)):
+            asked = self._asked.get((False, value)) if self._of_weights else None
+            asked = asked or (None if self._of_weights else self._asked.get((True, value)))
             name = "dtype" if isinstance(value, torch.dtype) else "device"
-            return self._described(self._asked[value], name)
+            return value if asked is None else self._described(asked, name)
         if isinstance(value, _PLAIN):
             return value
         if (whole := self._whole(value)) is not None:
@@ -341,15 +349,16 @@ class Recorder(TorchFunctionMode):
         key = f"{node.name}.{name}"
         if key not in self._read or self._read[key]._erased:
             self._read[key] = self.add("call_function", getattr, (node, name), {})
-            self.depends[self._read[key]] = Depends.SIZES
+            if self.depends[node] is not Depends.NOTHING:
+                self.depends[self._read[key]] = Depends.SIZES
         return self._read[key]
 
-    def forget_after(self, mark: fx.Node | None) -> None:
-        """Erases the nodes that were recorded after `mark`."""
+    def forget_after(self, mark: fx.Node | None, keep: Iterable[fx.Node] = ()) -> None:
+        """Erases the nodes that were recorded after `mark`, but those to keep."""
         for node in reversed(self.graph.nodes):
             if node is mark:
                 break
-            if node.op != "placeholder" and not node.users:
+            if node.op != "placeholder" and not node.users and node not in keep:
                 self.graph.erase_node(node)
                 self.held.discard(node)
         while self._rebound and self._rebound[-1][2]._erased:
@@ -357,8 +366,12 @@ class Recorder(TorchFunctionMode):
             self._nodes[key] = before
 
 
-def spelling(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """How a node calls this function: op, target and arguments."""
+def spelling(
+    func: Any, name: str, args: tuple[Any, ...], named: bool
+) -> tuple[str, Any, tuple[Any, ...]]:
+    """How a node calls this function: op, target and arguments.
+
+    `named`: whether there are arguments by name too."""
     if name.startswith("__") and name.endswith("__"):
         core = name.strip("_")
         direct = getattr(operator, core, None) or getattr(operator, f"{core}_", None)
@@ -366,6 +379,8 @@ def spelling(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tup
             return "call_function", direct, args
         function = _REFLECTED.get(core) or getattr(operator, core[1:])
         return "call_function", function, (args[1], args[0])
+    if name in _SIGNS and len(args) == 2 and not named:  # x + y and x.add(y) are one function
+        return "call_function", _SIGNS[name], args
     of_tensor = getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
     if of_tensor or getattr(torch.Tensor, name, None) is func:
         return "call_method", name, args

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from repfx.capture.structures import leaves, tensors_in
+from repfx.capture.structures import Contents, leaves, tensors_in
+from repfx.graph.holders import TABLES
 from repfx.graph.run_node import Interpreter
 from repfx.tolerances import TRACED
 
@@ -43,6 +44,9 @@ class Noting(nn.Module):
         return Shapes(self.graph_module).run(*(inputs(args, {}) if inputs else args))
 
 
+_SIZES = (64, 224, 32, 28, 16, 8, 12, 96, 128, 256, 299, 384)  # of images, the likely ones first
+
+
 def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
     """A random image or batch of features that the model accepts, and its output; or None, None.
 
@@ -54,7 +58,7 @@ def guess_example(model: nn.Module) -> tuple[tuple[Any, ...] | None, Any]:
     tried: set[tuple[int, ...]] = set()
     for like, shape in _shapes(model):
         # Several shapes: the first layer in the module tree need not be the first one called.
-        if shape in tried or len(tried) > 8:
+        if shape in tried or len(tried) > 24:
             continue
         tried.add(shape)
         given = tuple(
@@ -77,7 +81,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
             yield weight, (2, module.in_features)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             axes = len(module.kernel_size)
-            for size in (64, 224) if axes == 2 else (32,):
+            for size in _SIZES if axes == 2 else (32, 16, 64):
                 yield weight, (2, module.in_channels, *(size,) * axes)
     for p in model.parameters():
         if p.is_floating_point() and p.dim() in (3, 4, 5):
@@ -145,23 +149,46 @@ def _as_written() -> contextlib.AbstractContextManager[Any]:
     return stance
 
 
-@contextlib.contextmanager
-def undone(model: nn.Module) -> Iterator[None]:
-    """Afterwards modes, attributes, buffers and the random state are what they were before."""
-    kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in _plain_modules(model)]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _as_written():
-            yield
-    finally:
-        for m, attributes, held in kept:
+class Attributes:
+    """The attributes and buffers of all modules, and what is in the lists and dicts among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = _plain_modules(model)
+        self._kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+        self._contents = [
+            Contents(value)
+            for m in modules
+            for name, value in m.__dict__.items()
+            if name not in TABLES and type(value) in (list, dict, tuple)
+        ]
+
+    def restore(self) -> None:
+        for m, attributes, held in self._kept:
             m.__dict__.clear()
             m.__dict__.update(attributes)
             m._buffers.clear()
             m._buffers.update(held)
+        for contents in self._contents:
+            contents.restore()
+
+
+@contextlib.contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards modes, attributes, buffers and the random state are what they were before."""
+    kept = Attributes(model)
+    buffers = [
+        (b, None if b.is_inference() else b._version, b.clone())
+        for b in model.buffers()
+        if not b.is_meta
+    ]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _as_written():
+            yield
+    finally:
+        kept.restore()
         with torch.no_grad():
             for b, version, value in buffers:
-                if b._version != version:
+                if version is None or b._version != version:
                     b.copy_(value)
 
 
@@ -206,3 +233,13 @@ def others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     if len(batches) == 1 and batches != {0}:
         yield tree_map_only(Tensor, longer, example)
     yield tree_map_only(Tensor, changed, example)
+
+
+def larger(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with larger images, (N, C, ...) with 32 pixels more along each axis."""
+
+    def grown(t: Tensor) -> Tensor:
+        sides = [0, 32] * (t.dim() - 2)
+        return nn.functional.pad(t, sides) if t.dim() > 2 and t.is_floating_point() else t
+
+    return tuple(tree_map_only(Tensor, grown, list(example)))

@@ -38,3 +38,32 @@ def leaves(value: Any) -> list[Any]:
 
 def tensors_in(value: Any) -> list[Tensor]:
     return [v for v in leaves(value) if isinstance(v, Tensor)]
+
+
+class Contents:
+    """The contents of lists and dicts, at any depth, so that what a forward changed can be undone.
+
+    >>> given = ([1, 2], {"a": []})
+    >>> before = Contents(given)
+    >>> given[0].append(3); given[1]["a"].append(4); before.restore(); given
+    ([1, 2], {'a': []})
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._held: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        self._note(value)
+
+    def _note(self, value: Any) -> None:
+        if type(value) in (list, dict) and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._held.append((value, value.copy()))
+        elif type(value) is not tuple:
+            return
+        for part in value.values() if isinstance(value, dict) else value:
+            self._note(part)
+
+    def restore(self) -> None:
+        for container, held in self._held:
+            container.clear()
+            container.update(held) if isinstance(held, dict) else container.extend(held)

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from repfx.capture.recorder import Recorder, Untraceable
-from repfx.capture.running import undone
+from repfx.capture.running import Attributes, undone
+from repfx.capture.structures import Contents
 from repfx.capture.symbols import symbol
 from repfx.capture.two_modes import Comparison, Part, TooDifferent
 from repfx.errors import Declined
@@ -69,6 +70,7 @@ class Tracer:
         self.train_only: set[str] = set()
         self.plain_norms: set[str] = set()
         self.parts: dict[str, TrainOnly] = {}  # what is done in training only
+        self.cut: set[fx.Node] = set()  # the calls of these
         self.asked = Asked(value)
         self.modes: dict[str, fx.Node] = {}
         self.stack: list[nn.Module] = []
@@ -252,7 +254,7 @@ class Tracer:
         finally:
             self.asked.value, self.asked.times = False, asked
             kept.restore()
-            recorder.forget_after(end)
+            recorder.forget_after(end, self.cut)
         return result
 
     def _cut_out(self, m: nn.Module, part: Part, same: dict[fx.Node, fx.Node], result: Any) -> Any:
@@ -267,6 +269,7 @@ class Tracer:
         last = max(inputs)
         with recorder.graph.inserting_after(last):
             node = recorder.add("call_module", path, tuple(inputs), {})
+        self.cut.add(node)
         node.meta |= {k: part.before.meta[k] for k in ("dtype", "shape") if k in part.before.meta}
         recorder.shapes[node] = recorder.shapes[part.before]
         for reader in part.readers:
@@ -323,25 +326,12 @@ class State:
     """What a forward may change: the attributes of its modules, and the lists and dicts it gets."""
 
     def __init__(self, module: nn.Module, arguments: Any) -> None:
-        self.module = module
-        self.attributes = [(c, dict(c.__dict__)) for c in module.modules() if not _scripted(c)]
-        self.containers: list[tuple[Any, Any]] = []
-        self._note(arguments)
-
-    def _note(self, value: Any) -> None:
-        if type(value) in (list, dict):
-            self.containers.append((value, value.copy()))
-        if isinstance(value, (list, tuple, dict)):
-            for v in value.values() if isinstance(value, dict) else value:
-                self._note(v)
+        self.module, self.attributes = module, Attributes(module)
+        self.arguments = Contents(arguments)
 
     def restore(self) -> None:
-        for child, attributes in self.attributes:
-            child.__dict__.clear()
-            child.__dict__.update(attributes)
-        for container, held in self.containers:
-            container.clear()
-            container.update(held) if isinstance(held, dict) else container.extend(held)
+        self.attributes.restore()
+        self.arguments.restore()
 
 
 def _itself(node: fx.Node) -> fx.Node:

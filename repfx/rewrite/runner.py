@@ -32,6 +32,13 @@ def rewrite(
 
     Raises InputError for bad input and CheckError for a broken promise.
     """
+    with torch.inference_mode(False):  # the result is to be trained, wherever it was made
+        return _rewritten(model, passes, example, target)
+
+
+def _rewritten(
+    model: Any, passes: Iterable[str | Pass], example: Any, target: str
+) -> tuple[nn.Module, Report]:
     ordered = resolve(passes)
     formats = target_named(target)
     args = as_args(example, model)

@@ -68,7 +68,8 @@ def _held(view: GraphView, path: str) -> Tensor:
         # A parametrized weight is computed when it is read: compute it in float64, too.
         computed: Tensor = getattr(copy.deepcopy(owner).cpu().double().eval(), name)
         return computed.detach()
-    return _wide(view.tensor(path))
+    held: Tensor = _wide(view.tensor(path))
+    return held
 
 
 def _expression(view: GraphView, node: fx.Node, fetch: Fetch) -> Tensor:
@@ -77,13 +78,15 @@ def _expression(view: GraphView, node: fx.Node, fetch: Fetch) -> Tensor:
         value = view.evaluate(node, fetch)
     except RuntimeError:
         value = view.tensor(node)
-    return _wide(value)
+    wide: Tensor = _wide(value)
+    return wide
 
 
-def _wide(value: Tensor) -> Tensor:
-    """The value in float64; indices and masks keep their type."""
-    return (
-        value.detach().cpu().to(torch.float64)
-        if value.is_floating_point()
-        else value.detach().cpu()
-    )
+def _wide(value: Any) -> Any:
+    """The value in float64; indices and masks keep their type, and so does what is no tensor."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_wide, value)) if type(value) in (tuple, list) else value
+    if not isinstance(value, Tensor):
+        return value
+    here = value.detach().cpu()
+    return here.to(torch.float64) if here.is_floating_point() else here
