@@ -397,7 +397,9 @@ def server(libraries: list[str]) -> Any:
     """A context whose processes are copies of one that has this file and the libraries imported."""
     os.environ[WARM] = ",".join(libraries)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    # Python 3.11 does not preload "__main__", nor look for modules beside it.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *map(str, GIVEN)])
+    context.set_forkserver_preload(["zoo_capture"])
     return context
 
 
@@ -537,7 +539,7 @@ def fine(row: Row) -> bool:
     return "failure" not in row and equal(row)
 
 
-if __name__ == "__mp_main__" and WARM in os.environ:
+if __name__ == "zoo_capture" and WARM in os.environ:
     warm()
 if __name__ == "__main__":
     main()
