@@ -23,6 +23,7 @@ from repfx.capture.canonical import canonical
 from repfx.capture.copying import Copy, alias, unwrapped
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
+from repfx.capture.owned import in_eval_mode, is_eval_only
 from repfx.capture.running import (
     Noting,
     agree,
@@ -33,7 +34,7 @@ from repfx.capture.running import (
     others,
     run_eval,
 )
-from repfx.capture.tracer import Tracer, first_line, is_leaf
+from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf
 from repfx.errors import Declined, InputError
 from repfx.graph.guards import facts_of, is_guard
 from repfx.graph.modes import TrainOnly
@@ -120,7 +121,7 @@ def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
     """The GraphModules of a captured model with their paths: the model itself, or its parts."""
     if isinstance(model, TrainOnly):
         return  # nothing of it is deployed
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and not is_eval_only(model):
         yield "", model
     for name, child in model.named_children():
         for path, module in graphs(child):
@@ -153,6 +154,8 @@ def _capture(
                 where, reason, "it uses the inside of its children, so they are not changed either"
             )
         ]
+    elif BRANCHES in reason:
+        return _eval_graph(module, example, expected)
     return module
 
 
@@ -161,16 +164,47 @@ def _attempt(
 ) -> fx.GraphModule | str:
     """The graph that was traced on `given` and agrees on the example, or the reason for none.
 
-    Raises nothing."""
-    mark, swaps = len(captured.declined), []
+    If it is right for one size only, larger images are tried too: a model may hold what it made for
+    the size that it saw last."""
     try:
-        tracer, graph = _trace(module, given)
-        if facts_of(graph):
-            tracer, graph = _of_any_size(module, given, example, expected) or (tracer, graph)
+        traced = _trace(module, given)
+    except Exception as error:  # its forward can raise anything
+        return f"its forward cannot be traced: {first_line(error)}"
+    if _binding(traced[1]):
+        try:
+            free = _trace(module, larger(given))
+        except Exception:  # it takes images of one size only
+            free = traced
+        if _binding(free[1]) < _binding(traced[1]):
+            found = _finished(module, path, free, example, expected, captured)
+            if not isinstance(found, str):
+                return found
+    return _finished(module, path, traced, example, expected, captured)
+
+
+def _binding(graph: fx.Graph) -> int:
+    """How many facts a graph rests on, without those that `Noting` may waive."""
+    return sum(is_guard(n) and n.args[1] != "!=" for n in graph.nodes)
+
+
+def _finished(
+    module: nn.Module,
+    path: str,
+    traced: tuple[Tracer, fx.Graph],
+    example: Any,
+    expected: Any,
+    captured: Captured,
+) -> fx.GraphModule | str:
+    """The traced graph as a module, with what is inside opaque modules captured, if it agrees."""
+    mark, swaps = len(captured.declined), []
+    tracer, graph = traced
+    try:
         normalise(graph)
         result = graph_module(module, graph, tracer)
         swaps = _inside_opaque(result, path, tracer.opaque, example, captured)
-        if _agrees(Noting(result, captured.sure, captured.given), example, expected):
+        noting = Noting(result, captured.sure, captured.given)
+        if _agrees(noting, example, expected):
+            noting.waive(module, example)
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
@@ -178,26 +212,6 @@ def _attempt(
     _undo(swaps)
     del captured.declined[mark:]
     return reason
-
-
-def _of_any_size(
-    module: nn.Module, given: Any, example: Any, expected: Any
-) -> tuple[Tracer, fx.Graph] | None:
-    """The graph that larger images give, if it is right for the example too and rests on less.
-
-    A model may hold what it made for the size that it saw last. Then it asks whether the size is
-    another one, and the answer does not matter if the graph agrees on the example."""
-    try:
-        tracer, graph = _trace(module, larger(given))
-        for node in list(graph.nodes):
-            if is_guard(node) and node.args[1] == "!=" and isinstance(node.args[2], int):
-                graph.erase_node(node)
-        if facts_of(graph):
-            return None
-        agrees = _agrees(graph_module(module, graph, tracer), example, expected)
-    except Exception:  # it takes images of one size only
-        return None
-    return (tracer, graph) if agrees else None
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Graph]:
@@ -323,11 +337,38 @@ def _inside_opaque(
         inputs = seen.get(id(leaf))
         expected = None if inputs is None else run_eval(leaf, inputs)
         mine = _children(leaf, full, inputs, captured)
-        if _agrees(leaf, inputs, expected):
-            swaps += mine
-        else:
+        if not _agrees(leaf, inputs, expected):
             _undo(mine)
+            continue
+        swaps += mine
+        made = _eval_graph(leaf, inputs, expected) if why.reason == BRANCHES else leaf
+        if made is not leaf:
+            parent = result.get_submodule(name.rpartition(".")[0])
+            parent._modules[name.rpartition(".")[2]] = made
+            swaps.append((parent, name.rpartition(".")[2], leaf))
     return swaps
+
+
+def _eval_graph(module: nn.Module, example: Any, expected: Any) -> nn.Module:
+    """A module that branches on self.training, with a graph of its forward in eval mode.
+
+    Its children are captured already. If it cannot be traced in eval mode either, it is returned
+    as it is."""
+    for given in () if example is None else others(example):
+        try:
+            tracer = Tracer(eval_only=True)
+            graph = tracer.trace(module, given)
+            normalise(graph)
+            if tracer.opaque or tracer.modes or tracer.parts or tracer.plain_norms:
+                return module
+            made = in_eval_mode(module, graph, tracer.inputs)
+            noting = Noting(made, sure=False)
+            if _agrees(noting, example, expected):
+                noting.waive(module, example)
+                return made
+        except Exception:  # its forward can raise anything
+            continue
+    return module
 
 
 def _children(

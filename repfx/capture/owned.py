@@ -32,6 +32,7 @@ class Owned(fx.GraphModule):
 
     user_class: type[nn.Module]
     user_signature: inspect.Signature
+    eval_only = False
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -40,6 +41,8 @@ class Owned(fx.GraphModule):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = self.graph_inputs(args, kwargs)
+            if cls.eval_only and self.training:
+                return base.forward(self, *args, **kwargs)
             if given is not None:
                 return self.graph_forward(*given)
             try:
@@ -80,20 +83,21 @@ class Owned(fx.GraphModule):
         return [given[name] for name in kinds]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owned:
-        made: Owned = object.__new__(_class(type(self).user_class))
+        made: Owned = object.__new__(_class(type(self).user_class, type(self).eval_only))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self._state(), memo))
         made.graph = copy.deepcopy(self.graph, memo)
         return made
 
     def __copy__(self) -> Owned:
-        made: Owned = object.__new__(_class(type(self).user_class))
+        made: Owned = object.__new__(_class(type(self).user_class, type(self).eval_only))
         made.__dict__.update(self._state())
         made.graph = copy.deepcopy(self.graph)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpickled, (type(self).user_class, self._state(), _encoded(self.graph))
+        cls = type(self)
+        return _unpickled, (cls.user_class, cls.eval_only, self._state(), _encoded(self.graph))
 
     def _state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _GENERATED}
@@ -111,18 +115,36 @@ def as_object_of(result: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     return result
 
 
-def _class(base: type[nn.Module]) -> Any:
+def in_eval_mode(model: nn.Module, graph: fx.Graph, inputs: dict[str, bool]) -> Owned:
+    """The model with this graph for its forward in eval mode. In training its own forward runs.
+
+    Both call the same modules, so no pass may rewrite the graph itself; see `is_eval_only`."""
+    made: Owned = object.__new__(_class(type(model), True))
+    made.__dict__.update(fx.GraphModule(nn.Module(), fx.Graph()).__dict__)
+    made.__dict__.update(model.__dict__)
+    made.__dict__[INPUTS] = inputs
+    made.graph = graph
+    return made
+
+
+def is_eval_only(module: nn.Module) -> bool:
+    return isinstance(module, Owned) and type(module).eval_only
+
+
+def _class(base: type[nn.Module], eval_only: bool = False) -> Any:
     """A class of its own for each object: a GraphModule keeps its code in its class."""
     made: Any = types.new_class(
         base.__name__, (Owned, base), exec_body=lambda ns: ns.update(__module__=base.__module__)
     )
-    made.user_class = base
+    made.user_class, made.eval_only = base, eval_only
     made.user_signature = inspect.signature(base.forward)
     return made
 
 
-def _unpickled(base: type[nn.Module], state: dict[str, Any], nodes: list[Any]) -> Owned:
-    made: Owned = object.__new__(_class(base))
+def _unpickled(
+    base: type[nn.Module], eval_only: bool, state: dict[str, Any], nodes: list[Any]
+) -> Owned:
+    made: Owned = object.__new__(_class(base, eval_only))
     made.__dict__.update(state)
     made.graph = _decoded(nodes)
     return made

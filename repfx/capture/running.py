@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from repfx.capture.structures import Contents, leaves, tensors_in
+from repfx.graph.guards import is_guard
 from repfx.graph.holders import TABLES
 from repfx.graph.run_node import Interpreter
 from repfx.tolerances import TRACED
@@ -22,15 +23,44 @@ from repfx.tolerances import TRACED
 class Noting(nn.Module):
     """Runs a GraphModule and stores the dtype and shape of each value in its node's `meta`.
 
-    The rank is stored too if the rank of the input is `sure`. `given`: the user gave the input."""
+    The rank is stored too if the rank of the input is `sure`. `given`: the user gave the input.
+
+    A graph may have been traced on another size because a size is special to the model: what it
+    holds is of this size. If the graph is right for that size too, `waive` drops the condition."""
 
     def __init__(self, graph_module: fx.GraphModule, sure: bool, given: bool = True) -> None:
         super().__init__()
         self.graph_module, self.sure, self.given = graph_module, sure, given
+        self.waived: set[fx.Node] = set()
+        self.special: set[tuple[fx.Node, int, int]] = set()  # guards: a size, and what it is not
+
+    def waive(self, module: nn.Module, example: tuple[Any, ...]) -> None:
+        """Drops the conditions that a size is not a certain one, where the graph is right for that
+        size too: on the example, or on one made for it."""
+        for node, size, other in sorted(self.special, key=lambda s: s[0].name):
+            if node not in self.waived:
+                given = _with_size(example, node.args[0], size, other)
+                with contextlib.suppress(Exception):  # the module may not take this size
+                    before = set(self.waived)
+                    if not agree(run_eval(self, given), run_eval(module, given)):
+                        self.waived = before
+        for node in self.waived:
+            self.graph_module.graph.erase_node(node)
+        if self.waived:
+            self.graph_module.recompile()
 
     def forward(self, *args: Any) -> Any:
+        waived, special = self.waived, self.special
+
         class Shapes(Interpreter):
             def run_node(self, n: fx.Node) -> Any:
+                if is_guard(n) and n.args[1] == "!=":
+                    left, _, right, _ = self.fetch_args_kwargs_from_env(n)[0]
+                    if left == right:
+                        waived.add(n)
+                        return None
+                    if type(left) is type(right) is int:
+                        special.add((n, left, right))
                 result = super().run_node(n)
                 if isinstance(result, Tensor):
                     n.meta["dtype"], n.meta["shape"] = result.dtype, tuple(result.shape)
@@ -243,3 +273,18 @@ def larger(example: tuple[Any, ...]) -> tuple[Any, ...]:
         return nn.functional.pad(t, sides) if t.dim() > 2 and t.is_floating_point() else t
 
     return tuple(tree_map_only(Tensor, grown, list(example)))
+
+
+def _with_size(example: tuple[Any, ...], node: Any, size: int, other: int) -> tuple[Any, ...]:
+    """The example, changed so that what had this size has another one."""
+    batch = isinstance(node, fx.Node) and node.target == "size" and node.args[1] == 0
+
+    def resized(t: Tensor) -> Tensor:
+        if batch:
+            return t[torch.arange(other) % len(t)] if t.dim() else t
+        if t.dim() < 3 or not t.is_floating_point():
+            return t
+        sizes = [round(n * other / size) for n in t.shape[2:]]
+        return nn.functional.interpolate(t, size=sizes)
+
+    return tuple(tree_map_only(Tensor, resized, list(example)))

@@ -61,9 +61,13 @@ class Tracer:
 
     `opaque` collects the paths of modules that became leaves, with the reasons. `branching`
     collects those that did so because of an `if self.training`, "" for the root. `training` lists
-    the paths of modules whose training branch is traced."""
+    the paths of modules whose training branch is traced. `eval_only`: whether the root's own
+    training branch does not matter."""
 
-    def __init__(self, value: bool = False, training: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, value: bool = False, training: frozenset[str] = frozenset(), eval_only: bool = False
+    ) -> None:
+        self.eval_only = eval_only
         self.branching: set[str] = set()
         self.training = training
         self.opaque: dict[str, Declined] = {}
@@ -94,7 +98,7 @@ class Tracer:
                 mark = next(iter(reversed(self.recorder.graph.nodes)))
                 kept = State(root, given)
                 self.result = _CALL(root, *given)
-                if self.asked.times:
+                if self.asked.times and not self.eval_only:
                     try:
                         self.result = self._settled(mark, self.result, kept, tuple(given), {})
                     except TooDifferent:
@@ -115,7 +119,7 @@ class Tracer:
         def call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return tracer.call_module(m, args, kwargs)
 
-        check, applied = torch._assert, torch.autograd.Function.apply
+        check, applied = torch._assert, torch.autograd.Function.__dict__["apply"]
         with undone(root):
             for m in (m for m in root.modules() if not _scripted(m)):
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
