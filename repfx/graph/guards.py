@@ -67,17 +67,17 @@ def in_words(value: Any) -> str:
     """
     if not isinstance(value, fx.Node):
         return str(value)
+    if value.op == "call_method" and value.target in ("size", "numel"):
+        rest = ", ".join(map(in_words, value.args[1:]))
+        return f"{value.args[0]}.{value.target}({rest})"
+    number = value.target in _SIGNS or getattr(value.target, "__module__", "") == "math"
+    if value.op != "call_function" or not number:
+        return value.name
     parts = [in_words(a) for a in value.args]
-    if value.target in _SIGNS and len(parts) == 2:
-        inner = [
-            f"({text})" if isinstance(a, fx.Node) and a.target in _SIGNS else text
-            for a, text in zip(value.args, parts, strict=True)
-        ]
-        return f" {_SIGNS[value.target]} ".join(inner)
-    if value.op == "call_method":
-        return f"{parts[0]}.{value.target}({', '.join(parts[1:])})"
-    if value.op == "call_function" and value.target is operator.getitem:
-        return f"{parts[0]}[{parts[1]}]"
-    if value.op == "call_function":
+    if value.target not in _SIGNS:
         return f"{getattr(value.target, '__name__', value.target)}({', '.join(parts)})"
-    return value.name
+    inner = [
+        f"({text})" if isinstance(a, fx.Node) and a.target in _SIGNS else text
+        for a, text in zip(value.args, parts, strict=True)
+    ]
+    return f" {_SIGNS[value.target]} ".join(inner)
