@@ -3,6 +3,7 @@
     pip install -r examples/zoo_capture.txt          # the libraries; the file says what to mind
     python examples/zoo_capture.py [--only REGEX] [--libraries timm,spandrel] [--tiny]
     python examples/zoo_capture.py --retry           # again, those whose last row has a failure
+    python examples/zoo_capture.py --until other_batch   # capture and merge only
     python examples/zoo_capture.py --list
 
 No weights are downloaded: models are built with random ones, and batch norms and layer scales get
@@ -230,6 +231,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+UNTIL = "REPFX_ZOO_UNTIL"
+STAGES = ("fuse", "other_batch", "ptq", "calibrate", "lower", "lint")
+
+
 class Trial:
     """One model, stage by stage. `row` is what is known; `send` is told before and after each."""
 
@@ -243,6 +248,8 @@ class Trial:
         for stage in (*stages, self.ptq, self.calibrate, self.lower, self.lint):
             passed = self.passes(stage)
             if not passed and stage not in (self.compare, self.other_batch):
+                break
+            if stage.__name__ == os.environ.get(UNTIL):
                 break
         self.send({"stage": "done", "memory": [*self.row.get("memory", []), peak()]})
 
@@ -498,6 +505,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     parser.add_argument("--out", type=Path, default=Path("zoo-capture.jsonl"))
+    parser.add_argument("--until", default="lint", choices=STAGES, help="the last stage to run")
     parser.add_argument("--timeout", type=int, default=180, help="processor time for each model")
     parser.add_argument("--memory", type=int, default=12, help="limit for each model in GB")
     return parser.parse_args()
@@ -522,7 +530,7 @@ def main() -> None:
     done = read(args.out)
     todo = [e for e in chosen if e.key not in done or (args.retry and not fine(done[e.key]))]
     if todo and not args.table:
-        os.environ |= OFFLINE
+        os.environ |= {**OFFLINE, UNTIL: args.until}
         context = server(sorted({e.library for e in todo}))
         columns = (
             TextColumn("{task.description}"),

@@ -36,7 +36,7 @@ from repfx.capture.running import (
 )
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf
 from repfx.errors import Declined, InputError
-from repfx.graph.guards import facts_of, is_guard
+from repfx.graph.guards import facts_of, holds, is_guard
 from repfx.graph.modes import TrainOnly
 from repfx.tolerances import TRACED, TRACED_WIDE
 
@@ -205,6 +205,7 @@ def _finished(
         noting = Noting(result, captured.sure, captured.given)
         if _agrees(noting, example, expected):
             noting.waive(module, example)
+            _pin(module, result, tracer, example)
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
@@ -212,6 +213,41 @@ def _finished(
     _undo(swaps)
     del captured.declined[mark:]
     return reason
+
+
+def _pin(
+    module: nn.Module, result: fx.GraphModule, tracer: Tracer, example: tuple[Any, ...]
+) -> None:
+    """Adds the sizes of the inputs to the facts, unless the graph is right for larger ones too.
+
+    Some of Python's own functions, such as range(size), take a size without asking for it."""
+    if not tracer.recorder.measured:
+        return
+    for double in (False, True):
+        bigger = larger(example, double)
+        try:
+            want = run_eval(module, bigger)
+        except Exception:  # it takes no images of this size
+            continue
+        try:
+            if agree(run_eval(result, bigger), want):
+                return
+        except InputError:  # a fact says so already
+            return
+        except Exception:  # the graph does not run on this size
+            break
+        break
+    graph = result.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        for node in inputs:
+            for axis, size in list(enumerate(node.meta.get("shape", ())))[2:]:
+                measured = graph.call_method("size", (node, axis))
+                words = f"{node.name}.size({axis}) == {size}"
+                measured.append(
+                    graph.create_node("call_function", holds, (measured, "==", size, words))
+                )
+    result.recompile()
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Graph]:
@@ -365,6 +401,7 @@ def _eval_graph(module: nn.Module, example: Any, expected: Any) -> nn.Module:
             noting = Noting(made, sure=False)
             if _agrees(noting, example, expected):
                 noting.waive(module, example)
+                _pin(module, made, tracer, example)
                 return made
         except Exception:  # its forward can raise anything
             continue

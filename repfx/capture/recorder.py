@@ -82,6 +82,7 @@ class Recorder(TorchFunctionMode):
         self._wholes: dict[int, tuple[Any, list[int], fx.Node]] = {}
         self._read: dict[str, fx.Node] = {}
         self._asked: dict[Any, fx.Node] = {}  # (of an input?, dtype or device that was read): whose
+        self.measured = False  # whether the forward read a size
         self._of_weights = False
         self._known: dict[fx.Node, int] = {}
         self._facts: dict[str, fx.Node] = {}
@@ -211,10 +212,12 @@ class Recorder(TorchFunctionMode):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             sizes = self._sizes(tensor)
             return torch.Size(sizes) if axis is None else sizes[self.bare(axis)]
+        self.measured = True
         node = self.node_of(tensor)
         return symbol(tensor.numel(), self, lambda: self._size_node(node, "numel", ()))
 
     def _sizes(self, tensor: Tensor) -> list[Any]:
+        self.measured = True
         node, found = self.node_of(tensor), []
         for axis, size in enumerate(tensor.shape):
             source = self.fixed_size(node, axis)

@@ -218,7 +218,10 @@ def undone(model: nn.Module) -> Iterator[None]:
         kept.restore()
         with torch.no_grad():
             for b, version, value in buffers:
-                if version is None or b._version != version:
+                if version is None:
+                    with torch.inference_mode():
+                        b.copy_(value)
+                elif b._version != version:
                     b.copy_(value)
 
 
@@ -265,11 +268,13 @@ def others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     yield tree_map_only(Tensor, changed, example)
 
 
-def larger(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with larger images, (N, C, ...) with 32 pixels more along each axis."""
+def larger(example: tuple[Any, ...], double: bool = False) -> tuple[Any, ...]:
+    """The example with larger images, (N, C, ...) with 32 pixels more along each axis.
+
+    `double`: with twice as many."""
 
     def grown(t: Tensor) -> Tensor:
-        sides = [0, 32] * (t.dim() - 2)
+        sides = [v for n in reversed(t.shape[2:]) for v in (0, n if double else 32)]
         return nn.functional.pad(t, sides) if t.dim() > 2 and t.is_floating_point() else t
 
     return tuple(tree_map_only(Tensor, grown, list(example)))

@@ -270,7 +270,10 @@ class Tracer:
         path = f"{self.paths[id(m)]}.{PART}".lstrip(".")
         path += f"_{len(self.parts)}" if self.parts else ""
         self.parts[path] = module
-        last = max(inputs)
+        # In the order of the forward, as far as the readers come after.
+        last = max([*inputs, *self.cut])
+        if any(reader is not None and reader < last for reader in part.readers):
+            last = max(inputs)
         with recorder.graph.inserting_after(last):
             node = recorder.add("call_module", path, tuple(inputs), {})
         self.cut.add(node)

@@ -28,6 +28,9 @@ class Holder:
             "call the model, with the same kind of arguments that it was traced with"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self).__mro__[2],), self.__dict__
+
 
 def is_holder(module: nn.Module | None) -> bool:
     return type(module) is nn.Module or isinstance(module, Holder)
@@ -48,6 +51,10 @@ def holder_of(module: nn.Module) -> nn.Module:
     made.__dict__.update(nn.Module().__dict__)
     made.__dict__.update(attributes_of(module))
     return made
+
+
+def _new(base: Any) -> Any:
+    return object.__new__(_class(base))
 
 
 @cache

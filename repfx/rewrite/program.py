@@ -16,13 +16,13 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from repfx.algebra import Fixed, Kernel, KernelNorm
-from repfx.capture.proxies import ConstantProxy
 from repfx.graph.edit import free_path, put_module
 from repfx.graph.ops import Map, Ref
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Merge
 from repfx.rewrite.names import weight_of
+from repfx.rewrite.proxies import ConstantProxy
 
 
 class Recorder(GraphAppendingTracer):

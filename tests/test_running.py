@@ -1,0 +1,455 @@
+"""Capture by running: Python that looks at sizes, types and modes; results in the user's class."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import io
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+
+import repfx
+from repfx.capture.structures import tensors_in
+from repfx.graph.modes import TrainOnly
+from repfx.testing import assert_same, randomise
+
+
+def image(batch: int = 2, size: int = 16) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+class Stem(nn.Module):
+    def __init__(self, outputs: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, outputs, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+class Around(nn.Module):
+    """A stem and then any code."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.stem, self.run = Stem(), run
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def checked(m: Any, x: Tensor) -> Any:
+    if x.shape[1] != 3 or x.ndim != 4 or len(x.shape) != 4:
+        raise ValueError("an RGB image")
+    return m.head(m.stem(x))
+
+
+def typed(m: Any, x: Tensor) -> Any:
+    assert isinstance(x, Tensor) and type(x) is Tensor and x.dtype == torch.get_default_dtype()
+    return m.head(m.stem(x))
+
+
+def padded(m: Any, x: Tensor) -> Any:
+    h, w = x.shape[-2:]
+    bottom, right = (4 - h % 4) % 4, (4 - w % 4) % 4
+    return m.head(m.stem(F.pad(x, (0, right, 0, bottom))))
+
+
+def same_padding(m: Any, x: Tensor) -> Any:
+    sides = [max((math.ceil(n / 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
+    return F.max_pool2d(F.pad(m.stem(x), (0, sides[1], 0, sides[0])), 3, 2)
+
+
+def tokens(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    b, c, h, w = y.size()
+    return y.view(b, c, h * w).transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def resized(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    return F.interpolate(F.avg_pool2d(y, 2), size=y.shape[2:], mode="bilinear") + y
+
+
+def grid(m: Any, x: Tensor) -> Any:
+    y = m.head(m.stem(x))
+    rows = torch.arange(y.shape[2], device=y.device, dtype=y.dtype)
+    return y + rows[None, None, :, None]
+
+
+def cached(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    if getattr(m, "shape", None) != y.shape:
+        m.shape, m.grid = y.shape, torch.arange(y.shape[3]).to(y)
+    return y + m.grid
+
+
+def listed(m: Any, x: Tensor) -> Any:
+    levels = [m.stem(x), m.stem(x * 2)]
+    for i, level in enumerate(levels):
+        levels[i] = m.head(level)
+    return torch.cat([v.flatten(2) for v in levels], 2)
+
+
+def split_and_looped(m: Any, x: Tensor) -> Any:
+    total = 0
+    for part in m.stem(x).chunk(4, 1):
+        total = total + part
+    return total
+
+
+def rebound(m: Any, x: Tensor) -> Any:
+    m.mean = m.mean.type_as(x) if hasattr(m, "mean") else torch.full((1, 3, 1, 1), 0.5).to(x)
+    return m.head(m.stem(x - m.mean))
+
+
+FREE = {
+    "checked": checked,
+    "typed": typed,
+    "padded": padded,
+    "same padding": same_padding,
+    "tokens": tokens,
+    "resized": resized,
+    "grid": grid,
+    "cached": cached,
+    "a list that is written to": listed,
+    "a loop over pieces": split_and_looped,
+    "an attribute that is bound again": rebound,
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_python_that_looks_at_sizes_and_types(name: str) -> None:
+    model = randomise(Around(FREE[name]).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    report = result.meta["repfx"]
+    assert isinstance(result, fx.GraphModule) and not report.untraced
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for batch, size in ((2, 16), (3, 16), (1, 20), (5, 32)):
+        assert_same(model, result, image(batch, size), 1e-5)
+
+
+def test_a_model_that_has_run_holds_what_it_made_for_that_size() -> None:
+    model = randomise(Around(cached).eval())
+    model(image())
+    result = repfx.transform(model, ["fuse"], example=image())
+    for batch, size in ((2, 16), (3, 16), (1, 20)):
+        assert_same(model, result, image(batch, size), 1e-5)
+
+
+def a_size_as_a_number(m: Any, x: Tensor) -> Any:
+    return m.head(m.stem(x)) * int(x.shape[2])
+
+
+def a_size_that_decides(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    return m.head(y) if x.shape[2] > 12 else m.head(y * 2)
+
+
+def a_size_in_a_loop(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    return sum(y[:, :, i] for i in range(y.shape[2]))
+
+
+BOUND = {f.__name__: f for f in (a_size_as_a_number, a_size_that_decides, a_size_in_a_loop)}
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_what_the_graph_rests_on_is_told_and_checked(name: str) -> None:
+    model = randomise(Around(BOUND[name]).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    report = result.meta["repfx"]
+    assert not report.untraced and report.facts
+    assert report.facts[0] in str(repfx.inspect(model, example=image()))
+    for batch in (1, 2, 5):
+        assert_same(model, result, image(batch), 1e-5)
+    with pytest.raises(repfx.InputError, match=r"was traced with .*size"):
+        result(image(2, 8))
+
+
+def test_facts_survive_save_and_load(tmp_path: Path) -> None:
+    model = randomise(Around(a_size_that_decides).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    repfx.save(result, tmp_path / "model.pt")
+    again = repfx.load(tmp_path / "model.pt")
+    assert_same(model, again, image(), 1e-5)
+    with pytest.raises(repfx.InputError, match="was traced with"):
+        again(image(2, 8))
+
+
+def test_code_that_reads_the_data_stays_a_leaf() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Stem()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if float(x.sum()) > 0 else self.inner(-x)
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Picky()).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert isinstance(result, fx.GraphModule)
+    assert [d.where for d in result.meta["repfx"].untraced] == ["2"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for x in (image(), -image(), image(3, 9)):
+        assert_same(model, result, x, 1e-5)
+
+
+@dataclasses.dataclass
+class Found:
+    boxes: Tensor
+    scores: Tensor | None = None
+
+
+class Detector(nn.Module):
+    """A model with attributes, methods, an optional argument and structures of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Stem(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.names, self.stride = ["cat", "dog"], 4
+
+    def forward(self, image: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Found:
+        y = self.layers(image)
+        y = y if mask is None else y * mask
+        return Found(y * scale)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self(batch["image"]).boxes.square().mean()
+
+
+def test_the_result_is_still_the_users_model() -> None:
+    model = randomise(Detector().eval())
+    result: Any = repfx.transform(model, ["fuse"], example=image())
+    assert isinstance(result, Detector) and isinstance(result, fx.GraphModule)
+    assert result.names == ["cat", "dog"] and result.stride == 4
+    assert isinstance(result.layers, nn.Sequential) and isinstance(result.layers[0], Stem)
+    assert list(inspect.signature(result.forward).parameters) == ["image", "mask", "scale"]
+    found = result(image=image())
+    assert type(found) is Found and found.scores is None
+    torch.testing.assert_close(found.boxes, model(image()).boxes, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        result.loss({"image": image()}), model.loss({"image": image()}), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(repfx.InputError, match=r"traced with the arguments \(image\)"):
+        result(image(), torch.ones(1))
+    with pytest.raises(repfx.InputError, match="does not run by itself"):
+        result.layers[0](image())
+
+
+def test_an_argument_that_the_example_has_is_an_input() -> None:
+    model = randomise(Detector().eval())
+    mask = torch.rand(1, 1, 16, 16)
+    for example in ((image(), mask), {"image": image(), "mask": mask}):
+        result: Any = repfx.transform(model, ["fuse"], example=example)
+        for given in (mask, mask * 2):
+            want = model(image(), given).boxes
+            torch.testing.assert_close(result(image(), given).boxes, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                result(image(), mask=given).boxes, want, rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("passes", [[], ["fuse"], ["repq"]])
+def test_it_is_copied_and_pickled(passes: list[str]) -> None:
+    model = randomise(Detector().eval())
+    result: Any = repfx.transform(model, passes, example=image())
+    want = result(image()).boxes
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(result),
+        pickle.loads(pickle.dumps(result)),
+        torch.load(file, weights_only=False),
+    ):
+        assert isinstance(again, Detector) and again.names == ["cat", "dog"]
+        assert again.state_dict().keys() == result.state_dict().keys()
+        assert torch.equal(again(image()).boxes, want)
+        next(iter(again.parameters())).data.add_(1)
+    assert torch.equal(result(image()).boxes, want)
+
+
+def drop_connect(x: Tensor, training: bool) -> Tensor:
+    if not training:
+        return x
+    return x / 0.8 * torch.floor(0.8 + torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.how == "drop":
+            return drop_connect(y, self.training) + x
+        if self.how == "noise" and self.training:
+            y = y + 0.1 * torch.randn_like(y)
+        if self.how == "scale":
+            y = y * (1.5 if self.training else 1.0)
+        if self.how == "twice" and self.training:
+            y, x = y * torch.rand(()), x * torch.rand(())
+        return torch.relu(y + x)
+
+
+@pytest.mark.parametrize("how", ["drop", "noise", "twice"])
+@pytest.mark.parametrize("root", [False, True])
+def test_what_training_does_besides_is_cut_out(how: str, root: bool) -> None:
+    block = randomise(Block(how))
+    model = block if root else nn.Sequential(block, nn.ReLU())
+    for training in (False, True):
+        result = repfx.transform(model.train(training), [], example=image())
+        assert not result.meta["repfx"].untraced
+        assert any(isinstance(m, TrainOnly) for m in result.modules())
+        for mode in (False, True):
+            model.train(mode), result.train(mode)
+            torch.manual_seed(3)
+            want = copy.deepcopy(model)(image())
+            torch.manual_seed(3)
+            torch.testing.assert_close(copy.deepcopy(result)(image()), want)
+    fused = repfx.transform(model.eval(), ["fuse"], example=image())
+    assert len(fused.meta["repfx"].merged) == 1
+    assert_same(model, fused, image(), 1e-5)
+
+
+def test_a_head_with_two_outputs_has_a_graph_for_eval_mode() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(Stem() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Any:
+            maps = [branch(x) for branch in self.branches]
+            if self.training:
+                return maps
+            b, c, h, w = maps[0].shape
+            return torch.cat([m.view(b, c, h * w) for m in maps], 2), {"maps": maps}
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), Head()).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert isinstance(result, fx.GraphModule)
+    assert [d.where for d in result.meta["repfx"].untraced] == ["1"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for batch, size in ((2, 16), (3, 8)):
+        want, got = (tensors_in(m(image(batch, size))) for m in (model, result))
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    assert len(copy.deepcopy(result).train()(image())) == 2
+
+
+HOOKED: dict[str, Callable[[nn.Conv2d], Any]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "weight_norm, the old one": nn.utils.weight_norm,
+    "prune": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "prune, structured": lambda conv: prune.ln_structured(conv, "weight", 0.5, 2, 0),
+    "a forward hook": lambda conv: conv.register_forward_hook(lambda m, args, out: out * 2),
+    "a forward pre-hook": lambda conv: conv.register_forward_pre_hook(
+        lambda m, args: (args[0] - 0.5,)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_and_computed_weights(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
+    )
+    for conv in (model[0], model[3]):
+        HOOKED[name](conv)  # type: ignore[arg-type]
+    model = randomise(model.eval())
+    model(image())  # the old hooks compute the weight at each call
+    fused = repfx.transform(model, ["fuse"], example=image())
+    assert_same(model, fused, image(), 1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    repfx.save(fused, tmp_path / "model.pt")
+    assert_same(model, repfx.load(tmp_path / "model.pt"), image(), 1e-5)
+    for passes in (["ptq"], ["repq"]):
+        quantized = repfx.transform(model, passes, example=image())
+        found = [n for n, _ in quantized.named_modules() if n.endswith("weight_quant")]
+        assert len(found) == 2, (passes, found)
+
+
+def test_hooks_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert_same(model, result, image(), 1e-6)
+    with pytest.raises(repfx.InputError, match="remove_spectral_norm"):
+        repfx.save(result, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrapped_models_are_unwrapped() -> None:
+    model = randomise(Around(checked).eval())
+    part = nn.Sequential(torch.compile(Stem(3)), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    for given in (torch.compile(model), nn.DataParallel(model), part):
+        result = repfx.transform(given, ["fuse"], example=image())
+        assert not result.meta["repfx"].untraced
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    scripted = nn.Sequential(torch.jit.script(Stem(3)), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    result = repfx.transform(scripted.eval(), ["fuse"], example=image())
+    assert len(result.meta["repfx"].merged) == 1
+    with pytest.raises(repfx.InputError, match="lazy layers"):
+        repfx.transform(nn.Sequential(nn.LazyConv2d(4, 3)), ["fuse"], example=image())
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        model = randomise(Around(checked).eval())
+        for passes in (["fuse"], ["ptq"], ["repq"]):
+            result = repfx.transform(model, passes, example=image())
+            assert not any(p.is_inference() for p in result.parameters())
+    assert_same(model, repfx.transform(model, ["fuse"], example=image()), image(), 1e-5)
+
+
+def test_the_users_lists_and_attributes_stay() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.seen = Stem(), []
+
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            given["y"] = self.stem(given["x"])
+            self.seen.append(given["y"].shape)
+            return given["y"]
+
+    model, given = randomise(Writes().eval()), {"x": image()}
+    result = repfx.transform(model, ["ptq"], example=(given,))
+    assert list(given) == ["x"] and model.seen == []
+    repfx.calibrate(result, [given])
+    assert list(given) == ["x"]
+
+
+def test_a_function_of_ones_own_is_not_looked_into() -> None:
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    class Rounds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Straight.apply(x)
+
+    model = randomise(nn.Sequential(Stem(), Rounds()).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert "Straight" in result.meta["repfx"].untraced[0].reason
+    x = image().requires_grad_()
+    result(x).sum().backward()
+    assert x.grad is not None and float(x.grad.abs().sum()) > 0
