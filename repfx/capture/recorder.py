@@ -17,10 +17,11 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from repfx.capture.origins import origin
 from repfx.capture.structures import leaves, parts, tensors_in
 from repfx.capture.symbols import Integer, Real, Symbol, plain, symbol
 from repfx.graph.effects import writes_by_name
@@ -75,7 +76,7 @@ class Recorder(TorchFunctionMode):
         self.held: set[fx.Node] = set()  # nodes that may share memory with a tensor of the model
         self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
         self.answer: Callable[[ModeFlag], bool] = lambda flag: False
-        self.fixed_size: Callable[[fx.Node, int], fx.Node | int] = lambda node, axis: node
+        self.module_of: Callable[[fx.Node], nn.Module | None] = lambda node: None
         self.special: dict[Any, Callable[..., Any]] = {}  # functions that are recorded otherwise
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._rebound: list[tuple[int, tuple[weakref.ref[Tensor], fx.Node], fx.Node]] = []
@@ -220,10 +221,13 @@ class Recorder(TorchFunctionMode):
         self.measured = True
         node, found = self.node_of(tensor), []
         for axis, size in enumerate(tensor.shape):
-            source = self.fixed_size(node, axis)
+            source = self.origin_of(node, axis)
             make = lambda source=source, axis=axis: self._size_node(source, "size", (axis,))  # noqa: E731
             found.append(size if isinstance(source, int) else symbol(size, self, make))
         return found
+
+    def origin_of(self, node: fx.Node, axis: int) -> fx.Node | int:
+        return origin(node, axis % len(self.shapes[node]), self.shapes, self.module_of)
 
     def _size_node(self, of: fx.Node, method: str, rest: tuple[int, ...]) -> fx.Node:
         key = f"{of.name}.{method}{rest}"
@@ -273,8 +277,10 @@ class Recorder(TorchFunctionMode):
             if before is not None and before[0]() is value:  # changed in place
                 self._rebound.append((id(value), before, node))
             self._nodes[id(value)] = (weakref.ref(value), node)
-            self.shapes[node] = tuple(value.shape)
-            node.meta["dtype"], node.meta["shape"] = value.dtype, tuple(value.shape)
+            self.paused += 1  # reading the size here is not the model's doing
+            self.shapes[node] = node.meta["shape"] = tuple(value.shape)
+            node.meta["dtype"] = value.dtype
+            self.paused -= 1
         else:
             for key, part, read in parts(value):
                 if tensors_in(part):

@@ -38,9 +38,9 @@ class Noting(nn.Module):
         """Drops the conditions that a size is not a certain one, where the graph is right for that
         size too: on the example, or on one made for it."""
         for node, size, other in sorted(self.special, key=lambda s: s[0].name):
-            if node not in self.waived:
-                given = _with_size(example, node.args[0], size, other)
+            if node not in self.waived and other > 0:
                 with contextlib.suppress(Exception):  # the module may not take this size
+                    given = _with_size(example, node.args[0], size, other)
                     before = set(self.waived)
                     if not agree(run_eval(self, given), run_eval(module, given)):
                         self.waived = before

@@ -92,6 +92,7 @@ class Tracer:
         self.recorder = Recorder(_names(root))
         self.recorder.mode_node, self.recorder.answer = self._mode_node, lambda flag: False
         self.recorder.special[F.batch_norm] = self._own_norm
+        self.recorder.module_of = self._module_of
         with self._prepared(root):
             given = self._placeholders(root, args)
             with self.recorder:
@@ -246,7 +247,7 @@ class Tracer:
             start, stop = nodes.index(mark) + 1 if mark else 0, nodes.index(end) + 1 if end else 0
             first = {n for n in nodes[start:stop] if not _shared(n)}
             second = {n for n in nodes[stop:] if not _shared(n)}
-            found = Comparison(first, second)
+            found = Comparison(first, second, recorder.origin_of)
             found.match()
             found.compare(recorder.argument(result), recorder.argument(again), None)
             for part in found.parts():
@@ -286,6 +287,11 @@ class Tracer:
             return result
         # A tensor object of its own: the value before the part may still be read elsewhere.
         return recorder.bind(torch.ops.aten.alias.default(result), node)
+
+    def _module_of(self, node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module" or str(node.target) in (*self.parts, *self.modes):
+            return None
+        return self.root.get_submodule(str(node.target))
 
     # ---- modes and norms --------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ to where they differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class Comparison:
 
     first: set[fx.Node]
     second: set[fx.Node]
+    origin: Callable[[fx.Node, int], fx.Node | int]  # of a size, see `repfx.capture.origins`
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)  # training node -> eval node
     readers: dict[tuple[fx.Node, fx.Node], list[fx.Node | None]] = field(default_factory=dict)
 
@@ -96,6 +98,8 @@ class Comparison:
             if node.op not in ("call_function", "call_method") or writes(node):
                 raise TooDifferent
             nodes.append(node)
+            if node.target == "size" and self.origin(a, node.args[1]) is node.args[0]:  # type: ignore[arg-type]
+                continue  # read from `a` itself
             todo += [n for n in node.all_input_nodes if n not in seen]
             seen |= set(node.all_input_nodes)
         rest = [n for n in dict.fromkeys(inputs) if n is not a]
@@ -120,8 +124,9 @@ class Part:
         for node in self.inputs:
             made[node] = graph.placeholder(node.name)
             called.append(node)
+        x = made[self.before]
         for node in self.nodes:
-            made[node] = graph.node_copy(node, lambda n: made[same.get(n, n)])
+            made[node] = graph.node_copy(node, lambda n: made.get(same.get(n, n), x))
         graph.output(made[self.after])
         return TrainOnly(fx.GraphModule(nn.Module(), graph)), called
 
