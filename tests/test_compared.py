@@ -136,7 +136,8 @@ class Peeks(Sorted):
     """Reads the weight of a layer that takes in the batch norm behind it."""
 
     def choose(self, scores: Tensor, boxes: Tensor) -> Any:
-        return (scores + self.body[0].weight.sum()).argsort(dim=1)
+        shift = float(self.body[0].weight.sum() + 0 * scores.sum())  # what a trace cannot see
+        return (scores + shift).argsort(dim=1)
 
 
 class PeeksShape(Suppressed):

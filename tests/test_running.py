@@ -306,6 +306,37 @@ class Block(nn.Module):
         return torch.relu(y + x)
 
 
+def test_containers_that_are_made_on_the_way_are_entered() -> None:
+    def stages(m: Any, x: Tensor) -> Any:
+        return nn.Sequential(m.stem, nn.Sequential(nn.ReLU(), m.head))(x)
+
+    model = randomise(Around(stages).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert not result.meta["repfx"].untraced and len(result.meta["repfx"].merged) == 1
+    assert_same(model, result, image(3, 9), 1e-5)
+
+
+def test_a_module_may_be_an_argument() -> None:
+    class Decoder(nn.Module):
+        def forward(self, x: Tensor, heads: nn.ModuleList) -> Tensor:
+            return heads[0](x) if float(x.sum()) > -1e9 else x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.decoder = Stem(), Decoder()
+            self.heads = nn.ModuleList([nn.Conv2d(8, 4, 1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decoder(self.stem(x), self.heads)
+
+    model = randomise(Net().eval())
+    for passes in (["fuse"], ["ptq"]):
+        result = repfx.transform(model, passes, example=image())
+        assert [d.where for d in result.meta["repfx"].untraced] == ["decoder"]
+    assert_same(model, repfx.transform(model, ["fuse"], example=image()), image(3, 9), 1e-5)
+
+
 @pytest.mark.parametrize("how", ["drop", "noise", "twice"])
 @pytest.mark.parametrize("root", [False, True])
 def test_what_training_does_besides_is_cut_out(how: str, root: bool) -> None:
@@ -365,11 +396,11 @@ HOOKED: dict[str, Callable[[nn.Conv2d], Any]] = {
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_and_computed_weights(name: str, tmp_path: Path) -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
     )
     for conv in (model[0], model[3]):
-        HOOKED[name](conv)  # type: ignore[arg-type]
+        HOOKED[name](conv)
     model = randomise(model.eval())
     model(image())  # the old hooks compute the weight at each call
     fused = repfx.transform(model, ["fuse"], example=image())
@@ -419,7 +450,8 @@ def test_the_users_lists_and_attributes_stay() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.seen = Stem(), []
+            self.stem = Stem()
+            self.seen: list[Any] = []
 
         def forward(self, given: dict[str, Tensor]) -> Tensor:
             given["y"] = self.stem(given["x"])

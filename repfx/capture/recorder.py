@@ -76,6 +76,7 @@ class Recorder(TorchFunctionMode):
         self.held: set[fx.Node] = set()  # nodes that may share memory with a tensor of the model
         self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
         self.answer: Callable[[ModeFlag], bool] = lambda flag: False
+        self.paths: dict[int, str] = {}  # of the model's modules, by id
         self.module_of: Callable[[fx.Node], nn.Module | None] = lambda node: None
         self.special: dict[Any, Callable[..., Any]] = {}  # functions that are recorded otherwise
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
@@ -350,6 +351,8 @@ class Recorder(TorchFunctionMode):
         if is_dataclass(value) and not isinstance(value, type):
             given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value)}
             return self.add("call_function", type(value), (), given)
+        if id(value) in self.paths:  # a module, for a leaf that calls it
+            return self.graph.create_node("get_attr", self.paths[id(value)], (), {})
         if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of numpy
             return value.item()
         raise Untraceable(f"it hands over a {type(value).__name__}")

@@ -92,7 +92,7 @@ class Tracer:
         self.recorder = Recorder(_names(root))
         self.recorder.mode_node, self.recorder.answer = self._mode_node, lambda flag: False
         self.recorder.special[F.batch_norm] = self._own_norm
-        self.recorder.module_of = self._module_of
+        self.recorder.module_of, self.recorder.paths = self._module_of, self.paths
         with self._prepared(root):
             given = self._placeholders(root, args)
             with self.recorder:
@@ -170,9 +170,9 @@ class Tracer:
             return args[0]
         path = self.paths.get(id(m))
         if path is None:
-            if m.state_dict():
+            if is_leaf(m) and m.state_dict():
                 raise Untraceable("it calls a module that is not a part of it")
-            return _CALL(m, *args, **kwargs)  # without state: as good as a function
+            return _CALL(m, *args, **kwargs)  # without state, or a container made on the way
         if path in self.opaque or is_leaf(m):
             return self._leaf(m, path, args, kwargs)
         return self._enter(m, path, args, kwargs)
