@@ -249,6 +249,23 @@ def test_the_result_is_still_the_users_model() -> None:
         result.layers[0](image())
 
 
+def test_switches_that_are_off_are_not_arguments() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Stem()
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = self.stem(x)
+            return y.flip(3) if kwargs.get("augment") else y
+
+    model = randomise(Net().eval())
+    result: Any = repfx.transform(model, ["fuse"], example=image())
+    assert torch.allclose(result(image(), augment=False), model(image()), atol=1e-5)
+    with pytest.raises(repfx.InputError, match="traced with the arguments"):
+        result(image(), augment=True)
+
+
 def test_an_argument_that_the_example_has_is_an_input() -> None:
     model = randomise(Detector().eval())
     mask = torch.rand(1, 1, 16, 16)

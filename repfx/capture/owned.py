@@ -76,7 +76,11 @@ class Owned(fx.GraphModule):
                 given |= {f"{name}_{i}": v for i, v in enumerate(value, len(given))}
             elif name in kinds:
                 given[name] = value
-            elif value is not p.default and not (p.kind is p.VAR_KEYWORD and not value):
+            elif p.kind is p.VAR_KEYWORD:
+                # Switches without a default of their own, as in predict(x, augment=False): off.
+                if any(v is not False and v is not None for v in value.values()):
+                    return None
+            elif value is not p.default:
                 return None
         if {k: isinstance(v, Tensor) for k, v in given.items()} != kinds:
             return None
