@@ -399,6 +399,37 @@ def test_a_head_with_two_outputs_has_a_graph_for_eval_mode() -> None:
     assert len(copy.deepcopy(result).train()(image())) == 2
 
 
+class TwoHeads(nn.Module):
+    """A root with layers of its own that answers differently in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head, self.extra = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.norm(self.conv(x)))
+        return (self.head(y), self.extra(y)) if self.training else self.head(y)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_deployed_model_keeps_its_forward_in_eval_mode(inside: bool) -> None:
+    own = randomise(TwoHeads().eval())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), own) if inside else own
+    fused = repfx.transform(model, ["fuse"], example=image())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    assert_same(model, fused, image(3, 9), 1e-5)
+    with pytest.raises(repfx.InputError, match=r"does something else in training"):
+        fused.train()(image())
+    quantized = repfx.transform(model, ["ptq"], example=image())
+    found = [n for n, _ in quantized.named_modules() if n.endswith("weight_quant")]
+    assert len(found) == 2 + inside
+    repfx.calibrate(quantized, [image()])
+    trained = repfx.transform(model, ["repq"], example=image()).train()
+    assert len(trained(image())) == 2
+    assert "branches on self.training" in str(trained.meta["repfx"].untraced)
+
+
 HOOKED: dict[str, Callable[[nn.Conv2d], Any]] = {
     "weight_norm": nn.utils.parametrizations.weight_norm,
     "weight_norm, the old one": nn.utils.weight_norm,
@@ -431,10 +462,25 @@ def test_hooks_and_computed_weights(name: str, tmp_path: Path) -> None:
         assert len(found) == 2, (passes, found)
 
 
+SPECTRAL = (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm)
+
+
+@pytest.mark.parametrize("norm", SPECTRAL)
+def test_spectral_norm(norm: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    """In training it changes its own state, so only a deployed model has it in the graph."""
+    model = randomise(nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU()).eval())
+    fused = repfx.transform(model, ["fuse"], example=image())
+    assert set(fused.state_dict()) == {"0.weight", "0.bias"}
+    repfx.save(fused, tmp_path / "fused.pt")
+    assert_same(model, repfx.load(tmp_path / "fused.pt"), image(), 1e-5)
+    trained = repfx.transform(model, ["repq"], example=image())
+    assert [d.where for d in trained.meta["repfx"].untraced] == ["0"]
+    assert_same(model, trained, image(), 1e-5)
+
+
 def test_hooks_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
-    result = repfx.transform(model, ["fuse"], example=image())
-    assert_same(model, result, image(), 1e-6)
+    result = repfx.transform(model, ["repq"], example=image())
     with pytest.raises(repfx.InputError, match="remove_spectral_norm"):
         repfx.save(result, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())

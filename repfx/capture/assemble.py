@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from repfx.capture.owned import INPUTS, as_object_of
+from repfx.capture.owned import DEPLOYED, INPUTS, as_object_of
 from repfx.capture.tracer import MODE, Tracer, is_leaf
 from repfx.graph.holders import holder_of
 from repfx.graph.modes import Mode, TrainOnly
@@ -41,7 +41,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
             result.__dict__[name] = value
     result.training = root.training
     result.graph = graph
-    result.__dict__[INPUTS] = tracer.inputs
+    result.__dict__[INPUTS], result.__dict__[DEPLOYED] = tracer.inputs, sorted(tracer.deployed)
     return as_object_of(result, root)
 
 

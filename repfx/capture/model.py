@@ -23,7 +23,7 @@ from repfx.capture.canonical import canonical
 from repfx.capture.copying import Copy, alias, unwrapped
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
-from repfx.capture.owned import in_eval_mode, is_eval_only
+from repfx.capture.owned import DEPLOYED, in_eval_mode, is_eval_only
 from repfx.capture.running import (
     Noting,
     agree,
@@ -56,12 +56,15 @@ class Captured:
     given: bool = False  # whether the user gave the example
     sure: bool = False  # whether its number of dimensions is certain: given by the user, or images
     enter_opaque: bool = True
+    deploy: bool = False  # whether the result is for eval mode
     copy: Copy = field(default_factory=lambda: Copy(nn.Module(), set()))
 
     @property
     def facts(self) -> list[str]:
         """What the graphs take for granted about the sizes of their inputs."""
-        return [fact for _, module in graphs(self.model) for fact in facts_of(module.graph)]
+        found = [fact for _, module in graphs(self.model) for fact in facts_of(module.graph)]
+        deployed = [path for _, m in graphs(self.model) for path in m.__dict__.get(DEPLOYED, ())]
+        return found + [f"eval mode: {p or 'the model'} differs in training" for p in deployed]
 
     def separate(self) -> None:
         """Gives `model` its own storage, so writing into it cannot change the original model."""
@@ -69,11 +72,15 @@ class Captured:
 
 
 def capture(
-    model: Any, example: tuple[Any, ...] | None = None, enter_opaque: bool = True
+    model: Any,
+    example: tuple[Any, ...] | None = None,
+    enter_opaque: bool = True,
+    deploy: bool = False,
 ) -> Captured:
     """Traces a private copy of the model as in eval mode, but keeps the mode of each module.
 
-    With `enter_opaque`, the children of a module that cannot be traced are traced one by one.
+    With `enter_opaque`, the children of a module that cannot be traced are traced one by one. With
+    `deploy`, a module that does something else in training may lose that.
 
     `example` is the tuple of positional arguments of the forward. Without one, an image or a batch
     of features is guessed from the first layer. Raises InputError if `model` is not a model, has no
@@ -111,7 +118,15 @@ def capture(
     # A guessed image always has the right number of dimensions.
     sure = given or (example is not None and example[0].dim() > 2)
     captured = Captured(
-        skeleton, [], example, expected, given, sure, enter_opaque=enter_opaque, copy=twin
+        skeleton,
+        [],
+        example,
+        expected,
+        given,
+        sure,
+        enter_opaque=enter_opaque,
+        deploy=deploy,
+        copy=twin,
     )
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
@@ -155,7 +170,7 @@ def _capture(
             )
         ]
     elif BRANCHES in reason:
-        return _eval_graph(module, example, expected)
+        return _eval_graph(module, example, expected, captured)
     return module
 
 
@@ -167,12 +182,12 @@ def _attempt(
     If it is right for one size only, larger images are tried too: a model may hold what it made for
     the size that it saw last."""
     try:
-        traced = _trace(module, given)
+        traced = _trace(module, given, captured.deploy)
     except Exception as error:  # its forward can raise anything
         return f"its forward cannot be traced: {first_line(error)}"
     if _binding(traced[1]):
         try:
-            free = _trace(module, larger(given))
+            free = _trace(module, larger(given), captured.deploy)
         except Exception:  # it takes images of one size only
             free = traced
         if _binding(free[1]) < _binding(traced[1]):
@@ -250,7 +265,7 @@ def _pin(
     result.recompile()
 
 
-def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Graph]:
+def _trace(module: nn.Module, example: tuple[Any, ...], deploy: bool) -> tuple[Tracer, fx.Graph]:
     """Traces a module and returns its graph.
 
     If a module inside branches on self.training, its training branch is taken, provided that this
@@ -259,7 +274,7 @@ def _trace(module: nn.Module, example: tuple[Any, ...]) -> tuple[Tracer, fx.Grap
     asked: set[str] = set()
     training: set[str] = set()
     while True:
-        tracer = Tracer(training=frozenset(training))
+        tracer = Tracer(training=frozenset(training), deploy=deploy)
         failed: Exception | None = None
         try:
             graph = tracer.trace(module, example)
@@ -377,7 +392,7 @@ def _inside_opaque(
             _undo(mine)
             continue
         swaps += mine
-        made = _eval_graph(leaf, inputs, expected) if why.reason == BRANCHES else leaf
+        made = _eval_graph(leaf, inputs, expected, captured) if why.reason == BRANCHES else leaf
         if made is not leaf:
             parent = result.get_submodule(name.rpartition(".")[0])
             parent._modules[name.rpartition(".")[2]] = made
@@ -385,11 +400,11 @@ def _inside_opaque(
     return swaps
 
 
-def _eval_graph(module: nn.Module, example: Any, expected: Any) -> nn.Module:
+def _eval_graph(module: nn.Module, example: Any, expected: Any, captured: Captured) -> nn.Module:
     """A module that branches on self.training, with a graph of its forward in eval mode.
 
-    Its children are captured already. If it cannot be traced in eval mode either, it is returned
-    as it is."""
+    Its children are captured already. In training its own forward runs. If it cannot be traced in
+    eval mode either, it is returned as it is."""
     for given in () if example is None else others(example):
         try:
             tracer = Tracer(eval_only=True)
@@ -398,7 +413,7 @@ def _eval_graph(module: nn.Module, example: Any, expected: Any) -> nn.Module:
             if tracer.opaque or tracer.modes or tracer.parts or tracer.plain_norms:
                 return module
             made = in_eval_mode(module, graph, tracer.inputs)
-            noting = Noting(made, sure=False)
+            noting = Noting(made, captured.sure, captured.given)
             if _agrees(noting, example, expected):
                 noting.waive(module, example)
                 _pin(module, made, tracer, example)

@@ -25,6 +25,7 @@ from repfx.graph.holders import TABLES, attributes_of
 _MADE = frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__)
 _GENERATED = ("_graph", "_code", "_lineno_map", "_prologue_start")
 INPUTS = "_traced_inputs"
+DEPLOYED = "_eval_mode_only"  # the modules whose forward in training is not in the graph
 
 
 class Owned(fx.GraphModule):
@@ -43,6 +44,12 @@ class Owned(fx.GraphModule):
             given = self.graph_inputs(args, kwargs)
             if cls.eval_only and self.training:
                 return base.forward(self, *args, **kwargs)
+            if self.__dict__.get(DEPLOYED) and self.training:
+                raise InputError(
+                    f"this {base.__name__} does something else in training, and what was merged or "
+                    "quantized is its forward in eval mode: call .eval(), or transform it with "
+                    "passes for training, such as repq, alone"
+                )
             if given is not None:
                 return self.graph_forward(*given)
             try:

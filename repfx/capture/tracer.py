@@ -30,6 +30,8 @@ from repfx.capture.two_modes import Comparison, Part, TooDifferent
 from repfx.errors import Declined
 from repfx.graph.guards import is_guard
 from repfx.graph.modes import Asked, Mode, ModeFlag, TrainOnly
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import kind_of
 
 MODE, PART = "_mode", "_train_only"
 BRANCHES = "its forward branches on self.training"
@@ -62,12 +64,18 @@ class Tracer:
     `opaque` collects the paths of modules that became leaves, with the reasons. `branching`
     collects those that did so because of an `if self.training`, "" for the root. `training` lists
     the paths of modules whose training branch is traced. `eval_only`: whether the root's own
-    training branch does not matter."""
+    training branch does not matter. With `deploy`, the training branch of a module that calls
+    layers itself is left out; `deployed` collects these modules."""
 
     def __init__(
-        self, value: bool = False, training: frozenset[str] = frozenset(), eval_only: bool = False
+        self,
+        value: bool = False,
+        training: frozenset[str] = frozenset(),
+        eval_only: bool = False,
+        deploy: bool = False,
     ) -> None:
-        self.eval_only = eval_only
+        self.eval_only, self.deploy = eval_only, deploy
+        self.deployed: set[str] = set()
         self.branching: set[str] = set()
         self.training = training
         self.opaque: dict[str, Declined] = {}
@@ -103,7 +111,8 @@ class Tracer:
                     try:
                         self.result = self._settled(mark, self.result, kept, tuple(given), {})
                     except TooDifferent:
-                        raise Untraceable(BRANCHES) from None
+                        if not self._deploys(mark, ""):
+                            raise Untraceable(BRANCHES) from None
                     self.asked.times = 0
             out = self.recorder.argument(self.result)
             self.recorder.graph.output(out)
@@ -196,6 +205,8 @@ class Tracer:
                 return self._leaf(m, path, args, kwargs)
             return self._settled(mark, result, kept, args, kwargs)
         except TooDifferent:
+            if self._deploys(mark, path):
+                return result
             reason = BRANCHES
             self.branching.add(path)
         except Exception as error:
@@ -229,6 +240,25 @@ class Tracer:
     def _own(self, m: nn.Module, result: Any, args: Any, kwargs: Any) -> Any:
         writes = bool(getattr(m, "inplace", False))
         return result if writes else _alias(result, [*args, *kwargs.values()])
+
+    def _deploys(self, mark: fx.Node | None, path: str) -> bool:
+        """Whether the graph may leave out what this module does in training.
+
+        Only if it calls layers itself, or computes the weight of one: they could not be merged or
+        quantized otherwise."""
+        if not self.deploy:
+            return False
+        if type(self.root.get_submodule(path)).__module__.startswith("torch.nn.utils."):
+            self.deployed.add(path)
+            return True
+        nodes = list(self.recorder.graph.nodes)
+        for node in nodes[nodes.index(mark) + 1 if mark else 0 :]:
+            kind = kind_of(node, self._module_of(node))
+            scope = list(node.meta.get("nn_module_stack", {"": ""}))[-1]
+            if scope == path and (Trait.LAYER in kind.traits or kind.name == "bn"):
+                self.deployed.add(path)
+                return True
+        return False
 
     def _settled(
         self, mark: fx.Node | None, result: Any, before: State, args: Any, kwargs: Any

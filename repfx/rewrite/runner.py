@@ -16,7 +16,7 @@ from repfx.capture.model import Captured, capture, graphs
 from repfx.capture.running import in_order, run_eval
 from repfx.errors import CheckError, Declined, InputError
 from repfx.quant import FakeQuant, Target, target_named
-from repfx.rewrite.contract import Pass, Promise, resolve
+from repfx.rewrite.contract import Pass, Promise, Stage, resolve
 from repfx.rewrite.judge import Judge, disturbed
 from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Work
@@ -62,7 +62,7 @@ def _attempt(
     model: Any, args: Args, passes: list[Pass], formats: Target, enter_opaque: bool = True
 ) -> tuple[Captured, Report, str]:
     """The rewritten copy, the report, and how its output changed if it must not have."""
-    captured = capture(model, args, enter_opaque)
+    captured = capture(model, args, enter_opaque, all(p.stage >= Stage.MERGE for p in passes))
     kinds = [p.dtype for p in captured.model.parameters() if p.is_floating_point()]
     kind = str(next(iter(kinds), torch.float32)).removeprefix("torch.")
     limit = max([KEPT, *(MERGED.get(k, 0.0) for k in kinds)])
@@ -95,7 +95,7 @@ def _in_float64(
     try:
         args = tree_map(_widened, captured.example)
         twin = copy.deepcopy(_module(model)).double()
-        wide = capture(twin, args, captured.enter_opaque)
+        wide = capture(twin, args, captured.enter_opaque, captured.deploy)
     except Exception:  # the model's forward can raise anything
         return None
     if [path for path, _ in graphs(wide.model)] != [path for path, _ in graphs(captured.model)]:
