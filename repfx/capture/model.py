@@ -85,23 +85,7 @@ def capture(
     `example` is the tuple of positional arguments of the forward. Without one, an image or a batch
     of features is guessed from the first layer. Raises InputError if `model` is not a model, has no
     Python forward or no weights, holds NaN or infinity, or does not accept the given example."""
-    if isinstance(model, torch.export.ExportedProgram):
-        model = from_exported(model)
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(
-            "a scripted module has no Python forward to trace: pass the module it was made from"
-        )
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(nn.parameter.is_lazy(t) for t in tensors):
-        raise InputError("the model has lazy layers without weights: run it once on an example")
-    if any(t.is_meta for t in tensors):
-        raise InputError("the model is on the meta device: it has no weights yet")
-    _refuse_non_finite(model)
+    model = _accepted(model)
     twin = alias(model)
     skeleton = twin.model
     given = example is not None
@@ -130,6 +114,28 @@ def capture(
     )
     captured.model = _capture(skeleton, "", example, expected, captured)
     return captured
+
+
+def _accepted(model: Any) -> nn.Module:
+    """The module to trace. Raises InputError if there is none, or it has no usable weights."""
+    if isinstance(model, torch.export.ExportedProgram):
+        model = from_exported(model)
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"a model is an nn.Module, a GraphModule or an ExportedProgram, not a {type(model)}"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "a scripted module has no Python forward to trace: pass the module it was made from"
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(t) for t in tensors):
+        raise InputError("the model has lazy layers without weights: run it once on an example")
+    if any(t.is_meta for t in tensors):
+        raise InputError("the model is on the meta device: it has no weights yet")
+    _refuse_non_finite(model)
+    return model
 
 
 def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
