@@ -250,6 +250,7 @@ class Tracer:
             return False
         if type(self.root.get_submodule(path)).__module__.startswith("torch.nn.utils."):
             self.deployed.add(path)
+            self.branching.add(path)
             return True
         nodes = list(self.recorder.graph.nodes)
         for node in nodes[nodes.index(mark) + 1 if mark else 0 :]:
@@ -257,6 +258,7 @@ class Tracer:
             scope = list(node.meta.get("nn_module_stack", {"": ""}))[-1]
             if scope == path and (Trait.LAYER in kind.traits or kind.name == "bn"):
                 self.deployed.add(path)
+                self.branching.add(path)  # both branches may be one function
                 return True
         return False
 
