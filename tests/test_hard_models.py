@@ -73,12 +73,18 @@ def test_a_training_branch_that_differs_somewhere_is_not_taken(name: str) -> Non
     model = Branching(BRANCHES[name])
     result = fused(model, (2, 4, 7, 9))
     cut_out = any(isinstance(m, TrainOnly) for m in result.modules())
-    told = any("branches on self.training" in d.reason for d in result.meta["repfx"].declined)
-    assert cut_out != told
+    deployed = any(fact.startswith("eval mode") for fact in result.meta["repfx"].facts)
+    assert cut_out != deployed
     with torch.no_grad():
         for m in (model, result):
             m.get_parameter("g").fill_(1)
     assert_same(model, result, 100 * X, 2e-5)
+    if deployed:
+        with pytest.raises(repfx.InputError, match="something else in training"):
+            result.train()(X)
+        result = repfx.transform(model, ["repq(bits=32)"], example=X)  # its own forward trains
+        with torch.no_grad():
+            result.get_parameter("g").fill_(1)
     assert torch.allclose(model.train()(X), result.train()(X), atol=1e-5)
 
 
