@@ -129,13 +129,18 @@ class Tracer:
         def call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return tracer.call_module(m, args, kwargs)
 
+        def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if tracer.recorder.paused:
+                return applied.__func__(cls, *args, **kwargs)
+            raise Untraceable(f"it calls {cls.__name__}, an autograd function of its own")
+
         check, applied = torch._assert, torch.autograd.Function.__dict__["apply"]
         with undone(root):
             for m in (m for m in root.modules() if not _scripted(m)):
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
             nn.Module.__call__ = call  # type: ignore[method-assign]
             torch._assert = lambda *_: None
-            torch.autograd.Function.apply = classmethod(_refuse)  # type: ignore[assignment]
+            torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
             try:
                 yield
             finally:
@@ -385,10 +390,6 @@ def _itself(node: fx.Node) -> fx.Node:
 
 def _scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
-
-
-def _refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-    raise Untraceable(f"it calls {cls.__name__}, an autograd function of its own")
 
 
 def _alias(result: Any, given: list[Any]) -> Any:
