@@ -8,6 +8,7 @@ import inspect
 import io
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,21 @@ def test_the_result_is_still_the_users_model() -> None:
         result(image(), torch.ones(1))
     with pytest.raises(repfx.InputError, match="does not run by itself"):
         result.layers[0](image())
+
+
+def test_dicts_keep_their_class(tmp_path: Path) -> None:
+    def named(m: Any, x: Tensor) -> Any:
+        y = m.stem(x)
+        return OrderedDict(out=m.head(y), features=y)
+
+    model = randomise(Around(named).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    repfx.save(result, tmp_path / "model.pt")
+    want = model(image(3))
+    for again in (result, repfx.load(tmp_path / "model.pt")):
+        found = again(image(3))
+        assert type(found) is OrderedDict and list(found) == ["out", "features"]
+        assert all(torch.allclose(found[k], want[k], atol=1e-5) for k in want)
 
 
 def test_switches_that_are_off_are_not_arguments() -> None:

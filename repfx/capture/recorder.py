@@ -344,6 +344,9 @@ class Recorder(TorchFunctionMode):
             return type(value)(*made) if named else made if isinstance(value, list) else tuple(made)
         if type(value) is dict:
             return {k: self.argument(v) for k, v in value.items()}
+        if isinstance(value, dict) and not is_dataclass(value):  # such as an OrderedDict
+            held = {k: self.argument(v) for k, v in value.items()}
+            return self.add("call_function", type(value), (held,), {})
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
         if isinstance(value, range):

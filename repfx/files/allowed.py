@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict
 from functools import cache
 from typing import Any
 
@@ -78,7 +79,7 @@ def class_named(name: str) -> type[nn.Module]:
 def _functions() -> dict[str, Any]:
     table: dict[str, Any] = {"getattr": getattr, "repfx.pad_with": pad_with, "repfx.holds": holds}
     table |= {"math.ceil": math.ceil, "math.floor": math.floor, "math.trunc": math.trunc}
-    table["round"] = round
+    table |= {"round": round, "collections.OrderedDict": OrderedDict}
     for space, functions in torch.overrides.get_overridable_functions().items():
         prefix = getattr(space, "__name__", "")
         if space is not torch.Tensor and isinstance(prefix, str):
