@@ -349,6 +349,35 @@ def test_containers_that_are_made_on_the_way_are_entered() -> None:
     assert_same(model, result, image(3, 9), 1e-5)
 
 
+def test_what_an_object_of_ones_own_holds_is_not_fixed() -> None:
+    class Images:
+        def __init__(self, pixels: Tensor) -> None:
+            self.pixels, self.sizes = pixels, [tuple(p.shape) for p in pixels]
+
+    class Anchors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(2, 2)
+
+        def forward(self, images: Images) -> Tensor:
+            return self.scale(torch.tensor([s[1:] for s in images.sizes]).float())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.anchors = Stem(), Anchors()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.stem(x), self.anchors(Images(x)) if float(x.sum()) > -1e9 else x
+
+    model = randomise(Net().eval())
+    result: Any = repfx.transform(model, ["fuse"], example=image())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for x in (image(), image(5), image(3, 9)):
+        for a, b in zip(result(x), model(x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_module_may_be_an_argument() -> None:
     class Decoder(nn.Module):
         def forward(self, x: Tensor, heads: nn.ModuleList) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from repfx.capture.recorder import Recorder, Untraceable
 from repfx.capture.running import Attributes, undone
-from repfx.capture.structures import Contents
+from repfx.capture.structures import Contents, leaves
 from repfx.capture.symbols import symbol
 from repfx.capture.two_modes import Comparison, Part, TooDifferent
 from repfx.errors import Declined
@@ -36,6 +36,7 @@ from repfx.graph.vocabulary import kind_of
 MODE, PART = "_mode", "_train_only"
 BRANCHES = "its forward branches on self.training"
 _CALL = nn.Module.__call__
+_KNOWN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -161,6 +162,9 @@ class Tracer:
             if name in defaults and value is defaults[name]:
                 given.append(value)
                 continue
+            for leaf in leaves(value):
+                if not isinstance(leaf, _KNOWN):  # what is read from it would be fixed for good
+                    raise Untraceable(f"it is given a {type(leaf).__name__}")
             node = self.recorder.add("placeholder", name, (), {})
             self.inputs[name] = isinstance(value, Tensor)
             given.append(symbol(copied, self.recorder, partial(_itself, node)))
