@@ -150,6 +150,22 @@ def test_a_model_that_has_run_holds_what_it_made_for_that_size() -> None:
         assert_same(model, result, image(batch, size), 1e-5)
 
 
+def test_a_size_that_is_special_to_the_model() -> None:
+    """The graph is tried on that size too, and keeps the shapes of the example."""
+
+    def special(m: Any, x: Tensor) -> Any:
+        y = m.stem(x)
+        return m.head(y) if x.shape[3] == 24 else m.head(y) + 0 * len(range(x.shape[2]))
+
+    model = randomise(Around(special).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert not [f for f in result.meta["repfx"].facts if "!=" in f]
+    (x,) = [n for n in result.graph.nodes if n.op == "placeholder"]
+    assert x.meta["shape"] == (2, 3, 16, 16)
+    for batch, size in ((2, 16), (3, 16)):
+        assert_same(model, result, image(batch, size), 1e-5)
+
+
 def a_size_as_a_number(m: Any, x: Tensor) -> Any:
     return m.head(m.stem(x)) * int(x.shape[2])
 

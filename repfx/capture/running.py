@@ -31,14 +31,16 @@ class Noting(nn.Module):
     def __init__(self, graph_module: fx.GraphModule, sure: bool, given: bool = True) -> None:
         super().__init__()
         self.graph_module, self.sure, self.given = graph_module, sure, given
+        self.notes = True
         self.waived: set[fx.Node] = set()
         self.special: set[tuple[fx.Node, int, int]] = set()  # guards: a size, and what it is not
 
     def waive(self, module: nn.Module, example: tuple[Any, ...]) -> None:
         """Drops the conditions that a size is not a certain one, where the graph is right for that
         size too: on the example, or on one made for it."""
+        self.notes = False  # the shapes are those of the example
         for node, size, other in sorted(self.special, key=lambda s: s[0].name):
-            if node not in self.waived and other > 0:
+            if node not in self.waived and 0 < other <= 4 * size:
                 with contextlib.suppress(Exception):  # the module may not take this size
                     given = _with_size(example, node.args[0], size, other)
                     before = set(self.waived)
@@ -50,7 +52,7 @@ class Noting(nn.Module):
             self.graph_module.recompile()
 
     def forward(self, *args: Any) -> Any:
-        waived, special = self.waived, self.special
+        waived, special, notes = self.waived, self.special, self.notes
 
         class Shapes(Interpreter):
             def run_node(self, n: fx.Node) -> Any:
@@ -62,7 +64,7 @@ class Noting(nn.Module):
                     if type(left) is type(right) is int:
                         special.add((n, left, right))
                 result = super().run_node(n)
-                if isinstance(result, Tensor):
+                if isinstance(result, Tensor) and notes:
                     n.meta["dtype"], n.meta["shape"] = result.dtype, tuple(result.shape)
                     n.meta["guessed"] = n.op == "placeholder" and not given
                     if sure:
