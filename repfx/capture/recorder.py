@@ -170,7 +170,9 @@ class Recorder(TorchFunctionMode):
         kind = kind_of(node)
         if Trait.RANDOM in kind.traits:
             self.depends[node] = Depends.DATA
-        if Trait.FRESH not in kind.traits and self.held & set(node.all_input_nodes):
+        # What is not fresh shares memory with its first argument: an index is not shared.
+        shared = {self.node_of(t) for t in tensors_in(args[0])} if args else set()
+        if Trait.FRESH not in kind.traits and self.held & shared:
             self.held.add(node)
         return self.bind(result if writes else _fresh(result, (args, kwargs)), node)
 
