@@ -218,7 +218,10 @@ class _Path:
             elif node in self.inside or view.is_size(node):
                 module, path = view.module_of(node), str(node.target)
                 made = None if module is None else twin(module, path, self.fetch)
-                self.values[node] = call(node, self.value, made)
+                try:
+                    self.values[node] = call(node, self.value, made)
+                except RuntimeError as error:  # it needs a value that is not on the path
+                    raise Inexact("the operators between cannot be run by themselves") from error
             else:
                 shape = node.meta.get("shape")
                 if shape is None:
