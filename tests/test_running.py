@@ -589,6 +589,22 @@ def test_the_users_lists_and_attributes_stay() -> None:
     assert list(given) == ["x"]
 
 
+def test_what_an_index_picks_may_be_written_into() -> None:
+    def picked(m: Any, x: Tensor) -> Any:
+        y = m.stem(x)[:, m.order]
+        z = m.head(y)
+        y[:, :1] *= 0.5
+        return z, y + 1
+
+    model: Any = Around(picked)
+    model.register_buffer("order", torch.tensor([2, 0, 1, 3, 4, 5, 7, 6]))
+    model = randomise(model.eval())
+    result: Any = repfx.transform(model, ["fuse"], example=image())
+    assert not result.meta["repfx"].untraced
+    for a, b in zip(result(image(3)), model(image(3)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_function_of_ones_own_is_not_looked_into() -> None:
     class Straight(torch.autograd.Function):
         @staticmethod
