@@ -166,6 +166,65 @@ def test_a_size_that_is_special_to_the_model() -> None:
         assert_same(model, result, image(batch, size), 1e-5)
 
 
+def test_a_size_that_the_model_refuses_stays_refused() -> None:
+    def refusing(m: Any, x: Tensor) -> Any:
+        if x.shape[3] == 24:
+            raise ValueError("not this size")
+        return m.head(m.stem(x))
+
+    model = randomise(Around(refusing).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert "x.size(3) != 24" in result.meta["repfx"].facts
+    assert_same(model, result, image(3, 20), 1e-5)
+    with pytest.raises(repfx.InputError, match="does not hold"):
+        result(image(2, 24))
+
+
+def test_a_batch_that_is_read_without_asking_is_checked() -> None:
+    def looped(m: Any, x: Tensor, other: Tensor) -> Any:
+        y = m.head(m.stem(x))
+        return torch.stack([y[i] * 2 for i in range(x.shape[0])]) + other.mean()
+
+    class Two(Around):
+        def forward(self, x: Tensor, other: Tensor) -> Any:  # type: ignore[override]
+            return self.run(self, x, other)  # type: ignore[call-arg]
+
+    model = randomise(Two(looped).eval())  # type: ignore[arg-type]
+    example = (image(), torch.randn(5, 3))  # of two lengths: there is no example of one more
+    result: Any = repfx.transform(model, ["fuse"], example=example)
+    assert_same(model, result, example, 1e-5)
+    try:
+        got = result(image(3), example[1])
+    except repfx.InputError:
+        return
+    torch.testing.assert_close(got, model(image(3), example[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_in_a_list_is_not_fixed_in_silence() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 4, 1)
+
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            return sum(self.conv(m)[:, :, i] for m in maps for i in range(m.shape[2]))  # type: ignore[return-value]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = Stem(), Head()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head([self.stem(x)])
+            return y if float(y.sum()) > -1e9 else x
+
+    model = randomise(Net().eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for x in (image(), image(2, 8), image(3, 24)):
+        assert_same(model, result, x, 1e-5)
+
+
 def a_size_as_a_number(m: Any, x: Tensor) -> Any:
     return m.head(m.stem(x)) * int(x.shape[2])
 

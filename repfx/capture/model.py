@@ -24,6 +24,7 @@ from repfx.capture.copying import Copy, alias, unwrapped
 from repfx.capture.exported import from_exported
 from repfx.capture.normalise import normalise
 from repfx.capture.owned import DEPLOYED, in_eval_mode, is_eval_only
+from repfx.capture.recorder import Untraceable
 from repfx.capture.running import (
     Noting,
     agree,
@@ -34,6 +35,7 @@ from repfx.capture.running import (
     others,
     run_eval,
 )
+from repfx.capture.structures import tensors_in
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf
 from repfx.errors import Declined, InputError
 from repfx.graph.guards import facts_of, holds, is_guard
@@ -239,36 +241,46 @@ def _finished(
 def _pin(
     module: nn.Module, result: fx.GraphModule, tracer: Tracer, example: tuple[Any, ...]
 ) -> None:
-    """Adds the sizes of the inputs to the facts, unless the graph is right for larger ones too.
+    """Adds sizes of the inputs to the facts, unless the graph is right for other ones too.
 
-    Some of Python's own functions, such as range(size), take a size without asking for it."""
+    Some of Python's own functions, such as range(size), take a size without asking for it. Raises
+    Untraceable if that happened to an input that has no size of its own."""
     if not tracer.recorder.measured:
         return
-    for double in (False, True):
-        bigger = larger(example, double)
-        try:
-            want = run_eval(module, bigger)
-        except Exception:  # it takes no images of this size
-            continue
-        try:
-            if agree(run_eval(result, bigger), want):
-                return
-        except InputError:  # a fact says so already
-            return
-        except Exception:  # the graph does not run on this size
-            break
-        break
-    graph = result.graph
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    with graph.inserting_after(inputs[-1]):
-        for node in inputs:
-            for axis, size in list(enumerate(node.meta.get("shape", ())))[2:]:
-                measured = graph.call_method("size", (node, axis))
-                words = f"{node.name}.size({axis}) == {size}"
-                measured.append(
-                    graph.create_node("call_function", holds, (measured, "==", size, words))
-                )
+    shapes = {n: n.meta["shape"] for n in result.graph.nodes if n.op == "placeholder" and n.meta}
+    shapes = {n: shape for n, shape in shapes.items() if shape}
+    fixed: list[tuple[fx.Node, int]] = []
+    tried = (_right_for(module, result, larger(example, double)) for double in (False, True))
+    right = next((right for right in tried if right is not None), None)
+    if right is False and len(shapes) < len(tensors_in(example)):
+        raise Untraceable("it uses a size of a tensor in a list or dict as a number")
+    if not right:
+        fixed += [(n, axis) for n, shape in shapes.items() for axis in range(2, len(shape))]
+    tensors = [i for i, v in enumerate(example) if isinstance(v, Tensor)]
+    for node, i in zip(shapes, tensors, strict=False):
+        varied = tracer.recorder.shapes[node][0] != shapes[node][0]
+        longer = (*example[:i], torch.cat([example[i], example[i][:1]]), *example[i + 1 :])
+        if not varied and _right_for(module, result, longer) is False:
+            fixed.append((node, 0))
+    for node, axis in fixed:
+        with result.graph.inserting_after(max(shapes)):
+            measured = result.graph.call_method("size", (node, axis))
+        with result.graph.inserting_after(measured):
+            words = f"{node.name}.size({axis}) == {shapes[node][axis]}"
+            args = (measured, "==", shapes[node][axis], words)
+            result.graph.call_function(holds, args)
     result.recompile()
+
+
+def _right_for(module: nn.Module, result: nn.Module, given: tuple[Any, ...]) -> bool | None:
+    """Whether a graph computes what the module does; None if the module does not take this input.
+
+    A graph that refuses the input, because of a fact, is not right for it."""
+    try:
+        want = run_eval(module, given)
+    except Exception:  # its forward can raise anything
+        return None
+    return _agrees(result, given, want)
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...], deploy: bool) -> tuple[Tracer, fx.Graph]:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -225,8 +226,9 @@ class Recorder(TorchFunctionMode):
         node, found = self.node_of(tensor), []
         for axis, size in enumerate(tensor.shape):
             source = self.origin_of(node, axis)
-            make = lambda source=source, axis=axis: self._size_node(source, "size", (axis,))  # noqa: E731
-            found.append(size if isinstance(source, int) else symbol(size, self, make))
+            if isinstance(source, fx.Node):
+                size = symbol(size, self, partial(self._size_node, source, "size", (axis,)))
+            found.append(size)
         return found
 
     def origin_of(self, node: fx.Node, axis: int) -> fx.Node | int:

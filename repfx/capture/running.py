@@ -40,12 +40,14 @@ class Noting(nn.Module):
         size too: on the example, or on one made for it."""
         self.notes = False  # the shapes are those of the example
         for node, size, other in sorted(self.special, key=lambda s: s[0].name):
-            if node not in self.waived and 0 < other <= 4 * size:
-                with contextlib.suppress(Exception):  # the module may not take this size
-                    given = _with_size(example, node.args[0], size, other)
-                    before = set(self.waived)
-                    if not agree(run_eval(self, given), run_eval(module, given)):
-                        self.waived = before
+            if node in self.waived or not 0 < other <= 4 * size:
+                continue
+            before, right = set(self.waived), False
+            with contextlib.suppress(Exception):  # the module may refuse this size, or the graph
+                given = _with_size(example, node.args[0], size, other)
+                right = agree(run_eval(self, given), run_eval(module, given))
+            if not right:
+                self.waived = before
         for node in self.waived:
             self.graph_module.graph.erase_node(node)
         if self.waived:
