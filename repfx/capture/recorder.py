@@ -151,7 +151,7 @@ class Recorder(TorchFunctionMode):
             return self._record(torch.Tensor.detach, "detach", (tensor,), {}, tensor.detach())
         if name in _VALUES:
             node = self.add("call_function", getattr, (self.node_of(tensor), name), {})
-            return self.bind(_fresh(value, (tensor,)), node)
+            return self.bind(fresh(value, (tensor,)), node)
         return value
 
     def _assign(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -175,7 +175,7 @@ class Recorder(TorchFunctionMode):
         shared = {self.node_of(t) for t in tensors_in(args[0])} if args else set()
         if Trait.FRESH not in kind.traits and self.held & shared:
             self.held.add(node)
-        return self.bind(result if writes else _fresh(result, (args, kwargs)), node)
+        return self.bind(result if writes else fresh(result, (args, kwargs)), node)
 
     def _refuse_writes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name != "__setitem__" and not writes_by_name(name, kwargs):
@@ -410,11 +410,11 @@ def _identities(value: Any) -> list[int]:
     return [id(v) for v in leaves(value)]
 
 
-def _fresh(result: Any, given: Any) -> Any:
+def fresh(result: Any, given: Any) -> Any:
     """The result, as a tensor object of its own where it is one of the arguments.
 
     Two values that are one object now, as in a dropout that is off, may differ in training."""
     if type(result) in (list, tuple):
-        return type(result)(_fresh(v, given) for v in result)
+        return type(result)(fresh(v, given) for v in result)
     same = isinstance(result, Tensor) and any(t is result for t in tree_leaves(given))
     return torch.ops.aten.alias.default(result) if same else result

@@ -165,12 +165,12 @@ def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:
     """The output in eval mode, without side effects. The inputs stay what they are."""
     given = tree_map_only(Tensor, lambda t: t.clone(), example)  # and new lists and dicts
     with undone(model), quiet():
-        for m in _plain_modules(model):
+        for m in plain_modules(model):
             m.__dict__["training"] = False
         return model(*given)
 
 
-def _plain_modules(model: nn.Module) -> list[nn.Module]:
+def plain_modules(model: nn.Module) -> list[nn.Module]:
     """All modules but scripted ones, whose state is not in Python."""
     return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
@@ -187,7 +187,7 @@ class Attributes:
     """The attributes and buffers of all modules, and what is in the lists and dicts among them."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = _plain_modules(model)
+        modules = plain_modules(model)
         self._kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
         self._contents = [
             Contents(value)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from repfx.capture.recorder import Recorder, Untraceable
-from repfx.capture.running import Attributes, undone
+from repfx.capture.recorder import Recorder, Untraceable, fresh
+from repfx.capture.running import Attributes, plain_modules, undone
 from repfx.capture.structures import Contents, leaves
 from repfx.capture.symbols import symbol
 from repfx.capture.two_modes import Comparison, Part, TooDifferent
@@ -137,7 +137,7 @@ class Tracer:
 
         check, applied = torch._assert, torch.autograd.Function.__dict__["apply"]
         with undone(root):
-            for m in (m for m in root.modules() if not _scripted(m)):
+            for m in plain_modules(root):
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
             nn.Module.__call__ = call  # type: ignore[method-assign]
             torch._assert = lambda *_: None
@@ -234,7 +234,7 @@ class Tracer:
         """Runs a module without recording what is inside, and records the call."""
         recorder = self.recorder
         node = recorder.add("call_module", path, recorder.argument(args), recorder.argument(kwargs))
-        flags = [(c, c.__dict__["training"]) for c in m.modules() if not _scripted(c)]
+        flags = [(c, c.__dict__["training"]) for c in plain_modules(m)]
         recorder.paused += 1
         for child, _ in flags:
             child.__dict__["training"] = False
@@ -244,11 +244,8 @@ class Tracer:
             recorder.paused -= 1
             for child, flag in flags:
                 child.__dict__["training"] = flag
-        return recorder.bind_whole(self._own(m, result, args, kwargs), node)
-
-    def _own(self, m: nn.Module, result: Any, args: Any, kwargs: Any) -> Any:
-        writes = bool(getattr(m, "inplace", False))
-        return result if writes else _alias(result, [*args, *kwargs.values()])
+        own = result if getattr(m, "inplace", False) else fresh(result, (args, kwargs))
+        return recorder.bind_whole(own, node)
 
     def _deploys(self, mark: fx.Node | None, path: str) -> bool:
         """Whether the graph may leave out what this module does in training.
@@ -390,16 +387,6 @@ class State:
 
 def _itself(node: fx.Node) -> fx.Node:
     return node
-
-
-def _scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
-
-
-def _alias(result: Any, given: list[Any]) -> Any:
-    if not isinstance(result, Tensor) or all(result is not v for v in given):
-        return result
-    return torch.ops.aten.alias.default(result)
 
 
 def _names(root: nn.Module) -> dict[int, str]:

@@ -98,7 +98,8 @@ class Comparison:
             if node.op not in ("call_function", "call_method") or writes(node):
                 raise TooDifferent
             nodes.append(node)
-            if node.target == "size" and self.origin(a, node.args[1]) is node.args[0]:  # type: ignore[arg-type]
+            of, axis = node.args[:2] if node.target == "size" else (None, None)
+            if isinstance(axis, int) and self.origin(a, axis) is of:
                 continue  # read from `a` itself
             todo += [n for n in node.all_input_nodes if n not in seen]
             seen |= set(node.all_input_nodes)
