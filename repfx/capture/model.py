@@ -161,7 +161,7 @@ def _capture(
             run_eval(Noting(module, captured.sure, captured.given), example)
         return canonical(module)
     mark = len(captured.declined)
-    reason = "without an example that it accepts its forward cannot be run; pass one"
+    reason = "its forward cannot be run without an example: pass one that it accepts"
     for given in () if example is None else others(example):
         found = _attempt(module, path, given, example, expected, captured)
         if not isinstance(found, str):

@@ -362,7 +362,7 @@ class Recorder(TorchFunctionMode):
             return self.graph.create_node("get_attr", self.paths[id(value)], (), {})
         if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of numpy
             return value.item()
-        raise Untraceable(f"it hands over a {type(value).__name__}")
+        raise Untraceable(f"it passes on a {type(value).__name__}, which a graph cannot hold")
 
     def _described(self, node: fx.Node, name: str) -> fx.Node:
         key = f"{node.name}.{name}"

@@ -1,6 +1,6 @@
 """Guards: what a graph takes for granted about the sizes of its inputs, checked at every call.
 
-    if x.shape[2] % 32: raise ...      ->      holds(x.size(2) % 32, "==", 0, "encoder")
+    if x.shape[2] % 32: raise ...      ->      holds(x.size(2) % 32, "==", 0, "...")
 
 A model's Python may look at a size and decide what to do. The graph has the operators of one
 decision, so it is right only for inputs that lead to the same one.
