@@ -46,6 +46,7 @@ class Around(nn.Module):
         super().__init__()
         self.stem, self.run = Stem(), run
         self.head = nn.Conv2d(8, 4, 1)
+        self.held: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Any:
         return self.run(self, x)
@@ -97,6 +98,13 @@ def cached(m: Any, x: Tensor) -> Any:
     return y + m.grid
 
 
+def cached_in_a_list(m: Any, x: Tensor) -> Any:
+    y = m.stem(x)
+    if not m.held or m.held[0].shape[0] != y.shape[3]:
+        m.held[:] = [torch.arange(y.shape[3]).to(y)]
+    return y + m.held[0]
+
+
 def listed(m: Any, x: Tensor) -> Any:
     levels = [m.stem(x), m.stem(x * 2)]
     for i, level in enumerate(levels):
@@ -125,6 +133,7 @@ FREE = {
     "resized": resized,
     "grid": grid,
     "cached": cached,
+    "cached in a list": cached_in_a_list,
     "a list that is written to": listed,
     "a loop over pieces": split_and_looped,
     "an attribute that is bound again": rebound,
@@ -492,6 +501,57 @@ def test_what_training_does_besides_is_cut_out(how: str, root: bool) -> None:
     fused = repfx.transform(model.eval(), ["fuse"], example=image())
     assert len(fused.meta["repfx"].merged) == 1
     assert_same(model, fused, image(), 1e-5)
+
+
+def test_a_dropout_that_is_off_is_not_its_input() -> None:
+    """In eval mode both are one tensor."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.drop = Stem(3), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return y + self.drop(y) * 2 + F.dropout(y, 0.5, self.training) * 3 + y
+
+    model = randomise(Skip().eval())
+    result = repfx.transform(model, [], example=image())
+    for mode in (False, True):
+        model.train(mode), result.train(mode)
+        torch.manual_seed(3)
+        want = copy.deepcopy(model)(image())
+        torch.manual_seed(3)
+        torch.testing.assert_close(copy.deepcopy(result)(image()), want)
+
+
+def test_a_write_that_only_training_makes_is_not_lost() -> None:
+    class Erases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Stem(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            if self.training:
+                y[:, :1] = 0
+            return y
+
+    model = randomise(nn.Sequential(Erases(), nn.ReLU()).eval())
+    result = repfx.transform(model, [], example=image())
+    model.train(), result.train()
+    torch.testing.assert_close(copy.deepcopy(result)(image()), copy.deepcopy(model)(image()))
+
+
+def test_python_that_reads_what_is_drawn_at_random_is_not_traced() -> None:
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if float(torch.rand(())) > 0.5 else x
+
+    model = randomise(nn.Sequential(Stem(), Sometimes()).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    (left,) = result.meta["repfx"].untraced
+    assert left.where == "1" and "entries of a tensor" in left.reason
 
 
 def test_a_head_with_two_outputs_has_a_graph_for_eval_mode() -> None:
