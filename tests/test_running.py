@@ -702,8 +702,8 @@ def test_the_users_lists_and_attributes_stay() -> None:
             return given["y"]
 
     model, given = randomise(Writes().eval()), {"x": image()}
-    result = repfx.transform(model, ["ptq"], example=(given,))
-    assert list(given) == ["x"] and model.seen == []
+    result: Any = repfx.transform(model, ["ptq"], example=(given,))
+    assert list(given) == ["x"] and model.seen == [] and result.seen == []
     repfx.calibrate(result, [given])
     assert list(given) == ["x"]
 
