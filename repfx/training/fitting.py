@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -154,7 +155,6 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
         raise InputError(
             f"accelerate does not accept device={device!r}, precision={precision!r}: {error}"
         ) from error
-    # A process that exits while in a group may abort in the destructors of the group's threads.
     if ours and _joined():
         atexit.register(_leave)
     return accelerator
@@ -165,5 +165,12 @@ def _joined() -> bool:
 
 
 def _leave() -> None:
+    """Leaves the process group, and gives its threads time to finish.
+
+    A thread of gloo needs the interpreter to let go of the tensors of its last collective. It
+    waits up to 5 ms for its turn, and the process aborts if the interpreter has ended by then.
+    The threads live on after the group is destroyed (torch 2.13), so they cannot be joined.
+    """
     if _joined():
         torch.distributed.destroy_process_group()
+    time.sleep(0.5)
