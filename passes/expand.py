@@ -31,7 +31,7 @@ from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.names import weight_of
 from repfx.rewrite.prove import EXACT
 from repfx.rewrite.results import Result
-from repfx.rewrite.weights import in_float64
+from repfx.rewrite.weights import InFloat64
 from repfx.rewrite.work import Work
 
 
@@ -143,7 +143,7 @@ class Expand(Pass):
             block = make(**shape).double()
         given = lifted(block)
         if self.init == "preserve":
-            _fit(given, block, kernel_of(view, region, in_float64(view, keep=False)), self._title)
+            _fit(given, block, kernel_of(view, region, InFloat64(view, keep=False)), self._title)
         given.module.to(like).train(view.module.training)
         norm = region.nodes[-1]
         if norm is not conv and norm.op == "call_module":

@@ -36,7 +36,7 @@ from repfx.rewrite.branches import Branch, BranchSum, affine_of, branch_sums
 from repfx.rewrite.contract import Pass, Stage, register
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.results import Result
-from repfx.rewrite.weights import in_float64
+from repfx.rewrite.weights import InFloat64
 from repfx.rewrite.work import Work
 from repfx.tolerances import MERGED
 
@@ -127,7 +127,7 @@ class _Sum(nn.Module):
 def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
     """Why the target differs from the block by more than rounding; empty if it does not."""
     region = Region(block.source, block.sink, block.nodes, frozenset())
-    want = kernel_of(view, region, in_float64(view, keep=False))
+    want = kernel_of(view, region, InFloat64(view, keep=False))
     got = lifted(_Sum(target)).kernel
     dtype = next(p.dtype for _, layer in target.layers() for p in layer.parameters())
     pairs = [(want.weight, got.weight), (_bias(want), _bias(got))]

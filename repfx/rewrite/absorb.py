@@ -26,7 +26,7 @@ from repfx.rewrite.names import Names
 from repfx.rewrite.prove import EXACT, input_sizes, prove, twin
 from repfx.rewrite.results import Merged
 from repfx.rewrite.slide import Slide, Take
-from repfx.rewrite.weights import in_float64
+from repfx.rewrite.weights import InFloat64
 
 Fetch = Callable[[Ref], Tensor]
 
@@ -43,7 +43,7 @@ class Absorbed:
 
 def absorbed(view: GraphView, slide: Slide) -> list[Absorbed]:
     """The new layers of a slide, proved. Raises Inexact if that cannot be proved on an example."""
-    fetch = in_float64(view, keep=True)
+    fetch = InFloat64(view, keep=True)
     op = view.ops[slide.affine]
     assert isinstance(op, Map)
     scale, shift = affine_of(op, fetch)

@@ -20,7 +20,7 @@ from repfx.graph.regions import Region, is_linear, nodes_between
 from repfx.graph.view import GraphView
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.prove import prove
-from repfx.rewrite.weights import in_float64
+from repfx.rewrite.weights import InFloat64
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Lifted:
     @property
     def kernel(self) -> Kernel:
         """The convolution that the module equals with its current weights."""
-        return kernel_of(self.view, self.region, in_float64(self.view, keep=False)).plain
+        return kernel_of(self.view, self.region, InFloat64(self.view, keep=False)).plain
 
     def prove(self) -> float:
         """The relative error of `kernel` against the module's own forward.
 
         Raises CheckError if it is larger than rounding."""
-        return prove(self.view, self.region, self.kernel, in_float64(self.view, keep=True))
+        return prove(self.view, self.region, self.kernel, InFloat64(self.view, keep=True))
 
 
 def lifted(module: nn.Module) -> Lifted:

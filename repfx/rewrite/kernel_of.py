@@ -24,7 +24,7 @@ from repfx.graph.naming import described, operator
 from repfx.graph.ops import Map, Sum
 from repfx.graph.regions import Region, nodes_between
 from repfx.graph.view import GraphView
-from repfx.rewrite.weights import Fetch, drawn
+from repfx.rewrite.weights import Drawn, Fetch
 from repfx.tolerances import SAME_CONSTANT
 
 # The sums whose values have the channels of the result.
@@ -222,7 +222,7 @@ def _holds_own(view: GraphView, source: fx.Node, node: fx.Node, start: Geometry)
 
 def _equal(view: GraphView, padded: Region, op: Map, start: Geometry) -> bool:
     for seed in range(3):
-        fetch = drawn(view, seed)
+        fetch = Drawn(view, seed)
         bias = kernel_of(view, padded, fetch, start).bias
         fill = (
             torch.tensor(op.fill, dtype=torch.float64, device="cpu")

@@ -18,47 +18,55 @@ from repfx.graph.view import GraphView
 Fetch = Callable[[Ref], Tensor]
 
 
-def in_float64(view: GraphView, keep: bool) -> Fetch:
-    """Reads the model's constants in float64; `keep` caches them, else each is freed after use."""
-    cache: dict[Ref, Tensor] = {}
+class InFloat64:
+    """Reads the model's constants in float64; `keep` caches them, else each is freed after use.
 
-    def fetch(ref: Ref) -> Tensor:
-        if ref in cache:
-            return cache[ref]
-        value = _expression(view, ref, fetch) if isinstance(ref, fx.Node) else _held(view, ref)
-        if keep:
-            cache[ref] = value
+    A class and not a closure: one that calls itself would be freed only by the garbage collector,
+    and the copies of the weights with it."""
+
+    def __init__(self, view: GraphView, keep: bool) -> None:
+        self._view, self._keep = view, keep
+        self._cache: dict[Ref, Tensor] = {}
+
+    def __call__(self, ref: Ref) -> Tensor:
+        if ref in self._cache:
+            return self._cache[ref]
+        if isinstance(ref, fx.Node):
+            value = _expression(self._view, ref, self)
+        else:
+            value = _held(self._view, ref)
+        if self._keep:
+            self._cache[ref] = value
         return value
 
-    return fetch
 
-
-def drawn(view: GraphView, seed: int) -> Fetch:
+class Drawn:
     """Draws every parameter and buffer at random in float64, and evaluates expressions of them.
 
     Values are uniform in (0.5, 1.5). Parameters get a random sign, except with seed 0; buffers
     stay positive, because some are variances."""
-    generator = torch.Generator().manual_seed(seed)
-    cache: dict[Any, Tensor] = {}
 
-    def fetch(ref: Ref) -> Tensor:
+    def __init__(self, view: GraphView, seed: int) -> None:
+        self._view, self._seed = view, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._cache: dict[Any, Tensor] = {}
+
+    def __call__(self, ref: Ref) -> Tensor:
         if isinstance(ref, fx.Node) and ref.op != "get_attr":
-            if ref not in cache:
-                cache[ref] = _expression(view, ref, fetch)
-            return cache[ref]
-        now = view.tensor(ref)
-        if id(now) not in cache:  # tied tensors are drawn once
-            draw = (
-                torch.rand(now.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
-            )
-            if seed and isinstance(now, nn.Parameter):
-                draw = draw * (
-                    torch.randint(2, now.shape, generator=generator, device="cpu") * 2 - 1
-                )
-            cache[id(now)] = draw if now.is_floating_point() else now.cpu()
-        return cache[id(now)]
+            if ref not in self._cache:
+                self._cache[ref] = _expression(self._view, ref, self)
+            return self._cache[ref]
+        now = self._view.tensor(ref)
+        if id(now) not in self._cache:  # tied tensors are drawn once
+            self._cache[id(now)] = self._draw(now) if now.is_floating_point() else now.cpu()
+        return self._cache[id(now)]
 
-    return fetch
+    def _draw(self, like: Tensor) -> Tensor:
+        generator = self._generator
+        draw = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+        if self._seed and isinstance(like, nn.Parameter):
+            draw = draw * (torch.randint(2, like.shape, generator=generator, device="cpu") * 2 - 1)
+        return draw
 
 
 def _held(view: GraphView, path: str) -> Tensor:

@@ -28,7 +28,7 @@ from repfx.rewrite.names import Names, weight_of
 from repfx.rewrite.prove import prove
 from repfx.rewrite.results import Merged, Result
 from repfx.rewrite.slide import explained, plan_slides
-from repfx.rewrite.weights import in_float64
+from repfx.rewrite.weights import InFloat64
 
 
 class Work:
@@ -150,8 +150,8 @@ class Work:
         proved = []
         for merge in sorted(plan.merges, key=lambda m: -m.geometry.params):
             key = names.signature(merge)
-            kernel = kernel_of(view, merge.region, in_float64(view, keep=False)).plain
-            error = prove(view, merge.region, kernel, in_float64(view, keep=True))
+            kernel = kernel_of(view, merge.region, InFloat64(view, keep=False)).plain
+            error = prove(view, merge.region, kernel, InFloat64(view, keep=True))
             if key not in made:
                 made[key] = layer_from(kernel, view.tensor(names.weight(merge)))
                 made[key].train(self._module.training)
