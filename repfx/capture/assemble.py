@@ -40,9 +40,9 @@ def graph_module(root: nn.Module, graph: fx.Graph, tracer: Tracer) -> fx.GraphMo
         if isinstance(value, Tensor):
             result.__dict__[name] = value
     result.training = root.training
-    result.graph = graph
     result.__dict__[INPUTS], result.__dict__[DEPLOYED] = tracer.inputs, sorted(tracer.deployed)
-    return as_object_of(result, root)
+    as_object_of(result, root).graph = graph
+    return result
 
 
 def _plain(module: nn.Module, path: str, called: set[str], memo: dict[int, nn.Module]) -> nn.Module:

@@ -60,21 +60,22 @@ def alias(model: nn.Module) -> Copy:
             else:  # small, and a forward may write into it even in eval mode
                 memo[id(tensor)] = tensor.detach().clone()
     plain: list[tuple[nn.Module, nn.Module]] = []
+    modules = list(model.modules())
+    inner = {
+        id(module): inside for module in modules if (inside := unwrapped(module)) is not module
+    }
     try:
-        for module in model.modules():
+        for module in modules:
             if (isinstance(module, fx.GraphModule) or hasattr(type(module), "__deepcopy__")) and id(
                 module
             ) not in memo:
                 copy.deepcopy(module, memo)
-        for module in model.modules():
-            if unwrapped(module) is not module:
-                continue  # a part that was compiled: the copy has the part itself there
-            if id(module) not in memo:
+        for module in modules:
+            if id(module) not in memo and id(module) not in inner:
                 memo[id(module)] = object.__new__(type(module))
                 plain.append((module, memo[id(module)]))
-        for module in model.modules():
-            if unwrapped(module) is not module:
-                memo[id(module)] = memo[id(unwrapped(module))]
+        for key, inside in inner.items():  # a part that was compiled: the copy has the part itself
+            memo[key] = memo[id(inside)]
         for module, twin in plain:
             twin.__dict__.update({k: _alias_value(v, memo) for k, v in module.__dict__.items()})
         copied: nn.Module = memo[id(model)]

@@ -10,6 +10,7 @@ checked against the model on an example:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -531,7 +532,7 @@ def _record(
 
 def _refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum()):
+        if not tensor.is_floating_point() or tensor.is_meta or math.isfinite(tensor.detach().sum()):
             continue  # if the sum is finite, so are the terms
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds NaN or infinity")

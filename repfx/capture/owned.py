@@ -115,14 +115,15 @@ class Owned(fx.GraphModule):
 
 
 def as_object_of(result: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Turns a GraphModule into an object of the model's class, with the model's attributes."""
+    """Turns a GraphModule into an object of the model's class, with the model's attributes.
+
+    Its graph is to be assigned afterwards, or anew."""
     base = getattr(type(model), "user_class", type(model))
     if base is nn.Module or issubclass(base, fx.GraphModule):
         return result
     kept = {k: v for k, v in attributes_of(model).items() if k not in _MADE and k not in TABLES}
     result.__dict__.update({k: v for k, v in kept.items() if k not in result.__dict__})
     result.__class__ = _class(base)
-    result.recompile()
     return result
 
 

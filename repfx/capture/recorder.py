@@ -416,5 +416,5 @@ def fresh(result: Any, given: Any) -> Any:
     Two values that are one object now, as in a dropout that is off, may differ in training."""
     if type(result) in (list, tuple):
         return type(result)(fresh(v, given) for v in result)
-    same = isinstance(result, Tensor) and any(t is result for t in tree_leaves(given))
+    same = isinstance(result, Tensor) and any(t is result for t in tensors_in(given))
     return torch.ops.aten.alias.default(result) if same else result

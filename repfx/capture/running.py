@@ -6,14 +6,14 @@ import contextlib
 import inspect
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from repfx.capture.structures import Contents, leaves, tensors_in
+from repfx.capture.structures import CONTAINERS, Contents, has_contents, leaves, tensors_in
 from repfx.graph.guards import is_guard
 from repfx.graph.holders import TABLES
 from repfx.graph.run_node import Interpreter
@@ -184,16 +184,15 @@ def _as_written() -> contextlib.AbstractContextManager[Any]:
 
 
 class Attributes:
-    """The attributes and buffers of all modules, and what is in the lists and dicts among them."""
+    """The attributes and buffers of modules, and what is in the lists and dicts among them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = plain_modules(model)
-        self._kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [(m, m.__dict__.copy(), m._buffers.copy()) for m in modules]
         self._contents = [
             Contents(value)
-            for m in modules
-            for name, value in m.__dict__.items()
-            if name not in TABLES and type(value) in (list, dict, tuple)
+            for _, attributes, _ in self._kept
+            for name, value in attributes.items()
+            if type(value) in CONTAINERS and name not in TABLES and has_contents(value)
         ]
 
     def restore(self) -> None:
@@ -209,7 +208,7 @@ class Attributes:
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Afterwards modes, attributes, buffers and the random state are what they were before."""
-    kept = Attributes(model)
+    kept = Attributes(plain_modules(model))
     buffers = [
         (b, None if b.is_inference() else b._version, b.clone())
         for b in model.buffers()

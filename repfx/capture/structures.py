@@ -40,6 +40,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [v for v in leaves(value) if isinstance(v, Tensor)]
 
 
+CONTAINERS = frozenset([list, dict, tuple])
+
+
+def has_contents(value: Any) -> bool:
+    """Whether it is, or holds, a list or a dict that a forward could write into."""
+    if type(value) is tuple:
+        return any(type(v) in CONTAINERS and has_contents(v) for v in value)
+    return type(value) in CONTAINERS
+
+
 class Contents:
     """The contents of lists and dicts, at any depth, so that what a forward changed can be undone.
 

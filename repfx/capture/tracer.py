@@ -44,15 +44,21 @@ def is_leaf(module: nn.Module) -> bool:
 
     True for layers of torch.nn that have no hooks and no parametrized tensors, for scripted
     modules, GraphModules, and modules that say so with the attribute `is_graph_leaf`."""
+    if is_layer(module):
+        return True
     if isinstance(module, (Mode, TrainOnly, fx.GraphModule, torch.jit.ScriptModule)):
         return True
-    if getattr(module, "is_graph_leaf", False):
-        return True
-    if has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
-        return False
+    return bool(getattr(module, "is_graph_leaf", False))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a layer of torch.nn that has no hooks and no parametrized tensors."""
     name = type(module).__module__
-    layer = name.startswith("torch.nn.") and not name.startswith("torch.nn.utils.")
-    return layer and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    if not name.startswith("torch.nn.") or name.startswith("torch.nn.utils."):
+        return False
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    return "parametrizations" not in module._modules and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -374,10 +380,13 @@ class Tracer:
 
 
 class State:
-    """What a forward may change: the attributes of its modules, and the lists and dicts it gets."""
+    """What a forward may change: the attributes of its modules, and the lists and dicts it gets.
+
+    Layers of torch.nn do not change in eval mode."""
 
     def __init__(self, module: nn.Module, arguments: Any) -> None:
-        self.module, self.attributes = module, Attributes(module)
+        self.module = module
+        self.attributes = Attributes(m for m in plain_modules(module) if not is_layer(m))
         self.arguments = Contents(arguments)
 
     def restore(self) -> None:
@@ -392,12 +401,12 @@ def _itself(node: fx.Node) -> fx.Node:
 def _names(root: nn.Module) -> dict[int, str]:
     """The path of every parameter, buffer and other tensor of a model, by id."""
     names: dict[int, str] = {}
-    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        names.setdefault(id(tensor), name)
-    for path, module in root.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                names.setdefault(id(value), f"{path}.{name}".lstrip("."))
+    modules = list(root.named_modules())
+    for table in ("_parameters", "_buffers", "__dict__"):
+        for path, module in modules:
+            for name, value in getattr(module, table).items():
+                if isinstance(value, Tensor):
+                    names.setdefault(id(value), f"{path}.{name}" if path else name)
     return names
 
 

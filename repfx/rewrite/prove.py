@@ -79,8 +79,10 @@ def _first_run(
 
 
 def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
-    """Input shapes with both borders and an interior; each axis is odd once and even once.
+    """Input shapes with both borders and an interior.
 
+    Each axis is odd once and even once. Without a stride, one shape is enough: only a stride tells
+    odd sizes from even ones.
     Where a dilation makes a kernel wide, every tap reads the image at some position, which takes
     half the size: outputs of a linear map that are right one by one are right together."""
     if g.source_axis == -1:
@@ -95,7 +97,8 @@ def input_sizes(g: Geometry) -> list[tuple[int, ...]]:
         taps = a.taps if a.gap == 1 else a.taps - max(min(a.before, a.after), 0) + a.stride - 1
         reach = max(taps, a.taps - a.before - a.after + a.stride)
         least.append(max(reach, 1 + a.before, 1 + a.after) if g.mode != "zeros" else reach)
-    return [(1, g.inputs, *(n + more + i % 2 for i, n in enumerate(least))) for more in (0, 1)]
+    steps = (0, 1) if any(a.stride != 1 for a in g.axes) else (0,)
+    return [(1, g.inputs, *(n + more + i % 2 for i, n in enumerate(least))) for more in steps]
 
 
 def _run(
