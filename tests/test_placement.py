@@ -243,11 +243,11 @@ def test_joins_stand_between_integers(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs", "whole"), [(Fire, 0, 2), (Split, 0, 1), (Dense, 6, 2), (Neck, 0, 1)]
+    ("kind", "inputs", "whole"), [(Fire, 1, 2), (Split, 3, 1), (Dense, 6, 2), (Neck, 1, 1)]
 )
-def test_a_concatenation_is_rounded_once(kind: Any, inputs: int, whole: int) -> None:
-    """In OpenVINO, which moves that to what goes in: itself where a layer reads it, else what goes
-    in, as before a norm.
+def test_no_value_is_written_in_float_and_in_integers(kind: Any, inputs: int, whole: int) -> None:
+    """In OpenVINO a concatenation that a layer reads is rounded, and the runtime moves that to what
+    goes in. What goes in is rounded before if a layer reads it, too; so is all before a norm.
     """
     _, model, _ = made(kind, "openvino")
     joins = [n for n in model.graph.nodes if n.target is torch.cat]

@@ -123,9 +123,11 @@ def _joined(
 ) -> list[Place]:
     """The inputs of concatenations, and the inputs of products that are in `rounded`.
 
-    Only those from which every path leads into a layer. A concatenation that is itself quantized
-    is left out: the runtime moves its quantizer to its inputs."""
+    Only those from which every path leads into a layer. Where a concatenation is itself quantized,
+    the runtime moves that to its inputs, so only inputs that a layer reads, too, are quantized
+    here: otherwise the layer before would write them once in float and once in integers."""
     whole = {joined(view, value) for value in rounded}
+    made = {moved_from(view, value) for value in rounded}
     found: list[Place] = []
     # For each value from which every path leads into a layer: the first such layer.
     ahead: dict[fx.Node, fx.Node] = {}
@@ -142,6 +144,11 @@ def _joined(
         op = view.ops[node]
         if node in whole:
             whole |= {joined(view, value) for value in view.data_inputs(node)}
+            found += [
+                (node, value, goals[0])
+                for value in view.data_inputs(node)
+                if value in behind and moved_from(view, value) in made
+            ]
             continue
         joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
         if joins or Trait.PRODUCT in view.traits(node):
