@@ -83,14 +83,15 @@ def plan_merges(
             taken.update(merge.region.removed)
     told.rest(taken)
     # A merge next to other linear values changes the cost of merging those, or may leave one of
-    # them with a single reader. Then it is worth planning again.
+    # them with a single reader, or takes a write in place away. Then it is worth planning again.
     again = bool(merges) and (blocked or any(_beside(view, m.region) for m in merges))
     return Plan(tuple(reversed(merges)), tuple(told.declined.values()), again)
 
 
 def _beside(view: GraphView, region: Region) -> bool:
     near = (region.source, *region.sink.users)
-    return bool(region.kept) or any(is_linear(view, node) for node in near)
+    wrote = any(node in view.writes.by for node in region.removed)
+    return wrote or bool(region.kept) or any(is_linear(view, node) for node in near)
 
 
 Part = tuple[int, int, Merge | None]  # from one end of a run to another; None is not merged
