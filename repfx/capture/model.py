@@ -37,10 +37,12 @@ from repfx.capture.running import (
     run_eval,
 )
 from repfx.capture.structures import tensors_in
-from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf
+from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, is_mode
 from repfx.errors import Declined, InputError
 from repfx.graph.guards import facts_of, holds, is_guard
 from repfx.graph.modes import TrainOnly
+from repfx.graph.traits import Trait
+from repfx.graph.vocabulary import kind_of
 from repfx.tolerances import TRACED, TRACED_WIDE
 
 
@@ -336,6 +338,8 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
             continue
         try:
             graph = (tracer := Tracer(training=frozenset({""}))).trace(twin, give)
+            if any(_is_random(n) for n in graph.nodes):
+                return False
             traced = graph_module(twin, graph, tracer)
             if not agree(run_eval(traced, give), want, tolerance):
                 return False
@@ -343,6 +347,13 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
         except Exception:  # the branch cannot be traced, or does not run
             return False
     return False
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether it draws random numbers in eval mode, too. A dropout may ask for the mode."""
+    if Trait.RANDOM not in kind_of(node).traits:
+        return False
+    return not any(is_mode(n) for n in node.all_input_nodes)
 
 
 def _agree_elsewhere(

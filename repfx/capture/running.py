@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import random
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -205,10 +206,32 @@ class Attributes:
             contents.restore()
 
 
+class PythonRandom:
+    """The states of the random generators of Python and, if it is loaded, of numpy."""
+
+    def __init__(self) -> None:
+        self._numpy = sys.modules.get("numpy.random")
+        self._python = random.getstate()
+        self._state = self._numpy.get_state() if self._numpy is not None else None
+
+    def drawn(self) -> bool:
+        """Whether a random number was drawn since."""
+        now = PythonRandom()
+        if now._python != self._python or now._state is None or self._state is None:
+            return now._python != self._python
+        (_, ours, *rest), (_, theirs, *other) = self._state, now._state
+        return bool(rest != other or ours.tobytes() != theirs.tobytes())
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        if self._numpy is not None and self._state is not None:
+            self._numpy.set_state(self._state)
+
+
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
-    """Afterwards modes, attributes, buffers and the random state are what they were before."""
-    kept = Attributes(plain_modules(model))
+    """Afterwards modes, attributes, buffers and the random states are what they were before."""
+    kept, drawn = Attributes(plain_modules(model)), PythonRandom()
     buffers = [
         (b, None if b.is_inference() else b._version, b.clone())
         for b in model.buffers()
@@ -219,6 +242,7 @@ def undone(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         kept.restore()
+        drawn.restore()
         with torch.no_grad():
             for b, version, value in buffers:
                 if version is None:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from repfx.capture.recorder import Recorder, Untraceable, fresh
-from repfx.capture.running import Attributes, plain_modules, undone
+from repfx.capture.running import Attributes, PythonRandom, plain_modules, undone
 from repfx.capture.structures import Contents, leaves
 from repfx.capture.symbols import symbol
 from repfx.capture.two_modes import Comparison, Part, TooDifferent
@@ -108,12 +108,15 @@ class Tracer:
         self.recorder.mode_node, self.recorder.answer = self._mode_node, lambda flag: False
         self.recorder.special[F.batch_norm] = self._own_norm
         self.recorder.module_of, self.recorder.paths = self._module_of, self.paths
+        numbers = PythonRandom()
         with self._prepared(root):
             given = self._placeholders(root, args)
             with self.recorder:
                 mark = next(iter(reversed(self.recorder.graph.nodes)))
                 kept = State(root, given)
                 self.result = _CALL(root, *given)
+                if numbers.drawn():
+                    raise Untraceable("its Python draws a random number")
                 if self.asked.times and not self.eval_only:
                     try:
                         self.result = self._settled(mark, self.result, kept, tuple(given), {})
@@ -285,8 +288,11 @@ class Tracer:
         kept = State(before.module, (args, kwargs))
         before.restore()
         self.asked.value = True
+        numbers = PythonRandom()
         try:
             again = _CALL(before.module, *args, **kwargs)
+            if numbers.drawn():  # the training branch is another one each time
+                raise TooDifferent
             nodes = list(graph.nodes)
             start, stop = nodes.index(mark) + 1 if mark else 0, nodes.index(end) + 1 if end else 0
             first = {n for n in nodes[start:stop] if not _shared(n)}

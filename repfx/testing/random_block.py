@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from repfx.testing import bends, borders, channels, convolutions, motifs, operands
+from repfx.testing import bends, borders, channels, convolutions, motifs, operands, python
 from repfx.testing.plan import LARGEST, SMALLEST, Draft, Recipe, Unfit
 
-FAMILIES = (convolutions, operands, channels, borders, bends, motifs)
+FAMILIES = (convolutions, operands, channels, borders, bends, motifs, python)
 RECIPES: dict[str, Recipe] = {
     name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()
 }
