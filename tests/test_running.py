@@ -8,11 +8,13 @@ import inspect
 import io
 import math
 import pickle
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -552,6 +554,67 @@ def test_python_that_reads_what_is_drawn_at_random_is_not_traced() -> None:
     result = repfx.transform(model, ["fuse"], example=image())
     (left,) = result.meta["repfx"].untraced
     assert left.where == "1" and "entries of a tensor" in left.reason
+
+
+def masked(y: Tensor) -> Tensor:
+    return y * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(0.99)
+
+
+def skipped(number: float) -> Callable[[Tensor], Tensor]:
+    return lambda y: y * 0 if number < 0.01 else y
+
+
+RARE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mask": masked,
+    "noise": lambda y: torch.where(torch.rand_like(y) < 1e-4, y * 0, y),
+    "Python's random": lambda y: skipped(random.random())(y),
+    "numpy's": lambda y: skipped(np.random.rand())(y),
+}
+
+
+class Rarely(nn.Module):
+    """Does something else in training, but seldom: one draw does not show it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.how = Stem(3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return RARE[self.how](y) + x if self.training else y + x
+
+
+@pytest.mark.parametrize("how", RARE)
+@pytest.mark.parametrize("root", [False, True])
+def test_a_training_branch_that_draws_is_never_taken_for_the_eval_branch(
+    how: str, root: bool
+) -> None:
+    model = randomise(Rarely(how)) if root else nn.Sequential(randomise(Rarely(how)), nn.ReLU())
+    many = torch.randn(3000, 3, 2, 2)
+    fused = repfx.transform(model.eval(), ["fuse"], example=image())
+    assert fused.meta["repfx"].merged
+    assert_same(model, fused, many, 1e-5)
+    trained = repfx.transform(model, [], example=image()).train()
+    with torch.no_grad():
+        outputs = [copy.deepcopy(trained)(image(4)) for _ in range(1500)]
+    assert any(not torch.equal(y, outputs[0]) for y in outputs), "nothing is drawn any more"
+
+
+def test_python_that_draws_a_number_is_not_traced_and_draws_the_same_as_before() -> None:
+    class Draws(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * random.random()
+
+    model = randomise(nn.Sequential(Stem(), Draws()).eval())
+    random.seed(5)
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert random.random() == random.Random(5).random()
+    assert any("draws a random number" in d.reason for d in result.meta["repfx"].untraced)
+    assert len(result.meta["repfx"].merged) == 1
+    random.seed(6)
+    want = model(image())
+    random.seed(6)
+    torch.testing.assert_close(result(image()), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_with_two_outputs_has_a_graph_for_eval_mode() -> None:
