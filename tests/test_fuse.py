@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.rewrite import prove as oracle
-from repfx.testing import Scale, assert_same, random_block, randomise
+from repfx.testing import Scale, assert_same, assert_same_elsewhere, random_block, randomise
 
 
 def image(channels: int = 8, size: tuple[int, int] = (11, 14)) -> Tensor:
@@ -355,6 +355,23 @@ def test_proofs_use_odd_and_even_sizes() -> None:
 
 
 SEEDS = 300
+
+
+@pytest.mark.parametrize(
+    ("seed", "axes"),
+    [
+        (7027, 3),  # two norms move, one into a layer that reads what the other's layer gives
+        (10804, 2),
+        (3716, 2),  # a weight that has two images
+        (6374, 2),
+    ],
+)
+def test_graphs_that_once_failed(seed: int, axes: int) -> None:
+    block, x = random_block(seed, nonlinear=seed % 3 > 0, axes=axes)
+    result = repfx.transform(block, ["fuse"], example=x)
+    assert_same(block, result, x, 1e-10)
+    assert_same_elsewhere(block, result, x, 1e-10)
+    assert not repfx.transform(result, ["fuse"], example=x).meta["repfx"].merged
 
 
 @pytest.mark.slow

@@ -161,6 +161,26 @@ def test_a_model_that_has_run_holds_what_it_made_for_that_size() -> None:
         assert_same(model, result, image(batch, size), 1e-5)
 
 
+@pytest.mark.parametrize("order", ["weight", "input"])
+def test_the_number_of_images_is_that_of_a_weight(order: str) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.weight = Stem(3), nn.Parameter(torch.rand(2, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.weight * x if order == "weight" else x - self.weight
+            y = self.stem(y) + x
+            return y.reshape(y.shape[0], -1)
+
+    model = randomise(Wide().eval())
+    result = repfx.transform(model, ["fuse"], example=image(2))
+    assert len(result.meta["repfx"].merged) == 1
+    for batch in (1, 2):
+        assert result(image(batch)).shape == (2, 3 * 16 * 16)
+        assert_same(model, result, image(batch), 1e-5)
+
+
 def test_a_size_that_is_special_to_the_model() -> None:
     """The graph is tried on that size too, and keeps the shapes of the example."""
 

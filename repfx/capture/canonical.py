@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from repfx.capture.border import name_border_writes
-from repfx.capture.origins import origin
+from repfx.capture.origins import Origins
 from repfx.graph.effects import is_dead
 from repfx.graph.run_node import call
 from repfx.graph.traits import Trait
@@ -39,6 +39,7 @@ def canonical(module: fx.GraphModule) -> fx.GraphModule:
     graph, changed = module.graph, False
     shapes = {n: n.meta["shape"] for n in graph.nodes if "shape" in n.meta}
     layers = dict(module.named_modules(remove_duplicate=False))
+    origins = Origins(shapes, lambda n: layers.get(str(n.target)))
 
     def of_source(size: fx.Node, source: fx.Node) -> bool:
         """Whether a size that is read elsewhere is that of the source, too."""
@@ -46,7 +47,7 @@ def canonical(module: fx.GraphModule) -> fx.GraphModule:
         if size.target != "size" or not isinstance(axis, int) or source not in shapes:
             return False
         axis %= len(shapes[source])
-        return origin(source, axis, shapes, lambda n: layers.get(str(n.target))) is where
+        return origins.of(source, axis) is where
 
     if any(Trait.STORES in kind_of(node).traits for node in graph.nodes):
         changed = name_border_writes(graph, GraphView(module))

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from repfx.capture.origins import origin
+from repfx.capture.origins import Origins
 from repfx.capture.structures import leaves, parts, tensors_in
 from repfx.capture.symbols import Integer, Real, Symbol, plain, symbol
 from repfx.graph.effects import writes_by_name
@@ -74,6 +74,7 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Tensor] = {}
         self.depends: dict[fx.Node, Depends] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self._origins = Origins(self.shapes, lambda node: self.module_of(node))
         self.held: set[fx.Node] = set()  # nodes that may share memory with a tensor of the model
         self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
         self.answer: Callable[[ModeFlag], bool] = lambda flag: False
@@ -232,7 +233,7 @@ class Recorder(TorchFunctionMode):
         return found
 
     def origin_of(self, node: fx.Node, axis: int) -> fx.Node | int:
-        return origin(node, axis % len(self.shapes[node]), self.shapes, self.module_of)
+        return self._origins.of(node, axis % len(self.shapes[node]))
 
     def _size_node(self, of: fx.Node, method: str, rest: tuple[int, ...]) -> fx.Node:
         key = f"{of.name}.{method}{rest}"

@@ -108,7 +108,9 @@ class Slide:
 def plan_slides(
     view: GraphView, accept: Accept, merges: Sequence[Merge] = ()
 ) -> tuple[list[Slide], dict[fx.Node, Inexact]]:
-    """The affines to move, no two of them into the same layer, and why others cannot move.
+    """The affines to move, and why others cannot move.
+
+    No two of them touch the same node, or what a layer of the other reads: the next plan has those.
 
     `merges`: regions that will be layers by then."""
     sinks = {m.region.sink: m.geometry for m in merges}
@@ -116,6 +118,7 @@ def plan_slides(
     slides: list[Slide] = []
     failed: dict[fx.Node, Inexact] = {}
     taken: set[fx.Node] = set()
+    reads: set[fx.Node] = set()
     for node in view.nodes:
         if node in gone:
             continue
@@ -128,9 +131,12 @@ def plan_slides(
             layers = [t.layer for t in found.takes]
             touched = [node, *found.nodes, *layers]
             linear: list[Op] = [op for n in touched if not isinstance(op := view.ops[n], Opaque)]
-            if not taken.intersection(touched) and accept(linear):
+            read = [n for layer in layers for n in view.data_inputs(layer)]
+            apart = taken.isdisjoint([*touched, *read]) and reads.isdisjoint(touched)
+            if apart and accept(linear):
                 slides.append(found)
                 taken.update(touched)
+                reads.update(read)
     return slides, failed
 
 
