@@ -21,29 +21,19 @@ import numpy as np
 import torch
 import zoo_operators
 from PIL import Image
+from squares import COLORS, SIZE, squares
 
 import repfx
 
-SIZE, COLORS = 64, {"green": (40, 250, 40), "red": (250, 40, 40)}
-
 
 def draw(folder: Path, count: int, seed: int) -> None:
-    """Images (64, 64, 3) and their labels: class, centre and size of two squares in each."""
-    rng = np.random.default_rng(seed)
+    """Writes images, and beside them their boxes in ultralytics' format."""
     labels = Path(str(folder).replace("images", "labels"))
     for made in (folder, labels):
         made.mkdir(parents=True)
-    for i in range(count):
-        image = rng.integers(0, 60, (SIZE, SIZE, 3), dtype=np.uint8)
-        lines = []
-        for _ in range(2):
-            side, kind = int(rng.integers(12, 24)), int(rng.integers(0, len(COLORS)))
-            x, y = map(int, rng.integers(0, SIZE - side, 2))
-            image[y : y + side, x : x + side] = list(COLORS.values())[kind]
-            box = (x + side / 2, y + side / 2, side, side)
-            lines.append(" ".join(map(str, (kind, *(v / SIZE for v in box)))))
+    for i, (image, boxes) in enumerate(squares(count, seed)):
         Image.fromarray(image).save(folder / f"{i}.png")
-        (labels / f"{i}.txt").write_text("\n".join(lines))
+        (labels / f"{i}.txt").write_text("\n".join(" ".join(map(str, box)) for box in boxes))
 
 
 def trainer(images: Any, data: Path, model: str, epochs: int) -> Any:

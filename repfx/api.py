@@ -12,13 +12,13 @@ from torch import fx, nn
 
 import repfx.passes  # noqa: F401  (registers the passes)
 from repfx.capture.model import capture
-from repfx.capture.running import run_eval
+from repfx.capture.running import as_args, run_eval
 from repfx.data.batches import Batches
 from repfx.errors import InputError
 from repfx.rewrite.contract import Pass
 from repfx.rewrite.difference import Difference, difference
 from repfx.rewrite.results import Report
-from repfx.rewrite.runner import as_args, rewrite
+from repfx.rewrite.runner import rewrite
 
 if TYPE_CHECKING:
     from repfx.reporting import Numbers

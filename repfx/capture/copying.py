@@ -7,6 +7,7 @@ sharing before any code that might write gets a tensor."""
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from repfx.capture.caches import cached_again, is_cached
 from repfx.errors import InputError
 
 _TABLES = set(nn.Module().__dict__)
@@ -104,6 +106,8 @@ def _alias_value(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if id(value) in memo:
         return memo[id(value)]
+    if is_cached(value) and isinstance(value.__wrapped__, types.MethodType):
+        return cached_again(value, copy.deepcopy(value.__wrapped__, memo))
     if kind is dict or kind is OrderedDict:
         return kind((k, _alias_value(v, memo)) for k, v in value.items()) if value else kind()
     return copy.deepcopy(value, memo)

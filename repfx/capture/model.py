@@ -253,9 +253,11 @@ def _pin(
     shapes = {n: n.meta["shape"] for n in result.graph.nodes if n.op == "placeholder" and n.meta}
     shapes = {n: shape for n, shape in shapes.items() if shape}
     fixed: list[tuple[fx.Node, int]] = []
-    tried = (_right_for(module, result, larger(example, double)) for double in (False, True))
-    right = next((right for right in tried if right is not None), None)
-    if right is False and len(shapes) < len(tensors_in(example)):
+    sizes = (larger(example, double) for double in (False, True))
+    tried = ((given, _right_for(module, result, given)) for given in sizes)
+    given, right = next((found for found in tried if found[1] is not None), (example, None))
+    hidden = len(shapes) < len(tensors_in(example))
+    if right is False and hidden and not _refuses(result, given):
         raise Untraceable("it uses a size of a tensor in a list or dict as a number")
     if not right:
         fixed += [(n, axis) for n, shape in shapes.items() for axis in range(2, len(shape))]
@@ -284,6 +286,17 @@ def _right_for(module: nn.Module, result: nn.Module, given: tuple[Any, ...]) -> 
     except Exception:  # its forward can raise anything
         return None
     return _agrees(result, given, want)
+
+
+def _refuses(graph: nn.Module, given: tuple[Any, ...]) -> bool:
+    """Whether a graph refuses an input because of a fact it rests on."""
+    try:
+        run_eval(graph, given)
+    except InputError:
+        return True
+    except Exception:  # it does not fit this input
+        return False
+    return False
 
 
 def _trace(module: nn.Module, example: tuple[Any, ...], deploy: bool) -> tuple[Tracer, fx.Graph]:

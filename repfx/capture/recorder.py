@@ -85,7 +85,8 @@ class Recorder(TorchFunctionMode):
         self._rebound: list[tuple[int, tuple[weakref.ref[Tensor], fx.Node], fx.Node]] = []
         self._wholes: dict[int, tuple[Any, list[int], fx.Node]] = {}
         self._read: dict[str, fx.Node] = {}
-        self._asked: dict[Any, fx.Node] = {}  # (of an input?, dtype or device that was read): whose
+        # (of an input?, dtype or device that was read): whose, the last at the end
+        self._asked: dict[Any, list[fx.Node]] = {}
         self.measured = False  # whether the forward read a size
         self._of_weights = False
         self._known: dict[fx.Node, int] = {}
@@ -146,7 +147,7 @@ class Recorder(TorchFunctionMode):
         if name == "shape" and level > 0:
             return torch.Size(self._sizes(tensor))
         if name in ("dtype", "device"):
-            self._asked[level > 0, value] = self.node_of(tensor)
+            self._asked.setdefault((level > 0, value), []).append(self.node_of(tensor))
             return value
         if name == "data":
             return self._record(torch.Tensor.detach, "detach", (tensor,), {}, tensor.detach())
@@ -228,6 +229,8 @@ class Recorder(TorchFunctionMode):
         for axis, size in enumerate(tensor.shape):
             source = self.origin_of(node, axis)
             if isinstance(source, fx.Node):
+                # Never between a convolution and its norm: they could not merge.
+                source = source if source.op == "placeholder" else node
                 size = symbol(size, self, partial(self._size_node, source, "size", (axis,)))
             found.append(size)
         return found
@@ -335,10 +338,11 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, ModeFlag):
             return self.mode_node(value)
         if isinstance(value, (torch.dtype, torch.device)):
-            asked = self._asked.get((False, value)) if self._of_weights else None
-            asked = asked or (None if self._of_weights else self._asked.get((True, value)))
+            asked = self._asked.get((not self._of_weights, value), [])
+            while asked and asked[-1]._erased:
+                asked.pop()
             name = "dtype" if isinstance(value, torch.dtype) else "device"
-            return value if asked is None else self._described(asked, name)
+            return self._described(asked[-1], name) if asked else value
         if isinstance(value, _PLAIN):
             return value
         if (whole := self._whole(value)) is not None:

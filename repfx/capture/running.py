@@ -157,6 +157,19 @@ def in_order(
     return tuple(given)
 
 
+def as_args(example: Any, model: Any = None) -> tuple[Any, ...] | None:
+    """The arguments of a call, in the order of the model's forward.
+
+    A dict whose keys are names of arguments stands for these; any other dict is one argument."""
+    if example is None or isinstance(example, tuple):
+        return example
+    if isinstance(example, dict) and isinstance(model, nn.Module):
+        given = in_order(model, (), example) if example else None
+        if given is not None:
+            return given
+    return (example,)
+
+
 def quiet() -> contextlib.redirect_stderr[io.StringIO]:
     """Keeps fx from printing a traceback of generated code next to the exception it raises."""
     return contextlib.redirect_stderr(io.StringIO())

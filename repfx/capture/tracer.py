@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from repfx.capture.caches import uncached
 from repfx.capture.recorder import Recorder, Untraceable, fresh
 from repfx.capture.running import Attributes, PythonRandom, plain_modules, undone
 from repfx.capture.structures import Contents, leaves
@@ -145,8 +146,9 @@ class Tracer:
             raise Untraceable(f"it calls {cls.__name__}, an autograd function of its own")
 
         check, applied = torch._assert, torch.autograd.Function.__dict__["apply"]
-        with undone(root):
-            for m in plain_modules(root):
+        modules = plain_modules(root)
+        with undone(root), uncached(modules):
+            for m in modules:
                 m.__dict__["training"] = False if is_leaf(m) else ModeFlag(self.asked, m)
             nn.Module.__call__ = call  # type: ignore[method-assign]
             torch._assert = lambda *_: None

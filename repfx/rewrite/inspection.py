@@ -10,12 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from repfx.capture.model import capture, graphs
+from repfx.capture.running import as_args
 from repfx.errors import Declined
 from repfx.graph.naming import layer, operator
 from repfx.graph.view import GraphView
 from repfx.rewrite.merge_regions import plan_merges
 from repfx.rewrite.names import Names
-from repfx.rewrite.runner import as_args, require_convolutions
+from repfx.rewrite.runner import require_convolutions
 from repfx.rewrite.slide import Slide, explained, plan_slides
 
 

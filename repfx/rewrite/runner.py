@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from repfx.capture.exported import from_exported
 from repfx.capture.model import Captured, capture, graphs
-from repfx.capture.running import in_order, run_eval
+from repfx.capture.running import as_args, run_eval
 from repfx.errors import CheckError, Declined, InputError
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Pass, Promise, Stage, resolve
@@ -21,8 +21,6 @@ from repfx.rewrite.judge import Judge, disturbed
 from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Work
 from repfx.tolerances import KEPT, KEPT_WIDE, MERGED
-
-Args = tuple[Any, ...] | None
 
 
 def rewrite(
@@ -59,7 +57,11 @@ def _rewritten(
 
 
 def _attempt(
-    model: Any, args: Args, passes: list[Pass], formats: Target, enter_opaque: bool = True
+    model: Any,
+    args: tuple[Any, ...] | None,
+    passes: list[Pass],
+    formats: Target,
+    enter_opaque: bool = True,
 ) -> tuple[Captured, Report, str]:
     """The rewritten copy, the report, and how its output changed if it must not have."""
     captured = capture(model, args, enter_opaque, all(p.stage >= Stage.MERGE for p in passes))
@@ -202,19 +204,6 @@ def _whole(captured: Captured, passes: list[Pass], judge: Judge) -> str:
     if not all(Promise.REGIONS in p.promises for p in passes):
         return ""
     return judge.changed("all passes", captured.expected, after)
-
-
-def as_args(example: Any, model: Any = None) -> Args:
-    """The arguments of a call, in the order of the model's forward.
-
-    A dict whose keys are names of arguments stands for these; any other dict is one argument."""
-    if example is None or isinstance(example, tuple):
-        return example
-    if isinstance(example, dict) and isinstance(model, nn.Module):
-        given = in_order(model, (), example) if example else None
-        if given is not None:
-            return given
-    return (example,)
 
 
 def require_convolutions(captured: Captured) -> None:

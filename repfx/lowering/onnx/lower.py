@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.capture.model import capture, graphs
-from repfx.capture.running import describe, run_eval
+from repfx.capture.running import as_args, describe, run_eval
 from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.graph.effects import is_dead
@@ -66,19 +66,20 @@ def lower(
 
     A model without quantizers gives a float file.
 
-    `example`: a tensor (N, ...) or a tuple of them, without NaN. The first dimension of each is
-    dynamic in the file. `target`: the one the model was quantized for. `float16`: scales, biases
-    and layers that are not quantized are float16 in the file. Its inputs and outputs stay float32,
-    and it is compared with the torch model rounded to float16 after each operator. `opset`: 13 to
-    23, with `float16` 19 to 23. From 21 on, weights of 4 bits or fewer are int4. `dynamic`: the
-    height and width of each input are dynamic too, and larger ones are compared as well.
+    `example`: a tensor (N, ...), a tuple of them, or a dict of them by the names of the arguments,
+    without NaN. The first dimension of each is dynamic in the file. `target`: the one the model was
+    quantized for. `float16`: scales, biases and layers that are not quantized are float16 in the
+    file. Its inputs and outputs stay float32, and it is compared with the torch model rounded to
+    float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From 21 on, weights of
+    4 bits or fewer are int4. `dynamic`: the height and width of each input are dynamic too, and
+    larger ones are compared as well.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
     the model does not accept the example, the model fixes a size that `dynamic` frees, an output is
     not a tensor or the path cannot be written; CheckError where the file is not valid or a runtime
     does not compute what the model computes."""
     form = _Form(target, opset, float16, dynamic)
-    args = _inputs(example)
+    args = _inputs(as_args(example, model) or ())
     if isinstance(model, torch.export.ExportedProgram):
         model = capture(model, args).model
     _check_formats(model, target)
@@ -125,7 +126,9 @@ class _Form:
 def _inputs(example: Any) -> tuple[Tensor, ...]:
     args = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] > 0 for a in args):
-        raise InputError("the example must be a tensor with a batch dimension, or a tuple of them")
+        raise InputError(
+            "the example must be a tensor with a batch dimension, or a tuple or dict of them"
+        )
     if any(a.isnan().any() for a in args):
         raise InputError("the example holds NaN, so comparing outputs would prove nothing")
     return args
