@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -179,6 +180,120 @@ def test_the_number_of_images_is_that_of_a_weight(order: str) -> None:
     for batch in (1, 2):
         assert result(image(batch)).shape == (2, 3 * 16 * 16)
         assert_same(model, result, image(batch), 1e-5)
+
+
+@functools.lru_cache
+def ramp(size: int) -> Tensor:
+    """A table that is made once for each size, as of positions in an image."""
+    return torch.arange(size) / 8
+
+
+def remembered(function: Any) -> Any:
+    """A decorator with a cache inside."""
+    cached = functools.lru_cache(maxsize=4)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return cached(*args, **kwargs)
+
+    return call
+
+
+class Cached(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.how, self.scale = Stem(3), how, nn.Parameter(torch.tensor(2.0))
+        self.attribute = functools.lru_cache(maxsize=4)(self.plain)
+
+    def plain(self, size: int) -> Tensor:
+        return torch.arange(size) / 8 * self.scale
+
+    @functools.lru_cache  # noqa: B019  (people do)
+    def method(self, size: int) -> Tensor:
+        return self.plain(size)
+
+    @staticmethod
+    @remembered
+    def decorated(size: int) -> Tensor:
+        return torch.arange(size) / 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = ramp if self.how == "function" else getattr(self, self.how)
+        return self.stem(x) + table(x.shape[3])
+
+
+@pytest.mark.parametrize("how", ["function", "attribute", "method", "decorated"])
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_a_function_remembers_is_no_constant_of_the_graph(how: str, ran: bool) -> None:
+    model = randomise(Cached(how).eval())
+    if ran:
+        model(image()), model(image(2, 24)), model(image(3, 48))
+    before = [Cached.__dict__["method"], Cached.__dict__["decorated"], ramp, model.attribute]
+    result = repfx.transform(model, ["fuse"], example=image())
+    after = [Cached.__dict__["method"], Cached.__dict__["decorated"], ramp, model.attribute]
+    assert all(a is b for a, b in zip(before, after, strict=True)), "the caches are back"
+    assert not result.meta["repfx"].untraced and not result.meta["repfx"].facts
+    for size in (16, 24, 9):
+        assert_same(model, result, image(3, size), 1e-5)
+
+
+def test_a_cache_of_the_copy_is_not_that_of_the_model() -> None:
+    model = Cached("attribute").eval()
+    result = repfx.transform(model, ["fuse"], example=image())
+    with torch.no_grad():
+        result.get_parameter("scale").fill_(100.0)
+        assert result(image()).abs().max() > 100 and model(image()).abs().max() < 50
+
+
+def test_sizes_of_a_list_of_features_are_facts_and_do_not_stop_the_trace() -> None:
+    """A pyramid takes images of some sizes only, so larger ones are tried on the whole list."""
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = Stem(8), nn.Conv2d(8, 8, 3, 2, 1)
+            self.neck = Neck()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return self.neck([y, self.down(y)])
+
+    class Neck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, features: list[Tensor]) -> Tensor:
+            fine, coarse = features
+            table = torch.arange(int(coarse.shape[2]))[:, None] / 8  # a plain number
+            y = F.interpolate(coarse + table, size=fine.shape[2:]) + fine
+            return self.norm(self.conv(y))
+
+    model = randomise(Pyramid().eval())
+    features = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 8, 8)]
+    for m, x in ((model, image()), (model.neck, features)):
+        result = repfx.transform(m, ["fuse"], example=(x,))
+        assert not result.meta["repfx"].untraced and result.meta["repfx"].facts
+        torch.testing.assert_close(result(x), m(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(repfx.InputError, match="traced with"):
+        repfx.transform(model, ["fuse"], example=image())(image(2, 32))
+
+
+def test_a_size_is_not_read_between_a_layer_and_its_norm() -> None:
+    """They could not merge where no norm moves into a layer, as in training."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.norm = Stem(8), nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.norm(self.conv(self.stem(x))))
+            return F.interpolate(y * 2, size=[2 * s for s in y.shape[2:]])
+
+    result = repfx.transform(randomise(Sized().eval()), ["repq"], example=image())
+    calls = [str(n.target) for n in result.graph.nodes if n.op == "call_module"]
+    assert "norm.input_quant" not in calls and "conv.moments" in calls
 
 
 def test_a_size_that_is_special_to_the_model() -> None:
