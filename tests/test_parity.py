@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.lowering.onnx.finish import codes_name
-from repfx.lowering.onnx.parity import CodeDifference, Parity, _exactly, compare
+from repfx.lowering.onnx.parity import CodeDifference, Parity, Theirs, _exactly, compare
 from repfx.quant import FakeQuant, Grid
 from repfx.rewrite.difference import Difference, difference, differences
 from repfx.tolerances import LOWERED
@@ -153,6 +153,69 @@ def test_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "_export", least)
     with pytest.raises(repfx.CheckError, match=r"output 0: .* of 1024 integers differ"):
         repfx.lower(model, tmp_path / "wrong.onnx", example=x)
+
+
+class Queries(nn.Module):
+    """Takes the eight places with the highest scores, and what stands there, as detectors do."""
+
+    places: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.score = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.last = nn.Linear(8, 5)
+        self.register_buffer("places", torch.randn(256, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
+        scores = self.score(tokens).max(-1).values
+        if self.how == "topk":
+            picked = scores.topk(8, dim=1).indices
+        elif self.how == "sort":
+            picked = torch.sort(scores, dim=-1, descending=True)[1][:, :8]
+        elif self.how == "argsort":
+            picked = scores.argsort(1, descending=True)[:, :8]
+        else:
+            picked = scores.argmax(dim=1, keepdim=True)
+        rows = picked[..., None].expand(-1, -1, 8)
+        places = self.places.expand(x.shape[0], -1, -1)
+        return self.last(tokens.gather(1, rows) + places.gather(1, rows))
+
+
+@pytest.mark.parametrize("how", ["topk", "sort", "argsort", "argmax"])
+def test_equal_scores_may_be_picked_either_way(how: str, tmp_path: Path) -> None:
+    """Nearly equal ones, in float64: the file sees ties."""
+    x = torch.ones(2, 3, 16, 16) + pictures(2) * 1e-7
+    model = int8(Queries(how), x)
+    artifact = repfx.lower(model, tmp_path / "int8.onnx", example=x)
+    (choice,) = artifact.parity.choices.values()
+    assert artifact.parity.agrees and choice.wrong == 0
+    assert "differ on equal inputs" in str(artifact.parity)
+
+
+@pytest.mark.parametrize("how", ["topk", "argmax"])
+def test_other_scores_are_wrong(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pictures(2)
+    model = int8(Queries(how), x)
+    lowering = importlib.import_module("repfx.lowering.onnx.lower")
+    real = lowering._export
+
+    def least(*args: object) -> onnx.ModelProto:
+        proto = real(*args)
+        for node in proto.graph.node:
+            if node.op_type == "TopK":
+                (largest,) = [a for a in node.attribute if a.name == "largest"]
+                largest.i = 0
+            elif node.op_type == "ArgMax":
+                node.op_type = "ArgMin"
+        return proto
+
+    monkeypatch.setattr(lowering, "_export", least)
+    said = "16 of 16 indices of choice 1, of other scores" if how == "topk" else "16 of 16 codes"
+    with pytest.raises(repfx.CheckError, match=said):
+        repfx.lower(model, tmp_path / "wrong.onnx", example=x)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_counts_as_wrong() -> None:
@@ -406,10 +469,10 @@ def test_a_forward_that_insists_on_float32_is_judged_by_the_same_errors() -> Non
     first, second = (FakeQuant(grid, torch.tensor(1.0)) for _ in range(2))
     model = nn.Sequential(first, Insists(), second)
     x = torch.full((4,), 0.49)
-    theirs = {codes_name(f"{i}", 0): torch.ones(4) for i in (0, 2)}
+    theirs = Theirs({codes_name(f"{i}", 0): torch.ones(4) for i in (0, 2)}, [])
     # What the quantizers are given in the precision of the file.
     inputs = {"0": torch.full((4,), 0.53), "2": torch.full((4,), 1.0)}
-    output, found = _exactly(model, (x,), theirs, inputs, LOWERED[False])
+    output, found, _ = _exactly(model, (x,), theirs, inputs, LOWERED[False])
     assert output.dtype == torch.float32
     # 0.49 is 0.51 from the code 1, and the precision errs by 8 times 0.04 here: a tie.
     assert found == {"0": CodeDifference(4, 4, 1, 0), "2": CodeDifference(4, 0, 0, 0)}

@@ -114,3 +114,64 @@ def test_what_is_computed_from_sizes_is_no_value() -> None:
     sizes = {n.name for n in view.nodes if view.is_size(n)}
     assert {"size", "getattr_1", "getitem", "mul"} <= sizes
     assert not {"x", "reshape", "add", "output"} & sizes
+
+
+class Table(nn.Module):
+    """Adds what layers make of a table of positions, as relative position biases are made."""
+
+    places: Tensor
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.one, self.two, self.function = nn.Linear(2, 16), nn.Linear(16, 8), function
+        self.register_buffer("places", torch.rand(12, 12, 2) * 2 - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.function:
+            y = F.linear(self.places, self.one.weight, self.one.bias)
+        else:
+            y = self.one(self.places)
+        table = self.two(torch.relu(y)).permute(2, 0, 1)
+        return self.last(torch.relu(self.stem(x) + table))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("function", [False, True])
+def test_layers_that_read_a_table_stay_in_float(
+    target: str, function: bool, tmp_path: Path
+) -> None:
+    """Runtimes compute them once, when they load the file."""
+    torch.manual_seed(0)
+    model, x = Table(function).eval(), torch.randn(2, 3, 12, 12)
+    quantized = repfx.transform(model, ["ptq"], example=x, target=target)
+    told = {d.where: d.reason for d in quantized.meta["repfx"].declined}
+    assert [k for k, v in told.items() if "same for every input" in v] == (
+        ["two"] if function else ["one", "two"]
+    )
+    repfx.calibrate(quantized, [x])
+    artifact = repfx.lower(quantized, tmp_path / "int8.onnx", example=x, target=target)
+    assert artifact.parity.agrees and artifact.parity.sqnr > 60
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_softmax_between_integers_is_no_error(pooled: bool, tmp_path: Path) -> None:
+    """ONNX Runtime cuts 1 / scale to an integer there."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 17, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores, y = self.stem(x).split([1, 16], 1)
+            share = scores.flatten(2).softmax(-1).view(scores.shape)
+            y = y * (F.max_pool2d(share, 3, 1, 1) if pooled else share)
+            return self.last(y)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 24, 24)
+    model = repfx.transform(Attends().eval(), ["ptq"], example=x, target="onnxruntime")
+    repfx.calibrate(model, [x])
+    artifact = repfx.lower(model, tmp_path / "int8.onnx", example=x, target="onnxruntime")
+    assert artifact.parity.agrees and artifact.there is not None and artifact.there.agrees

@@ -114,6 +114,18 @@ class GraphView:
     def is_data(self, node: fx.Node) -> bool:
         return node not in self._constants and node not in self._modes
 
+    def varies(self, node: fx.Node) -> bool:
+        """Whether it depends on an input of the graph. A table that layers compute does not."""
+        return node in self._varying
+
+    @cached_property
+    def _varying(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
+
     @cached_property
     def writes(self) -> Writes:
         """The changes in place of this graph."""

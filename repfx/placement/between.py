@@ -282,7 +282,10 @@ def _skip(
 def _made_by(view: GraphView, value: fx.Node) -> fx.Node | None:
     """What gives this value, before dropouts; None where others read it too."""
     while len(value.users) == 1 and Trait.SAME in view.traits(value):
-        (value,) = view.values_of(value)
+        values = view.values_of(value)
+        if len(values) != 1:  # a copy of a weight, say
+            return None
+        (value,) = values
     return value if len(value.users) == 1 else None
 
 

@@ -85,9 +85,7 @@ class Quantizers:
         self.work, self.view, self.how = work, view, how
         self.layers = {layer.node: layer for layer in layers}
         unfit = {node: why for node, layer in self.layers.items() if (why := self._unfit(layer))}
-        self.declined = tuple(
-            Declined(self.layers[node].path, why, VNNI) for node, why in unfit.items()
-        )
+        self.declined = tuple(unfit.values())
         self._integer = {
             node: layer
             for node, layer in self.layers.items()
@@ -151,11 +149,16 @@ class Quantizers:
         for node in sorted(layer.inside or (layer.node,), reverse=True):
             graph.erase_node(node)
 
-    def _unfit(self, layer: IntegerLayer) -> str:
+    def _unfit(self, layer: IntegerLayer) -> Declined | None:
+        """Why the layer stays in float, or None."""
         if layer.bits == FLOAT:
-            return ""
+            return None
+        if not self.view.varies(layer.source):
+            why = "what it reads is the same for every input, so runtimes compute it once, in float"
+            return Declined(layer.path, why)
         signed = not non_negative(self.view, layer.source)
-        return why_float(layer.geometry, signed, self.work.target)
+        why = why_float(layer.geometry, signed, self.work.target)
+        return Declined(layer.path, why, VNNI) if why else None
 
     def _find(self) -> dict[fx.Node, Grid]:
         """The number format of each value to quantize, with the most bits any reader asks for."""

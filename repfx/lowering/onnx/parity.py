@@ -10,7 +10,10 @@ value over the scale and c the runtime's code, a difference with
 
     |u - c| <= 1/2 + error / scale
 
-is a tie, and any number of ties is fine. Anything beyond is wrong, even one code in millions."""
+is a tie, and any number of ties is fine. Anything beyond is wrong, even one code in millions.
+
+The choices of the file, such as those of a top-k, are taken over in the same way; see
+`repfx.lowering.onnx.choices`."""
 
 from __future__ import annotations
 
@@ -22,16 +25,20 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repfx.capture.running import run_eval
 from repfx.errors import CheckError, InputError, RepfxError
+from repfx.graph.traits import Trait
+from repfx.graph.view import GraphView
+from repfx.lowering.onnx.choices import Choosing, See, picked_in
 from repfx.lowering.onnx.finish import codes_name
 from repfx.lowering.runtimes.run import session
 from repfx.quant import FakeQuant, in_float, quantizers_of
 from repfx.rewrite.difference import Difference, differences, worst
 from repfx.tolerances import LOWERED, Limits
 
+_MOVED = Trait.MOVES | Trait.SAME | Trait.RESHAPES | Trait.MAXIMUM
 Run = Callable[[str, Sequence[onnx.ModelProto], Sequence[Tensor]], list[list[Tensor]]]
 
 
@@ -58,7 +65,8 @@ class Parity:
     `errors`: the relative error of torch's own arithmetic at each output. `before` and `after`: the
     torch model and the file, run as for `output`, against the model without rounding; None where
     nothing is rounded. `optimized`: whether the codes come from an optimized session too. (It may
-    choose other kernels for a file whose codes are outputs.)"""
+    choose other kernels for a file whose codes are outputs.) `choices`: the indices that each
+    top-k, sort and argmax picks; `wrong` are those of other scores than torch picks."""
 
     output: Difference
     outputs: tuple[Difference, ...]
@@ -69,6 +77,7 @@ class Parity:
     before: Difference | None = None
     after: Difference | None = None
     optimized: bool = False
+    choices: dict[str, CodeDifference] = field(default_factory=dict)
 
     @property
     def forced(self) -> Difference:
@@ -107,6 +116,11 @@ class Parity:
             for name, q in self.quantizers.items()
             if q.wrong
         ]
+        found += [
+            f"{c.wrong} of {c.codes} indices of {name}, of other scores"
+            for name, c in self.choices.items()
+            if c.wrong
+        ]
         errors = self.errors or (0.0,) * len(self.outputs)
         for i, (off, error) in enumerate(zip(self.outputs, errors, strict=True)):
             allowed = limits.rounding + limits.spread * error
@@ -118,6 +132,9 @@ class Parity:
 
     def __str__(self) -> str:
         end = f"end to end {self.output}"
+        picked = sum(c.different for c in self.choices.values())
+        if picked:
+            end = f"{picked} indices among equal scores differ; {end}"
         if not self.quantizers:
             return end
         wrong = sum(q.wrong for q in self.quantizers.values())
@@ -136,6 +153,15 @@ class Parity:
         )
 
 
+@dataclass(frozen=True)
+class Theirs:
+    """What a file computed: codes by name, the indices of choices, and quantizers of a softmax."""
+
+    codes: dict[str, Tensor]
+    choices: Sequence[tuple[str, Tensor]]
+    softmax: frozenset[str] = frozenset()
+
+
 def compare(
     model: nn.Module,
     proto: onnx.ModelProto,
@@ -152,15 +178,19 @@ def compare(
 
     Raises MissingPart where the runtime is not installed, CheckError where it does not run the
     file, InputError where a quantizer is given NaN."""
-    exposed, steps = expose(proto)
+    exposed, steps, picked = expose(proto)
     outputs = len(proto.graph.output)
     shown, deployed = _run_files(run or as_written, runtime, [exposed, proto], args)
-    theirs = {
+    named = dict(zip((o.name for o in exposed.graph.output), shown, strict=True))
+    codes = {
         name: (value.double() / step).round().to(torch.int16)
-        for (name, step), value in zip(steps.items(), shown[outputs:], strict=True)
+        for (name, step), value in zip(steps.items(), shown[outputs:], strict=False)
     }
+    coarse = runtime == "onnxruntime" and run is not None
+    softmax = _after_softmax(model) if coarse else frozenset[str]()
+    theirs = Theirs(codes, [(kind, named[name]) for name, kind in picked.items()], softmax)
     in_precision, inputs = _in_precision(rounded or model, args, theirs)
-    exact, found = _exactly(model, args, theirs, inputs, LOWERED[rounded is not None])
+    exact, found, choices = _exactly(model, args, theirs, inputs, LOWERED[rounded is not None])
     free = run_eval(rounded or model, args)
     before, after = _against_float(model, args, free, deployed)
     return Parity(
@@ -173,6 +203,7 @@ def compare(
         before,
         after,
         run is not None,
+        choices,
     )
 
 
@@ -190,31 +221,49 @@ def _run_files(
 
 
 def _in_precision(
-    model: nn.Module, args: tuple[Tensor, ...], theirs: dict[str, Tensor]
+    model: nn.Module, args: tuple[Tensor, ...], theirs: Theirs
 ) -> tuple[Any, dict[str, Tensor]]:
     """The output on the file's codes in the file's own precision, and each quantizer's input."""
     inputs: dict[str, Tensor] = {}
-    output = _forced(model, args, theirs, lambda key, m, x, codes: inputs.update({key: x.float()}))
-    return output, inputs
+
+    def note(key: str, m: Any, x: Tensor, codes: Tensor) -> None:
+        inputs[key] = x.float()
+
+    def picked(call: int, mine: Tensor, chosen: Tensor, different: int) -> None:
+        inputs[f"choice {call + 1}"] = chosen.float()
+
+    return _forced(model, args, theirs, note, picked), inputs
 
 
 def _exactly(
     model: nn.Module,
     args: tuple[Tensor, ...],
-    theirs: dict[str, Tensor],
+    theirs: Theirs,
     inputs: dict[str, Tensor],
     limits: Limits,
-) -> tuple[Any, dict[str, CodeDifference]]:
-    """The output on the file's codes in float64, and how the codes compare with the exact ones.
+) -> tuple[Any, dict[str, CodeDifference], dict[str, CodeDifference]]:
+    """The output on the file's codes in float64, and how codes and choices compare with the exact.
 
     It runs in float32 where the forward insists on that. `inputs`: each quantizer's input in the
     file's precision, which shows how far that precision errs."""
     found: dict[str, CodeDifference] = {}
+    choices: dict[str, CodeDifference] = {}
+
+    def allowed(key: str, x: Tensor) -> float:
+        erred = _largest(inputs.get(key, x).double() - x)
+        return limits.spread * erred + limits.rounding * _largest(x)
+
+    def picked(call: int, mine: Tensor, chosen: Tensor, different: int) -> None:
+        key = f"choice {call + 1}"
+        off = (mine.double() - chosen.double()).abs()
+        wrong = int((off > allowed(key, chosen.double())).sum())
+        choices[key] = CodeDifference(off.numel(), different, different, wrong)
 
     def judge(key: str, m: FakeQuant, x: Tensor, codes: Tensor) -> None:
         x, step = x.double(), m.step.double()
-        erred = _largest(inputs.get(key, x).double() - x)
-        error = limits.spread * erred + limits.rounding * _largest(x)
+        error: Any = allowed(key, x)
+        if key.partition(",")[0] in theirs.softmax:  # 1 / step is cut to an integer there
+            error = error + x.abs() * step
         u = (x / step).clamp(m.grid.low, m.grid.high)
         off = (m.grid.codes(x, step) - codes).abs()
         wrong = (u - codes).abs() > 0.5 + error / step
@@ -224,12 +273,12 @@ def _exactly(
 
     wide = tuple(a.double() if a.is_floating_point() else a for a in args)
     try:
-        return _forced(_double(model), wide, theirs, judge), found
+        return _forced(_double(model), wide, theirs, judge, picked), found, choices
     except RepfxError:
         raise
     except Exception:  # a forward that insists on float32
         found.clear()
-        return _forced(model, args, theirs, judge), found
+        return _forced(model, args, theirs, judge, picked), found, choices
 
 
 def _against_float(
@@ -243,10 +292,33 @@ def _against_float(
     return worst(differences(plain, free)), worst(differences(_tensors(plain), deployed))
 
 
-def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The file with every dequantized activation as an output, and the step by name of the codes.
+def _after_softmax(model: nn.Module) -> frozenset[str]:
+    """The quantizers that read a softmax.
 
-    (If the codes themselves were outputs, OpenVINO would choose other kernels.)"""
+    ONNX Runtime's optimized session computes it from integers to integers."""
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            view = GraphView(module)
+            for node in view.nodes:
+                if isinstance(view.module_of(node), FakeQuant) and _is_softmax(view, node):
+                    found.add(f"{path}.{node.target}".lstrip("."))
+    return frozenset(found)
+
+
+def _is_softmax(view: GraphView, node: fx.Node) -> bool:
+    """Whether what a node reads are values of a softmax, perhaps moved to other places."""
+    values = view.values_of(node)
+    while len(values) == 1 and view.traits(values[0]) & _MOVED:
+        values = view.values_of(values[0])
+    return len(values) == 1 and view.kind(values[0]).name == "softmax"
+
+
+def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float], dict[str, str]]:
+    """The file with every dequantized activation and every choice as an output.
+
+    Returned with the step by name of the codes, and the choices' names and operators. (If the codes
+    themselves were outputs, OpenVINO would choose other kernels.)"""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
     held = {t.name: t for t in proto.graph.initializer}
@@ -259,18 +331,26 @@ def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
             exposed.graph.output.append(
                 onnx.helper.make_tensor_value_info(node.output[0], scale.data_type, None)
             )
-    return exposed, steps
+    picked, given = picked_in(proto), {o.name for o in proto.graph.output}
+    exposed.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)
+        for name in picked
+        if name not in given
+    )
+    return exposed, steps, picked
 
 
 def _forced(
     model: nn.Module,
     args: tuple[Tensor, ...],
-    theirs: dict[str, Tensor],
+    theirs: Theirs,
     see: Callable[[str, FakeQuant, Tensor, Tensor], None],
+    picked: See,
 ) -> Any:
     """Runs the model with the file's codes in place of those of each activation quantizer.
 
-    `see` is called with the name of each call, the quantizer, its input and the file's codes."""
+    Choices are those of the file, too, and `picked` is called with each. `see` is called with the
+    name of each call, the quantizer, its input and the file's codes."""
 
     def force(name: str) -> Any:
         calls = itertools.count()
@@ -283,7 +363,7 @@ def _forced(
                     f"{name} is given NaN, which no code can represent: file and model cannot be "
                     "compared on this example"
                 )
-            codes = theirs.get(codes_name(name, call))
+            codes = theirs.codes.get(codes_name(name, call))
             if codes is None:  # the exporter merges two calls on equal values into one
                 codes = next((c for other, c in seen if torch.equal(other, x)), None)
             if codes is None:
@@ -300,7 +380,8 @@ def _forced(
     }
     hooks = [quant.register_forward_hook(force(n)) for n, quant in quants.items()]
     try:
-        return run_eval(model, args)
+        with Choosing(theirs.choices, picked):
+            return run_eval(model, args)
     finally:
         for hook in hooks:
             hook.remove()
