@@ -175,3 +175,22 @@ def test_a_softmax_between_integers_is_no_error(pooled: bool, tmp_path: Path) ->
     repfx.calibrate(model, [x])
     artifact = repfx.lower(model, tmp_path / "int8.onnx", example=x, target="onnxruntime")
     assert artifact.parity.agrees and artifact.there is not None and artifact.there.agrees
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_integers_and_empty_values_get_no_quantizer(target: str, tmp_path: Path) -> None:
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.stem(x))
+            empty = x.new_zeros((x.shape[0], 0, *x.shape[2:]))
+            large = (y > 0.5).long()
+            return self.last(torch.cat([y, empty], 1)), torch.cat([large, large + 1], 1)
+
+    x = torch.randn(2, 3, 12, 12)
+    model = repfx.transform(Joins().eval(), ["ptq"], example=x, target=target)
+    repfx.calibrate(model, [x])
+    assert repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target).parity.agrees

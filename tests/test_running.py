@@ -10,6 +10,8 @@ import io
 import math
 import pickle
 import random
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +237,37 @@ def test_what_a_function_remembers_is_no_constant_of_the_graph(how: str, ran: bo
     assert not result.meta["repfx"].untraced and not result.meta["repfx"].facts
     for size in (16, 24, 9):
         assert_same(model, result, image(3, size), 1e-5)
+
+
+def test_what_a_library_remembers_of_sizes_is_of_no_other_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As einops does: a cache whose keys and values are sizes."""
+    library = types.ModuleType("a_library")
+
+    @functools.lru_cache
+    def halves(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return *shape[:2], shape[2] // 2, 2, shape[3]
+
+    library.halves = halves  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_library", library)
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = Stem(8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(self.stem(x))
+            return y.reshape(library.halves(tuple(y.shape))).mean(3)
+
+    for _ in range(2):
+        model = randomise(Halved().eval())
+        result = repfx.transform(model, ["fuse"], example=image())
+        assert not result.meta["repfx"].untraced and not result.meta["repfx"].facts
+        for batch, size in ((1, 16), (3, 24)):
+            assert_same(model, result, image(batch, size), 1e-5)
+    assert library.halves is halves
 
 
 def test_a_cache_of_the_copy_is_not_that_of_the_model() -> None:

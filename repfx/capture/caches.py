@@ -33,7 +33,7 @@ def uncached(modules: list[nn.Module]) -> Iterator[None]:
     """Meanwhile cached functions run: attributes of modules, methods, and functions beside them.
 
     A method may have its cache in a decorator."""
-    found = [(put, value) for put, value in _places(modules) if is_cached(value)]
+    found = list(_places(modules))
     for put, value in found:
         put(value.__wrapped__)
     try:
@@ -43,25 +43,43 @@ def uncached(modules: list[nn.Module]) -> Iterator[None]:
             put(value)
 
 
-Put = Callable[[Any], None]
-
-
-def _places(modules: list[nn.Module]) -> Iterator[tuple[Put, Any]]:
-    """What may be a cached function, with what puts another value in its place."""
+def _places(modules: list[nn.Module]) -> Iterator[tuple[Callable[[Any], None], Any]]:
+    """Each cached function, with what puts another value in its place."""
+    for names in [m.__dict__ for m in modules]:
+        cached = [(k, v) for k, v in names.items() if is_cached(v)]
+        yield from ((partial(names.__setitem__, k), v) for k, v in cached)
     classes = {c: None for cls in {type(m) for m in modules} for c in cls.__mro__}
-    own = [c for c in classes if not c.__module__.startswith(("torch.", "builtins"))]
-    for names in [m.__dict__ for m in modules] + [
-        vars(sys.modules[name]) for name in {c.__module__ for c in own} if name in sys.modules
-    ]:
-        yield from ((partial(names.__setitem__, name), v) for name, v in list(names.items()))
-    for cls in own:
+    for names, name in _beside({c.__module__ for c in classes}):
+        if is_cached(names.get(name)):
+            yield partial(names.__setitem__, name), names[name]
+    for cls in classes:
+        if cls.__module__.partition(".")[0] in _OTHERS:
+            continue
         for name, value in list(vars(cls).items()):
             kind = type(value) if isinstance(value, (staticmethod, classmethod)) else None
             value = value if kind is None else value.__func__
-            yield partial(_set, cls, name, kind), value
+            if is_cached(value):
+                yield partial(_set, cls, name, kind), value
             for cell in getattr(value, "__closure__", None) or ():
                 with contextlib.suppress(ValueError):  # it is empty
-                    yield partial(setattr, cell, "cell_contents"), cell.cell_contents
+                    if is_cached(cell.cell_contents):
+                        yield partial(setattr, cell, "cell_contents"), cell.cell_contents
+
+
+# They have caches of their own, which are not of sizes.
+_OTHERS = frozenset([*sys.stdlib_module_names, "torch", "numpy", "sympy", "networkx", "repfx"])
+_found: dict[str, list[tuple[dict[str, Any], str]]] = {}
+
+
+def _beside(own: set[str]) -> list[tuple[dict[str, Any], str]]:
+    """The cached functions of all modules that are loaded.
+
+    Each module is looked through once, but those of the model's `own` classes every time."""
+    for name in (set(sys.modules) - _found.keys()) | own:
+        names = getattr(sys.modules.get(name), "__dict__", {})
+        other = name.partition(".")[0] in _OTHERS
+        _found[name] = [] if other else [(names, k) for k, v in names.items() if is_cached(v)]
+    return [place for places in _found.values() for place in places]
 
 
 def _set(cls: type, name: str, kind: Any, value: Any) -> None:

@@ -333,8 +333,8 @@ class Recorder(TorchFunctionMode):
         """A value as an argument of a node. Raises Untraceable if a graph cannot hold it."""
         if isinstance(value, Tensor):
             return self.node_of(value)
-        if isinstance(value, Symbol):
-            return value.node
+        if isinstance(value, Symbol):  # one of an earlier trace, from a cache, is just a number
+            return value.node if value.recorder is self else plain(value)
         if isinstance(value, ModeFlag):
             return self.mode_node(value)
         if isinstance(value, (torch.dtype, torch.device)):

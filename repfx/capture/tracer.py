@@ -156,6 +156,9 @@ class Tracer:
             try:
                 yield
             finally:
+                self.recorder.paused += (
+                    1  # a size that is kept somewhere is just a number from now on
+                )
                 nn.Module.__call__ = _CALL  # type: ignore[method-assign]
                 torch._assert = check
                 torch.autograd.Function.apply = applied  # type: ignore[method-assign]

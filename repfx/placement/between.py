@@ -78,7 +78,7 @@ def find_places(
     others = [
         (n, x, layer)
         for n, x, layer in others
-        if not view.writes.changed(x) and not _is_quantized(view, x)
+        if not view.writes.changed(x) and not _is_quantized(view, x) and _has_values(x)
     ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless
@@ -222,6 +222,12 @@ def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]
             elif inputs[0] in whole:
                 whole[node] = whole[inputs[0]]
     return {value: whole.get(value, value) for _, value in pairs}
+
+
+def _has_values(value: fx.Node) -> bool:
+    """Whether there are floats in it. Some pyramids begin with a value of 0 channels."""
+    dtype = value.meta.get("dtype")
+    return (dtype is None or dtype.is_floating_point) and 0 not in value.meta.get("shape", ())
 
 
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
