@@ -183,9 +183,11 @@ def test_integers_and_empty_values_get_no_quantizer(target: str, tmp_path: Path)
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+            self.mid = nn.Conv2d(8, 8, 1)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = torch.relu(self.stem(x))
+            y, indices = F.max_pool2d(torch.relu(self.stem(x)), 2, return_indices=True)
+            y = F.max_unpool2d(self.mid(y), indices, 2)
             empty = x.new_zeros((x.shape[0], 0, *x.shape[2:]))
             large = (y > 0.5).long()
             return self.last(torch.cat([y, empty], 1)), torch.cat([large, large + 1], 1)

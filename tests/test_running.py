@@ -939,6 +939,67 @@ def test_the_users_lists_and_attributes_stay() -> None:
     assert list(given) == ["x"]
 
 
+class Pools(nn.Module):
+    """What a detector does for the boxes of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, boxes: list[Tensor]) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        rows = [y[i, :, :2, :2].mean() * b for i, b in enumerate(boxes)]
+        return torch.cat(rows)
+
+
+class Heads(nn.Module):
+    """One convolution for each level of a pyramid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(2))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [torch.relu(self.convs[i](features[i])) for i in range(2)]
+
+
+def test_a_list_that_may_have_any_length_is_not_fixed_in_silence() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pools = Stem(8), Pools()
+
+        def forward(self, x: Tensor) -> Tensor:
+            boxes = [torch.ones(3, 4) * (1 + i) for i in range(x.shape[0])]
+            return self.pools(self.stem(x), boxes)
+
+    model = randomise(Whole().eval())
+    pools = repfx.transform(
+        model.pools, ["fuse"], example=(torch.randn(2, 8, 9, 9), [torch.ones(3, 4)] * 2)
+    )
+    assert "another length" in pools.meta["repfx"].untraced[0].reason
+    x, boxes = torch.randn(3, 8, 9, 9), [torch.ones(3, 4) * i for i in range(3)]
+    torch.testing.assert_close(pools(x, boxes), model.pools(x, boxes), rtol=1e-4, atol=1e-4)
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert_same(model, result, image(2), 1e-5)
+    try:
+        got = result(image(3))
+    except repfx.InputError as error:
+        assert "traced with" in str(error)
+    else:
+        torch.testing.assert_close(got, model(image(3)), rtol=1e-4, atol=1e-4)
+
+
+def test_lists_of_features_have_one_length() -> None:
+    heads, features = Heads().eval(), [torch.randn(2, 8, n, n) for n in (8, 4)]
+    result = repfx.transform(heads, ["fuse"], example=(features,))
+    assert not result.meta["repfx"].untraced
+    assert result.meta["repfx"].facts == ["len(features) == 2"]
+    three = [*features, torch.randn(2, 8, 2, 2)]
+    with pytest.raises(repfx.InputError, match=r"len\(features\) == 2, but here 3"):
+        result(three)
+
+
 def test_what_an_index_picks_may_be_written_into() -> None:
     def picked(m: Any, x: Tensor) -> Any:
         y = m.stem(x)[:, m.order]

@@ -33,6 +33,7 @@ from repfx.capture.running import (
     guess_example,
     in_order,
     larger,
+    one_more,
     others,
     run_eval,
 )
@@ -231,6 +232,7 @@ def _finished(
         noting = Noting(result, captured.sure, captured.given)
         if _agrees(noting, example, expected):
             noting.waive(module, example)
+            _check_lists(module, result, example, expected)
             _pin(module, result, tracer, example)
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
@@ -275,6 +277,24 @@ def _pin(
             args = (measured, "==", shapes[node][axis], words)
             result.graph.call_function(holds, args)
     result.recompile()
+
+
+def _check_lists(
+    module: nn.Module, result: fx.GraphModule, example: tuple[Any, ...], expected: Any
+) -> None:
+    """Raises Untraceable if a list may have any length, as that of the boxes in each image.
+
+    The graph has the operators of one length, and refuses another. Lists of features, one from each
+    layer, have one length: the end of a longer one is not read."""
+    given = one_more(example)
+    if given is None:
+        return
+    try:
+        found = run_eval(module, given)
+    except Exception:  # its lists have one length
+        return
+    if not agree(found, expected) and _refuses(result, given):
+        raise Untraceable("it takes a list that may have another length")
 
 
 def _right_for(module: nn.Module, result: nn.Module, given: tuple[Any, ...]) -> bool | None:

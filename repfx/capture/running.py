@@ -308,6 +308,24 @@ def others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     yield tree_map_only(Tensor, changed, example)
 
 
+def one_more(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The example with one image more, also in lists with an entry for each image.
+
+    None if there is no list, or there are some of several lengths."""
+    lengths = {len(v) for v in example if isinstance(v, (list, tuple))} - {0}
+
+    def longer(value: Any, n: int) -> Any:
+        if isinstance(value, (list, tuple)) and len(value) == n:
+            return type(value)([*value, value[-1]]) if type(value) in (list, tuple) else value
+        if isinstance(value, dict):
+            return {k: longer(v, n) for k, v in value.items()}
+        batch = isinstance(value, Tensor) and value.dim() and value.shape[0] == n
+        return torch.cat([value, value[-1:]]) if batch else value
+
+    n = next(iter(sorted(lengths)), None)
+    return None if n is None or len(lengths) > 1 else tuple(longer(v, n) for v in example)
+
+
 def larger(example: tuple[Any, ...], double: bool = False) -> tuple[Any, ...]:
     """The example with larger images, (N, C, ...) with 32 pixels more along each axis.
 

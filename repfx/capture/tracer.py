@@ -184,8 +184,11 @@ class Tracer:
             given.append(symbol(copied, self.recorder, partial(_itself, node)))
             if isinstance(value, (bool, str, type(None))):
                 self.recorder.fact_of(node, "==", value)
-            else:
-                self.recorder.bind(copied, node)
+                continue
+            if isinstance(value, (list, tuple, dict)):  # a longer one would lose its end
+                length = self.recorder.add("call_function", len, (node,), {})
+                self.recorder.fact_of(length, "==", len(value))
+            self.recorder.bind(copied, node)
         if not any(n.op == "placeholder" for n in self.recorder.graph.nodes):
             raise Untraceable(
                 "its forward requires no argument; pass an example with the arguments it is called "

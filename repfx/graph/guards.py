@@ -65,12 +65,13 @@ def in_words(value: Any) -> str:
     >>> in_words(graph.call_function(operator.mod, (graph.call_method("size", (x, 2)), 32)))
     'x.size(2) % 32'
     """
-    if not isinstance(value, fx.Node):
+    if not isinstance(value, fx.Node) or value.op == "placeholder":
         return str(value)
     if value.op == "call_method" and value.target in ("size", "numel"):
         rest = ", ".join(map(in_words, value.args[1:]))
         return f"{value.args[0]}.{value.target}({rest})"
     number = value.target in _SIGNS or getattr(value.target, "__module__", "") == "math"
+    number = number or value.target is len
     if value.op != "call_function" or not number:
         return value.name
     parts = [in_words(a) for a in value.args]

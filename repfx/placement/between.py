@@ -225,9 +225,13 @@ def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]
 
 
 def _has_values(value: fx.Node) -> bool:
-    """Whether there are floats in it. Some pyramids begin with a value of 0 channels."""
-    dtype = value.meta.get("dtype")
-    return (dtype is None or dtype.is_floating_point) and 0 not in value.meta.get("shape", ())
+    """Whether it is one tensor with floats in it, and not a pool's values with their indices.
+
+    Some pyramids begin with a value of 0 channels."""
+    dtype, shape = value.meta.get("dtype"), value.meta.get("shape")
+    if shape is None:
+        return not any(user.target is operator.getitem for user in value.users)
+    return (dtype is None or dtype.is_floating_point) and 0 not in shape
 
 
 def _is_quantized(view: GraphView, value: fx.Node) -> bool:
