@@ -183,10 +183,10 @@ def test_integers_and_empty_values_get_no_quantizer(target: str, tmp_path: Path)
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-            self.mid = nn.Conv2d(8, 8, 1)
+            self.mid, self.pool = nn.Conv2d(8, 8, 1), nn.MaxPool2d(2, return_indices=True)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, indices = F.max_pool2d(torch.relu(self.stem(x)), 2, return_indices=True)
+            y, indices = self.pool(torch.relu(self.stem(x)))
             y = F.max_unpool2d(self.mid(y), indices, 2)
             empty = x.new_zeros((x.shape[0], 0, *x.shape[2:]))
             large = (y > 0.5).long()
