@@ -59,7 +59,8 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
             done.append(_fold(module, program, replaced))
     if done:
         for node in reversed(module.graph.nodes):
-            if is_dead(node) or (not node.users and _is_norm(module, node, (KernelNorm, Moments))):
+            unread = not node.users and _calls(module, node, (KernelNorm, Moments, FakeQuant))
+            if is_dead(node) or unread:
                 module.graph.erase_node(node)
         drop_unreferenced(module, before, replaced)
     return tuple(done)
@@ -134,12 +135,12 @@ def _quantizer(module: fx.GraphModule, node: fx.Node) -> FakeQuant | None:
 def _is_program(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is computed only from constants and KernelNorms."""
     return all(
-        n.op in ("get_attr", "call_function", "call_method") or _is_norm(module, n)
+        n.op in ("get_attr", "call_function", "call_method") or _calls(module, n)
         for n in _ancestors(module, [node])
     )
 
 
-def _is_norm(module: fx.GraphModule, node: fx.Node, kinds: Any = KernelNorm) -> bool:
+def _calls(module: fx.GraphModule, node: fx.Node, kinds: Any = KernelNorm) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), kinds)
 
 
@@ -152,7 +153,7 @@ def _ancestors(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, No
     def visit(node: fx.Node) -> None:
         if node in found:
             return
-        for before in node.all_input_nodes[1:] if _is_norm(module, node) else node.all_input_nodes:
+        for before in node.all_input_nodes[1:] if _calls(module, node) else node.all_input_nodes:
             visit(before)
         found[node] = None
 
