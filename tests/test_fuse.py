@@ -364,6 +364,7 @@ SEEDS = 300
         (10804, 2),
         (3716, 2),  # a weight that has two images
         (6374, 2),
+        (34813, 1),  # a layer that nothing reads
     ],
 )
 def test_graphs_that_once_failed(seed: int, axes: int) -> None:

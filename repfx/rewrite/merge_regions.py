@@ -70,6 +70,8 @@ def plan_merges(
     for sink in reversed(view.nodes):
         if sink in taken or not is_linear(view, sink) or not is_value(view, sink):
             continue
+        if not sink.users:  # nothing is deployed of what nothing reads
+            continue
         run = run_to(view, sink, taken)
         blocked |= run.blocked
         if len(run.ends) < 2:
