@@ -653,6 +653,16 @@ def test_a_module_may_be_an_argument() -> None:
     assert_same(model, repfx.transform(model, ["fuse"], example=image()), image(3, 9), 1e-5)
 
 
+def assert_same_in_both_modes(model: nn.Module, result: nn.Module) -> None:
+    """With the same random numbers, so that what is drawn in training is the same too."""
+    for mode in (False, True):
+        outputs = []
+        for m in (model, result):
+            torch.manual_seed(3)
+            outputs.append(copy.deepcopy(m.train(mode))(image()))
+        torch.testing.assert_close(outputs[1], outputs[0])
+
+
 @pytest.mark.parametrize("how", ["drop", "noise", "twice"])
 @pytest.mark.parametrize("root", [False, True])
 def test_what_training_does_besides_is_cut_out(how: str, root: bool) -> None:
@@ -662,12 +672,7 @@ def test_what_training_does_besides_is_cut_out(how: str, root: bool) -> None:
         result = repfx.transform(model.train(training), [], example=image())
         assert not result.meta["repfx"].untraced
         assert any(isinstance(m, TrainOnly) for m in result.modules())
-        for mode in (False, True):
-            model.train(mode), result.train(mode)
-            torch.manual_seed(3)
-            want = copy.deepcopy(model)(image())
-            torch.manual_seed(3)
-            torch.testing.assert_close(copy.deepcopy(result)(image()), want)
+        assert_same_in_both_modes(model, result)
     fused = repfx.transform(model.eval(), ["fuse"], example=image())
     assert len(fused.meta["repfx"].merged) == 1
     assert_same(model, fused, image(), 1e-5)
@@ -687,12 +692,7 @@ def test_a_dropout_that_is_off_is_not_its_input() -> None:
 
     model = randomise(Skip().eval())
     result = repfx.transform(model, [], example=image())
-    for mode in (False, True):
-        model.train(mode), result.train(mode)
-        torch.manual_seed(3)
-        want = copy.deepcopy(model)(image())
-        torch.manual_seed(3)
-        torch.testing.assert_close(copy.deepcopy(result)(image()), want)
+    assert_same_in_both_modes(model, result)
 
 
 def test_a_write_that_only_training_makes_is_not_lost() -> None:

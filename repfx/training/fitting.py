@@ -173,4 +173,4 @@ def _leave() -> None:
     """
     if _joined():
         torch.distributed.destroy_process_group()
-    time.sleep(0.5)
+    time.sleep(0.5)  # also where the caller has left the group: the threads are still there
