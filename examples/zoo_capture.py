@@ -31,7 +31,7 @@ has
     settled                 whether batch norms had to follow the activations, which grew else
     quantizers, parity      after `ptq`; the integer values, those that differ in ONNX Runtime, and
                             the SQNR of the file against float in dB
-    lint                    errors and warnings of `repfx.lint`, counted by rule
+    lint, lint_says         errors and warnings of `repfx.lint`, counted by rule and in full
     failure                 the first exception: stage, kind, message, and whether it is `clear`, a
                             RepfxError. A time limit and a killed process count as failures too
 
@@ -344,6 +344,7 @@ class Trial:
     def lint(self) -> None:
         found = [f for f in repfx.lint(self.path, TARGET) if f.severity in "EW"]
         self.row["lint"] = dict(Counter(f"{f.severity} {f.rule}" for f in found))
+        self.row["lint_says"] = [str(f) for f in found]
 
     def batch(self, inputs: tuple[Any, ...]) -> Any:
         if len(inputs) == 1 and isinstance(inputs[0], Tensor):

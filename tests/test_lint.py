@@ -302,6 +302,12 @@ def float_activation() -> onnx.ModelProto:
     return d.model(d.conv(d.op("Relu", d.fq("x"))))
 
 
+@breaks("Q10", "E.W")
+def float_weight_of_a_transposed_convolution() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.op("ConvTranspose", d.fq("x"), d.const(np.ones((8, 4, 2, 2)))))
+
+
 @breaks("Q10", "EWW")
 def float_weight_behind_an_if() -> onnx.ModelProto:
     d = Draft()

@@ -521,3 +521,94 @@ def test_what_is_learned_about_chunks_and_joins(target: str, tmp_path: Path) -> 
     rows = repfx.sensitivity(model, [pictures[:16]]).rows
     assert len(rows) == Split.layers and all(r.alone > 0 for r in rows)
     assert repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target).parity.agrees
+
+
+class Kept(Ended):
+    """A skip and a layer read one value, the layer through something that the file does not have.
+
+    Such a quantizer stands before the skip and again before the layer."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.between, self.drop = between, nn.Dropout(0.5)
+        self.first, self.second = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.between == "dropout":
+            y = self.drop(x)
+        elif self.between == "slice":
+            y = x[:, :8]
+        else:
+            y = x.transpose(2, 3).transpose(3, 2)
+        return self.second(y).relu() + x
+
+
+@pytest.mark.parametrize("between", ["dropout", "slice", "two transposes"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_no_value_is_rounded_twice_in_a_row(between: str, target: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    net = randomise(Kept(between).eval())
+    int8 = repfx.transform(net, ["ptq"], example=x, target=target)
+    repfx.calibrate(int8, [x])
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target=target)
+    assert "Q18" not in {f.rule for f in repfx.lint(found.onnx, target)}
+    assert found.parity.codes > 0 and found.parity.agrees
+
+
+class Boxes(nn.Module):
+    """Writes into a view of what a convolution gives, after its size was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        height, width = y.shape[2:]
+        z = y.reshape(-1, 2, 4, height * width)
+        z[:, :, :2] = z[:, :, :2].sigmoid()
+        return z
+
+
+class Head(nn.Module):
+    """A detector's head: in training it returns what its convolutions give, in eval mode boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.scores = (nn.Sequential(conv(8, 8), nn.Conv2d(8, n, 1)) for n in (4, 6))
+
+    def forward(self, x: Tensor) -> Any:
+        boxes, scores = self.boxes(x).flatten(2), self.scores(x).flatten(2)
+        if self.training:
+            return boxes, scores
+        return torch.cat([boxes.exp(), scores.sigmoid()], 1)
+
+
+def detector() -> nn.Module:
+    return nn.Sequential(conv(3, 8, act=nn.SiLU), Head())
+
+
+@pytest.mark.parametrize("net", [Boxes, detector])
+def test_what_the_model_reads_on_is_rounded_for_onnxruntime(net: Any, tmp_path: Path) -> None:
+    """There a convolution runs in integers only if what it gives is rounded (Q26)."""
+    x = torch.randn(2, 3, 16, 16)
+    model = randomise(net().eval())
+    int8 = repfx.transform(model, ["ptq"], example=x, target="onnxruntime")
+    repfx.calibrate(int8, [x])
+    path = tmp_path / "int8.onnx"
+    repfx.lower(int8, path, example=x, target="onnxruntime")
+    assert not [f for f in repfx.lint(path, "onnxruntime") if f.severity in "EW"]
+    assert not kernels("onnxruntime", path).floats
+
+
+def test_two_formats_in_a_row_both_stay(tmp_path: Path) -> None:
+    """After a ReLU the stem's output is unsigned. The head's layers do not know its sign."""
+    x = torch.randn(2, 3, 16, 16)
+    model = randomise(nn.Sequential(conv(3, 8), Head()).eval())
+    int8 = repfx.transform(model, ["ptq"], example=x, target="onnxruntime")
+    repfx.calibrate(int8, [x])
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="onnxruntime")
+    assert found.parity.agrees
+    assert [f.rule for f in repfx.lint(found.onnx, "onnxruntime") if f.severity in "EW"] == ["Q18"]
+    assert not kernels("onnxruntime", found.onnx).floats

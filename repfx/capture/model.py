@@ -155,6 +155,22 @@ def graphs(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
             yield f"{name}.{path}".rstrip("."), module
 
 
+def is_read_inside(model: nn.Module, path: str) -> bool:
+    """Whether a graph around this one computes something from what it returns.
+
+    This is how a head with a graph of its own for eval mode reads its last layers. What they return
+    is no output of the model, and no other part that would quantize it reads it."""
+    atoms = path.split(".")
+    for i in reversed(range(len(atoms))):
+        outer, name = model.get_submodule(".".join(atoms[:i])), ".".join(atoms[i:])
+        if isinstance(outer, fx.GraphModule):
+            calls = [n for n in outer.graph.nodes if n.op == "call_module" and n.target == name]
+            if calls:
+                users = [user for call in calls for user in call.users]
+                return all(user.op not in ("output", "call_module") for user in users)
+    return False
+
+
 def _capture(
     module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured
 ) -> nn.Module:

@@ -59,8 +59,9 @@ class Writes:
                     self.of.setdefault(value, []).append(node)
 
     def changed(self, value: fx.Node) -> bool:
-        """Whether some reader of the value may see a changed value."""
-        return len(value.users) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
+        """Whether some reader of the value may see a changed value. A size never changes."""
+        readers = [u for u in value.users if Trait.MEASURES not in kind_of(u).traits]
+        return len(readers) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
     def may_write(self, node: fx.Node) -> bool:
         """Whether the node may overwrite its first argument: fresh memory that only it reads."""

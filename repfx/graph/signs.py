@@ -16,7 +16,8 @@ def non_negative(view: GraphView, node: fx.Node) -> bool:
         at = todo.pop()
         traits = view.traits(at)
         # A reader of the value may see what a later operator wrote into it.
-        needed = [w for w in view.writes.of.get(at, ()) if view.index[w] > view.index[at]]
+        last = max((view.index[user] for user in at.users), default=0)
+        needed = [w for w in view.writes.of.get(at, ()) if view.index[at] < view.index[w] < last]
         if Trait.NON_NEGATIVE not in traits:
             values = view.data_inputs(at)
             # A constant input may be negative. The constants of a Sum only say which channels.

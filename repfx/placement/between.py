@@ -61,18 +61,19 @@ def find_places(
     convolutions: Collection[fx.Node],
     target: Target,
     inside: Mapping[fx.Node, fx.Node] | None = None,
+    inner: bool = False,
 ) -> tuple[list[Place], dict[fx.Node, fx.Node]]:
     """Every place for a quantizer, in order, and for each value the value whose quantizer it uses.
 
     That is mostly the value itself. `layers` maps each layer to be quantized to its input;
     `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
-    layer."""
+    layer. `inner`: another graph reads on in what this one returns."""
     owner = inside or {}
     others = _skips_and_averages(view, layers)
     if target.offset == "joined":
         others = _without_padded(view, layers, others)
     if target.between == "all":
-        others += _stretches(view, convolutions)
+        others += _stretches(view, convolutions, inner)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
     others = [
@@ -238,8 +239,10 @@ def _is_quantized(view: GraphView, value: fx.Node) -> bool:
     return view.quantizer(value) is not None
 
 
-def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place]:
-    """The outputs of convolutions, and what the integer operators after them read and return."""
+def _stretches(view: GraphView, convolutions: Collection[fx.Node], inner: bool) -> list[Place]:
+    """The outputs of convolutions, and what the integer operators after them read and return.
+
+    Outputs of the model stay in float."""
     found: list[Place] = []
     layer: dict[fx.Node, fx.Node] = {}  # for a value in integers: the convolution it comes from
     for node in view.nodes:
@@ -254,7 +257,7 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node]) -> list[Place
             source = layer[near[0]]
         else:
             continue
-        if all(reader.op != "output" for reader in value.users):
+        if inner or all(reader.op != "output" for reader in value.users):
             layer[value] = source
             if not _is_divided(view, value):  # the pieces are handled one by one
                 found += [(reader, value, source) for reader in value.users]

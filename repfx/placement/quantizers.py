@@ -36,6 +36,9 @@ class Inserts(Protocol):
     @property
     def target(self) -> Target: ...
 
+    @property
+    def inner(self) -> bool: ...
+
     def insert(self, before: fx.Node, value: fx.Node, wanted: str, layer: nn.Module) -> fx.Node: ...
 
 
@@ -168,7 +171,7 @@ class Quantizers:
         }
         inside = {n: layer.node for layer in self.layers.values() for n in layer.inside}
         places, self._origin = find_places(
-            self.view, sources, convolutions, self.work.target, inside
+            self.view, sources, convolutions, self.work.target, inside, self.work.inner
         )
         bits: dict[fx.Node, int] = {}
         for reader, value, wants in places:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from repfx.capture.exported import from_exported
-from repfx.capture.model import Captured, capture, graphs
+from repfx.capture.model import Captured, capture, graphs, is_read_inside
 from repfx.capture.running import as_args, run_eval
 from repfx.errors import CheckError, Declined, InputError
 from repfx.quant import FakeQuant, Target, target_named
@@ -125,7 +125,8 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target, judge: Jud
     for path, module in list(graphs(captured.model)):
         for p in passes:
             promised = _Promised(p, captured, module, judge)
-            result = promised.run(Work(module, formats, promised.reached))
+            inner = is_read_inside(captured.model, path)
+            result = promised.run(Work(module, formats, promised.reached, inner))
             report.results.append(_prefixed(result, path))
     return report
 

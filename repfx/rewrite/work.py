@@ -39,11 +39,16 @@ class Work:
     are still shared with the caller's model and records what must be checked afterwards."""
 
     def __init__(
-        self, module: fx.GraphModule, target: Target, on_reach: Callable[[], None] | None = None
+        self,
+        module: fx.GraphModule,
+        target: Target,
+        on_reach: Callable[[], None] | None = None,
+        inner: bool = False,
     ) -> None:
         self._module = module
         self._on_reach = on_reach
         self.target = target
+        self.inner = inner  # whether another graph reads on in what this one returns
         self.inserted: list[str] = []  # paths of new layers
         self._paths: dict[nn.Module, str] = {}
         self._device = next((t.device for t in (*module.parameters(), *module.buffers())), None)

@@ -36,6 +36,7 @@ from repfx.lowering.onnx.index import (
 _ACTIVATIONS = with_trait(Trait.ACTIVATION)
 _CONVS = frozenset({"Conv", "ConvTranspose"})
 _LINEAR = IDENTITY | {"BatchNormalization"}  # these fold into the layer before them
+_NOT_ONNXRUNTIME = {k: v for k, v in SLOW_ELSEWHERE.items() if k != ONNXRUNTIME}
 
 
 def _quantized(index: Index, layer: Layer) -> bool:
@@ -63,7 +64,14 @@ def both_or_neither(index: Index) -> Iterator[Hit]:
         x, w = index.dq(layer.x), index.dq(layer.weight) if layer.weight else None
         if layer.weight and (x is None) != (w is None):
             has, lacks = ("weight", "activation") if x is None else ("activation", "weight")
-            yield Hit(layer.node, f"the {has} is quantized, but the {lacks} is not")
+            # ONNX Runtime has no integer kernel for a transposed convolution, and the convolution
+            # before it needs the Q/DQ (Q26).
+            exempt = layer.node.op_type == "ConvTranspose"
+            yield Hit(
+                layer.node,
+                f"the {has} is quantized, but the {lacks} is not",
+                _NOT_ONNXRUNTIME if exempt else None,
+            )
 
 
 @rule("Q11", {TENSORRT: "W"}, "quantize after the activation, not before")

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import onnx
 
+from repfx.lowering.onnx.index import DQ, Index, Q, arg, captured
+
 CALL = "repfx.quantizer"  # the key of a note on a QuantizeLinear that names the quantizer's call
 
 
@@ -47,6 +49,44 @@ def name_codes(proto: onnx.ModelProto) -> None:
         proto.graph,
     ):
         del entry.metadata_props[:]
+
+
+def round_once(proto: onnx.ModelProto) -> None:
+    """Removes each Q/DQ pair that reads a DequantizeLinear with the same scale and zero point.
+
+    It changes no value: Q(DQ(q)) = q. Such a pair is left where nothing stays in the file of what
+    stood between two calls of a quantizer, such as a dropout."""
+    index = Index(proto)
+    instead: dict[str, str] = {}
+    gone: set[str] = set()
+    for dq in index.dequantizes:  # in order, so that the first of a row of pairs stays
+        q = index.made.get(dq.input[0])
+        first = index.made.get(q.input[0]) if q is not None and q.op_type == Q else None
+        if q is None or first is None or first.op_type != DQ:
+            continue
+        read = [index.users[q.output[0]], index.users[dq.output[0]]]
+        plain = index.outputs.isdisjoint((q.output[0], dq.output[0])) and not any(
+            captured(node) for node in (*read[0], *read[1])
+        )
+        if plain and _same_constants(index, first, q) and _same_constants(index, q, dq):
+            instead[dq.output[0]] = instead.get(q.input[0], q.input[0])
+            gone |= {dq.output[0]} | ({q.output[0]} if len(read[0]) == 1 else set())
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = instead.get(name, name)
+    kept = [node for node in proto.graph.node if gone.isdisjoint(node.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    drop_unread(proto)
+
+
+def _same_constants(index: Index, a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
+    """Whether two quantizing nodes have equal constants for scale and zero point."""
+    pairs = [(index.value(arg(a, i)), index.value(arg(b, i))) for i in (1, 2)]
+    return all(
+        x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y)
+        for x, y in pairs
+    )
 
 
 def narrow(proto: onnx.ModelProto, names: set[str]) -> None:

@@ -252,6 +252,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
         half.in_half(symbolic)
         wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
     proto = export(symbolic, wide, form.opset, form.dynamic)
+    finish.round_once(proto)
     if formats.between == "all":
         finish.keep_in_float(proto, every=form.float16)
     if form.float16:
