@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 ROOM = Path(__file__).parent.parent / "repfx" / "lowering" / "tensorrt"
-FILES = [ROOM / name for name in ("bindings.py", "engine.py", "run.py")]
+FILES = [ROOM / name for name in ("bindings.py", "builder.py", "engine.py", "run.py")]
 # the variables that hold TensorRT objects in those files, by what they are
 VARIABLES = {
     "builder": "Builder",
@@ -30,13 +30,19 @@ VARIABLES = {
     "parser": "OnnxParser",
     "fault": "ParserError",
     "config": "IBuilderConfig",
-    "shapes": "IOptimizationProfile",
+    "profile": "IOptimizationProfile",
     "cache": "ITimingCache",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "inspector": "EngineInspector",
     "context": "IExecutionContext",
     "creation": "NetworkDefinitionCreationFlag",
+}
+# what only TensorRT for RTX has, and `__version__`, which is no function or class
+RTX_ONLY = {
+    "ComputeCapability",
+    "num_compute_capabilities",
+    "set_compute_capability",
 }
 
 
@@ -60,8 +66,9 @@ def surface() -> dict[str, set[str]]:
                             "__init__"
                         }
                         used.setdefault(base.attr, set()).update(names)
-    return {name: {n for n in names if not n.startswith("__")} for name, names in used.items()} | {
-        "": {n for n in used[""] if n != "__version__"}
+    return {
+        name: {n for n in names if not n.startswith("__") and n not in RTX_ONLY}
+        for name, names in used.items()
     }
 
 

@@ -34,3 +34,9 @@ def feed(model: nn.Module, batch: Batch) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in batch.tensors)
         raise InputError(f"the model does not take a batch of shape {shapes}: {error}") from error
+
+
+def arguments(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
+    """The inputs of a batch as the arguments of the model, in order."""
+    ordered = in_order(model, (), dict(inputs)) if isinstance(inputs, Mapping) else None
+    return (inputs,) if ordered is None else ordered

@@ -11,10 +11,11 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from repfx.calibration.biases import IMAGES, correct_biases, input_of
-from repfx.calibration.feed import feed
+from repfx.calibration.feed import arguments, feed
 from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import is_foreign
+from repfx.graph.inputs import note_inputs
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.quant import (
@@ -84,8 +85,10 @@ def _scales(
         in_float(weights),
         observing(quants, observer) as seen,
     ):
-        for batch in batches:
+        for i, batch in enumerate(batches):
             feed(model, batch)
+            if i == 0:
+                note_inputs(model, arguments(model, batch.inputs))
         return {quant: looks.scale(method) for quant, looks in seen.items() if looks.seen}
 
 

@@ -16,9 +16,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import repfx as api
-from repfx.cli.inputs import USUAL, random_input, real_input
+from repfx.cli.inputs import USUAL, example_for, random_input
 from repfx.cli.models import load_model
-from repfx.cli.options import Model, Output, Trust, Weights, app, err, named, out, say, whole
+from repfx.cli.options import Model, Trust, Weights, app, beside, err, named, out, say, whole
 from repfx.errors import InputError
 from repfx.files.store import write_whole
 from repfx.lowering.onnx.check import NAMES, How, checked, on_each, reference
@@ -29,6 +29,7 @@ from repfx.lowering.runtimes.run import installed, write_ir
 from repfx.lowering.runtimes.timing import Forms
 from repfx.lowering.runtimes.timing import bench as measure
 from repfx.lowering.tensorrt.engine import Profile, build
+from repfx.lowering.tensorrt.rtx import capabilities
 from repfx.quant import FakeQuant, target_named
 
 SHAPE = "Shape of one input without the batch, such as 3,32,32"
@@ -37,19 +38,23 @@ SHAPE = "Shape of one input without the batch, such as 3,32,32"
 @app.command()
 def lower(
     model: Model,
-    output: Output,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The file to write; by default beside the model."),
+    ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write ONNX with QuantizeLinear/DequantizeLinear.")
     ] = False,
     trt: Annotated[
         bool,
-        typer.Option("--trt", help="Also build the TensorRT engine, if TensorRT is installed."),
+        typer.Option("--trt", help="Also build the engine, with TensorRT or TensorRT for RTX."),
     ] = False,
     openvino: Annotated[
         bool, typer.Option("--openvino", help="Compare in OpenVINO; write IR if -o ends in .xml.")
     ] = False,
     shape: Annotated[
-        str | None, typer.Option(help=f"{SHAPE}; by default {USUAL}, or that of the array.")
+        str | None,
+        typer.Option(help=f"{SHAPE}; by default what the model was calibrated on, else {USUAL}."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Real inputs to compare on: a folder, a zip or a .npy file.")
@@ -63,6 +68,10 @@ def lower(
     timing_cache: Annotated[
         Path | None, typer.Option(help="--trt: a cache file that makes the next build faster.")
     ] = None,
+    compute_capability: Annotated[
+        str,
+        typer.Option(help="--trt: GPUs that TensorRT for RTX builds for, such as 8.6,8.9,12.0."),
+    ] = "",
     target: Annotated[
         str | None,
         typer.Option(help="What the model was quantized for; by default the runtime."),
@@ -89,13 +98,12 @@ def lower(
         raise InputError("say what to lower to: --onnx, --trt or --openvino")
     if trt and dynamic:
         raise InputError("--trt builds an engine for one height and width: leave out --dynamic")
+    output = beside(model) if output is None else output
     file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
-    example = (
-        random_input(USUAL if shape is None else shape, 2)
-        if data is None
-        else real_input(data, shape)
-    )
+    gpus = [name.strip() for name in compute_capability.split(",") if name.strip()]
+    capabilities(gpus)  # raises for one that there is not, before anything is written
     net = load_model(model, weights, trust_pickle)
+    example = example_for(net, data, shape)
     if not isinstance(net, nn.Module):
         net = api.transform(net, [], example=example)
     if trt and not _quantized(net):
@@ -119,7 +127,17 @@ def lower(
         write_ir(file, output)
         say(f"wrote {output}")
     if trt:
-        _build(file, output, profile, workspace, timing_cache)
+        say("building the engine")
+        engine = build(
+            file,
+            named(output, ".engine", ".plan", ".trt"),
+            profile=profile,
+            workspace_gib=workspace,
+            timing_cache=timing_cache,
+            progress=err.is_terminal,
+            compute_capability=gpus,
+        )
+        say(f"wrote {engine.path} and {engine.metadata.name}, {engine}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ class _Written:
 
     file: Path
     net: nn.Module
-    example: Tensor
+    example: tuple[Tensor, ...]
     target: str
     float16: bool
 
@@ -136,7 +154,7 @@ class _Written:
         """Prints how the file compares with the model in the runtime and on each instruction set.
 
         `there`: the comparison in that runtime, where it was already made."""
-        same, args = reference(self.net, self.target, self.float16), (self.example,)
+        same, args = reference(self.net, self.target, self.float16), self.example
         if runtime == "openvino":
             there = there or checked(runtime, same, load(self.file), args, How(self.float16))
             say(f"OpenVINO{' in float32' if self.float16 else ''} against torch: {there}")
@@ -144,21 +162,6 @@ class _Written:
             say(f"{NAMES[runtime]} on {stop.name} against torch: {found}")
         if runtime in NAMES and _quantized(self.net):
             say(f"{NAMES[runtime]}: {kernels(runtime, self.file)}")
-
-
-def _build(
-    file: Path, output: Path, profile: Profile, workspace: float, timing_cache: Path | None
-) -> None:
-    built = build(
-        file,
-        named(output, ".engine", ".plan", ".trt"),
-        profile=profile,
-        workspace_gib=workspace,
-        timing_cache=timing_cache,
-        progress=err.is_terminal,
-    )
-    layers = ", ".join(f"{n} {name}" for name, n in sorted(built.layers.items()))
-    say(f"wrote {built.path}, TensorRT {built.version}: {layers}; {built.reformats} reformats")
 
 
 def _quantized(net: object) -> bool:

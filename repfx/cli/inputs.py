@@ -10,8 +10,30 @@ from torch import Tensor
 from repfx.cli.options import whole
 from repfx.data.folders import Images
 from repfx.errors import InputError
+from repfx.graph.inputs import noted_inputs
 
 USUAL = "3,224,224"
+
+
+def example_for(net: object, data: Path | None, shape: str | None) -> tuple[Tensor, ...]:
+    """The inputs to lower a model on.
+
+    They are the first of `data`, or random ones of `shape`. With neither they are random ones of
+    the sizes that the model was transformed or calibrated on, if it was saved with them, else one
+    image of the usual size."""
+    if data is not None:
+        return (real_input(data, shape),)
+    noted = noted_inputs(net)
+    if shape is not None or not noted:
+        return (random_input(USUAL if shape is None else shape, 2),)
+    found = [
+        random_input(",".join(map(str, size)), 2) if size else torch.zeros(2, device="cpu")
+        for _, size in noted
+    ]
+    return tuple(
+        (x if kind.is_floating_point else x.abs()).to(kind)
+        for x, (kind, _) in zip(found, noted, strict=True)
+    )
 
 
 def random_input(shape: str, batch: int) -> Tensor:

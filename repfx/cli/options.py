@@ -136,3 +136,14 @@ def named(output: Path, *suffixes: str) -> Path:
 def say(text: object) -> None:
     """Prints a line unchanged: rich would read [brackets] in a path or a layer as a style."""
     out.print(str(text), markup=False, highlight=False)
+
+
+def beside(model: str) -> Path:
+    """Where a result of MODEL goes by default: beside its file, or into this folder.
+
+    >>> beside("nets/small.pt").as_posix(), beside("nets.small:net").as_posix()
+    ('nets/small', 'net')
+    """
+    if ":" in model and not Path(model).exists():
+        return Path(model.rpartition(":")[2].rpartition(".")[2])
+    return Path(model).with_suffix("")

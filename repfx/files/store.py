@@ -32,6 +32,7 @@ from repfx.files.allowed import (
     methods,
 )
 from repfx.graph.holders import is_holder
+from repfx.graph.inputs import KEY
 from repfx.graph.modes import TrainOnly
 from repfx.quant import Grid
 
@@ -56,7 +57,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
     tree = _encode_module(model, "", tensors, keys, {})
-    text = json.dumps({"format": FORMAT, "model": tree})
+    meta = getattr(model, "meta", None)
+    inputs = meta.get(KEY) if isinstance(meta, dict) else None
+    text = json.dumps({"format": FORMAT, "model": tree, KEY: inputs})
     try:  # check that the file can be read again before it is written
         _decode_module(json.loads(text)["model"], tensors, {})
     except _UNREADABLE as error:
@@ -82,9 +85,25 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         data = json.loads(text)
         if data["format"] != FORMAT:
             raise InputError(f"{path} has format {data['format']!r}; this version reads {FORMAT!r}")
-        return _decode_module(data["model"], tensors, {})
+        model = _decode_module(data["model"], tensors, {})
+        _note_again(model, data.get(KEY))
+        return model
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _note_again(model: nn.Module, inputs: Any) -> None:
+    """Puts the sizes of the inputs back. Raises ValueError where they are not such sizes."""
+    if not inputs:
+        return
+    for kind, size in inputs:
+        if not isinstance(getattr(torch, kind, None), torch.dtype):
+            raise ValueError(f"{kind!r} is not a type of tensors")
+        if not all(isinstance(n, int) and n >= 0 for n in size):
+            raise ValueError(f"{size!r} is not a size")
+    meta = getattr(model, "meta", None)
+    if isinstance(meta, dict):
+        meta[KEY] = inputs
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:

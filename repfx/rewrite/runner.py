@@ -15,6 +15,7 @@ from repfx.capture.exported import from_exported
 from repfx.capture.model import Captured, capture, graphs, is_read_inside
 from repfx.capture.running import as_args, run_eval
 from repfx.errors import CheckError, Declined, InputError
+from repfx.graph.inputs import note_inputs
 from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Pass, Promise, Stage, resolve
 from repfx.rewrite.judge import Judge, disturbed
@@ -53,6 +54,8 @@ def _rewritten(
     # A child of the model may be called "meta".
     if not isinstance(getattr(captured.model, "meta", None), nn.Module):
         captured.model.meta = {**getattr(captured.model, "meta", {}), "repfx": report}  # type: ignore[assignment]
+        if captured.given:
+            note_inputs(captured.model, captured.example or ())
     return captured.model, report
 
 

@@ -47,6 +47,15 @@ def tensorrt(elsewhere: str = "") -> Any:
     return trt
 
 
+def usable() -> bool:
+    """Whether TensorRT 10 or later and a GPU are here."""
+    try:
+        tensorrt()
+    except MissingPart:
+        return False
+    return _gpu() is not None
+
+
 def _gpu() -> dict[str, str] | None:
     if not torch.cuda.is_available():
         return None

@@ -1,7 +1,9 @@
-"""lower: ONNX Q/DQ -> a TensorRT engine, for TensorRT 10 and 11. Never yet run on a real engine.
+"""lower: ONNX Q/DQ -> a TensorRT engine, by TensorRT 10 or 11 or by TensorRT for RTX.
 
 The network is strongly typed: every layer has the precision that the file gives it, so there are no
-precision flags and no calibrators."""
+precision flags and no calibrators. TensorRT 10 and 11 build on the GPU that the engine is for; that
+path has been checked against their bindings only, never on a GPU. TensorRT for RTX builds on any
+machine."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,13 @@ from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.lowering.onnx.external import elsewhere, require
 from repfx.lowering.onnx.index import known
-from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present, watched
+from repfx.lowering.tensorrt import builder as builds
+from repfx.lowering.tensorrt import rtx
+from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present, usable, watched
 from repfx.lowering.tensorrt.inspector import count_layers
 from repfx.lowering.tensorrt.run import latency, run
 
 __all__ = ["Engine", "Profile", "build", "latency", "run", "trtexec"]
-SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,27 @@ class Engine:
     """A built engine.
 
     `path`, `metadata`: the engine file and the JSON file beside it. `layers`: the number of layers
-    by precision ("?" where it is not reported). `reformats`: how many more layers only change a
-    layout. `version`: the TensorRT version that built the engine and can run it."""
+    by precision ("?" where it is not reported); of TensorRT for RTX, the convolutions and matrix
+    products. `reformats`: how many more layers only change a layout. `version`: the TensorRT
+    version that built the engine and can run it. `pointwise`, `traffic`: the kernels that compute
+    each value on its own, and the bytes of activations that all kernels read and write for one
+    image, where TensorRT for RTX tells them. `runtime`: which TensorRT it is."""
 
     path: Path
     metadata: Path
     layers: dict[str, int]
     reformats: int
     version: str
+    pointwise: int | None = None
+    traffic: int | None = None
+    runtime: str = "TensorRT"
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{n} {name}" for name, n in sorted(self.layers.items()))
+        text = f"{self.runtime} {self.version}: {layers}; {self.reformats} reformats"
+        if self.pointwise is not None and self.traffic is not None:
+            text += f", {self.pointwise} pointwise kernels, {self.traffic / 1e6:.1f} MB an image"
+        return text
 
 
 def build(
@@ -71,22 +88,26 @@ def build(
     timing_cache: Place | None = None,
     progress: bool = False,
     hardware_compatible: bool = False,
+    compute_capability: Sequence[str] = (),
 ) -> Engine:
-    """Builds an engine from an ONNX file for the GPU of this machine, with a JSON file beside it.
+    """Builds an engine from an ONNX file, with a JSON file beside it, `engine_path` + ".json".
 
-    The JSON file is `engine_path` + ".json".
+    TensorRT 10 or 11 builds it for the GPU of this machine, if both are there. Otherwise TensorRT
+    for RTX does, also if a `compute_capability` is given: 8.0, 8.6, 8.9, 12.0 or 12.1, or several.
+    With none it builds for all that it knows.
 
     `profile`: the sizes of the batch, the only dimension that may be dynamic; 1, 8, 32 when None.
     `workspace_gib`: the most device memory one layer may use, in GiB. `timing_cache`: a file that
     is read if it exists and written after the build. `hardware_compatible`: the engine also runs on
-    other GPUs, from Ampere on, but slower.
+    other GPUs, from Ampere on, but slower; not with TensorRT for RTX.
 
     Raises InputError where the file cannot be used (operators are named) or a path cannot be
-    written; MissingPart, with the trtexec command, without TensorRT or a CUDA device; CheckError
-    where TensorRT builds no engine; KeyboardInterrupt on Ctrl-C. In each case no engine file is
+    written; MissingPart, with the trtexec command, without any TensorRT that can build here;
+    CheckError where none is built; KeyboardInterrupt on Ctrl-C. In each case no engine file is
     written."""
     profile = profile or Profile()
     order = _Order(onnx_path, profile, workspace_gib, hardware_compatible)
+    wanted = rtx.capabilities(compute_capability)
     goal, beside = Path(engine_path), _metadata(engine_path)
     line = trtexec(
         onnx_path,
@@ -98,6 +119,8 @@ def build(
     )
     for path in (goal, beside, timing_cache):
         _check_place(path)
+    if wanted or (rtx.module() and not usable()):
+        return _ahead(order, goal, wanted, timing_cache, progress)
     trt, gpu = present(
         f". On a machine with TensorRT and a GPU, this builds the same engine:\n{line}"
     )
@@ -106,11 +129,61 @@ def build(
     plan, timings = _plan(trt, log, order, timing_cache, progress)
     found = _described(trt, log, plan, order)
     about = {"tensorrt": trt.__version__, "gpu": gpu, **order.told(), **found}
+    _write(goal, plan, about, timing_cache, timings)
+    return Engine(goal, beside, found["layers"], found["reformats"], str(trt.__version__))
+
+
+def _write(
+    goal: Path, plan: bytes, about: dict[str, Any], timing_cache: Place | None, timings: bytes
+) -> None:
     if timing_cache is not None:
         write_whole(timing_cache, lambda part: Path(part).write_bytes(timings))
     write_whole(goal, lambda part: Path(part).write_bytes(plan))
-    write_whole(beside, lambda part: Path(part).write_text(json.dumps(about, indent=1) + "\n"))
-    return Engine(goal, beside, found["layers"], found["reformats"], str(trt.__version__))
+    text = json.dumps(about, indent=1) + "\n"
+    write_whole(_metadata(goal), lambda part: Path(part).write_text(text))
+
+
+def _ahead(
+    order: _Order, goal: Path, wanted: list[str], timing_cache: Place | None, progress: bool
+) -> Engine:
+    """Builds the engine with TensorRT for RTX, for GPUs that need not be here."""
+    if order.hardware_compatible:
+        raise InputError(
+            f"{rtx.NAME} has no hardware_compatible; name each compute_capability, or none for all"
+        )
+    file = None if timing_cache is None else Path(timing_cache)
+    known = b"" if file is None or not file.is_file() else file.read_bytes()
+    job = rtx.Job(
+        Path(order.onnx),
+        _sizes(_inputs(_read(order.onnx)), order.profile),
+        order.workspace_gib,
+        wanted,
+        None if file is None else known,
+        progress,
+    )
+    built = rtx.build(job)
+    plan = built.plan
+    about = {
+        "tensorrt_rtx": built.version,
+        "compute_capability": wanted or "all",
+        **order.told(),
+        "layers": plan.layers,
+        "reformats": plan.reformats,
+        "pointwise": plan.pointwise,
+        "bytes_per_image": plan.traffic,
+        "kernels": [asdict(kernel) for kernel in plan.kernels],
+    }
+    _write(goal, built.engine, about, timing_cache, built.cache)
+    return Engine(
+        goal,
+        _metadata(goal),
+        plan.layers,
+        plan.reformats,
+        built.version,
+        plan.pointwise,
+        plan.traffic,
+        rtx.NAME,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,11 +212,21 @@ def _plan(
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
-    network, parser = _parse(trt, builder, log, order.onnx)
-    config = _config(trt, builder, order.workspace_gib, order.hardware_compatible)
-    _add_profile(builder, config, _inputs(_read(order.onnx)), order.profile)
+    network, parser, refused = builds.parse(trt, builder, log, os.fspath(order.onnx))
+    if refused:
+        raise InputError(
+            f"TensorRT {trt.__version__} cannot read {order.onnx}:{rtx.listed(refused)}"
+        )
+    config = builds.configure(trt, builder, int(order.workspace_gib * 1024))
+    if order.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if not builds.add_profile(builder, config, _sizes(_inputs(_read(order.onnx)), order.profile)):
+        raise CheckError(f"TensorRT rejects the profile {order.profile}")
     # The cache must outlive the build.
-    cache = None if timing_cache is None else _load_cache(config, Path(timing_cache))
+    cache = None
+    if timing_cache is not None:
+        file = Path(timing_cache)
+        cache = builds.load_cache(config, file.read_bytes() if file.is_file() else b"")
     with watched(trt, progress) as monitor:
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
@@ -265,6 +348,15 @@ def _metadata(engine_path: Place) -> Path:
     return Path(f"{os.fspath(engine_path)}.json")
 
 
+def _sizes(inputs: dict[str, tuple[int | None, ...]], batch: Profile) -> builds.Shapes:
+    """The smallest, usual and largest size of each dynamic input."""
+    return {
+        name: [list(_filled(shape, n)) for n in (batch.min, batch.opt, batch.max)]
+        for name, shape in inputs.items()
+        if None in shape
+    }
+
+
 def _filled(shape: tuple[int | None, ...], batch: int) -> tuple[int, ...]:
     return tuple(batch if d is None else d for d in shape)
 
@@ -279,59 +371,6 @@ def _check_place(path: Place | None) -> None:
             f"cannot write {path}: it is a folder, or {parent} is not a folder that can be "
             "written to"
         )
-
-
-def _parse(trt: Any, builder: Any, log: Any, onnx_path: Place) -> tuple[Any, Any]:
-    """The strongly typed network, and its parser, which owns the weights until the build ends."""
-    creation = trt.NetworkDefinitionCreationFlag
-    # TensorRT 11 ignores the flag, so a later version may drop it.
-    flags = 1 << int(creation.STRONGLY_TYPED) if hasattr(creation, "STRONGLY_TYPED") else 0
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(os.fspath(onnx_path)):
-        found = []
-        for i in range(parser.num_errors):
-            fault = parser.get_error(i)
-            found.append(f"node {fault.node_name()!r} ({fault.node_operator()}): {fault.desc()}")
-        found = list(dict.fromkeys(found)) or list(log.errors)
-        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        shown = "".join(f"\n  {text}" for text in found[:SHOWN])
-        raise InputError(f"TensorRT {trt.__version__} cannot read {onnx_path}:{shown}{more}")
-    return network, parser
-
-
-def _config(trt: Any, builder: Any, workspace_gib: float, hardware_compatible: bool) -> Any:
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 1024) << 20)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    return config
-
-
-def _add_profile(
-    builder: Any, config: Any, inputs: dict[str, tuple[int | None, ...]], batch: Profile
-) -> None:
-    if not any(None in shape for shape in inputs.values()):
-        return
-    shapes = builder.create_optimization_profile()
-    for name, shape in inputs.items():
-        if None in shape:
-            shapes.set_shape(name, *(_filled(shape, n) for n in (batch.min, batch.opt, batch.max)))
-    if config.add_optimization_profile(shapes) < 0:
-        raise CheckError(f"TensorRT rejects the profile {batch}")
-
-
-def _load_cache(config: Any, path: Path) -> Any:
-    """Attaches the timing cache in the file.
-
-    Attaches an empty one where there is no file, or it was made on another GPU or version."""
-    data = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(data)
-    if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
 
 
 def _ports(trt: Any, engine: Any) -> dict[str, dict[str, Any]]:

@@ -81,13 +81,14 @@ def _precision(layer: Any) -> str:
         (first, "datatype"),
         (first, "format/datatype"),
     ):
-        kind = _type(_entry(holder, key))
+        kind = precision_named(_entry(holder, key))
         if kind != UNKNOWN:
             return kind
-    return _type(_entry(first, "format"))
+    return precision_named(_entry(first, "format"))
 
 
-def _type(text: Any) -> str:
+def precision_named(text: Any) -> str:
+    """FP32, INT8 and so on, as TensorRT's word for a type says; "?" where it says none."""
     if isinstance(text, str):
         for name, pattern in _TYPES:
             if re.search(pattern, text.lower()):
