@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +24,12 @@ import onnx
 from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.lowering.onnx.external import elsewhere, require
-from repfx.lowering.onnx.index import known
+from repfx.lowering.onnx.index import Index, known
 from repfx.lowering.tensorrt import builder as builds
 from repfx.lowering.tensorrt import rtx
 from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present, usable, watched
 from repfx.lowering.tensorrt.inspector import count_layers
+from repfx.lowering.tensorrt.plan import Plan
 from repfx.lowering.tensorrt.run import latency, run
 
 __all__ = ["Engine", "Profile", "build", "latency", "run", "trtexec"]
@@ -163,11 +165,12 @@ def _ahead(
     )
     built = rtx.build(job)
     plan = built.plan
+    layers = _counted(plan, order.onnx)
     about = {
         "tensorrt_rtx": built.version,
         "compute_capability": wanted or "all",
         **order.told(),
-        "layers": plan.layers,
+        "layers": layers,
         "reformats": plan.reformats,
         "pointwise": plan.pointwise,
         "bytes_per_image": plan.traffic,
@@ -177,13 +180,21 @@ def _ahead(
     return Engine(
         goal,
         _metadata(goal),
-        plan.layers,
+        layers,
         plan.reformats,
         built.version,
         plan.pointwise,
         plan.traffic,
         rtx.NAME,
     )
+
+
+def _counted(plan: Plan, onnx_path: Place) -> dict[str, int]:
+    """The file's convolutions and matrix products by the precision they are computed in."""
+    names = [layer.node.name for layer in Index(onnx.load(os.fspath(onnx_path))).layers]
+    if not all(names):  # a file from another tool: the kernels are all there is
+        return plan.layers
+    return dict(sorted(Counter(plan.precisions(names).values()).items()))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from repfx.lowering.tensorrt.inspector import precision_named
 
 POINTWISE = "kgen"
-LAYERS = frozenset({"correlation", "deconvolution", "gemm", "convolution", "matmul"})
+LAYERS = frozenset({"correlation", "deconv", "gemm", "runtime_fusion"})
 # They order the streams or compute shapes, and touch no tensor.
 _NO_WORK = frozenset({"shape_call", "signal", "wait"})
 _BYTES = {"FP32": 4, "FP16": 2, "BF16": 2, "INT64": 8, "INT32": 4, "FP8": 1, "INT4": 0.5}
@@ -57,6 +57,18 @@ class Plan:
     def layers(self) -> dict[str, int]:
         """The convolutions and matrix products by precision."""
         return dict(sorted(Counter(k.precision for k in self.kernels if k.is_layer).items()))
+
+    def precisions(self, nodes: Iterable[str]) -> dict[str, str]:
+        """The precision in which each of these ONNX layers is computed; "?" if no kernel names it.
+
+        A small one may be computed in a pointwise kernel, which is always in float."""
+        found: dict[str, str] = {}
+        for node in nodes:
+            mine = [k for k in self.kernels if node in k.nodes]
+            kinds = [k.precision for k in mine if k.is_layer]
+            floats = [k.precision for k in mine if k.precision != "INT8"]
+            found[node] = next(iter([*kinds, *floats]), "?")
+        return found
 
     @property
     def pointwise(self) -> int:
