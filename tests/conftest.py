@@ -14,6 +14,7 @@ import torch
 import repfx  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parent))  # some tests use the nets of others
 
 import zoo
 

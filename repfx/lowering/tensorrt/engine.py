@@ -124,7 +124,8 @@ def build(
     if wanted or (rtx.module() and not usable()):
         return _ahead(order, goal, wanted, timing_cache, progress)
     trt, gpu = present(
-        f". On a machine with TensorRT and a GPU, this builds the same engine:\n{line}"
+        f". {rtx.NAME} builds engines without a GPU: pip install 'repfx[rtx]'. On a machine with "
+        f"TensorRT and a GPU, this builds the same engine:\n{line}"
     )
     log = log_of(trt)
     log.errors.clear()
@@ -192,7 +193,7 @@ def _ahead(
 def _counted(plan: Plan, onnx_path: Place) -> dict[str, int]:
     """The file's convolutions and matrix products by the precision they are computed in."""
     names = [layer.node.name for layer in Index(onnx.load(os.fspath(onnx_path))).layers]
-    if not all(names):  # a file from another tool: the kernels are all there is
+    if not names or not all(names):  # layers without names, or in a subgraph: count kernels
         return plan.layers
     return dict(sorted(Counter(plan.precisions(names).values()).items()))
 

@@ -26,9 +26,10 @@ _BYTES = {"FP32": 4, "FP16": 2, "BF16": 2, "INT64": 8, "INT32": 4, "FP8": 1, "IN
 class Kernel:
     """One kernel of an engine.
 
-    `kind`: the builder's word for it, such as correlation. `precision`: of its constants for a
-    convolution or matrix product, else of its output. `reads`, `writes`: bytes of activations for
-    one image. `nodes`: the ONNX nodes that it computes, as far as the builder says."""
+    `kind`: the builder's word for it, such as correlation. `precision`: of both factors for a
+    convolution or matrix product, or the one that is not INT8, else of its output. `reads`,
+    `writes`: bytes of activations for one image. `nodes`: the ONNX nodes that it computes, as far
+    as the builder says."""
 
     name: str
     kind: str
@@ -106,10 +107,10 @@ def _kernel(line: str) -> Kernel | None:
     inputs, constants, outputs = (
         _tensors(line, word) for word in ("Inputs", "Constants", "Outputs")
     )
-    of = constants if head[2] in LAYERS and constants else outputs
-    kind = of[0][1] if of else "?"
-    if head[2] in LAYERS and inputs and inputs[0][1] != kind:
-        kind = inputs[0][1]  # weights in integers, but computed in float
+    # A layer runs in integers if both its factors are: the input, and a constant or a second input.
+    factors = [*inputs[:1], *(constants or inputs[1:])[:1]] if head[2] in LAYERS else outputs[:1]
+    kinds = [kind for _, kind in factors]
+    kind = next((k for k in kinds if k != "INT8"), next(iter(kinds), "?"))
     return Kernel(
         head[1],
         head[2],
