@@ -174,14 +174,21 @@ def test_a_float_model_lowers_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("opset", "kind"), [(20, onnx.TensorProto.INT8), (21, onnx.TensorProto.INT4)]
+    ("target", "opset", "kind"),
+    [
+        ("onnxruntime", 20, onnx.TensorProto.INT8),
+        ("onnxruntime", 21, onnx.TensorProto.INT4),
+        ("tensorrt", 21, onnx.TensorProto.INT8),
+    ],
 )
 @pytest.mark.parametrize("bits", [4, 2])
-def test_narrow_weights_are_int4_where_the_standard_has_it(
-    bits: int, opset: int, kind: int, tmp_path: Path
+def test_narrow_weights_are_int4_where_opset_and_target_have_it(
+    bits: int, target: str, opset: int, kind: int, tmp_path: Path
 ) -> None:
-    model = quantized("tensorrt", f"ptq(bits=8, weight_bits={bits})")
-    artifact = repfx.lower(model, tmp_path / "narrow.onnx", example=pictures(), opset=opset)
+    model = quantized(target, f"ptq(bits=8, weight_bits={bits})")
+    artifact = repfx.lower(
+        model, tmp_path / "narrow.onnx", example=pictures(), opset=opset, target=target
+    )
     assert artifact.parity.different <= 5
     weights = {
         t.name: t

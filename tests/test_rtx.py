@@ -249,11 +249,29 @@ DOES: dict[str, str | int] = {
     "Q25 scale_changes": 1,
     "Q26 conv_before_sigmoid": 2,
     "Q26 relu_before_signed_codes": 2,
+    "Q27 int4_convolution": BUILDER,
+    "Q27 int4_product": 0,
 }
 
 
 def test_every_trigger_is_known() -> None:
     assert set(DOES) == set(test_lint.CASES)
+
+
+WRONG = {"Q00 quantized_inside_an_if", "Q02 uint8", "Q25 scale_changes"}  # in what they compute
+
+
+@pytest.mark.parametrize("name", DOES)
+def test_the_lint_says_what_it_does(name: str) -> None:
+    """E where there is no engine or it computes something else, W where a layer is in float."""
+    does = DOES[name]
+    found = {f.severity for f in repfx.lint(test_lint.CASES[name](), "rtx") if f.rule == name[:3]}
+    if isinstance(does, str) or name in WRONG or name == "Q00 float_model":
+        assert "E" in found
+    elif does == 0 or name == "Q16 concat_of_two_scales":
+        assert found == {"W"}
+    else:
+        assert found <= {"I"}
 
 
 @needs_rtx

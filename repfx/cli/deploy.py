@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from repfx.cli.models import load_model
 from repfx.cli.options import Model, Trust, Weights, app, beside, err, named, out, say, whole
 from repfx.errors import InputError
 from repfx.files.store import write_whole
+from repfx.lowering.lint import findings
 from repfx.lowering.onnx.check import NAMES, How, checked, on_each, reference
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.isa import Isa, chosen
@@ -80,7 +82,10 @@ def lower(
         bool, typer.Option("--float16", help="Run layers that are not INT8 in float16.")
     ] = False,
     opset: Annotated[
-        int, typer.Option(help="ONNX opset, 13 to 23; from 21 on, 4-bit weights are int4.")
+        int,
+        typer.Option(
+            help="ONNX opset, 13 to 23; from 21 on, 4-bit weights are int4 (not for TensorRT)."
+        ),
     ] = 20,
     dynamic: Annotated[
         bool,
@@ -170,13 +175,39 @@ def _quantized(net: object) -> bool:
 
 @app.command()
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An ONNX file from any tool.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE.onnx", help="An ONNX file from any tool.")
+    ] = None,
     target: Annotated[
-        str, typer.Option(help="What will run it: tensorrt, onnxruntime or openvino.")
+        str, typer.Option(help="What will run it: tensorrt, rtx, onnxruntime or openvino.")
     ] = "tensorrt",
+    select: Annotated[
+        str, typer.Option(help="Only these rules, such as Q06,Q10; by default all.")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    explain: Annotated[
+        str | None, typer.Option(help="Explain one rule, such as Q08, and check no file.")
+    ] = None,
 ) -> None:
     """Find what keeps a runtime from running an ONNX file in INT8; exits with 1 on an error."""
-    found = api.lint(file, target=target)
+    if explain is not None:
+        say(findings.explain(explain))
+        return
+    if file is None:
+        raise InputError("lint needs a FILE.onnx, or a rule to --explain")
+    wanted = [name.strip() for name in select.split(",") if name.strip()]
+    for name in wanted:
+        findings.explain(name)  # raises for one that there is not
+    found = [f for f in api.lint(file, target=target) if not wanted or f.rule in wanted]
+    if json:
+        out.print_json(dumps([asdict(f) for f in found]))
+    else:
+        _print_findings(found, file)
+    if any(f.severity == "E" for f in found):
+        raise typer.Exit(1)
+
+
+def _print_findings(found: Sequence[findings.Finding], file: Path) -> None:
     table = Table(
         "rule",
         "",
@@ -189,8 +220,6 @@ def lint(
     for f in found:
         table.add_row(f.rule, f.severity, *(Text(t) for t in (f.node, f.message, f.cure)))
     out.print(table if found else "nothing found")
-    if any(f.severity == "E" for f in found):
-        raise typer.Exit(1)
 
 
 @app.command()

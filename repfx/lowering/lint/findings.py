@@ -21,6 +21,20 @@ RULES: dict[str, tuple[Severity, str]] = {
 _ORDER = "EWI"
 
 
+def explain(name: str) -> str:
+    """A rule in full: what it checks, how severe it is, the cure, and what a real builder does.
+
+    Raises InputError for an unknown rule."""
+    if name not in REGISTRY:
+        raise unknown("rule", name, sorted(REGISTRY))
+    rule = REGISTRY[name]
+    severity = ", ".join(f"{rule.severity.get(r, '-')} for {r}" for r in RUNTIMES)
+    return (
+        f"{name}: {rule.description}\nseverity: {severity}\nhint: {rule.cure}\n"
+        f"TensorRT for RTX 1.7.1 {rule.seen}"
+    )
+
+
 @dataclass(frozen=True)
 class Finding:
     """One place that breaks one rule.
@@ -42,8 +56,8 @@ class Finding:
 def lint(path: str | os.PathLike[str] | onnx.ModelProto, target: str = "tensorrt") -> list[Finding]:
     """Checks the main graph against every rule for the runtime. The worst findings come first.
 
-    `target`: tensorrt, onnxruntime or openvino. RULES says what each rule checks and how severe a
-    finding is for each runtime.
+    `target`: tensorrt, rtx (TensorRT for RTX), onnxruntime or openvino. RULES says what each rule
+    checks and how severe a finding is for each runtime.
 
     Raises InputError where the target is unknown, and where the file is missing, is not an ONNX
     model, is malformed, or the files that hold its weights are not beside it."""

@@ -10,13 +10,15 @@ from onnx import NodeProto, TensorProto
 from repfx.lowering.lint.rulebook import (
     ONNXRUNTIME,
     OPENVINO,
+    REFUSED,
+    RTX,
     SLOW_ELSEWHERE,
     TENSORRT,
     Hit,
     everywhere,
     rule,
 )
-from repfx.lowering.onnx.index import DQ, Index, Layer, Q, arg, attribute, subgraphs
+from repfx.lowering.onnx.index import DQ, MOVES, Index, Layer, Q, arg, attribute, subgraphs
 
 # 23 is FLOAT4E2M1, which older versions of onnx do not have.
 _TYPES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, 23)
@@ -63,7 +65,12 @@ def _per_channel(index: Index, node: NodeProto) -> bool:
     return (index.size(arg(node, 1)) or 1) > 1
 
 
-@rule("Q00", everywhere("E"), "quantize the model before exporting it, and keep the Q/DQ nodes")
+@rule(
+    "Q00",
+    everywhere("E"),
+    "quantize the model before exporting it, and keep the Q/DQ nodes",
+    "builds it; every layer runs in float",
+)
 def nothing_quantized(index: Index) -> Iterator[Hit]:
     """The graph has at least one QuantizeLinear, or a DequantizeLinear of an integer constant."""
     constant = (n for n in index.dequantizes if arg(n, 0) in index.fixed and not index.of_bias(n))
@@ -90,7 +97,12 @@ def _quantized_inside(node: NodeProto) -> bool:
     return any(n.op_type in (Q, DQ) or _quantized_inside(n) for n in inner)
 
 
-@rule("Q01", {TENSORRT: "E"}, "quantize symmetrically: TensorRT supports no zero point but 0")
+@rule(
+    "Q01",
+    REFUSED,
+    "quantize symmetrically: TensorRT supports no zero point but 0",
+    "its parser rejects it",
+)
 def zero_points_are_zero(index: Index) -> Iterator[Hit]:
     """Every zero point is 0."""
     for node in _formats(index):
@@ -99,7 +111,13 @@ def zero_points_are_zero(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"zero point {zero.ravel()[np.argmax(zero.ravel() != 0)]} is not 0")
 
 
-@rule("Q02", SLOW_ELSEWHERE, "quantize to int8 with a constant zero point")
+@rule(
+    "Q02",
+    SLOW_ELSEWHERE,
+    "quantize to int8 with a constant zero point",
+    "reads uint8 as int8, with wrong numbers; its parser rejects other types, and its builder a "
+    "computed zero point",
+)
 def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
     """Every zero point is a constant of a type the runtime has integer layers for.
 
@@ -110,12 +128,13 @@ def codes_are_of_a_known_type(index: Index) -> Iterator[Hit]:
             index.type(name) if name else attribute(node, "output_dtype", 0) or _codes(index, node)
         )
         if name and name not in index.fixed:
-            yield Hit(node, f"zero point {name} is computed; it must be a constant")
+            severity = {**SLOW_ELSEWHERE, RTX: "E"}
+            yield Hit(node, f"zero point {name} is computed; it must be a constant", severity)
         elif kind and kind not in _TYPES:
             yield Hit(
                 node,
                 f"the codes are {_type_name(kind)}, which the parser rejects or reads as int8",
-                {TENSORRT: "E"},
+                REFUSED,
             )
         if kind and kind not in _BYTES:
             elsewhere = {ONNXRUNTIME: "W", OPENVINO: "W"}
@@ -139,14 +158,21 @@ def zero_points_are_given(index: Index) -> Iterator[Hit]:
             yield Hit(node, "has no zero point, which means uint8 in ONNX and int8 in TensorRT")
 
 
-@rule("Q04", everywhere("E"), "write positive constant scales: one scalar, or one per channel")
+@rule(
+    "Q04",
+    everywhere("E"),
+    "write positive constant scales: one scalar, or one per channel",
+    "its parser rejects a negative scale, its builder dies of a computed one, and a scale of shape "
+    "(1,) leaves the layer in float",
+)
 def scales_are_numbers(index: Index) -> Iterator[Hit]:
     """Every scale is a finite, positive constant: a scalar, or 1-D with the size of the axis."""
     for node in _formats(index):
         name = arg(node, 1)
         scale = index.value(name)
         if name not in index.fixed:
-            yield Hit(node, f"scale {name} is computed; it must be a constant", SLOW_ELSEWHERE)
+            severity = {**SLOW_ELSEWHERE, RTX: "E"}
+            yield Hit(node, f"scale {name} is computed; it must be a constant", severity)
             continue
         if scale is None:
             continue
@@ -175,14 +201,19 @@ def _scale_shape(index: Index, node: NodeProto, scale: np.ndarray) -> Iterator[H
         yield Hit(
             node,
             "the scale has shape (1,), which prevents some fusions",
-            {TENSORRT: "W"},
+            {TENSORRT: "W", RTX: "W"},
             "write it as a scalar",
         )
     elif length is not None and scale.size != length:
         yield Hit(node, f"{scale.size} scales for axis {axis} of size {length}")
 
 
-@rule("Q05", {TENSORRT: "E", ONNXRUNTIME: "W"}, "quantize activations per tensor, with one scale")
+@rule(
+    "Q05",
+    {TENSORRT: "E", ONNXRUNTIME: "W", RTX: "W"},
+    "quantize activations per tensor, with one scale",
+    "builds it; the layer runs in float",
+)
 def channels_of_constants_only(index: Index) -> Iterator[Hit]:
     """Only constants are quantized per channel."""
     for node in _formats(index):
@@ -190,7 +221,12 @@ def channels_of_constants_only(index: Index) -> Iterator[Hit]:
             yield Hit(node, f"activation {arg(node, 0)} has {index.size(arg(node, 1))} scales")
 
 
-@rule("Q06", SLOW_ELSEWHERE, "quantize the weight along its output channels, or per tensor")
+@rule(
+    "Q06",
+    SLOW_ELSEWHERE,
+    "quantize the weight along its output channels, or per tensor",
+    "builds it; the layer runs in float, and so does every transposed convolution",
+)
 def weight_axes(index: Index) -> Iterator[Hit]:
     """Weights are quantized along the output axis; a ConvTranspose is best quantized per tensor.
 
@@ -231,6 +267,7 @@ def _transposed(node: NodeProto, axis: int) -> Iterator[Hit]:
         )
     else:
         yield Hit(node, "a ConvTranspose quantized per channel is fragile", {TENSORRT: "W"}, cure)
+    yield Hit(node, "a ConvTranspose runs in float", {RTX: "W"}, "leave it in float")
     if axis != 1:
         yield Hit(
             node,
@@ -269,7 +306,7 @@ def _output_axis(index: Index, layer: Layer) -> int | None:
     return 0
 
 
-@rule("Q07", everywhere("E"), "export with opset 13 or later")
+@rule("Q07", {**everywhere("E"), RTX: "I"}, "export with opset 13 or later")
 def opsets(index: Index) -> Iterator[Hit]:
     """The opset is at least 13 for per-channel scales, at most 20 for TensorRT 10.0 and 10.1."""
     if index.opset < 13:
@@ -288,8 +325,9 @@ def opsets(index: Index) -> Iterator[Hit]:
 
 @rule(
     "Q08",
-    {TENSORRT: "E"},
+    REFUSED,
     "keep the bias a float initializer without Q/DQ (ONNX Runtime: QuantizeBias=False)",
+    "its parser rejects int32; a bias in int8 it takes",
 )
 def biases_are_float(index: Index) -> Iterator[Hit]:
     """Every bias is a float constant: TensorRT has no DequantizeLinear for int32."""
@@ -307,7 +345,12 @@ def biases_are_float(index: Index) -> Iterator[Hit]:
             yield Hit(node, "dequantizes int32 codes")
 
 
-@rule("Q09", {TENSORRT: "E"}, "feed DequantizeLinear directly from its Q or integer constant")
+@rule(
+    "Q09",
+    {TENSORRT: "E", RTX: "I"},
+    "feed DequantizeLinear directly from its Q or integer constant",
+    "its builder refuses a transposition of codes; a Clip between Q and DQ does no harm",
+)
 def nothing_between(index: Index) -> Iterator[Hit]:
     """Nothing stands between a QuantizeLinear or an integer constant and its DequantizeLinear."""
     for dq in index.dequantizes:
@@ -317,13 +360,19 @@ def nothing_between(index: Index) -> Iterator[Hit]:
             continue
         root = index.maker(name, {*_BETWEEN, "Identity"})
         if name in index.fixed or (root is not None and root.op_type == Q):
-            yield Hit(dq, f"{node.op_type} stands between the codes and DequantizeLinear")
+            moves = node.op_type in MOVES and name in index.fixed
+            yield Hit(
+                dq,
+                f"{node.op_type} stands between the codes and DequantizeLinear",
+                REFUSED if moves else None,
+            )
 
 
 @rule(
     "Q22",
-    {TENSORRT: "E", OPENVINO: "W"},
+    {**REFUSED, OPENVINO: "W"},
     "export the model as Q/DQ (ONNX Runtime: quant_format=QuantFormat.QDQ)",
+    "its parser rejects it",
 )
 def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
     """No operator is one that only ONNX Runtime runs well.
@@ -333,7 +382,7 @@ def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
         foreign, integer = node.domain == "com.microsoft", node.op_type in _INTEGER_OPS
         if foreign or integer or node.op_type.startswith("QLinear"):
             name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
-            yield Hit(node, f"TensorRT does not know {name}", {TENSORRT: "E"})
+            yield Hit(node, f"TensorRT does not know {name}", REFUSED)
         if foreign:
             yield Hit(
                 node,
@@ -346,7 +395,7 @@ def operators_of_other_runtimes(index: Index) -> Iterator[Hit]:
 
 @rule(
     "Q24",
-    {TENSORRT: "I"},
+    {TENSORRT: "I", RTX: "I"},
     "give the builder an optimization profile: the smallest, the usual and the largest shape",
 )
 def dynamic_inputs(index: Index) -> Iterator[Hit]:
@@ -356,6 +405,26 @@ def dynamic_inputs(index: Index) -> Iterator[Hit]:
         if info.name not in index.tensors and shape and None in shape:
             where = ", ".join(str(i) for i, d in enumerate(shape) if d is None)
             yield Hit(info.name, f"dimension {where} is dynamic: a build without a profile fails")
+
+
+@rule(
+    "Q27",
+    REFUSED,
+    "write the weight as int8 codes, which hold 4 bits as well",
+    "its builder refuses a convolution, and computes a matrix product in float",
+)
+def int4_weights(index: Index) -> Iterator[Hit]:
+    """No layer between Q/DQ has a weight in int4: TensorRT multiplies only float by int4."""
+    four = (TensorProto.INT4, TensorProto.UINT4)
+    for layer in index.layers:
+        dq = index.dq(layer.weight) if layer.weight else None
+        if dq is None or index.type(arg(dq, 0)) not in four:
+            continue
+        if "Conv" in layer.node.op_type:
+            yield Hit(layer.node, "a convolution's weight is int4")
+        elif index.dq(layer.x) is not None:
+            says = "a weight is int4 and its input in int8, so it is computed in float"
+            yield Hit(layer.node, says, {TENSORRT: "W", RTX: "W"})
 
 
 @rule("Q25", everywhere("E"), "give both the same scale")

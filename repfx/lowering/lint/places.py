@@ -13,6 +13,7 @@ from repfx.graph.vocabulary import with_trait
 from repfx.lowering.lint.rulebook import (
     ONNXRUNTIME,
     OPENVINO,
+    RTX,
     SLOW_ELSEWHERE,
     TENSORRT,
     Hit,
@@ -57,7 +58,12 @@ def _conv_of(index: Index, name: str) -> NodeProto | None:
     return node if len([*index.readers(out(node), _LINEAR)]) == 1 else None
 
 
-@rule("Q10", SLOW_ELSEWHERE, "put Q/DQ on both the activation and the weight, or on neither")
+@rule(
+    "Q10",
+    SLOW_ELSEWHERE,
+    "put Q/DQ on both the activation and the weight, or on neither",
+    "builds it; the layer runs in float",
+)
 def both_or_neither(index: Index) -> Iterator[Hit]:
     """Every layer with a constant weight has both input and weight quantized, or neither."""
     for layer in index.layers:
@@ -171,7 +177,7 @@ def _parallel(index: Index, add: NodeProto) -> Iterator[list[NodeProto]]:
 
 @rule(
     "Q14",
-    everywhere("W"),
+    {**everywhere("W"), RTX: "I"},
     "merge the block into one convolution before quantizing (repfx.transform)",
 )
 def unmerged_blocks(index: Index) -> Iterator[Hit]:
@@ -203,7 +209,12 @@ def one_quantizer_a_tensor(index: Index) -> Iterator[Hit]:
             yield Hit(name, f"is quantized with {len(scales)} different scales")
 
 
-@rule("Q16", everywhere("W"), "quantize all inputs of the Concat with one common scale, or none")
+@rule(
+    "Q16",
+    everywhere("W"),
+    "quantize all inputs of the Concat with one common scale, or none",
+    "builds it; a convolution that reads two scales runs in float",
+)
 def concats(index: Index) -> Iterator[Hit]:
     """All inputs of a Concat are quantized with the same scale, or none is quantized.
 
@@ -217,7 +228,9 @@ def concats(index: Index) -> Iterator[Hit]:
         if found and len(found) < len(inputs):
             yield Hit(node, f"{len(found)} of {len(inputs)} inputs are quantized", {TENSORRT: "W"})
         elif any(not index.one_scale(found[0], d) for d in found[1:]):
-            severity = {TENSORRT: "W", OPENVINO: "W"} if direct else {TENSORRT: "W"}
+            severity = {TENSORRT: "W"}
+            if direct:
+                severity |= {OPENVINO: "W", RTX: "W"}
             yield Hit(node, "the inputs are quantized with different scales", severity)
         if found and direct:
             yield Hit(
@@ -270,7 +283,7 @@ def _spatial_mean(index: Index, node: NodeProto) -> bool:
     return len(shape) > 2 and {a % len(shape) for a in axes} == set(range(2, len(shape)))
 
 
-@rule("Q18", everywhere("W"), "remove one of the two quantizers")
+@rule("Q18", {**everywhere("W"), RTX: "I"}, "remove one of the two quantizers")
 def no_dq_to_q(index: Index) -> Iterator[Hit]:
     """No DequantizeLinear directly precedes a QuantizeLinear."""
     for q in index.quantizes:

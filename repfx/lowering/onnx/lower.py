@@ -71,8 +71,8 @@ def lower(
     quantized for. `float16`: scales, biases and layers that are not quantized are float16 in the
     file. Its inputs and outputs stay float32, and it is compared with the torch model rounded to
     float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From 21 on, weights of
-    4 bits or fewer are int4. `dynamic`: the height and width of each input are dynamic too, and
-    larger ones are compared as well.
+    4 bits or fewer are int4, but not for TensorRT, which multiplies int8 by int8 only. `dynamic`:
+    the height and width of each input are dynamic too, and larger ones are compared as well.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
     the model does not accept the example, the model fixes a size that `dynamic` frees, an output is
@@ -257,7 +257,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
         finish.keep_in_float(proto, every=form.float16)
     if form.float16:
         half.cast_ends(proto)
-    if form.opset >= 21:
+    if form.opset >= 21 and formats.runtime != "tensorrt":  # TensorRT multiplies int8 by int8
         quants = {
             n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight
         }
