@@ -161,6 +161,13 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 2 and "for one height and width: leave out --dynamic" in done.stderr
     done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q02" in done.stdout  # uint8 is for CPUs
+    done = run(folder, "lint", "cpu.onnx", "--select", "Q24", "--json")
+    assert done.returncode == 0 and {f["rule"] for f in json.loads(done.stdout)} == {"Q24"}
+    done = run(folder, "lint", "cpu.onnx", "--select", "Q99")
+    assert done.returncode == 2 and "unknown rule 'Q99'" in done.stderr
+    done = run(folder, "lint", "--explain", "Q08")
+    assert done.returncode == 0 and "its parser rejects int32" in done.stdout
+    assert run(folder, "lint").returncode == 2
     done = run(folder, "lint", "cpu.onnx", "--target", "onnxruntime")
     assert done.returncode == 0 and "nothing found" in done.stdout, done.stdout
     done = run(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.lowering.lint.findings import RULES, Finding, lint
+from repfx.lowering.lint.findings import RULES, Finding, explain, lint
+from repfx.lowering.lint.rulebook import REGISTRY, RUNTIMES
 from repfx.lowering.runtimes.layers import kernels
 from repfx.testing import randomise
 
@@ -542,6 +543,23 @@ def test_every_rule_has_a_case_for_each_of_its_targets() -> None:
         }, name
         assert set(severity.values()) <= set("EWI") and description
     assert RULES["Q08"][0] == {"tensorrt": "E", "rtx": "E"} and "bias" in RULES["Q08"][1]
+
+
+def test_the_page_of_rules_is_the_rules() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "lint.md").read_text().splitlines()
+    rows = [
+        f"| {name} | {r.description} | {r.cure} | "
+        f"{' | '.join(r.severity.get(t, '-') for t in RUNTIMES)} | {r.seen} |"
+        for name, r in sorted(REGISTRY.items())
+    ]
+    assert [line for line in page if line.startswith("| Q")] == rows
+
+
+def test_a_rule_is_explained() -> None:
+    said = explain("Q04")
+    assert "E for tensorrt" in said and "dies of a computed one" in said
+    with pytest.raises(repfx.InputError, match="unknown rule 'Q99'; choose one of: Q00"):
+        explain("Q99")
 
 
 def test_an_unknown_target_names_the_known_ones() -> None:
