@@ -124,6 +124,9 @@ def lower(
     )
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
+    if artifact.float32:
+        some = ", ".join(artifact.float32[:3]) + (", ..." if len(artifact.float32) > 3 else "")
+        say(f"in float32, since float16 does not hold their numbers: {some}")
     written = _Written(file, net, example, target, float16)
     written.compare(runtime, artifact.there, stops)
     for finding in api.lint(file, target=target_named(target).runtime):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx
 
-from repfx.lowering.onnx.index import DQ, Index, Q, arg, captured
+from repfx.lowering.onnx.index import DQ, Index, Q, arg, attribute, captured
 
 CALL = "repfx.quantizer"  # the key of a note on a QuantizeLinear that names the quantizer's call
 
@@ -87,6 +87,33 @@ def _same_constants(index: Index, a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
         x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y)
         for x, y in pairs
     )
+
+
+def widen(proto: onnx.ModelProto) -> None:
+    """Makes each Cast of dequantized codes to float32 a DequantizeLinear with a float32 scale.
+
+    A layer that stays in float32 in a float16 file reads its codes so. With a Cast between them it
+    would not run in integers."""
+    index = Index(proto)
+    for node in proto.graph.node:
+        dq = index.made.get(node.input[0]) if node.op_type == "Cast" else None
+        if dq is None or dq.op_type != DQ or attribute(node, "to", 0) != onnx.TensorProto.FLOAT:
+            continue
+        scale = index.value(dq.input[1])
+        if scale is None or scale.dtype != np.float16:
+            continue
+        name = f"{node.output[0]}.scale"
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(scale.astype(np.float32), name))
+        wide = onnx.helper.make_node(
+            DQ, [dq.input[0], name, *dq.input[2:]], list(node.output), name=node.name
+        )
+        wide.attribute.extend(dq.attribute)
+        node.CopyFrom(wide)
+    read = {i for node in proto.graph.node for i in node.input} | index.outputs
+    kept = [n for n in proto.graph.node if n.op_type != DQ or not read.isdisjoint(n.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    drop_unread(proto)
 
 
 def narrow(proto: onnx.ModelProto, names: set[str]) -> None:

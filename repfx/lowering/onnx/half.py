@@ -6,7 +6,6 @@ rounds, as runtimes do."""
 from __future__ import annotations
 
 import copy
-import math
 from operator import attrgetter
 
 import onnx
@@ -17,23 +16,22 @@ from torch.utils._pytree import tree_map_only
 
 from repfx.capture.model import graphs
 from repfx.errors import InputError
-from repfx.graph.run_node import Interpreter
+from repfx.lowering.onnx.wide import LARGEST, WORST, cast_edges, is_wide, kept, off
 from repfx.quant import FakeQuant
 
 OPSET = 19  # the first with QuantizeLinear in float16
-# The largest relative error of a scale in float16: half a step at the end of an 8-bit grid.
-WORST = 2**-8
 
 
 def constants(model: nn.Module) -> nn.Module:
     """A float32 copy with constants rounded to float16; quantized weights keep their values.
 
-    Of a quantized weight only the scale is rounded. Raises InputError where a constant is too large
-    for float16 or a scale is too small."""
+    Of a quantized weight only the scale is rounded, and nothing of what stays in float32 (`wide`).
+    Raises InputError for a part with a graph of its own that has such a number."""
     _check(model)
     model = copy.deepcopy(model)
     coded = set()
     for _, module in graphs(model):
+        coded |= {id(getattr(holder, name)) for holder, name in kept(module)}
         for node in module.graph.nodes:
             quant = module.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(quant, FakeQuant) and quant.of_weight and node.args[0].op == "get_attr":
@@ -46,13 +44,17 @@ def constants(model: nn.Module) -> nn.Module:
 
 
 def operators(model: nn.Module) -> nn.Module:
-    """A float32 copy in which the output of each operator is rounded to float16."""
+    """A float32 copy in which the output of each operator is rounded to float16.
+
+    Those of operators that stay in float32 are rounded where another operator reads them."""
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         graph = module.graph
-        for node in list(graph.nodes):
-            if node.op in ("output", "get_attr"):
-                continue
+        quants = {n for n in graph.nodes if n.op == "call_module"}
+        quants = {n for n in quants if isinstance(_called(module, n), FakeQuant)}
+        plain = [n for n in graph.nodes if n.op not in ("output", "get_attr") and not is_wide(n)]
+        cast_edges(module, quants, copied_half)
+        for node in plain:
             with graph.inserting_before(node.next):
                 call = graph.call_function(
                     copied_half if node.op == "placeholder" else to_half, (node,)
@@ -60,6 +62,10 @@ def operators(model: nn.Module) -> nn.Module:
             node.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
         module.recompile()
     return model
+
+
+def _called(module: fx.GraphModule, node: fx.Node) -> nn.Module:
+    return module.get_submodule(str(node.target))
 
 
 def to_half(value: object) -> object:
@@ -73,34 +79,6 @@ def to_half(value: object) -> object:
     return tree_map_only(Tensor, rounded, value)
 
 
-def check_range(model: nn.Module, args: tuple[object, ...]) -> None:
-    """Raises InputError naming the first operator whose result on this input overflows float16."""
-    largest = torch.finfo(torch.float16).max
-    beyond: list[str] = []
-
-    class Halves(Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            result = super().run_node(n)
-            if (
-                isinstance(result, Tensor)
-                and result.is_floating_point()
-                and result.numel()
-                and n.op.startswith("call")
-            ):
-                top = float(result.abs().max())
-                if math.isfinite(top) and top > largest:
-                    beyond.append(f"{n.name} reaches {top:.3g}")
-            return result
-
-    if isinstance(model, fx.GraphModule):
-        with torch.no_grad():
-            Halves(model).run(*args)
-    if beyond:
-        raise InputError(
-            f"{beyond[0]}, but float16 ends at {largest:g}: lower the model in float32"
-        )
-
-
 def copied_half(value: object) -> object:
     return tree_map_only(
         Tensor, lambda t: t.half().float() if t.dtype == torch.float32 else t, value
@@ -108,7 +86,19 @@ def copied_half(value: object) -> object:
 
 
 def in_half(model: nn.Module) -> nn.Module:
-    """Converts the model to float16 in place, the constants of its graphs included."""
+    """Converts the model to float16 in place, the constants of its graphs included.
+
+    What float16 cannot hold stays in float32 (`wide`)."""
+    held = [
+        (holder, name, getattr(holder, name))
+        for _, module in graphs(model)
+        for holder, name in kept(module)
+    ]
+    held = [
+        (holder, name, value.detach().clone())
+        for holder, name, value in held
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
     model = model.half()
     for _, module in graphs(model):
         for node in module.graph.nodes:
@@ -117,31 +107,32 @@ def in_half(model: nn.Module) -> nn.Module:
                 value = getattr(holder := module.get_submodule(parent), name)
                 if isinstance(value, Tensor) and value.dtype == torch.float32:
                     setattr(holder, name, value.half())
+    for holder, name, value in held:
+        old = getattr(holder, name)
+        again = nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
+        setattr(holder, name, again)
     return model
 
 
 def _check(model: nn.Module) -> None:
-    largest = torch.finfo(torch.float16).max
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and float(tensor.detach().abs().max()) > largest
-        ):
-            raise InputError(
-                f"{name} holds values beyond float16's {largest:g}: lower the model in float32"
-            )
-    for name, quant in model.named_modules():
-        if not isinstance(quant, FakeQuant):
+    """Raises InputError for a number in a part of the model that float16 does not hold."""
+    for path, part in graphs(model):
+        if not path:  # the whole model: there `wide` marks what stays in float32
             continue
-        step = quant.step.detach().float()
-        off = float(((step.half().float() - step) / step).abs().max())
-        if off > WORST:
-            small = float(step.min())
-            raise InputError(
-                f"a scale of {name}, {small:.2g}, is {off:.1%} off in float16: lower the "
-                "model in float32"
-            )
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            large = tensor.is_floating_point() and tensor.numel()
+            if large and float(tensor.detach().abs().max()) > LARGEST:
+                raise InputError(
+                    f"{path}.{name} holds values beyond float16's {LARGEST:g}: lower the model in "
+                    "float32"
+                )
+        for name, quant in part.named_modules():
+            if isinstance(quant, FakeQuant) and (error := off(quant)) > WORST:
+                small = float(quant.step.detach().min())
+                raise InputError(
+                    f"a scale of {path}.{name}, {small:.2g}, is {error:.1%} off in float16: lower "
+                    "the model in float32"
+                )
 
 
 def cast_ends(proto: onnx.ModelProto) -> None:

@@ -27,7 +27,7 @@ from repfx.files.store import write_whole
 from repfx.graph.effects import is_dead
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
-from repfx.lowering.onnx import finish, half, older, sizes
+from repfx.lowering.onnx import finish, half, older, sizes, wide
 from repfx.lowering.onnx.biases import IntegerBias, WrittenBias
 from repfx.lowering.onnx.check import How, checked, reference
 from repfx.lowering.onnx.exporter import export
@@ -45,11 +45,13 @@ class Artifact:
 
     `onnx`: the file. `parity`: how it compares with the torch model on the example in ONNX Runtime.
     `there`: the same in the target's own runtime, where that is a different one and is installed;
-    None otherwise."""
+    None otherwise. `float32`: the operators of a float16 file that stay in float32, because float16
+    does not hold their numbers."""
 
     onnx: Path
     parity: Parity
     there: Parity | None = None
+    float32: tuple[str, ...] = ()
 
 
 def lower(
@@ -85,9 +87,12 @@ def lower(
     _check_formats(model, target)
     _check_types(model)
     _check_outputs(model, args)
-    model = reference(model, target, float16)
     if float16:
-        half.check_range(model, args)
+        model = copy.deepcopy(model)
+        float32 = wide.mark(model, args)
+    else:
+        float32 = ()
+    model = reference(model, target, float16)
     proto = _export(model, args, form)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -102,7 +107,7 @@ def lower(
     if dynamic:
         sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, how))
     write_whole(path, lambda part: onnx.save(proto, part))
-    return Artifact(Path(path), parity, there)
+    return Artifact(Path(path), parity, there, float32)
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,7 @@ class _Activation(nn.Module):
     With `offset` a signed grid is written as unsigned codes around 128 (`Target`)."""
 
     scale: Tensor
+    wide: Tensor  # the same in float32, in a float16 file
 
     def __init__(self, quant: FakeQuant, path: str) -> None:
         super().__init__()
@@ -179,12 +185,14 @@ class _Activation(nn.Module):
     def forward(self, x: Tensor, offset: bool) -> Tensor:
         name, self.calls = finish.codes_name(self.path, self.calls), self.calls + 1
         zero = self.get_buffer(f"zero_{offset}")
-        inputs, note = (x, self.scale, zero), {finish.CALL: name}
+        # In a float16 file, what it reads may be in float32.
+        scale = self.scale if x.dtype == self.scale.dtype else self.wide
+        inputs, note = (x, scale, zero), {finish.CALL: name}
         q = torch.onnx.ops.symbolic(
             "QuantizeLinear", inputs, dtype=zero.dtype, shape=x.shape, metadata_props=note
         )
         return torch.onnx.ops.symbolic(
-            "DequantizeLinear", (q, self.scale, zero), dtype=x.dtype, shape=x.shape
+            "DequantizeLinear", (q, self.scale, zero), dtype=self.scale.dtype, shape=x.shape
         )
 
 
@@ -247,22 +255,36 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
     """The ONNX graph of the model, exported from a copy whose quantizers are symbolic."""
     formats = target_named(form.target)
     symbolic = _symbolic(model, formats)
-    wide = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
+    given = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
     if form.float16:
         half.in_half(symbolic)
-        wide = tuple(a.half() if a.dtype == torch.float32 else a for a in wide)
-    proto = export(symbolic, wide, form.opset, form.dynamic)
+        _cast(symbolic)
+        given = tuple(a.half() if a.dtype == torch.float32 else a for a in given)
+    proto = export(symbolic, given, form.opset, form.dynamic)
     finish.round_once(proto)
     if formats.between == "all":
         finish.keep_in_float(proto, every=form.float16)
     if form.float16:
         half.cast_ends(proto)
+        finish.widen(proto)
     if form.opset >= 21 and formats.runtime != "tensorrt":  # TensorRT multiplies int8 by int8
         quants = {
             n: m for n, m in model.named_modules() if isinstance(m, FakeQuant) and m.of_weight
         }
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
+
+
+def _cast(model: nn.Module) -> None:
+    """Puts casts around what stays in float32 in a model in float16."""
+    for _, module in graphs(model):
+        quants = {n for n in module.graph.nodes if n.op == "call_module"}
+        quants = {n for n in quants if isinstance(module.get_submodule(str(n.target)), _Activation)}
+        wide.cast_edges(module, quants, wide.to_float16, wide.to_float)
+        module.recompile()
+    for layer in model.modules():
+        if isinstance(layer, _Activation):
+            layer.register_buffer("wide", layer.scale.float())
 
 
 def _symbolic(model: nn.Module, formats: Target) -> nn.Module:
