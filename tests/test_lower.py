@@ -290,6 +290,17 @@ def test_openvino_computes_what_the_file_says(seed: int, tmp_path: Path) -> None
     assert compare(int8, onnx.load(file), (x,), "openvino").agrees
 
 
+class Over(nn.Module):
+    """Divides by a number that float16 does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("large", torch.tensor([[[1e5]]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.large
+
+
 def beyond_float16(how: str) -> tuple[nn.Module, set[str]]:
     """A calibrated model with a number that float16 does not hold, and what stays in float32."""
     layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.SiLU(), nn.Conv2d(6, 5, 1)]
@@ -302,6 +313,8 @@ def beyond_float16(how: str) -> tuple[nn.Module, set[str]]:
             model[2].weight.mul_(1e-5)
         elif how == "small weights":
             model[2].weight.mul_(1e-8)
+        elif how == "large constant":
+            model.append(Over())
         elif how == "small activations":
             model[0].weight.mul_(1e-8)
             model[0].bias.mul_(1e-8)
@@ -310,13 +323,14 @@ def beyond_float16(how: str) -> tuple[nn.Module, set[str]]:
     stays = {
         "large bias": {"conv2d_1", "_3", "conv2d_2"},
         "large result": {"conv2d", "_1", "conv2d_1"},
+        "large constant": {"truediv"},
         "small weights": {"conv2d_1"},
         "small activations": {"conv2d", "_1", "conv2d_1"},
     }[how]
     return repfx.calibrate(int8, [pictures()]), stays
 
 
-HOW = ["large bias", "large result", "small weights", "small activations"]
+HOW = ["large bias", "large result", "large constant", "small weights", "small activations"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -335,6 +349,9 @@ def test_what_float16_cannot_hold_stays_in_float32(how: str, tmp_path: Path) -> 
     types = [index.type(layer.x) for layer in index.layers]
     wide = sum(name.startswith("conv2d") for name in stays)
     assert types.count(onnx.TensorProto.FLOAT) == wide and len(types) == 3
+    # The SiLU is in float32 only if it is named.
+    (sigmoid,) = [n for n in index.nodes if n.op_type == "Sigmoid"]
+    assert (index.type(sigmoid.output[0]) == onnx.TensorProto.FLOAT) == ("_3" in stays)
 
 
 class Parts(nn.Module):

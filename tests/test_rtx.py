@@ -99,13 +99,14 @@ def test_ctrl_c_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before, start = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             run()
     finally:
         signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, fx, nn
 import repfx
 from repfx.blocks import RepVGG
 from repfx.capture.exported import load_exported
+from repfx.cli.inputs import example_for
+from repfx.graph.inputs import note_inputs, noted_inputs
 from repfx.testing import assert_same, randomise
 
 
@@ -244,3 +247,31 @@ def test_pickles_inside_programs_are_refused(tmp_path: Path) -> None:
         archive.writestr(f"{root}/data/constants/opaque_obj_0", pickle.dumps(print))
     with pytest.raises(repfx.InputError, match="opaque_obj_0"):
         load_exported(path)
+
+
+def test_a_saved_model_knows_the_size_of_its_inputs(tmp_path: Path) -> None:
+    """That of the example, or of the images it was calibrated on; `repfx lower` takes it."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    guessed = repfx.transform(net, ["ptq"])
+    assert noted_inputs(guessed) == []
+    given = repfx.transform(net, ["fuse"], example=torch.randn(2, 3, 20, 12))
+    assert noted_inputs(given) == [(torch.float32, (3, 20, 12))]
+    assert noted_inputs(repfx.transform(given, ["ptq"])) == [(torch.float32, (3, 20, 12))]
+    repfx.calibrate(guessed, [torch.randn(4, 3, 24, 40)])
+    repfx.save(guessed, tmp_path / "int8.pt")
+    loaded = repfx.load(tmp_path / "int8.pt")
+    assert noted_inputs(loaded) == [(torch.float32, (3, 24, 40))]
+    (x,) = example_for(loaded, None, None)
+    assert x.shape == (2, 3, 24, 40)
+    assert example_for(loaded, None, "3,8,8")[0].shape == (2, 3, 8, 8)
+
+
+def test_inputs_of_several_kinds_are_kept(tmp_path: Path) -> None:
+    model: Any = nn.Module()
+    model.meta = {}
+    note_inputs(model, (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2)))
+    assert noted_inputs(model) == [(torch.int64, (5,)), (torch.float32, ())]
+    shapes = [(x.dtype, tuple(x.shape)) for x in example_for(model, None, None)]
+    assert shapes == [(torch.int64, (2, 5)), (torch.float32, (2,))]
+    note_inputs(model, ([torch.zeros(2)],))
+    assert noted_inputs(model) == []
