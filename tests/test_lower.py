@@ -298,7 +298,7 @@ class Over(nn.Module):
         self.register_buffer("large", torch.tensor([[[1e5]]]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.sigmoid() / self.large
+        return x.abs() / self.large
 
 
 def beyond_float16(how: str) -> tuple[nn.Module, set[str]]:
