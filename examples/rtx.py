@@ -10,7 +10,6 @@ lines, and a run resumes where the last one stopped. It exits with 1 if one diff
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import onnx
 import torch
 import torch.nn.functional as F
+from isa import nets as others
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,9 +33,7 @@ from repfx.lowering.onnx.index import Index
 from repfx.lowering.tensorrt import rtx
 from repfx.lowering.tensorrt.engine import build
 from repfx.testing import randomise
-from repfx.testing.random_net import random_net
 
-HERE = Path(__file__).parent
 GROUPS = ("timm", "whole", "placement", "random")
 Make = Callable[[], tuple[nn.Module, Tensor]]
 
@@ -113,35 +111,11 @@ WHOLE: dict[str, Callable[[], nn.Module]] = {
 
 
 def nets(group: str, count: int) -> Iterator[tuple[str, Make]]:
-    if group == "random":
-        for seed in range(count):
-            yield f"random {seed}", lambda seed=seed: random_net(seed)
-    elif group == "whole":
-        for name, kind in WHOLE.items():
-            yield name, lambda kind=kind: (randomise(kind().eval()), torch.randn(4, 3, 32, 32))
-    elif group == "placement":
-        path = HERE.parent / "tests" / "test_placement.py"
-        spec = importlib.util.spec_from_file_location("placed", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for kind in module.NETS:
-            yield kind.__name__, lambda kind=kind: module.made(kind, "tensorrt")[::2]
-    else:
-        sys.path.insert(0, str(HERE))
-        from zoo_int8 import MODELS
-
-        for name in MODELS:
-            yield name, lambda name=name: of_timm(name)
-
-
-def of_timm(name: str) -> tuple[nn.Module, Tensor]:
-    from zoo import timm
-    from zoo_int8 import settle
-
-    net, x = timm.create_model(name).eval(), torch.randn(4, 3, 96, 96)
-    settle(net, x)
-    return net, x
+    if group != "whole":
+        yield from others("zoo" if group == "timm" else group, count)
+        return
+    for name, kind in WHOLE.items():
+        yield name, lambda kind=kind: (randomise(kind().eval()), torch.randn(4, 3, 32, 32))
 
 
 def row(make: Make, float16: bool, folder: Path) -> dict[str, Any]:
