@@ -338,3 +338,14 @@ def test_grouped_3d_convolutions_of_signed_values(tmp_path: Path) -> None:
         assert sum(hasattr(m, "of_weight") and m.of_weight for m in model.modules()) == 2
         full: Any = repfx.transform(net, [spec], example=x, target="openvino-vnni")
         assert not [d for d in full.meta["repfx"].declined if "halves the weights" in d.reason]
+
+
+def test_an_emulator_on_which_numpy_does_not_start_is_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer builds of numpy do not start on every old processor that qemu emulates."""
+    qemu = tmp_path / "qemu-x86_64"
+    qemu.write_text('#!/bin/sh\n[ "$2" = Haswell ] || exit 132\nexec true\n')
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [isa.name for isa in isas("onnxruntime")] == ["AVX2 (emulated)"]

@@ -6,6 +6,7 @@ that it emulates."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -94,9 +95,17 @@ def isas(runtime: str) -> list[Isa]:
             if able.get(needs)
         ]
     qemu = shutil.which("qemu-x86_64")
-    return (
-        [Isa(name, emulator=(qemu, "-cpu", cpu)) for name, cpu in _EMULATED.items()] if qemu else []
-    )
+    emulated = [Isa(name, emulator=(qemu, "-cpu", cpu)) for name, cpu in _EMULATED.items() if qemu]
+    return [isa for isa in emulated if _starts(isa.emulator)]
+
+
+@functools.cache
+def _starts(emulator: tuple[str, ...]) -> bool:
+    """Whether numpy and ONNX Runtime start on an emulated processor; newer builds need newer ones.
+
+    It takes a few seconds."""
+    command = [*emulator, sys.executable, "-c", "import numpy, onnxruntime"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def chosen(runtime: str, wanted: str) -> list[Isa]:
