@@ -354,6 +354,52 @@ def test_what_float16_cannot_hold_stays_in_float32(how: str, tmp_path: Path) -> 
     assert (index.type(sigmoid.output[0]) == onnx.TensorProto.FLOAT) == ("_3" in stays)
 
 
+class Beyond(nn.Module):
+    """What float16 does not hold, in the places where it is easily missed."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.norm, self.layer = nn.BatchNorm2d(4), nn.LayerNorm(16)
+        scale = {"input": 1e-3, "view": 1e-7, "pair": 2e3, "statistics": 1e3, "twice": 2e5}
+        with torch.no_grad():
+            self.a.weight.mul_(scale.get(how, 1.0))
+            self.a.bias.mul_(scale.get(how, 1.0))
+            self.norm.running_var.fill_(1e6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "input":
+            return self.b(self.a(x * 5e4).relu())
+        y = self.a(x)
+        if self.how == "view":
+            y[:, :2].relu_()
+            return y
+        if self.how == "pair":
+            v, m = torch.var_mean(y, (2, 3), keepdim=True)
+            return self.b((y - m) / v.sqrt())
+        if self.how == "statistics":
+            return self.b(self.norm(y.relu()))
+        if self.how == "twice":
+            return self.b(self.layer(y) + self.layer(y * 1e-5))
+        return self.b(nn.functional.normalize(y.relu(), dim=1))
+
+
+@pytest.mark.parametrize("how", ["input", "view", "pair", "statistics", "twice", "number"])
+@pytest.mark.parametrize("quantize", [True, False])
+def test_float16_in_odd_places(how: str, quantize: bool, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    x = x.abs() * 2e5 if how == "input" else x
+    model: nn.Module = Beyond(how).eval()
+    if quantize:
+        model = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), [x])
+    plain = model(x)
+    artifact = repfx.lower(model, tmp_path / "half.onnx", example=x, float16=True)
+    assert artifact.float32
+    (got,) = session("onnxruntime", onnx.load(artifact.onnx))((x,))
+    assert difference(plain, got).sqnr > 30
+
+
 class Parts(nn.Module):
     """Its own forward looks at the data, so its parts have graphs of their own."""
 

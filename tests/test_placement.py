@@ -612,3 +612,35 @@ def test_two_formats_in_a_row_both_stay(tmp_path: Path) -> None:
     found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="onnxruntime")
     assert found.parity.agrees
     assert [f.rule for f in repfx.lint(found.onnx, "onnxruntime") if f.severity in "EW"] == ["Q18"]
+
+
+class Through(nn.Module):
+    """A convolution's output is written to through a view of it, and read by another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.how == "slice":
+            y[:, :2].sub_(0.5)
+        elif self.how == "view":
+            y.view_as(y).mul_(0.1)
+        elif self.how == "size":
+            return self.b(y) + x.size(2)
+        else:
+            y = y.relu()
+            y.flatten(2).sub_(1.0)
+        return self.b(y)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("how", ["slice", "view", "flatten", "size"])
+def test_no_quantizer_takes_a_write_away(how: str, target: str) -> None:
+    x = torch.randn(4, 3, 16, 16)
+    net = Through(how).eval()
+    int8 = repfx.transform(net, ["ptq"], example=x, target=target)
+    repfx.calibrate(int8, [x])
+    assert repfx.verify(net, int8, x).sqnr > 25

@@ -63,6 +63,10 @@ class Writes:
         readers = [u for u in value.users if Trait.MEASURES not in kind_of(u).traits]
         return len(readers) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
+    def through(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether the node overwrites memory of others through this value, a view of it."""
+        return value in self.by.get(node, ()) and self._may_alias(value)
+
     def may_write(self, node: fx.Node) -> bool:
         """Whether the node may overwrite its first argument: fresh memory that only it reads."""
         value = node.args[0] if node.args else None

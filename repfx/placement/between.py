@@ -79,7 +79,9 @@ def find_places(
     others = [
         (n, x, layer)
         for n, x, layer in others
-        if not view.writes.changed(x) and not _is_quantized(view, x) and _has_values(x)
+        if not (view.writes.changed(x) or view.writes.through(n, x) or _is_quantized(view, x))
+        and _has_values(x)
+        and not view.is_size(x)
     ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless

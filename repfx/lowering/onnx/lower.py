@@ -82,7 +82,8 @@ def lower(
     does not compute what the model computes."""
     form = _Form(target, opset, float16, dynamic)
     args = _inputs(as_args(example, model) or ())
-    if isinstance(model, torch.export.ExportedProgram):
+    bare = float16 and isinstance(model, nn.Module) and next(graphs(model), None) is None
+    if bare or isinstance(model, torch.export.ExportedProgram):
         model = capture(model, args).model
     _check_formats(model, target)
     _check_types(model)
@@ -259,7 +260,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
     if form.float16:
         half.in_half(symbolic)
         _cast(symbolic)
-        given = tuple(a.half() if a.dtype == torch.float32 else a for a in given)
+        given = _in_half(symbolic, given)
     proto = export(symbolic, given, form.opset, form.dynamic)
     finish.round_once(proto)
     if formats.between == "all":
@@ -273,6 +274,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
         }
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
+
+
+def _in_half(model: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs in float16, but for those that it does not hold."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    stays = [wide.is_wide(n) for n in nodes if n.op == "placeholder"] or [False] * len(given)
+    return tuple(
+        a.half() if a.dtype == torch.float32 and not kept else a
+        for a, kept in zip(given, stays, strict=False)
+    )
 
 
 def _cast(model: nn.Module) -> None:

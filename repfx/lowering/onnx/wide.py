@@ -2,7 +2,7 @@
 
     a result beyond 65504           the operator and what reads it, up to the next quantizer
     a scale that float16 rounds     of a weight: its layers; of an activation: what makes it as well
-    a constant beyond 65504         what reads it
+    a constant or an input beyond   what reads it
 
 Such nodes are marked. Between them values pass in float32; a Cast stands where they meet others."""
 
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from repfx.graph.run_node import Interpreter
+from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant
 
 LARGEST = torch.finfo(torch.float16).max
@@ -41,20 +42,45 @@ def mark(model: nn.Module, args: tuple[Any, ...]) -> tuple[str, ...]:
     for node in list(found):
         found |= _readers(node, quants)
     for node in model.graph.nodes:
-        if node.op == "get_attr" and _reach(_value(model, node)) > LARGEST:
+        if node.op == "get_attr" and _unfit(_value(model, node)):
             found |= _readers(node, quants)
+        elif node.op == "call_module" and node not in quants:
+            layer = model.get_submodule(str(node.target))
+            if any(map(_unfit, layer.parameters())) or any(map(_lost, layer.buffers())):
+                found.add(node)
+        elif node.op.startswith("call") and any(map(_lost, _numbers(node))):
+            found.add(node)
         quant = quants.get(node)
         if quant is not None and off(quant) > WORST:
             found |= {node, *_readers(node, quants)}
             made = node.all_input_nodes[0]
             if not quant.of_weight and made.op.startswith("call") and made not in quants:
                 found.add(made)
-    for node, quant in quants.items():  # layers may share a weight
-        if quant.of_weight and not found.isdisjoint(node.users):
-            found |= {node, *_readers(node, quants)}
+    found = _together(model, found, quants)
     for node in found:
         node.meta[_MARK] = True
     return tuple(n.name for n in model.graph.nodes if n in found and n not in quants)
+
+
+def _together(
+    model: fx.GraphModule, found: set[fx.Node], quants: dict[fx.Node, FakeQuant]
+) -> set[fx.Node]:
+    """The nodes, with those that have to be in the same precision as one of them.
+
+    These are layers that share a weight, calls of one module, and values that share memory that is
+    written to: a cast would be a copy, and the write would be lost."""
+    writes = GraphView(model).writes
+    groups = [{writer, *values} for writer, values in writes.by.items()]
+    calls: dict[str, set[fx.Node]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and node not in quants:
+            calls.setdefault(str(node.target), set()).add(node)
+    groups += [{node, *_readers(node, quants)} for node, q in quants.items() if q.of_weight]
+    groups += calls.values()
+    groups = [{n for n in group if n.op.startswith("call")} for group in groups]
+    while more := [g for g in groups if not g.isdisjoint(found) and not g <= found]:
+        found = found.union(*more)
+    return found
 
 
 def off(quant: FakeQuant) -> float:
@@ -97,11 +123,9 @@ def cast_edges(
 def _between(
     graph: fx.Graph, node: fx.Node, readers: set[fx.Node], function: Callable[[Any], Any]
 ) -> None:
-    if not readers:
-        return
-    with graph.inserting_after(node):
-        call = graph.call_function(function, (node,))
-    for reader in readers:
+    for reader in readers:  # right before it, since the value may be written to until then
+        with graph.inserting_before(reader):
+            call = graph.call_function(function, (node,))
         reader.replace_input_with(node, call)
 
 
@@ -132,11 +156,33 @@ def _value(model: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _reach(value: Any) -> float:
-    """The largest magnitude of a float tensor; 0 for anything else."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-        return 0.0
-    top = float(value.detach().abs().max())
-    return top if math.isfinite(top) else 0.0
+    """The largest magnitude in the float tensors of a value; 0 if there are none."""
+    found = [
+        float(t.detach().abs().max())
+        for t in tree_leaves(value)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.numel()
+    ]
+    return max([top for top in found if math.isfinite(top)], default=0.0)
+
+
+def _unfit(value: Any) -> bool:
+    """Whether a float tensor reaches beyond float16, or is so small that float16 rounds all of it.
+
+    Single small numbers among larger ones do no harm."""
+    return (top := _reach(value)) > LARGEST or 0 < top < torch.finfo(torch.float16).tiny
+
+
+def _lost(value: Any) -> bool:
+    """Whether a number, or one of a tensor, becomes 0 or infinite in float16."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return False
+    t = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    rounded = t.to(torch.float32).half()
+    return bool((t.isfinite() & (rounded.isinf() | ((rounded == 0) & (t != 0)))).any())
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    return [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
 
 
 def _beyond(model: fx.GraphModule, args: tuple[Any, ...]) -> set[fx.Node]:
@@ -146,7 +192,7 @@ def _beyond(model: fx.GraphModule, args: tuple[Any, ...]) -> set[fx.Node]:
     class Reach(Interpreter):
         def run_node(self, n: fx.Node) -> object:
             result = super().run_node(n)
-            if n.op.startswith("call") and _reach(result) > LARGEST:
+            if n.op.startswith(("call", "placeholder")) and _reach(result) > LARGEST:
                 found.add(n)
             return result
 
