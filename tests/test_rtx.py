@@ -111,13 +111,17 @@ def test_ctrl_c_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.kill(int(started.read_text()), 0)
 
 
-def test_unknown_gpus_are_named(tmp_path: Path) -> None:
+def test_unknown_gpus_are_named() -> None:
     with pytest.raises(InputError, match=r"8\.0, 8\.6, 8\.9, 12\.0, 12\.1, not '7\.5'"):
         rtx.capabilities(["8.6", "7.5"])
-    with pytest.raises(MissingPart, match="rtx"):
-        if rtx.module() is None:
-            build(write(tmp_path, nn.Conv2d(3, 4, 1)), tmp_path / "e", compute_capability=["8.6"])
-        raise MissingPart("rtx")  # it is installed here
+
+
+def test_without_it_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtx, "MODULES", ("no_such_module",))
+    path = write(tmp_path, nn.Conv2d(3, 4, 1))
+    with pytest.raises(MissingPart, match=r"pip install 'repfx\[rtx\]'"):
+        engine_of(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"net.onnx"}
 
 
 def write(folder: Path, net: nn.Module, size: int = 16, target: str = "tensorrt") -> Path:

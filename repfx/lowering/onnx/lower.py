@@ -231,7 +231,7 @@ def _check_formats(model: nn.Module, target: str) -> None:
             raise InputError(
                 f"{name} rounds activations to {m.grid.bits} bits, but integer layers in TensorRT "
                 "and the ONNX runtimes take 8. Quantize with ptq(bits=8), or with ptq(bits=8, "
-                "weight_bits=4), whose weights are int4 from opset 21 on. This model still runs "
+                "weight_bits=4), whose weights have 4 bits. This model still runs "
                 "in torch"
             )
         elif m.of_weight and m.grid.bits > 8:
