@@ -54,8 +54,10 @@ class Once(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
-    """Runs ONNX Runtime's preparation and quantize_static: uint8 activations, int8 per channel."""
+def theirs(plain: Path, goal: Path, x: Tensor, **options: Any) -> Path:
+    """Runs ONNX Runtime's preparation and quantize_static: uint8 activations, int8 per channel.
+
+    `options` are more arguments of quantize_static, or others."""
     import onnx
 
     quant_pre_process(str(plain), str(goal.with_suffix(".pre.onnx")), skip_symbolic_shape=True)
@@ -66,8 +68,8 @@ def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
         Once(name, x),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
-        activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        **{"activation_type": QuantType.QUInt8, **options},
     )
     return goal
 

@@ -16,41 +16,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_runtimes import Once
-from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from bench_runtimes import theirs
+from onnxruntime.quantization import QuantType
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 from zoo import timm
 from zoo_int8 import MODELS, settle
 
 import repfx
 from repfx.lowering.tensorrt.engine import Engine, build
 
-
-def theirs(plain: Path, goal: Path, x: Tensor) -> Path:
-    import onnx
-
-    ready = goal.with_suffix(".pre.onnx")
-    quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
-    name = onnx.load(plain).graph.input[0].name
-    quantize_static(
-        str(ready),
-        str(goal),
-        Once(name, x),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,
-        },
-    )
-    return goal
+FOR_TENSORRT = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
 
 
 def cell(engine: Engine) -> str:
@@ -68,7 +45,8 @@ def row(name: str, folder: Path) -> list[str]:
     files = [repfx.lower(int8, folder / "ours.onnx", example=x).onnx]
     for form, model in (("merged", merged), ("trained", repfx.transform(net, [], example=x))):
         plain = repfx.lower(model, folder / f"{form}.onnx", example=x).onnx
-        files.append(theirs(plain, folder / f"{form}_int8.onnx", x))
+        goal, kind = folder / f"{form}_int8.onnx", QuantType.QInt8
+        files.append(theirs(plain, goal, x, activation_type=kind, extra_options=FOR_TENSORRT))
     cells = [name]
     for file in files:
         try:

@@ -11,7 +11,7 @@ from operator import attrgetter
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from repfx.capture.model import graphs
@@ -50,10 +50,8 @@ def operators(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for _, module in graphs(model):
         graph = module.graph
-        quants = {n for n in graph.nodes if n.op == "call_module"}
-        quants = {n for n in quants if isinstance(_called(module, n), FakeQuant)}
         plain = [n for n in graph.nodes if n.op not in ("output", "get_attr") and not is_wide(n)]
-        cast_edges(module, quants, copied_half)
+        cast_edges(module, FakeQuant, copied_half)
         for node in plain:
             with graph.inserting_before(node.next):
                 call = graph.call_function(
@@ -62,10 +60,6 @@ def operators(model: nn.Module) -> nn.Module:
             node.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
         module.recompile()
     return model
-
-
-def _called(module: fx.GraphModule, node: fx.Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
 
 
 def to_half(value: object) -> object:

@@ -289,9 +289,7 @@ def _in_half(model: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _cast(model: nn.Module) -> None:
     """Puts casts around what stays in float32 in a model in float16."""
     for _, module in graphs(model):
-        quants = {n for n in module.graph.nodes if n.op == "call_module"}
-        quants = {n for n in quants if isinstance(module.get_submodule(str(n.target)), _Activation)}
-        wide.cast_edges(module, quants, wide.to_float16, wide.to_float)
+        wide.cast_edges(module, _Activation, wide.to_float16, wide.to_float)
         module.recompile()
     for layer in model.modules():
         if isinstance(layer, _Activation):

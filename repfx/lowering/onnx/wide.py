@@ -104,18 +104,24 @@ def kept(module: fx.GraphModule) -> Iterator[tuple[nn.Module, str]]:
 
 def cast_edges(
     module: fx.GraphModule,
-    quantizers: set[fx.Node],
+    quantizer: type[nn.Module],
     narrow: Callable[[Any], Any],
     widen: Callable[[Any], Any] | None = None,
 ) -> None:
     """Puts `narrow` and `widen` where values of marked nodes meet others.
 
-    A quantizer takes either kind, and so does an output of the model."""
+    A module of the class `quantizer` takes either kind, and so does an output of the model."""
+    either = {
+        n
+        for n in module.graph.nodes
+        if n.op == "output"
+        or (n.op == "call_module" and isinstance(module.get_submodule(str(n.target)), quantizer))
+    }
     for node in list(module.graph.nodes):
         constant = node.op == "get_attr" and any(map(is_wide, node.users))
         if is_wide(node) or constant:
-            free = {r for r in node.users if is_wide(r) or r in quantizers or r.op == "output"}
-            _between(module.graph, node, set(node.users) - free, narrow)
+            readers = {r for r in node.users if not is_wide(r)} - either
+            _between(module.graph, node, readers, narrow)
         elif widen is not None and node.op != "output":
             _between(module.graph, node, {r for r in node.users if is_wide(r)}, widen)
 
