@@ -157,6 +157,9 @@ def test_the_whole_path(folder: Path) -> None:
     assert onnx.load(folder / "cpu.onnx").opset_import[0].version == 13 and shape_of(
         folder / "cpu.onnx"
     ) == (3, 0, 0)
+    (folder / "same.onnx").write_bytes((folder / "cpu.pt").read_bytes())
+    done = run(folder, "lower", "same.onnx", "--onnx")
+    assert done.returncode == 2 and "would be written over the model" in done.stderr
     done = run(folder, "lower", "cpu.pt", "--trt", "--dynamic", "-o", "cpu.engine")
     assert done.returncode == 2 and "for one height and width: leave out --dynamic" in done.stderr
     done = run(folder, "lint", "cpu.onnx")

@@ -380,12 +380,19 @@ class Beyond(nn.Module):
             return self.b((y - m) / v.sqrt())
         if self.how == "statistics":
             return self.b(self.norm(y.relu()))
+        if self.how == "divisor":
+            y = y.relu()
+            return self.b(y / (y.square().sum(1, keepdim=True) + 1e-12).sqrt())
+        if self.how == "whole number":
+            return (y * 1e-4 * 100000).relu()
         if self.how == "twice":
             return self.b(self.layer(y) + self.layer(y * 1e-5))
         return self.b(nn.functional.normalize(y.relu(), dim=1))
 
 
-@pytest.mark.parametrize("how", ["input", "view", "pair", "statistics", "twice", "number"])
+@pytest.mark.parametrize(
+    "how", ["input", "view", "pair", "statistics", "twice", "whole number", "number"]
+)
 @pytest.mark.parametrize("quantize", [True, False])
 def test_float16_in_odd_places(how: str, quantize: bool, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
@@ -395,9 +402,21 @@ def test_float16_in_odd_places(how: str, quantize: bool, tmp_path: Path) -> None
         model = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), [x])
     plain = model(x)
     artifact = repfx.lower(model, tmp_path / "half.onnx", example=x, float16=True)
-    assert artifact.float32
+    assert artifact.float32 or (how, quantize) == ("whole number", True)  # merged
     (got,) = session("onnxruntime", onnx.load(artifact.onnx))((x,))
     assert difference(plain, got).sqnr > 30
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_squares_that_become_zero_are_refused(quantize: bool, tmp_path: Path) -> None:
+    """Every result fits, but half precision loses what is divided by."""
+    x = torch.randn(2, 3, 16, 16)
+    model: nn.Module = Beyond("divisor").eval()
+    if quantize:
+        model = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), [x])
+    with pytest.raises(repfx.RepfxError, match=r"does not compute|NaN"):
+        repfx.lower(model, tmp_path / "half.onnx", example=x, float16=True)
+    assert not list(tmp_path.iterdir())
 
 
 class Parts(nn.Module):

@@ -478,3 +478,10 @@ def test_a_forward_that_insists_on_float32_is_judged_by_the_same_errors() -> Non
     assert found == {"0": CodeDifference(4, 4, 1, 0), "2": CodeDifference(4, 0, 0, 0)}
     worse = {**inputs, "0": x}
     assert _exactly(model, (x,), theirs, worse, LOWERED[False])[1]["0"].wrong == 4
+
+
+def test_what_torch_itself_cannot_compute_is_no_excuse() -> None:
+    """In float16 a division by a number that became 0 is wrong in torch and in the file alike."""
+    same = Difference(0.0, 0.0, math.inf)
+    assert Parity(same, (same,), errors=(0.1,)).agrees
+    assert not Parity(same, (same,), errors=(math.nan,)).agrees

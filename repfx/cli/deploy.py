@@ -105,6 +105,8 @@ def lower(
         raise InputError("--trt builds an engine for one height and width: leave out --dynamic")
     output = beside(model) if output is None else output
     file, profile = named(output, ".onnx"), Profile(*whole("batches", batches, 3))
+    if file.resolve() == Path(model).resolve():
+        raise InputError(f"{file} would be written over the model: give another -o")
     gpus = [name.strip() for name in compute_capability.split(",") if name.strip()]
     capabilities(gpus)  # raises for one that there is not, before anything is written
     net = load_model(model, weights, trust_pickle)

@@ -1,6 +1,6 @@
 """The sizes of the inputs that a model was transformed or calibrated on, kept with the model.
 
-They stand in `model.meta["inputs"]`, a list of [dtype, size] without the batch, such as
+They stand in `model.meta["repfx_inputs"]`, a list of [dtype, size] without the batch, such as
 ["float32", [3, 224, 224]]. `save` keeps them, so that a saved model can be lowered as it is."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEY = "inputs"
+KEY = "repfx_inputs"  # a model may have a `meta` of its own
 
 
 def note_inputs(model: nn.Module, given: Sequence[Any]) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from repfx.graph.run_node import Interpreter
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 from repfx.quant import FakeQuant
 
 LARGEST = torch.finfo(torch.float16).max
@@ -49,7 +51,7 @@ def mark(model: nn.Module, args: tuple[Any, ...]) -> tuple[str, ...]:
             if any(map(_unfit, layer.parameters())) or any(map(_lost, layer.buffers())):
                 found.add(node)
         elif node.op.startswith("call") and any(map(_lost, _numbers(node))):
-            found.add(node)
+            found |= {node, *_readers(node, quants)}  # x + 1e-12 is mostly there to be divided by
         quant = quants.get(node)
         if quant is not None and off(quant) > WORST:
             found |= {node, *_readers(node, quants)}
@@ -188,7 +190,10 @@ def _lost(value: Any) -> bool:
 
 
 def _numbers(node: fx.Node) -> list[float]:
-    return [v for v in tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
+    """The numbers that a node computes with. The whole numbers of a view are sizes."""
+    kinds = (int, float) if Trait.FRESH in kind_of(node).traits else (float,)
+    given = tree_leaves((node.args, node.kwargs))
+    return [v for v in given if isinstance(v, kinds) and not isinstance(v, bool)]
 
 
 def _beyond(model: fx.GraphModule, args: tuple[Any, ...]) -> set[fx.Node]:
