@@ -427,7 +427,12 @@ def int4_weights(index: Index) -> Iterator[Hit]:
             yield Hit(layer.node, says, {TENSORRT: "W", RTX: "W"})
 
 
-@rule("Q25", everywhere("E"), "give both the same scale")
+@rule(
+    "Q25",
+    everywhere("E"),
+    "give both the same scale",
+    "builds it without a word, though its numbers are wrong",
+)
 def one_scale_a_pair(index: Index) -> Iterator[Hit]:
     """A QuantizeLinear and its DequantizeLinear have the same scale."""
     for dq in index.dequantizes:
