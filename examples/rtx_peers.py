@@ -1,60 +1,127 @@
-"""What TensorRT for RTX makes of our INT8 files and of those of ONNX Runtime's quantizer.
+"""What TensorRT for RTX makes of our INT8 files and of those of ONNX Runtime and ModelOpt.
 
-    python examples/rtx_peers.py [models]
+    python examples/rtx_peers.py [models] [--modelopt PYTHON] [--out rtx_peers.jsonl]
 
-Both quantize one merged net with random weights; the third file is ONNX Runtime's from the net as
-it is trained. Its quantizer is told to write what TensorRT takes: symmetric int8, weights per
-channel, biases in float. The table has the kernels of each engine, how many of them compute values
-one by one, the layers in INT8, and the bytes of activations that all kernels read and write for one
-image. No engine is run: these are plans."""
+Each net has random weights and is quantized by its default recipe for TensorRT; a peer gets it
+merged by repfx, and as it is trained. ONNX Runtime's quantizer is told to write what TensorRT
+takes: symmetric int8, weights per channel, biases in float. ModelOpt quantizes the ONNX file, and
+the PyTorch model before its export; PYTHON is the interpreter of an environment that has it:
+
+    python -m venv modelopt && modelopt/bin/pip install torch==2.13.0 timm 'nvidia-modelopt[onnx]'
+    modelopt/bin/pip install --no-deps -e .
+
+A cell has the kernels of the engine, the layers in INT8, and the megabytes of activations that all
+kernels read and write for one image. No engine is run: these are plans. Rows go to a file of JSON
+lines, and a run resumes where the last one stopped."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from bench_runtimes import theirs
 from onnxruntime.quantization import QuantType
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 from zoo import timm
 from zoo_int8 import MODELS, settle
 
 import repfx
-from repfx.lowering.tensorrt.engine import Engine, build
+from repfx.lowering.tensorrt import rtx
+from repfx.lowering.tensorrt.engine import build
 
 FOR_TENSORRT = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+FORMS = {"merged": ["fuse"], "as trained": []}
+MODELOPT = Path(__file__).parent / "rtx_modelopt.py"
 
 
-def cell(engine: Engine) -> str:
-    kernels = len(json.loads(engine.metadata.read_text())["kernels"])
-    layers = engine.layers.get("INT8", 0)
-    return f"{kernels}, {engine.pointwise}, {layers}, {(engine.traffic or 0) / 1e6:.1f}"
+def by_modelopt(python: str, form: str, source: Path, images: Path, goal: Path) -> Path:
+    """Runs ModelOpt in its own environment."""
+    command = [python, str(MODELOPT), form, str(source), str(images), str(goal)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["ModelOpt says nothing"])[-1])
+    return goal
 
 
-def row(name: str, folder: Path) -> list[str]:
+def ours(net: nn.Module, x: torch.Tensor, folder: Path) -> Path:
+    int8 = repfx.calibrate(repfx.transform(net, ["ptq"], example=x), [x])
+    return repfx.lower(int8, folder / "ours.onnx", example=x).onnx
+
+
+def files(net: nn.Module, x: torch.Tensor, folder: Path, modelopt: str | None) -> Iterator[Any]:
+    """(who, form, a function that writes their INT8 file) of every tool."""
+    yield "ours", "merged", partial(ours, net, x, folder)
+    images = folder / "images.npy"
+    np.save(images, x.numpy())
+    for form, passes in FORMS.items():
+        model = repfx.transform(net, passes, example=x)
+        stem = form.replace(" ", "_")
+        plain = repfx.lower(model, folder / f"{stem}.onnx", example=x).onnx
+        saved = folder / f"{stem}.pt"
+        repfx.save(model, saved)
+        goal, kind = folder / f"{stem}_ort.onnx", QuantType.QInt8
+        options: dict[str, Any] = {"activation_type": kind, "extra_options": FOR_TENSORRT}
+        yield "ONNX Runtime", form, partial(theirs, plain, goal, x, **options)
+        if modelopt is None:
+            continue
+        for way, source in (("onnx", plain), ("torch", saved)):
+            goal = folder / f"{stem}_{way}.onnx"
+            job = partial(by_modelopt, modelopt, way, source, images, goal)
+            yield f"ModelOpt, {way}", form, job
+
+
+def rows(name: str, modelopt: str | None) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     net, x = timm.create_model(name).eval(), torch.randn(4, 3, 96, 96)
     settle(net, x)
-    merged = repfx.transform(net, ["fuse"], example=x)
-    int8 = repfx.calibrate(repfx.transform(net, ["ptq"], example=x), [x])
-    files = [repfx.lower(int8, folder / "ours.onnx", example=x).onnx]
-    for form, model in (("merged", merged), ("trained", repfx.transform(net, [], example=x))):
-        plain = repfx.lower(model, folder / f"{form}.onnx", example=x).onnx
-        goal, kind = folder / f"{form}_int8.onnx", QuantType.QInt8
-        files.append(theirs(plain, goal, x, activation_type=kind, extra_options=FOR_TENSORRT))
-    cells = [name]
-    for file in files:
-        try:
-            engine = build(file, file.with_suffix(".engine"), compute_capability=["8.6"])
-            cells.append(cell(engine))
-        except repfx.RepfxError as error:
-            cells.append(f"{type(error).__name__}: {str(error)[-80:]}")
-    return cells
+    with tempfile.TemporaryDirectory() as folder:
+        for who, form, make in files(net, x, Path(folder), modelopt):
+            new = {"model": name, "who": who, "form": form}
+            try:
+                file = make()
+                engine = build(file, file.with_suffix(".engine"), compute_capability=["8.6"])
+            except (repfx.RepfxError, ValueError) as error:
+                yield {**new, "refused": str(error)[-300:]}
+                continue
+            yield {
+                **new,
+                "kernels": len(json.loads(engine.metadata.read_text())["kernels"]),
+                "int8": engine.layers.get("INT8", 0),
+                "bytes": engine.traffic,
+                "version": engine.version,
+            }
+
+
+def cell(found: list[dict[str, Any]]) -> str:
+    if not found or any("refused" in r for r in found):
+        return "refused" if found else ""
+    kernels, layers, size = (sum(r[key] for r in found) for key in ("kernels", "int8", "bytes"))
+    return f"{kernels}, {layers}, {size / 1e6:.1f}"
+
+
+def table(found: list[dict[str, Any]], models: list[str]) -> Table:
+    shown = Table(title="kernels, INT8 layers, MB an image")
+    who = list(dict.fromkeys((r["who"], r["form"]) for r in found))
+    shown.add_column("model")
+    for tool, form in who:
+        shown.add_column(f"{tool}, {form}", justify="right")
+    built = [m for m in models if not any("refused" in r for r in found if r["model"] == m)]
+    for title, of in [*((name, [name]) for name in models), (f"sum of {len(built)}", built)]:
+        mine = [r for r in found if r["model"] in of]
+        shown.add_row(title, *(cell([r for r in mine if (r["who"], r["form"]) == w]) for w in who))
+    return shown
 
 
 def main() -> None:
@@ -62,14 +129,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=MODELS)
-    table = Table(title="kernels, pointwise ones, INT8 layers, MB an image")
-    table.add_column("model")
-    for who in ("ours", "ONNX Runtime's, merged", "ONNX Runtime's, as trained"):
-        table.add_column(who, justify="right")
-    for name in track(parser.parse_args().models, "building"):
-        with tempfile.TemporaryDirectory() as folder:
-            table.add_row(*row(name, Path(folder)))
-    Console(width=100).print(table)
+    parser.add_argument("--modelopt", metavar="PYTHON")
+    parser.add_argument("--out", type=Path, default=Path("rtx_peers.jsonl"))
+    args = parser.parse_args()
+    if rtx.module() is None:
+        sys.exit(f"{rtx.NAME} is not installed: make trt")
+    args.out.touch()
+    found = [json.loads(line) for line in args.out.read_text().splitlines()]
+    done = {r["model"] for r in found}
+    for name in track([m for m in args.models if m not in done], "building"):
+        new = list(rows(name, args.modelopt))
+        found += new
+        with args.out.open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in new)
+    console = Console(width=160)
+    console.print(table(found, list(args.models)))
+    for r in found:
+        if "refused" in r:
+            console.print(f"{r['model']}, {r['who']}, {r['form']}: {r['refused']}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from repfx.cli import deploy
 from repfx.errors import CheckError, InputError, MissingPart
-from repfx.lowering.tensorrt import bindings, engine
+from repfx.lowering.tensorrt import bindings, engine, rtx
 from repfx.lowering.tensorrt import run as engine_run
-from repfx.lowering.tensorrt.engine import Profile, build, latency, run, trtexec
+from repfx.lowering.tensorrt.engine import Profile, build, latency, run, tried, trtexec
 from repfx.lowering.tensorrt.inspector import count_layers
+from repfx.rewrite.difference import difference
 
 _SPEC = importlib.util.spec_from_file_location(
     "fake_tensorrt", Path(__file__).parent / "fake_tensorrt.py"
@@ -37,10 +39,10 @@ _SPEC.loader.exec_module(fake_tensorrt)
 VERSIONS = ["10.13", "11.4"]
 
 
-def write(path: Path, *shape: int | str, name: str = "x") -> Path:
+def write(path: Path, *shape: int | str, name: str = "x", out: str = "y") -> Path:
     x = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
-    graph = helper.make_graph([helper.make_node("Relu", [name], ["y"])], "g", [x], [y])
+    y = helper.make_tensor_value_info(out, TensorProto.FLOAT, shape)
+    graph = helper.make_graph([helper.make_node("Relu", [name], [out])], "g", [x], [y])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
     return path
 
@@ -341,6 +343,65 @@ def test_an_engine_runs(fake: Any, file: Path, tmp_path: Path) -> None:
     fake.calls.clear()
     assert latency(made.path, {"x": x}, 3) == [0.25] * 3
     assert len(fake.asked("execute_async_v3")) == 3 + engine_run.WARM_UP
+
+
+@pytest.mark.usefixtures("device")
+def test_an_engine_is_compared_and_timed(fake: Any, file: Path, tmp_path: Path) -> None:
+    made = build(file, tmp_path / "net.engine")
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    trial = tried(made.path, file, {"x": x.numpy()}, 3)
+    assert trial.difference.sqnr == pytest.approx(
+        difference(x.relu(), torch.full_like(x, float(x.mean()))).sqnr, abs=1e-4
+    )
+    assert (trial.gpu, trial.milliseconds, trial.batch) == ("fake", 0.25, 4)
+    assert str(trial).endswith("; 0.250 ms for 4 images on fake")
+    named = write(tmp_path / "other.onnx", "batch", 3, 8, 8, out="z")
+    with pytest.raises(CheckError, match=r"outputs are \['z'\], the engine's \['y'\]"):
+        tried(made.path, named, {"x": x.numpy()}, 3)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(("batch", "images"), [("batch", 8), (2, 2)])
+def test_the_command_runs_the_engine_where_a_gpu_is(
+    fake: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    batch: str | int,
+    images: int,
+) -> None:
+    """With the batch that the engine is tuned for, whatever the example has."""
+    file = write(tmp_path / "net.onnx", batch, 3, 8, 8)
+    made = build(file, tmp_path / "net.engine")
+    deploy._try(made, file, (torch.ones(2, 3, 8, 8),), 8)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("the engine against ONNX Runtime: max abs 0, ")
+    assert said.endswith(f"0.250 ms for {images} images on fake")
+    monkeypatch.setattr(bindings, "_gpu", lambda: None)
+    deploy._try(made, file, (torch.ones(2, 3, 8, 8),), 8)
+    assert capsys.readouterr().out.startswith("the engine was not run: torch sees no CUDA")
+
+
+@pytest.mark.usefixtures("device")
+def test_the_tensorrt_that_built_an_engine_runs_it(
+    fake: Any, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build(file, tmp_path / "net.engine")
+    x = np.ones((2, 3, 8, 8), np.float32)
+    made.metadata.write_text('{"tensorrt_rtx": "1.7"}')
+    monkeypatch.setattr(rtx, "module", lambda: None)
+    with pytest.raises(MissingPart, match="engine of TensorRT for RTX, which is not installed"):
+        run(made.path, {"x": x})
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "pretended_rtx", fake.module)
+    monkeypatch.setattr(rtx, "module", lambda: "pretended_rtx")
+    assert np.allclose(run(made.path, {"x": x})["y"], 1)
+    made.metadata.write_text('{"tensorrt_rtx"')
+    with pytest.raises(InputError, match="is not the JSON file of an engine"):
+        run(made.path, {"x": x})
+    made.metadata.unlink()
+    with pytest.raises(MissingPart, match="TensorRT is not installed"):
+        run(made.path, {"x": x})
 
 
 @pytest.mark.usefixtures("device")

@@ -4,6 +4,7 @@ files. `make trt` installs it; without it the second half is skipped.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import onnx
 import pytest
 import test_lint
@@ -310,6 +312,15 @@ def test_lower_trt_word_for_word(tmp_path: Path) -> None:
     }
     (given,) = onnx.load(tmp_path / "model.onnx").graph.input
     assert [d.dim_value for d in given.type.tensor_type.shape.dim[1:]] == [3, 24, 40]
+
+
+@needs_rtx
+def test_it_has_every_name_that_runs_an_engine() -> None:
+    """No engine can be run here; `run` treats it as it does TensorRT 10 and 11."""
+    trt = importlib.import_module(rtx.module() or "")
+    for holder, names in fake_tensorrt.surface().items():
+        there = getattr(trt, holder) if holder else trt
+        assert [n for n in sorted(names) if not hasattr(there, n)] == [], holder
 
 
 @needs_rtx

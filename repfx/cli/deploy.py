@@ -30,7 +30,8 @@ from repfx.lowering.runtimes.layers import kernels
 from repfx.lowering.runtimes.run import installed, write_ir
 from repfx.lowering.runtimes.timing import Forms
 from repfx.lowering.runtimes.timing import bench as measure
-from repfx.lowering.tensorrt.engine import Profile, build
+from repfx.lowering.tensorrt.bindings import has_gpu
+from repfx.lowering.tensorrt.engine import Engine, Profile, build, tried
 from repfx.lowering.tensorrt.rtx import capabilities
 from repfx.quant import FakeQuant, target_named
 
@@ -148,6 +149,21 @@ def lower(
             compute_capability=gpus,
         )
         say(f"wrote {engine.path} and {engine.metadata.name}, {engine}")
+        _try(engine, file, example, profile.opt)
+
+
+def _try(engine: Engine, file: Path, example: tuple[Tensor, ...], images: int) -> None:
+    """Runs the engine where a GPU is, compares it with ONNX Runtime, and prints how fast it is."""
+    if not has_gpu():
+        say("the engine was not run: torch sees no CUDA device")
+        return
+    feeds = {}
+    for given, x in zip(load(file, load_external_data=False).graph.input, example, strict=True):
+        size = given.type.tensor_type.shape.dim
+        free = bool(size) and not size[0].dim_value
+        batch = x[torch.arange(images) % len(x)] if free else x
+        feeds[given.name] = batch.cpu().numpy()
+    say(f"the engine against ONNX Runtime: {tried(engine.path, file, feeds)}")
 
 
 @dataclass(frozen=True)

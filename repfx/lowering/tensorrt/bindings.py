@@ -23,11 +23,17 @@ def present(elsewhere: str) -> tuple[Any, dict[str, str]]:
     """The tensorrt module, and the name and compute capability of the GPU.
 
     Raises MissingPart where one of them is missing; its message ends with `elsewhere`."""
-    trt = tensorrt(elsewhere)
+    return tensorrt(elsewhere), gpu_for(elsewhere)
+
+
+def gpu_for(elsewhere: str) -> dict[str, str]:
+    """The name and compute capability of the GPU.
+
+    Raises MissingPart where torch sees none; its message ends with `elsewhere`."""
     gpu = _gpu()
     if gpu is None:
         raise MissingPart(f"torch sees no CUDA device, and TensorRT needs one{elsewhere}")
-    return trt, gpu
+    return gpu
 
 
 def tensorrt(elsewhere: str = "") -> Any:
@@ -53,6 +59,11 @@ def usable() -> bool:
         tensorrt()
     except MissingPart:
         return False
+    return _gpu() is not None
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device."""
     return _gpu() is not None
 
 

@@ -30,9 +30,9 @@ from repfx.lowering.tensorrt import rtx
 from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present, usable, watched
 from repfx.lowering.tensorrt.inspector import count_layers
 from repfx.lowering.tensorrt.plan import Plan
-from repfx.lowering.tensorrt.run import latency, run
+from repfx.lowering.tensorrt.run import Trial, latency, run, tried
 
-__all__ = ["Engine", "Profile", "build", "latency", "run", "trtexec"]
+__all__ = ["Engine", "Profile", "Trial", "build", "latency", "run", "tried", "trtexec"]
 
 
 @dataclass(frozen=True)

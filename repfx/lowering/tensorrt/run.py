@@ -1,17 +1,29 @@
-"""Runs a TensorRT engine on torch tensors, whose device addresses are passed to TensorRT."""
+"""Runs a TensorRT engine on torch tensors, whose device addresses are passed to TensorRT.
+
+An engine is run by the TensorRT that built it, 10 or 11 or TensorRT for RTX, as the JSON file
+beside it says. Both have the same functions."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
-from repfx.errors import CheckError, InputError
-from repfx.lowering.tensorrt.bindings import Place, joined, log_of, present
+from repfx.errors import CheckError, InputError, MissingPart
+from repfx.lowering.runtimes.run import session
+from repfx.lowering.tensorrt import rtx
+from repfx.lowering.tensorrt.bindings import Place, gpu_for, joined, log_of, tensorrt
+from repfx.rewrite.difference import Difference, difference
 
 DEVICE = "cuda"
 WARM_UP = 10
@@ -62,11 +74,67 @@ def latency(engine_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100)
     return taken
 
 
+@dataclass(frozen=True)
+class Trial:
+    """An engine that was run: on which GPU, how far it is from ONNX Runtime, and how fast.
+
+    `difference`: its outputs against those of ONNX Runtime for the same file and inputs.
+    `milliseconds`: the median of all runs, for a batch of `batch` images."""
+
+    gpu: str
+    difference: Difference
+    milliseconds: float
+    batch: int
+
+    def __str__(self) -> str:
+        images = "1 image" if self.batch == 1 else f"{self.batch} images"
+        return f"{self.difference}; {self.milliseconds:.3f} ms for {images} on {self.gpu}"
+
+
+def tried(
+    engine_path: Place, onnx_path: Place, feeds: dict[str, np.ndarray], rounds: int = 100
+) -> Trial:
+    """Runs an engine, compares it with ONNX Runtime on the file it was built from, and times it.
+
+    Raises what `run` raises, and CheckError where the engine's outputs are not the file's."""
+    found = run(engine_path, feeds)
+    graph = onnx.load(os.fspath(onnx_path), load_external_data=False).graph
+    names = [output.name for output in graph.output]
+    if set(names) != set(found):
+        raise CheckError(f"the file's outputs are {names}, the engine's {list(found)}")
+    # What the file says, not what ONNX Runtime's optimizer makes of it.
+    reference = session("onnxruntime", str(onnx_path), optimize=False)
+    wanted = reference([torch.from_numpy(feeds[given.name]) for given in graph.input])
+    off = difference(wanted, [torch.from_numpy(found[name]) for name in names])
+    taken = latency(engine_path, feeds, rounds)
+    batch = max((len(x) for x in feeds.values() if x.ndim), default=1)
+    return Trial(gpu_for("")["name"], off, statistics.median(taken), batch)
+
+
+def _builder_of(engine_path: Place) -> Any:
+    """The module of the TensorRT that built an engine; without a JSON file, TensorRT 10 or 11."""
+    beside = Path(f"{engine_path}.json")
+    try:
+        about = json.loads(beside.read_text()) if beside.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{beside} is not the JSON file of an engine: {error}") from error
+    if "tensorrt_rtx" not in about:
+        return tensorrt()
+    name = rtx.module()
+    if name is None:
+        raise MissingPart(
+            f"{engine_path} is an engine of {rtx.NAME}, which is not installed: "
+            "pip install 'repfx[rtx]'"
+        )
+    return importlib.import_module(name)
+
+
 def _prepared(
     engine_path: Place, feeds: dict[str, np.ndarray]
 ) -> tuple[Callable[[], None], dict[str, Tensor], torch.cuda.Stream]:
     """A function that starts one run on the stream, the device tensors it writes, the stream."""
-    trt, _ = present("")
+    trt = _builder_of(engine_path)
+    gpu_for("")
     log = log_of(trt)
     log.errors.clear()
     runtime, engine, context = _loaded(trt, log, engine_path)
