@@ -85,7 +85,7 @@ def find_places(
     ]
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless
-        found = _before_moves(view, found, owner, target)
+        found = _before_moves(view, found, owner)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, _origins(view, found)
 
@@ -164,13 +164,13 @@ def _joined(
 
 
 def _before_moves(
-    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node], target: Target
+    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]
 ) -> list[Place]:
     """The places, with each quantizer after a pure move of values shifted in front of the move.
 
     This is done only if the moved value has no other readers. TensorRT moves no DequantizeLinear
-    across a resize, so there the layer after a resize keeps a quantizer of its own, with the same
-    scale."""
+    across a resize, and OpenVINO only across some, so the layer after a resize keeps a quantizer of
+    its own, with the same scale."""
     readers: dict[fx.Node, list[Place]] = {}
     for place in places:
         readers.setdefault(place[1], []).append(place)
@@ -186,7 +186,7 @@ def _before_moves(
             _is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value)
         )
         if mine and alone and movable and not any(view.writes.changed(end) for end in ends):
-            if target.runtime != "tensorrt" or view.kind(node).name != "resize":
+            if view.kind(node).name != "resize":
                 for end in ends:
                     readers.pop(end, None)
             readers.setdefault(value, []).extend((node, value, layer) for _, _, layer in mine)

@@ -89,6 +89,36 @@ def _same_constants(index: Index, a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
     )
 
 
+def exact_averages(proto: onnx.ModelProto) -> None:
+    """Makes average pools with ceil_mode count the values that are there and no others.
+
+    A window that hangs over the end counts its padding, but not what lies beyond. With
+    count_include_pad, the integer kernel of ONNX Runtime counts the whole window. So the padding
+    becomes a Pad of its own, and then every value counts that is there."""
+    nodes = []
+    for node in proto.graph.node:
+        both = attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0)
+        if node.op_type == "AveragePool" and both:
+            pads = attribute(node, "pads", [])
+            kept = [a for a in node.attribute if a.name not in ("count_include_pad", "pads")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            if any(pads):
+                nodes.append(_padded(proto, node, pads))
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _padded(proto: onnx.ModelProto, node: onnx.NodeProto, pads: list[int]) -> onnx.NodeProto:
+    """A Pad with zeros, whose output the node reads now."""
+    x, name, half = node.input[0], f"{node.output[0]}.padded", len(pads) // 2
+    ends = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(ends, f"{name}.pads"))
+    node.input[0] = name
+    return onnx.helper.make_node("Pad", [x, f"{name}.pads"], [name], name=name)
+
+
 def widen(proto: onnx.ModelProto) -> None:
     """Makes each Cast of dequantized codes to float32 a DequantizeLinear with a float32 scale.
 
