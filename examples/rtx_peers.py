@@ -10,9 +10,10 @@ the PyTorch model before its export; PYTHON is the interpreter of an environment
     python -m venv modelopt && modelopt/bin/pip install torch==2.13.0 timm 'nvidia-modelopt[onnx]'
     modelopt/bin/pip install --no-deps -e .
 
-A cell has the kernels of the engine, the layers in INT8, and the megabytes of activations that all
-kernels read and write for one image. No engine is run: these are plans. Rows go to a file of JSON
-lines, and a run resumes where the last one stopped."""
+A cell has the kernels of the engine, the layers in INT8, the megabytes of activations that all
+kernels read and write for one image, and the SQNR in dB of the file against the float model on new
+images, in ONNX Runtime without its optimizer. No engine is run: these are plans. Rows go to a file
+of JSON lines, and a run resumes where the last one stopped."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -38,8 +40,10 @@ from zoo import timm
 from zoo_int8 import MODELS, settle
 
 import repfx
+from repfx.lowering.runtimes.run import session
 from repfx.lowering.tensorrt import rtx
 from repfx.lowering.tensorrt.engine import build
+from repfx.rewrite.difference import difference
 
 FOR_TENSORRT = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
 FORMS = {"merged": ["fuse"], "as trained": []}
@@ -86,11 +90,15 @@ def rows(name: str, modelopt: str | None) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     net, x = timm.create_model(name).eval(), torch.randn(4, 3, 96, 96)
     settle(net, x)
+    images = torch.randn_like(x)
+    with torch.no_grad():
+        truth = net(images)
     with tempfile.TemporaryDirectory() as folder:
         for who, form, make in files(net, x, Path(folder), modelopt):
             new = {"model": name, "who": who, "form": form}
             try:
                 file = make()
+                (found,) = session("onnxruntime", file, optimize=False)([images])
                 engine = build(file, file.with_suffix(".engine"), compute_capability=["8.6"])
             except (repfx.RepfxError, ValueError) as error:
                 yield {**new, "refused": str(error)[-300:]}
@@ -100,6 +108,7 @@ def rows(name: str, modelopt: str | None) -> Iterator[dict[str, Any]]:
                 "kernels": len(json.loads(engine.metadata.read_text())["kernels"]),
                 "int8": engine.layers.get("INT8", 0),
                 "bytes": engine.traffic,
+                "sqnr": difference(truth, found).sqnr,
                 "version": engine.version,
             }
 
@@ -108,17 +117,20 @@ def cell(found: list[dict[str, Any]]) -> str:
     if not found or any("refused" in r for r in found):
         return "refused" if found else ""
     kernels, layers, size = (sum(r[key] for r in found) for key in ("kernels", "int8", "bytes"))
-    return f"{kernels}, {layers}, {size / 1e6:.1f}"
+    return f"{kernels}, {layers}, {size / 1e6:.1f}, {fmean(r['sqnr'] for r in found):.1f}"
 
 
 def table(found: list[dict[str, Any]], models: list[str]) -> Table:
-    shown = Table(title="kernels, INT8 layers, MB an image")
+    shown = Table(title="kernels, INT8 layers, MB an image, dB")
     who = list(dict.fromkeys((r["who"], r["form"]) for r in found))
     shown.add_column("model")
     for tool, form in who:
         shown.add_column(f"{tool}, {form}", justify="right")
     built = [m for m in models if not any("refused" in r for r in found if r["model"] == m)]
-    for title, of in [*((name, [name]) for name in models), (f"sum of {len(built)}", built)]:
+    for title, of in [
+        *((name, [name]) for name in models),
+        (f"sum of {len(built)}, mean dB", built),
+    ]:
         mine = [r for r in found if r["model"] in of]
         shown.add_row(title, *(cell([r for r in mine if (r["who"], r["form"]) == w]) for w in who))
     return shown

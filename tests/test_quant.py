@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -796,19 +797,23 @@ def test_training_quantizes_the_places_that_ptq_does(target: str, tmp_path: Path
         assert not [f for f in repfx.lint(tmp_path / "int8.onnx") if f.severity in "EW"]
 
 
-def test_a_learned_scale_that_a_step_took_past_zero() -> None:
+@pytest.mark.parametrize("to", [-50.0, 50.0])
+def test_a_learned_step_is_positive_wherever_an_optimizer_takes_it(to: float) -> None:
     quant, x = FakeQuant(Grid(8), torch.tensor(0.1), learned=True), torch.randn(100)
     with torch.no_grad():
-        quant.scale.fill_(-0.2)
-    assert quant.step > 0 and torch.equal(quant.eval()(x), quant.grid.quantize(x, quant.step))
+        quant.log_ratio.fill_(to)
+    assert float(quant.step) > 0 and math.isfinite(float(quant.step))
+    assert torch.equal(quant.eval()(x), quant.grid.quantize(x, quant.step))
     again = FakeQuant(Grid(8), learned=True)
     again.load_state_dict(quant.state_dict())
-    assert again.calibrated, "or it would pass values through"
-    quant.train()(x).square().sum().backward()
-    assert quant.scale.grad is not None and quant.scale.grad != 0, "it finds its way back"
-    (
-        quant.eval()(x).sum() + quant.train()(x).sum()
-    ).backward()  # training leaves what eval saved as it was
+    assert again.calibrated and torch.equal(again.step, quant.step)
+    with torch.no_grad():
+        quant.log_ratio.fill_(to / 25)
+    (quant.train()(x) - x).square().sum().backward()
+    grad = quant.log_ratio.grad
+    assert grad is not None and float(grad) * to > 0, "it finds its way back"
+    again.set_scale(torch.tensor(0.3))
+    assert float(again.step.detach()) == pytest.approx(0.3)
 
 
 def test_skips_and_averages_run_in_integers_where_the_target_wants_it() -> None:

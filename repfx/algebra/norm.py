@@ -35,12 +35,12 @@ Seen = tuple[Tensor, Tensor | None, Tensor | None]  # x and its moments
 
 
 class Moments(nn.Module):
-    """Computes once what the KernelNorms that read x need: x -> (x, mean of x, mean of x^2).
+    """Computes once what the KernelNorms that read x need: x -> (x, mean of x, variance of x).
 
-    The means are over the batch, (1, channels, ...). The first is None unless `first`, the second
-    unless `second`, and both are None in eval mode. `whole`: every KernelNorm runs its kernel on
-    all of x. Then x is laid out with channels last, and convolutions on a CPU take a third less
-    time."""
+    Both are over the batch, (1, channels, ...), and in float32 at least, whatever the autocast. The
+    mean is None unless `first`, the variance unless `second`, and both are None in eval mode.
+    `whole`: every KernelNorm runs its kernel on all of x. Then x is laid out with channels last,
+    and convolutions on a CPU take a third less time."""
 
     is_graph_leaf = True
 
@@ -51,8 +51,12 @@ class Moments(nn.Module):
     def forward(self, x: Tensor) -> Seen:
         if not self.training:
             return x, None, None
-        first = x.mean(0, keepdim=True) if self.first else None
-        second = x.square().mean(0, keepdim=True) if self.second else None
+        first = second = None
+        if self.second:
+            # E[x^2] - E[x]^2 would lose a small variance about a large mean.
+            second, first = torch.var_mean(_wide(x), 0, correction=0, keepdim=True)
+        elif self.first:
+            first = _wide(x).mean(0, keepdim=True)
         last = self.whole and x.dim() == 4
         return x.contiguous(memory_format=torch.channels_last) if last else x, first, second
 
@@ -124,18 +128,20 @@ class KernelNorm(nn.Module):
         """Mean, variance, and variance for the moving average, of this batch: each (channels,)."""
         x, first, second = seen
         if self.mode == "batch":
-            u = Kernel(self.geometry, weight, bias)(x)
+            u = _wide(Kernel(self.geometry, weight, bias)(x))
             var, mean = torch.var_mean(u, self._others(u), correction=0)
             return mean, var, _unbiased(var, u.numel() // u.shape[self.geometry.channel_axis])
         assert first is not None
         paper = self.mode == "estimate_paper"
-        taps = self._taps(first, paper)
+        at = self._read(first, paper)
+        taps = at.mean(-1)
         # The mean of u without its bias.
         level = (weight * self._per_weight(taps)).flatten(1).sum(1)
         mean = level if bias is None else level + bias
         if self.mode in ("estimate", "estimate_paper") and not self.exact:
             assert second is not None
-            spread = self._taps(second, paper) - taps.square()
+            # The variance at each place, and that of the means of the places.
+            spread = self._read(second, paper).mean(-1) + at.var(-1, correction=0)
             var = (weight.square() * self._per_weight(spread)).flatten(1).sum(1)
             return mean, var, var
         if self.mode == "running":
@@ -154,11 +160,11 @@ class KernelNorm(nn.Module):
         If K is one scale per channel, the variance of x itself is scaled."""
         if self.geometry.is_diagonal:
             mean = taps.flatten()
-            u = x - (
+            u = _wide(x) - (
                 mean.reshape(-1, *(1,) * (x.dim() - 2)) if self.geometry.channel_axis == 1 else mean
             )
         else:
-            u = Kernel(self.geometry, weight, -level)(x)
+            u = _wide(Kernel(self.geometry, weight, -level)(x))
         count = u.numel() // u.shape[self.geometry.channel_axis]
         var = u.square().sum(self._others(u)) / count
         return var * weight.flatten().square() if self.geometry.is_diagonal else var, count
@@ -166,16 +172,15 @@ class KernelNorm(nn.Module):
     def _others(self, u: Tensor) -> list[int]:
         return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
-    def _taps(self, x: Tensor, everywhere: bool) -> Tensor:
-        """The mean of what each tap reads, over the output positions: (in, *places).
+    def _read(self, x: Tensor, everywhere: bool) -> Tensor:
+        """What each tap reads at each output position: (in, *places, positions).
 
-        x is a mean over the batch (1, in, ...). With `everywhere` it is the mean of all of x,
-        without padding, and the taps are 1s."""
+        x is (1, in, ...), a statistic over the batch. With `everywhere` it is all of x, without
+        padding, and the places are 1s."""
         g = self.geometry
-        if g.channel_axis == -1:
-            return x.flatten(0, -2).mean(0).reshape(-1, *(1,) * len(g.axes))
-        if everywhere:
-            return x.flatten(2).mean(2).reshape(-1, *(1,) * len(g.axes))
+        if everywhere or g.channel_axis == -1:
+            rows = x.flatten(0, -2).t() if g.channel_axis == -1 else x.flatten(2)[0]
+            return rows.reshape(rows.shape[0], *(1,) * len(g.axes), rows.shape[1])
         sizes = [a.size(n) for a, n in zip(g.axes, x.shape[2:], strict=True)]
         for sides, mode in g.pad_steps:
             x = F.pad(x, sides, mode)
@@ -186,8 +191,9 @@ class KernelNorm(nn.Module):
                 part = part[
                     (slice(None),) * axis + (slice(t, t + a.stride * (n - 1) + 1, a.stride),)
                 ]
-            found.append(part.flatten(1).mean(1))
-        return torch.stack(found, 1).reshape(-1, *(len(a.places) for a in g.axes))
+            found.append(part.flatten(1))
+        stacked = torch.stack(found, 1)
+        return stacked.reshape(len(stacked), *(len(a.places) for a in g.axes), stacked.shape[2])
 
     def _per_weight(self, values: Tensor) -> Tensor:
         """(in, *places) -> (out, in / groups, *places or 1s)."""
@@ -195,6 +201,11 @@ class KernelNorm(nn.Module):
         rows = values.reshape(g.groups, 1, -1, *values.shape[1:])
         rows = rows.expand(-1, g.outputs // g.groups, *rows.shape[2:])
         return rows.reshape(g.outputs, -1, *values.shape[1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least: half precision loses what a variance is made of."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unbiased(var: Tensor, count: int) -> Tensor:

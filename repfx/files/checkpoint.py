@@ -68,6 +68,8 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, found: dict[str, 
     Raises InputError if they do not fit, and names the first keys that differ."""
     here: dict[str, Tensor] = model.state_dict()
     there: dict[str, Tensor] = found["model"]
+    for name, quant in quantizers_of(model).items():
+        quant.complete(there, f"{name}.")
     wrong = [f"{k} is not in the checkpoint" for k in here if k not in there]
     wrong += [f"{k} is not in the model" for k in there if k not in here]
     wrong += [

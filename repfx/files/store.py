@@ -34,7 +34,7 @@ from repfx.files.allowed import (
 from repfx.graph.holders import is_holder
 from repfx.graph.inputs import KEY
 from repfx.graph.modes import TrainOnly
-from repfx.quant import Grid
+from repfx.quant import FakeQuant, Grid
 
 _VALUES: dict[str, Any] = {"grid": Grid, "geometry": Geometry, "axis": Axis, "links": Links}
 
@@ -205,6 +205,8 @@ def _decode_module(
     for name, entry in data.get("plain", {}).items():
         module.__dict__[name] = _decode_tensor(entry, tensors)
     module._non_persistent_buffers_set = set(data.get("transient", []))
+    if isinstance(module, FakeQuant):
+        module.renew()
     for name, child in data.get("children", {}).items():
         module._modules[name] = None if child is None else _decode_module(child, tensors, seen)
     if isinstance(module, fx.GraphModule):

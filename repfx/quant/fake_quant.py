@@ -1,10 +1,13 @@
 """FakeQuant rounds values to a Grid, as the deployed integers will.
 
-With `learned`, its scale is a parameter with the gradient of LSQ (Esser et al., 2020), multiplied
-by 1 / sqrt(N high):
+With `learned`, its step s is learned by the gradient of LSQ (Esser et al., 2020):
 
     dQ/ds = round(v/s) - v/s inside the grid, low or high outside
-"""
+
+What an optimizer changes is r in s = scale exp(r), so a step stays positive, whatever the learning
+rate, and a rate means the same for steps of any size. dL/dr = s dL/ds is what a gain has that
+multiplies the values, such as a batch norm's gamma near 1, so r needs no gradient scale (LSQ has
+1 / sqrt(N high), and loses steps to 0 at 8 bits). Weight decay pulls a step to where it started."""
 
 from __future__ import annotations
 
@@ -27,8 +30,11 @@ class FakeQuant(nn.Module):
     not `on`, or has an `observer`, which is shown x.
 
     `of_weight`: the quantizer rounds a weight, and its scale follows from that weight. Otherwise it
-    rounds an activation, and its scale comes from data. A `learned` scale that is not set yet is
-    set in training, from the first value seen, to the smallest squared error (MinError)."""
+    rounds an activation, and its scale comes from data.
+
+    `learned`: `log_ratio`, of the same shape, is a parameter, and the step is scale
+    exp(log_ratio). A scale that is not set yet is then set in training, from the first value seen,
+    to the smallest squared error (MinError)."""
 
     is_graph_leaf = True
     scale: Tensor
@@ -46,10 +52,9 @@ class FakeQuant(nn.Module):
         super().__init__()
         self.grid = grid
         empty = torch.zeros((), device="cpu") if scale is None else torch.zeros_like(scale)
+        self.register_buffer("scale", empty)
         if learned:
-            self.scale = nn.Parameter(empty)
-        else:
-            self.register_buffer("scale", empty)
+            self.log_ratio = nn.Parameter(torch.zeros_like(empty))
         self.of_weight, self.learned = of_weight, learned
         self.calibrated = False
         if scale is not None:
@@ -59,7 +64,21 @@ class FakeQuant(nn.Module):
         """Sets the scale in place. A scale of 0 comes from zeros only; it becomes 1."""
         with torch.no_grad():
             self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+            if self.learned:
+                self.log_ratio.zero_()
         self.calibrated = True
+
+    def complete(self, state: dict[str, Any], prefix: str) -> None:
+        """Adds what a state dict by repfx 0.1 lacks, which learned the scale itself."""
+        if self.learned:
+            state.setdefault(f"{prefix}log_ratio", torch.zeros_like(self.log_ratio))
+
+    def renew(self) -> None:
+        """Brings a module that repfx 0.1 saved to today's form."""
+        old = self._parameters.pop("scale", None)
+        if old is not None:
+            self.register_buffer("scale", old.detach())
+            self.log_ratio = nn.Parameter(torch.zeros_like(old), old.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -71,18 +90,14 @@ class FakeQuant(nn.Module):
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
         if not self.calibrated:
             return x
-        return self.grid.quantize(x, self._lsq(x) if self.learned and self.training else self.step)
+        return self.grid.quantize(x, self.step)
 
     @property
     def step(self) -> Tensor:
-        """The scale that is used: a learned scale is replaced by `SMALLEST` if it is below that."""
-        return self.scale.clamp(min=SMALLEST) if self.learned else self.scale
-
-    def _lsq(self, x: Tensor) -> Tensor:
-        """The scale, its gradient times 1 / sqrt(N high), where N values share one scale."""
-        factor: float = (x.numel() / self.scale.numel() * self.grid.high) ** -0.5
-        # The gradient reaches a scale below `SMALLEST` too, so it can come back.
-        return self.step.detach() + (self.scale - self.scale.detach()) * factor
+        """The scale that is used, which is at least `SMALLEST` if it is learned."""
+        if not self.learned:
+            return self.scale
+        return (self.scale * self.log_ratio.exp()).clamp(min=SMALLEST)
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""
@@ -98,5 +113,6 @@ class FakeQuant(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = bool((self.scale != 0).all())

@@ -50,6 +50,7 @@ def fit(
     warmup: float | None = None,
     decay_norm: bool | None = None,
     l2: str | None = None,
+    step_lr: float | None = None,
     batch: int = 64,
     workers: int = 0,
     ema: float | None = None,
@@ -68,6 +69,8 @@ def fit(
 ) -> History:
     """Trains the model in place and returns its history, one row per epoch.
 
+    A row also names the quantizers that training has made useless (see `training.watch`).
+
     `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and
     `metric()` (see `Task`). `data`, `valid`: tensors (x, y) with N samples each, a data set or a
     DataLoader. `data` may also be a path that the task reads: a folder or zip of class folders, or
@@ -76,10 +79,11 @@ def fit(
 
     `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict; the other arguments override it.
     Without one the default is SGD with `momentum` 0.9, `lr` 0.1 falling to 0 on a cosine, and
-    `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups.
+    `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups, whose
+    rates then keep their ratios. `step_lr`: the rate of the quantizers' learned steps, else `lr`.
     `schedule`: cosine, constant, or a function from progress in 0..1 to a factor. `warmup`: in
     epochs. Weight decay is not applied to parameters of one dimension unless `decay_norm` is set,
-    and never to the scales of quantizers. `l2`: "plain"; or "custom" (RepVGG's) or "eq6"
+    and never to the steps of quantizers. `l2`: "plain"; or "custom" (RepVGG's) or "eq6"
     (QARepVGG's correction of it), which replace plain decay on the kernels of multi-branch blocks
     (see `CustomL2`).
 

@@ -17,7 +17,8 @@ class Epoch:
     """One epoch, counted from 1.
 
     `loss`: mean training loss. `lr`: the last learning rate. `seconds`: time, with validation.
-    `metrics`: those on the validation data.
+    `metrics`: those on the validation data. `faults`: quantizers whose grid training has made
+    useless, in words.
     """
 
     epoch: int
@@ -25,12 +26,14 @@ class Epoch:
     lr: float
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
     def line(self) -> str:
         """The row as a line of JSON. Numbers that are not finite become null."""
         values: dict[str, Any] = {**asdict(self), **self.metrics}
-        del values["metrics"]
-        return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()})
+        del values["metrics"], values["faults"]
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        return json.dumps({**values, **({"faults": self.faults} if self.faults else {})})
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class History:
             found = [f"{r.metrics[n]:.4g}" if n in r.metrics else "" for n in names]
             table.add_row(str(r.epoch), f"{r.loss:.4g}", f"{r.lr:.3g}", *found, f"{r.seconds:.1f}")
         yield table
+        yield from (self.rows[-1].faults if self.rows else ())
 
     def __str__(self) -> str:
         console = Console(width=124)

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError
 from repfx.files import checkpoint
 from repfx.files.store import write_whole
-from repfx.quant import quantizers_of
+from repfx.quant import quantizers_of, same_modes
 from repfx.training.average import Average
 from repfx.training.history import Epoch, History
 from repfx.training.options import Options
@@ -33,6 +34,7 @@ from repfx.training.recipe import Recipe, optimizer_of
 from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
+from repfx.training.watch import watching
 
 KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
@@ -63,7 +65,12 @@ class Run:
         optimizer = optimizer_of(model.to(accelerator.device), rules, free)
         self.ema = None if options.ema is None else Average(model, options.ema)
         self.net = accelerator.prepare_model(model)
+        # A group with a rate of its own keeps its ratio to `lr` throughout the schedule.
+        self.ratios = [
+            group["lr"] / rules.lr if rules.lr else 1 for group in optimizer.param_groups
+        ]
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
+        self.faults: tuple[str, ...] = ()
         self.epoch, self.step = 0, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0  # of the epoch so far
         self.rows: list[Epoch] = []
@@ -109,7 +116,8 @@ class Run:
         start = time.perf_counter()
         metrics = {} if valid is None else self.score(valid)
         seconds = self.seconds + time.perf_counter() - start
-        row = Epoch(self.epoch + 1, self.loss / self.samples, self.lr, seconds, metrics)
+        loss = self.loss / self.samples
+        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, self.faults)
         self.rows.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0
@@ -151,6 +159,17 @@ class Run:
                 self.save()
             done()
         self.share_statistics()
+        self.faults = self.look()
+
+    def look(self) -> tuple[str, ...]:
+        """What is wrong with the quantizers, seen on the epoch's last batch in eval mode."""
+        if not quantizers_of(self.model):
+            return ()
+        with same_modes(self.model), watching(self.model) as found, torch.no_grad():
+            self.model.eval()
+            with self.accelerator.autocast():
+                self.task.loss(self.model, self.batch)
+        return tuple(found)
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
         """Takes one optimizer step and returns the mean loss of its samples.
@@ -180,6 +199,7 @@ class Run:
 
     def backward(self, batch: Any, weight: float) -> Tensor:
         """Adds the weighted gradient of one micro batch, and returns the task's loss."""
+        self.batch = batch
         with self.accelerator.autocast():
             loss = self.task.loss(self.net, batch)
         if not isinstance(loss, Tensor) or loss.dim():
@@ -221,8 +241,8 @@ class Run:
         return send_to_device(batch, self.accelerator.device)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
+            group["lr"] = lr * ratio
 
     def last_good(self) -> str:
         """The part of an error message that names the last good checkpoint, if there is one."""
@@ -249,7 +269,7 @@ class Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
                 "at": [self.epoch, self.step, self.loss, self.samples, self.seconds],
-                "rows": [[r.epoch, r.loss, r.lr, r.seconds, r.metrics] for r in self.rows],
+                "rows": [[*asdict(r).values()] for r in self.rows],
                 "run": self.same,
             }
             checkpoint.write(self.options.checkpoint, KIND, self.model, content)
@@ -272,9 +292,11 @@ class Run:
         if self.ema is not None:
             self.ema.steps = found["ema"][0]
             for name, value in found["ema"][1].items():
-                self.ema.values[name].copy_(value)
+                if name in self.ema.values:  # repfx 0.1 has averages of scales, too
+                    self.ema.values[name].copy_(value)
         if found["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found["scaler"])
         self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"]
-        self.rows = [Epoch(*row) for row in found["rows"]]
+        # repfx 0.1 wrote rows without faults.
+        self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
         set_random_state(found["random"][self.rank])

@@ -57,7 +57,8 @@ class Recipe:
 
     `warmup` is in epochs. `decay_norm` also decays batch norms and other parameters of one
     dimension. `l2`: plain weight decay, or RepVGG's custom decay, or Eq. 6 of QARepVGG, on the
-    kernels of multi-branch blocks (see `CustomL2`)."""
+    kernels of multi-branch blocks (see `CustomL2`). `step_lr` is the learning rate of the learned
+    steps of quantizers; None is `lr`."""
 
     epochs: int
     optimizer: str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = "sgd"
@@ -68,6 +69,7 @@ class Recipe:
     warmup: float = 0
     decay_norm: bool = False
     l2: str = "plain"
+    step_lr: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
@@ -78,9 +80,9 @@ class Recipe:
             raise unknown("l2", str(self.l2), L2)
         if not isinstance(self.epochs, int) or self.epochs < 1:
             raise InputError(f"epochs is a whole number from 1, not {self.epochs!r}")
-        for name in ("lr", "momentum", "weight_decay", "warmup"):
+        for name in ("lr", "momentum", "weight_decay", "warmup", "step_lr"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is a number from 0, not {value!r}")
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -118,22 +120,28 @@ def optimizer_of(model: nn.Module, r: Recipe, free: Iterable[Tensor] = ()) -> to
     """The optimizer, with its parameter groups.
 
     Weight decay applies to parameters of two or more dimensions (with `decay_norm`, to all), but
-    not to those in `free` and not to the scales of quantizers. Raises InputError for a model
-    without a parameter to train.
+    not to those in `free` and not to the steps of quantizers. With `step_lr` the steps are a group
+    of their own. Raises InputError for a model without a parameter to train.
     """
-    spared = {id(m.scale) for m in quantizers_of(model).values()} | {id(p) for p in free}
+    steps = {id(p) for m in quantizers_of(model).values() for p in m.parameters()}
+    spared = {id(p) for p in free} | steps
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError("the model has no parameter to train")
-    decays = [id(p) not in spared and (p.dim() > 1 or r.decay_norm) for p in trained]
+    kinds: dict[str, list[Tensor]] = {"decayed": [], "free": [], "steps": []}
+    for p in trained:
+        decays = id(p) not in spared and (p.dim() > 1 or r.decay_norm)
+        apart = r.step_lr is not None and id(p) in steps
+        kinds["steps" if apart else "decayed" if decays else "free"].append(p)
     groups: list[dict[str, Any]] = [
         {
-            "params": [p for p, d in zip(trained, decays, strict=True) if d is on],
-            "weight_decay": r.weight_decay * on,
+            "params": params,
+            "weight_decay": r.weight_decay if kind == "decayed" else 0.0,
+            "lr": r.step_lr if kind == "steps" else r.lr,
         }
-        for on in (True, False)
+        for kind, params in kinds.items()
+        if params
     ]
-    groups = [g for g in groups if g["params"]]
     if callable(r.optimizer):
         return r.optimizer(groups)
     if r.optimizer == "sgd":
