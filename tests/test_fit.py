@@ -366,7 +366,10 @@ def test_presets_and_decay() -> None:
             ("weight" in names[id(p)] and p.dim() > 1) or everything for p in decayed["params"]
         )
         free = [names[id(p)] for p in not_decayed["params"]]
-        assert sum(n.endswith("_quant.log_ratio") for n in free) == 6 and (len(free) == 6) is everything
+        assert (
+            sum(n.endswith("_quant.log_ratio") for n in free) == 6
+            and (len(free) == 6) is everything
+        )
 
 
 @pytest.mark.parametrize("l2", ["plain", "custom", "eq6"])

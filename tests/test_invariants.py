@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.algebra import KernelNorm
+from repfx.algebra import Geometry, KernelNorm, Moments
 from repfx.blocks import BLOCKS, DBB, ECB, ACNet, QARepVGG, RepVGG
 from repfx.calibration import match_statistics
 from repfx.errors import InputError
@@ -188,6 +188,59 @@ def test_averages_and_edge_filters_have_their_true_variance(mode: str) -> None:
     ]
     assert off[0] > 0.1  # the learned kernel, by channel
     assert max(off[1:]) < 2e-3  # 6399 against 6400 values
+
+
+MODES = ("running", "batch", "sampled", "estimate", "estimate_paper")
+
+
+def statistics(mode: str, x: Tensor, weight: Tensor, autocast: bool = False) -> tuple[Tensor, ...]:
+    """The mean and the variance that a norm after a 1x1 convolution of x takes for its output."""
+    point = Geometry.conv(weight.shape[1], weight.shape[0], (1, 1))
+    norm = KernelNorm(nn.BatchNorm2d(weight.shape[0]), point, mode, sample=1).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mean, _, var = norm.measure(Moments(True, True).train()(x), weight, None)
+    return mean, var
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_small_variance_about_a_large_mean(mode: str) -> None:
+    """One channel that hardly varies: E[x^2] - E[x]^2 has no correct digit in float32."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.tensor([1.0, -0.5, 2.0]).reshape(3, 1, 1, 1)
+    for level in (-200.0, 50.0, 3000.0):
+        x = level + 0.05 * torch.randn(8, 1, 16, 16, generator=g)
+        mean, var = statistics(mode, x, weight)
+        u = F.conv2d(x.double(), weight.double())
+        assert torch.allclose(mean.double(), u.mean((0, 2, 3)), rtol=1e-5)
+        assert torch.allclose(var.double(), u.var((0, 2, 3)), rtol=0.02), (level, var)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_are_float32_in_autocast(mode: str) -> None:
+    """What comes in is bfloat16 there, but the moments of that are not rounded to it once more."""
+    g = torch.Generator().manual_seed(0)
+    x = (4 + 0.3 * torch.randn(16, 1, 16, 16, generator=g)).bfloat16()
+    weight = torch.tensor([1.0, -0.5, 2.0]).reshape(3, 1, 1, 1)
+    found, wanted = statistics(mode, x, weight, True), statistics(mode, x.float(), weight)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["estimate", "estimate_paper"])
+def test_the_estimated_variance_is_that_of_each_tap(mode: str) -> None:
+    """sum K^2 V, with V of the padded input at each tap, or of all of the input."""
+    x, weight = (
+        pictures(4) * torch.rand(1, 1, 9, 10, dtype=torch.float64),
+        torch.randn(6, 4, 3, 2, dtype=torch.float64),
+    )
+    g = Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0))
+    norm = KernelNorm(nn.BatchNorm2d(6).double(), g, mode).train()
+    var = norm.measure(Moments(True, True).train()(x), weight, None)[1]
+    seen = F.unfold(x, (3, 2), padding=(2, 0), stride=(1, 2)).reshape(16, 4, 6, -1)
+    spread = seen.var((0, 3), correction=0).reshape(4, 3, 2)
+    if mode == "estimate_paper":
+        spread = x.var((0, 2, 3), correction=0)[:, None, None]
+    torch.testing.assert_close(var, (weight.square() * spread).sum((1, 2, 3)))
 
 
 def test_fixed_filters_are_told_from_learned_ones_in_the_blocks() -> None:

@@ -2,7 +2,7 @@
 
 dead        all integer values of a channel of a weight, or of an activation, are 0, though the
             values are not
-saturated   more than a quarter of the values lie beyond the grid
+saturated   more than a quarter of the values lie beyond the grid, by a quarter of it or more
 unused      no integer value uses more than a sixteenth of the grid
 
 A net with such a grid goes on training and has lost accuracy for good, without a word."""
@@ -19,7 +19,7 @@ from repfx.quant import FakeQuant, quantizers_of
 
 SATURATED = 1 / 4
 UNUSED = 1 / 16
-HINT = "a lower rate for the steps (step_lr=) or more bits may help"
+HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bits may help"
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def fault_of(quant: FakeQuant, x: Tensor) -> str:
         if dead:
             return f"rounds all of {dead} of {len(rows)} channels to 0"
     over = x / grid.along(quant.step, x)
-    beyond = (over > grid.high + 0.5) | (over < grid.low - 0.5)
+    beyond = (over > 1.25 * grid.high + 0.5) | (over < 1.25 * grid.low - 0.5)
     if not grid.signed:
         beyond &= over > 0  # what is negative is cut off on purpose
     share = float(beyond.float().mean()) if x.numel() else 0.0

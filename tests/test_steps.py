@@ -1,0 +1,159 @@
+"""Learned steps: they stay alive, have a rate of their own, and a grid gone bad is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks import RepVGG
+from repfx.passes import RepQ
+from repfx.quant import FakeQuant, Grid, quantizers_of
+from repfx.training import fit
+from repfx.training.watch import fault_of, watching
+
+
+def task(n: int = 128) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 4
+    means = torch.randn(4, 3, 8, 8, generator=g)
+    return torch.randn(n, 3, 8, 8, generator=g) + 0.5 * means[y], y
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [RepVGG(3, 8, 3, 2, 1), nn.ReLU(), RepVGG(8, 8, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def quantized(bits: int = 8) -> Any:
+    model = net()
+    fit(model, "classification", task(), epochs=3, lr=0.05, progress=False, device="cpu")
+    return repfx.transform(model.eval(), [RepQ(bits=bits)], example=task()[0][:2])
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("lr", [1e-3, 1e-2, 0.05])
+def test_steps_stay_alive_in_any_loop(kind: str, lr: float) -> None:
+    """With every parameter at one rate, decayed, and 8 bits, where LSQ's own steps fall to 0."""
+    model, (x, y) = quantized().train(), task()
+    options = {"lr": lr, "weight_decay": 0.01, **({"momentum": 0.9} if kind == "SGD" else {})}
+    used = getattr(torch.optim, kind)(model.parameters(), **options)
+    losses = []
+    for i in range(60):
+        part = slice(32 * (i % 4), 32 * (i % 4) + 32)
+        loss = nn.functional.cross_entropy(model(x[part]), y[part])
+        used.zero_grad()
+        loss.backward()
+        used.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-8:]) < sum(losses[:8])
+    for name, quant in quantizers_of(model).items():
+        moved = (quant.step / quant.scale).detach()
+        assert bool(((moved > 1 / 8) & (moved < 8)).all()), (name, moved)
+    with watching(model) as faults, torch.no_grad():
+        model.eval()(x)
+    assert faults == []
+
+
+def test_a_step_moves_by_a_share_of_itself() -> None:
+    """Adam moves a small step no further, for its size, than a large one."""
+    for scale in (1e-5, 1.0):
+        quant = FakeQuant(Grid(4), torch.tensor(scale), learned=True).train()
+        adam = torch.optim.Adam(quant.parameters(), lr=0.01)
+        x = torch.randn(100, generator=torch.Generator().manual_seed(0)) * scale
+        (quant(x) * x).sum().backward()
+        adam.step()
+        assert float(quant.step.detach()) / scale == pytest.approx(1, abs=0.0101)
+        assert float(quant.step.detach()) != scale
+
+
+def rates(model: nn.Module, **options: Any) -> list[list[float]]:
+    """The learning rates of all groups, in each step of a run."""
+    seen: list[list[float]] = []
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    made = options.pop("groups", lambda groups: groups)
+    fit(
+        model,
+        "classification",
+        task(64),
+        epochs=1,
+        batch=32,
+        progress=False,
+        device="cpu",
+        optimizer=lambda groups: Seen(made(groups), lr=0.1),
+        **options,
+    )
+    return seen
+
+
+def test_steps_and_groups_have_their_own_rates() -> None:
+    model = quantized()
+    steps = {id(p) for q in quantizers_of(model).values() for p in q.parameters()}
+
+    def halved(share: float) -> float:
+        return 1 - share / 2
+
+    seen = rates(model, lr=0.1, step_lr=1e-3, schedule=halved)
+    assert [r[-1] for r in seen] == pytest.approx([1e-3, 0.75e-3])
+    assert [r[0] for r in seen] == pytest.approx([0.1, 0.075])
+
+    def split(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        mine = [p for g in groups for p in g["params"] if id(p) in steps]
+        rest = [{**g, "params": [p for p in g["params"] if id(p) not in steps]} for g in groups]
+        return [*rest, {"params": mine, "lr": 1e-5, "weight_decay": 0.0}]
+
+    seen = rates(model, lr=0.1, schedule=halved, groups=split)
+    assert [r[-1] for r in seen] == pytest.approx([1e-5, 0.75e-5])
+    with pytest.raises(repfx.InputError, match="step_lr is a number from 0"):
+        rates(model, step_lr=-1.0)
+    assert len(rates(quantized(), lr=0.1, step_lr=0.0)[0]) == 3
+    still = quantized()
+    rates(still, lr=0.05, step_lr=0.0)
+    assert all(float(q.log_ratio.abs().max()) == 0 for q in quantizers_of(still).values())
+
+
+FAULTS: list[tuple[Grid, Any, Any, str]] = [
+    (Grid(8), 1.0, torch.randn(64) / 8, "rounds every value to 0"),
+    (Grid(8), 0.01, torch.randn(64), ""),
+    (Grid(8), 0.0, torch.zeros(64), ""),  # zeros round to 0 rightly
+    (Grid(8), 0.002, torch.randn(64) + 1, "cuts off"),
+    (Grid(8), 1 / 128, torch.full((64,), 1.0), ""),  # by less than a step
+    (Grid(8), 1.0, torch.full((64,), 4.0), "uses 4 of 127 steps"),
+    (Grid(4), 1.0, torch.full((64,), 1.0), ""),
+    (Grid(8, signed=False), 0.01, torch.randn(64), ""),  # what is negative is cut off on purpose
+    (Grid(2, axis=0), [1.0, 9.0, 1.0], torch.ones(3, 4), "rounds all of 1 of 3 channels to 0"),
+    (Grid(2, axis=0), [1.0, 1.0, 9.0], torch.eye(3) * torch.tensor([1, 1, 0]), ""),
+]
+
+
+@pytest.mark.parametrize(("grid", "scale", "x", "fault"), FAULTS)
+def test_what_is_wrong_with_a_grid(grid: Grid, scale: Any, x: Tensor, fault: str) -> None:
+    said = fault_of(FakeQuant(grid, torch.tensor(scale), learned=True), x.clone())
+    assert said.startswith(fault) if fault else not said
+
+
+def test_the_history_and_the_log_name_useless_grids(tmp_path: Path) -> None:
+    model, log = quantized(), tmp_path / "log"
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "batch": 64, "step_lr": 0.0}
+    for name, quant in quantizers_of(model).items():
+        if name == "2.main.conv.weight_quant":
+            quant.set_scale(quant.scale * 1e4)
+    history = fit(model, "classification", task(64), epochs=1, lr=1e-4, log=log, **options)
+    (fault,) = history[-1].faults
+    assert fault.startswith("2.main.conv.weight_quant rounds all of 8 of 8 channels to 0: a lower")
+    assert json.loads(log.read_text())["faults"] == [fault]
+    assert fault in str(history).replace("\n", " ")
+    assert model.training == quantized().training, "the look leaves the modes as they were"
+    plain = fit(net(), "classification", task(64), epochs=1, progress=False, device="cpu")
+    assert plain[-1].faults == () and "faults" not in plain[-1].line()
