@@ -172,6 +172,24 @@ def two(where: str) -> None:
             clip=1.0,
         )
         torch.save(weights(model), f"{where}/{name}{os.environ['RANK']}")
+    torch.save(own_loop(int(os.environ["RANK"])), f"{where}/own{os.environ['RANK']}")
+
+
+def own_loop(rank: int) -> dict[str, Tensor]:
+    """The parameters and scales after one's own loop with DDP, on images of one's own."""
+    model = repfx.transform(net(), ["repq(bits=4)"]).train()
+    both = nn.parallel.DistributedDataParallel(model)
+    x, y = pictures(80)
+    optimizer = torch.optim.SGD(both.parameters(), 0.01, momentum=0.9)
+    for i in range(5):
+        part = slice(8 * (2 * i + rank), 8 * (2 * i + rank) + 8)
+        optimizer.zero_grad()
+        F.cross_entropy(both((1 + rank) * x[part]), y[part]).backward()
+        optimizer.step()
+    named = dict(model.named_parameters())
+    scales = {k: v for k, v in model.named_buffers() if k.endswith("_quant.scale")}
+    assert all(bool((v > 0).all()) for v in scales.values()) and len(scales) == 6
+    return {k: v.detach().clone() for k, v in {**named, **scales}.items()}
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> None:
@@ -207,6 +225,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> No
     assert same(found["quantized0"], found["quantized1"]), (
         "scales and running statistics are shared too"
     )
+    assert same(found["own0"], found["own1"])
 
 
 def half() -> None:
