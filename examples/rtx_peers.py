@@ -2,8 +2,9 @@
 
     python examples/rtx_peers.py [models] [--modelopt PYTHON] [--out rtx_peers.jsonl]
 
-Each net has random weights and is quantized by its default recipe for TensorRT; a peer gets it
-merged by repfx, and as it is trained. ONNX Runtime's quantizer is told to write what TensorRT
+Each net has random weights. Each tool quantizes it by its default recipe for TensorRT; a peer gets
+it merged by repfx, and as it is trained. ModelOpt leaves the last layer of an ONNX file in float,
+so there is a column of ours that does, too. ONNX Runtime's quantizer is told to write what TensorRT
 takes: symmetric int8, weights per channel, biases in float. ModelOpt quantizes the ONNX file, and
 the PyTorch model before its export; PYTHON is the interpreter of an environment that has it:
 
@@ -43,6 +44,8 @@ import repfx
 from repfx.lowering.runtimes.run import session
 from repfx.lowering.tensorrt import rtx
 from repfx.lowering.tensorrt.engine import build
+from repfx.passes import Ptq
+from repfx.quant import quantizers_of
 from repfx.rewrite.difference import difference
 
 FOR_TENSORRT = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
@@ -59,14 +62,20 @@ def by_modelopt(python: str, form: str, source: Path, images: Path, goal: Path) 
     return goal
 
 
-def ours(net: nn.Module, x: torch.Tensor, folder: Path) -> Path:
-    int8 = repfx.calibrate(repfx.transform(net, ["ptq"], example=x), [x])
-    return repfx.lower(int8, folder / "ours.onnx", example=x).onnx
+def ours(net: nn.Module, x: torch.Tensor, folder: Path, last: bool) -> Path:
+    """Our file; without `last` its last layer is in float."""
+    int8 = repfx.transform(net, ["ptq"], example=x)
+    if not last:
+        path = [*quantizers_of(int8, of_weight=True)][-1].removesuffix(".weight_quant")
+        int8 = repfx.transform(net, [Ptq(wide=path, wide_bits=32)], example=x)
+    name = "ours.onnx" if last else "ours_head.onnx"
+    return repfx.lower(repfx.calibrate(int8, [x]), folder / name, example=x).onnx
 
 
 def files(net: nn.Module, x: torch.Tensor, folder: Path, modelopt: str | None) -> Iterator[Any]:
     """(who, form, a function that writes their INT8 file) of every tool."""
-    yield "ours", "merged", partial(ours, net, x, folder)
+    yield "ours", "merged", partial(ours, net, x, folder, True)
+    yield "ours", "last layer in float", partial(ours, net, x, folder, False)
     images = folder / "images.npy"
     np.save(images, x.numpy())
     for form, passes in FORMS.items():

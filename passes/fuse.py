@@ -31,4 +31,9 @@ class Fuse(Pass):
 
     def run(self, work: Work) -> Result:
         result = work.merge(self.name)
-        return replace(result, merged=result.merged + work.fold())
+        folded = work.fold()
+        if not folded:
+            return result
+        # A float layer whose weight was computed may now merge with the norm behind it.
+        last = work.merge(self.name)
+        return replace(last, merged=result.merged + folded + last.merged)

@@ -6,7 +6,9 @@ M applies the block to kernels instead of feature maps. It is written into the g
 tensor code, which you can run, print, differentiate and compile. Every key of the state_dict stays
 and its tensor keeps training; the quantizers add keys. Batch norms inside a block keep their
 statistics. They compute them from x and the kernel in front of them, in the way that `bn` selects
-(see `KernelNorm`).
+(see `KernelNorm`). With `bn=live` the norm at the end of a block stays a batch norm behind the
+quantized convolution, as in plain training with learned steps; `fuse` folds it into the step, the
+integer values and the bias of the layer. Norms inside the block are then measured as in `running`.
 
 It covers every region that `fuse` would merge, all other convolutions and linear layers, and the
 skips and averages that the target runs in integers. `bits=32` leaves out the rounding: float
@@ -38,6 +40,15 @@ from repfx.rewrite.program import program
 from repfx.rewrite.results import Result
 from repfx.rewrite.work import Names, Work
 
+LIVE = "live"
+
+
+@dataclass(frozen=True)
+class _Normed(Merge):
+    """A region that a batch norm follows, which stays."""
+
+    norm: fx.Node
+
 
 @register
 @dataclass(frozen=True)
@@ -45,9 +56,9 @@ class RepQ(Pass):
     """Quantizes activations to `bits`, and weights to `weight_bits` or else `bits`; 32 is float.
 
     `bn`: where batch norms get their statistics in training, one of running, batch, estimate,
-    estimate_paper, sampled, frozen. `ends`: the bits of the first and the last layer, None for the
-    same as the others, 32 to leave them in float. `per_channel`: one weight scale per output
-    channel, else one per tensor."""
+    estimate_paper, sampled, frozen, live; live needs `per_channel`. `ends`: the bits of the first
+    and the last layer, None for the same as the others, 32 to leave them in float. `per_channel`:
+    one weight scale per output channel, else one per tensor."""
 
     name: ClassVar[str] = "repq"
     stage: ClassVar[Stage] = Stage.TRAIN
@@ -60,8 +71,13 @@ class RepQ(Pass):
     per_channel: bool = True
 
     def __post_init__(self) -> None:
-        if self.bn not in MODES:
-            raise unknown("bn", str(self.bn), MODES)
+        if self.bn not in (*MODES, LIVE):
+            raise unknown("bn", str(self.bn), (*MODES, LIVE))
+        if self.bn == LIVE and not self.per_channel:
+            raise InputError(
+                "bn=live: a batch norm folds only into weights with one scale per channel; leave "
+                "out per_channel=False"
+            )
         for bits in (self.bits, self.weight_bits, self.ends):
             if bits != FLOAT and bits is not None:
                 Grid(bits)  # raises for an invalid number of bits
@@ -79,6 +95,8 @@ class RepQ(Pass):
             spell_out(work.module, work.target)
         view = work.view()
         merges, declined = _regions(view)
+        if self.bn == LIVE:
+            merges = [_without_its_norm(view, merge) for merge in merges]
         names = Names(view, work.module)
         layers = [self._layer(m, _place(names, m), m in (merges[0], merges[-1])) for m in merges]
         quantizers = Quantizers(work, view, layers, Rounding(self.per_channel, learned=True))
@@ -93,14 +111,16 @@ class RepQ(Pass):
 
     def _layer(self, merge: Merge, path: str, is_end: bool) -> IntegerLayer:
         region, wide = merge.region, self.ends if is_end and self.bits != FLOAT else None
+        norm = merge.norm if isinstance(merge, _Normed) else None
         return IntegerLayer(
-            region.sink,
+            norm or region.sink,
             region.source,
             path,
             merge.geometry,
             wide or self.bits,
             wide or self.weight_bits or self.bits,
-            tuple(region.removed),
+            (*region.removed, *([norm] if norm else [])),
+            norm is not None,
         )
 
 
@@ -113,9 +133,9 @@ class _Writer:
 
     def write(self, layer: IntegerLayer, merge: Merge) -> None:
         seen = partial(self._moments, layer)
-        weight, bias, now = program(
-            self.work.module, self.quantizers.view, merge, seen, self.rules.bn
-        )
+        mode = "running" if self.rules.bn == LIVE else self.rules.bn
+        view, at = self.quantizers.view, layer.node
+        weight, bias, now = program(self.work.module, view, merge, at, seen, mode)
         x = self.quantizers.input(layer)
         weight = self.quantizers.weight(layer, weight, now)
         self.quantizers.put(layer, x, weight, bias)
@@ -124,7 +144,7 @@ class _Writer:
         """The input moments that a layer's batch norms need; layers with one input share them."""
         source, bn = layer.source, self.rules.bn
         if source not in self.moments or self.quantizers.view.writes.changed(source):
-            estimates, whole = bn in ("estimate", "estimate_paper"), bn == "running"
+            estimates, whole = bn in ("estimate", "estimate_paper"), bn in ("running", LIVE)
             needs = Moments(bn not in ("batch", "frozen"), estimates, whole)
             self.moments[source] = self.work.insert(
                 layer.node, self.quantizers.now(source), f"{layer.path}.moments", needs
@@ -166,6 +186,20 @@ def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
                     )
                 )
     return sorted(found, key=lambda m: view.index[m.region.sink]), declined
+
+
+def _without_its_norm(view: GraphView, merge: Merge) -> Merge:
+    """The region without the batch norm that it ends with, if it does."""
+    region, norm = merge.region, merge.region.sink
+    if getattr(view.ops[norm], "kind", "") != "bn" or len(region.nodes) < 2:
+        return merge
+    (before,) = view.data_inputs(norm)
+    nodes = tuple(n for n in region.nodes if n is not norm)
+    geometry = geometries(view, region.source, nodes).get(before)
+    if before not in nodes or before in region.kept or not isinstance(geometry, Geometry):
+        return merge
+    rest = Region(region.source, before, nodes, region.kept)
+    return _Normed(rest, geometry, merge.macs_before, merge.params_before, norm)
 
 
 def _norms(view: GraphView, region: Region) -> list[fx.Node]:

@@ -48,7 +48,8 @@ class IntegerLayer:
 
     `path` is the module under which its quantizers are put. `bits` are those of its input and
     `weight_bits` those of its weight; FLOAT leaves it in float. `inside`: all the nodes that the
-    layer replaces, if there are several."""
+    layer replaces, if there are several. `normed`: `node` is a batch norm, which stays behind the
+    layer."""
 
     node: fx.Node
     source: fx.Node
@@ -57,6 +58,7 @@ class IntegerLayer:
     bits: int = 8
     weight_bits: int = 8
     inside: tuple[fx.Node, ...] = ()
+    normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Quantizers:
         graph = layer.node.graph
         with graph.inserting_before(layer.node):
             call = call_layer(graph, layer.geometry, x, weight, bias)
+            if layer.normed:
+                call = graph.call_module(str(layer.node.target), (call,))
         self._moved[layer.node] = call
         layer.node.replace_all_uses_with(call)
         call.meta = dict(layer.node.meta)

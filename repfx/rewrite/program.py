@@ -76,9 +76,14 @@ def fixed_of(module: fx.GraphModule) -> tuple[str, Fixed]:
 
 
 def program(
-    module: fx.GraphModule, view: GraphView, merge: Merge, seen: Callable[[], fx.Node], mode: str
+    module: fx.GraphModule,
+    view: GraphView,
+    merge: Merge,
+    at: fx.Node,
+    seen: Callable[[], fx.Node],
+    mode: str,
 ) -> tuple[fx.Node, fx.Node | None, Tensor]:
-    """Writes the program of a region before its sink.
+    """Writes the program of a region before the node `at`.
 
     Returns the nodes of the weight and the bias, and the current value of the weight. Batch norms
     are replaced by KernelNorms of this `mode`, which read the Moments that `seen` returns."""
@@ -112,7 +117,7 @@ def program(
             parts.append(ConstantProxy(item, recorder, value))
         return Kernel.diagonal(g, *parts)  # type: ignore[arg-type]
 
-    with module.graph.inserting_before(region.sink):
+    with module.graph.inserting_before(at):
         kernel = kernel_of(view, region, fetch, meaning=meaning).plain
         packed: Any = (
             kernel.weight if kernel.geometry.source_axis == 1 else kernel.weight.flatten(1)

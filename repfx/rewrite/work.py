@@ -21,7 +21,7 @@ from repfx.graph.view import GraphView
 from repfx.quant import Target
 from repfx.rewrite.absorb import put
 from repfx.rewrite.fold import fold_programs
-from repfx.rewrite.fold_affine import fold_affines
+from repfx.rewrite.fold_affine import fold_affines, fold_norms
 from repfx.rewrite.kernel_of import kernel_of
 from repfx.rewrite.merge_regions import Accept, Merge, Plan, plan_merges
 from repfx.rewrite.names import Names, weight_of
@@ -101,8 +101,9 @@ class Work:
             return self._module.graph.call_module(path, (value,))
 
     def fold(self) -> tuple[Merged, ...]:
-        """Replaces each computed weight by a plain one, and folds each affine into its layer."""
-        return fold_programs(self._module) + fold_affines(self._module)
+        """Replaces each computed weight by a plain one, and folds affines and norms into layers."""
+        done = fold_programs(self._module) + fold_affines(self._module)
+        return done + fold_norms(self._module)
 
     def expand(self, region: Region, inner: fx.Graph, block: nn.Module, path: str) -> fx.Node:
         """Replaces a region by a block whose graph is `inner`.
