@@ -196,7 +196,7 @@ def _without_its_norm(view: GraphView, merge: Merge) -> Merge:
     (before,) = view.data_inputs(norm)
     nodes = tuple(n for n in region.nodes if n is not norm)
     geometry = geometries(view, region.source, nodes).get(before)
-    if before not in nodes or before in region.kept or not isinstance(geometry, Geometry):
+    if before not in nodes or not isinstance(geometry, Geometry):
         return merge
     rest = Region(region.source, before, nodes, region.kept)
     return _Normed(rest, geometry, merge.macs_before, merge.params_before, norm)
