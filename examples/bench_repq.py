@@ -23,7 +23,7 @@ import repfx
 from repfx.blocks import ACNet, RepVGG
 from repfx.passes import RepQ
 
-MODES = ("frozen", "estimate", "sampled", "running", "batch")
+MODES = ("frozen", "live", "estimate", "sampled", "running", "batch")
 
 
 def net(block: type[nn.Module], width: int, depth: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Does quantization-aware training survive any learning rate? A table of 144 short runs.
+"""Does quantization-aware training survive any learning rate? A table of 168 short runs.
 
     python examples/qat_stress.py [--epochs 3] [--out qat_stress.jsonl]
 
@@ -25,12 +25,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import repfx
-from repfx.algebra.norm import MODES
 from repfx.blocks import RepVGG
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 BITS = (8, 4, 2)
 OPTIMIZERS = ("sgd", "adamw")
+MODES = ("running", "batch", "estimate", "estimate_paper", "sampled", "frozen", "live")
 Pair = tuple[Tensor, Tensor]
 
 
