@@ -41,6 +41,7 @@ from repfx.rewrite.results import Result
 from repfx.rewrite.work import Names, Work
 
 LIVE = "live"
+CODES = ("all", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class RepQ(Pass):
     `bn`: where batch norms get their statistics in training, one of running, batch, estimate,
     estimate_paper, sampled, frozen, live; live needs `per_channel`. `ends`: the bits of the first
     and the last layer, None for the same as the others, 32 to leave them in float. `per_channel`:
-    one weight scale per output channel, else one per tensor."""
+    one weight scale per output channel, else one per tensor. `codes`: below 8 bits, `all` uses the
+    whole grid, unsigned after ReLU and [-2, 1] for weights of 2 bits; `symmetric` has the formats
+    of the target at 8 bits."""
 
     name: ClassVar[str] = "repq"
     stage: ClassVar[Stage] = Stage.TRAIN
@@ -69,8 +72,11 @@ class RepQ(Pass):
     bn: str = "running"
     ends: int | None = 8
     per_channel: bool = True
+    codes: str = "all"
 
     def __post_init__(self) -> None:
+        if self.codes not in CODES:
+            raise unknown("codes", str(self.codes), CODES)
         if self.bn not in (*MODES, LIVE):
             raise unknown("bn", str(self.bn), (*MODES, LIVE))
         if self.bn == LIVE and not self.per_channel:
@@ -99,7 +105,8 @@ class RepQ(Pass):
             merges = [_without_its_norm(view, merge) for merge in merges]
         names = Names(view, work.module)
         layers = [self._layer(m, _place(names, m), m in (merges[0], merges[-1])) for m in merges]
-        quantizers = Quantizers(work, view, layers, Rounding(self.per_channel, learned=True))
+        how = Rounding(self.per_channel, learned=True, every_code=self.codes == "all")
+        quantizers = Quantizers(work, view, layers, how)
         writer = _Writer(self, work, quantizers)
         for layer, merge in zip(quantizers, merges, strict=True):
             writer.write(layer, merge)

@@ -157,3 +157,59 @@ def test_the_history_and_the_log_name_useless_grids(tmp_path: Path) -> None:
     assert model.training == quantized().training, "the look leaves the modes as they were"
     plain = fit(net(), "classification", task(64), epochs=1, progress=False, device="cpu")
     assert plain[-1].faults == () and "faults" not in plain[-1].line()
+
+
+def grids(model: Any, of_weight: bool) -> dict[str, tuple[int, int]]:
+    return {n: (q.grid.low, q.grid.high) for n, q in quantizers_of(model, of_weight).items()}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("bits", "inputs", "weights"), [(2, (0, 3), (-2, 1)), (4, (0, 15), (-8, 7))]
+)
+def test_below_8_bits_every_code_is_used(
+    target: str, bits: int, inputs: tuple[int, int], weights: tuple[int, int]
+) -> None:
+    """Whatever the target wants at 8 bits; the first and last layer have 8."""
+    x = task()[0][:2]
+    model = repfx.transform(net().eval(), [RepQ(bits=bits)], example=x, target=target)
+    assert grids(model, False)["2.main.conv.input_quant"] == inputs
+    assert grids(model, True)["2.main.conv.weight_quant"] == weights
+    assert grids(model, True)["6.weight_quant"][1] in (127, 64)
+    paper = RepQ(bits=bits, codes="symmetric")
+    model = repfx.transform(net().eval(), [paper], example=x, target=target)
+    assert grids(model, True)["2.main.conv.weight_quant"] == (-weights[1], weights[1])
+    signed = grids(model, False)["2.main.conv.input_quant"][0] < 0
+    assert signed == (target == "tensorrt")
+    with pytest.raises(repfx.InputError, match="unknown codes 'most'"):
+        RepQ(codes="most")
+
+
+def test_weights_before_a_live_norm_are_symmetric() -> None:
+    """Its gamma may become negative, and the lowest code has no opposite."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        *(nn.ReLU(), nn.Conv2d(8, 4, 1)),
+    )
+    live = repfx.transform(model.eval(), [RepQ(bits=2, bn="live", ends=None)], example=task()[0])
+    assert grids(live, True) == {
+        "0.weight_quant": (-2, 1),
+        "2.weight_quant": (-1, 1),
+        "5.weight_quant": (-2, 1),
+    }
+
+
+@pytest.mark.parametrize(("target", "opset"), [("tensorrt", 20), ("onnxruntime", 21)])
+def test_every_code_of_a_weight_is_deployed(target: str, opset: int, tmp_path: Path) -> None:
+    x, y = task()
+    spec, plain = RepQ(bits=8, weight_bits=4, ends=None), net().eval()
+    with torch.no_grad():  # so that the lowest code is worth having
+        plain.get_parameter("6.weight").abs_().neg_()
+    model: Any = repfx.transform(plain, [spec], example=x[:2], target=target)
+    fit(model, "classification", (x, y), epochs=1, lr=0.01, progress=False, device="cpu")
+    fused: Any = repfx.transform(model.eval(), ["fuse"], example=x[:2], target=target)
+    last = fused.get_submodule("6")
+    assert float(last.weight_quant.codes(last.weight).min()) == -8
+    assert repfx.lower(
+        fused, tmp_path / "int4.onnx", example=x[:2], target=target, opset=opset
+    ).parity.agrees  # type: ignore[union-attr]

@@ -185,12 +185,11 @@ def _moving(
 
     Afterwards the quantizers have the learned steps.
     """
-    held: list[tuple[Any, str, Tensor]] = []
+    held: list[tuple[Any, Tensor]] = []
     try:
         for path, quant in quants.items():
-            kind = "_parameters" if "scale" in quant._parameters else "_buffers"
-            start = getattr(quant, kind).pop("scale")
-            held.append((quant, kind, start))
+            start: Any = quant._buffers.pop("scale")
+            held.append((quant, start))
             t = torch.zeros_like(start.detach(), requires_grad=True)
             what.scales.append((quant, start.detach().clone(), t))
             what.steps.append(t)
@@ -200,9 +199,9 @@ def _moving(
     finally:
         with torch.no_grad():
             what.place()
-            for quant, kind, start in held:
+            for quant, start in held:
                 value = quant.__dict__.pop("scale", start)
-                getattr(quant, kind)["scale"] = start
-                start.data.copy_(value)
+                quant._buffers["scale"] = start
+                start.copy_(value)
         for path, quant in quants.items():
             module.set_submodule(path, quant)

@@ -66,11 +66,14 @@ class Rounding:
     """How to quantize weights, and whether scales are `learned`.
 
     `per_channel`: one weight scale per output channel, else one per tensor. `weights`: how the
-    scale is chosen, max, mse or mae. Raises InputError for any other method."""
+    scale is chosen, max, mse or mae. `every_code`: below 8 bits use all codes (see `Target`), but
+    not in the weights of a layer with a norm behind it, whose gamma may turn their signs. Raises
+    InputError for any other method."""
 
     per_channel: bool = True
     weights: str = "mse"
     learned: bool = False
+    every_code: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in _POWERS:
@@ -136,7 +139,10 @@ class Quantizers:
         if not self.runs_in_integers(layer):
             return weight
         grid = self.work.target.weight(
-            layer.weight_bits, self.how.per_channel, layer.geometry.depthwise
+            layer.weight_bits,
+            self.how.per_channel,
+            layer.geometry.depthwise,
+            self.how.every_code and not layer.normed,
         )
         power = _POWERS[self.how.weights]
         scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
@@ -183,7 +189,9 @@ class Quantizers:
             made = self._origin[value]
             bits[made] = max(bits.get(made, 2), self.layers[wants].bits)
         return {
-            value: self.work.target.activation(b, non_negative(self.view, value))
+            value: self.work.target.activation(
+                b, non_negative(self.view, value), self.how.every_code
+            )
             for value, b in bits.items()
         }
 

@@ -50,17 +50,32 @@ class Target:
     between: Literal["sums", "joins", "all"]
     reduced: bool = False
 
-    def weight(self, bits: int = 8, per_channel: bool = True, depthwise: bool = False) -> Grid:
-        """The grid of a layer's weights. It is never reduced for a depthwise convolution."""
+    def weight(
+        self,
+        bits: int = 8,
+        per_channel: bool = True,
+        depthwise: bool = False,
+        every_code: bool = False,
+    ) -> Grid:
+        """The grid of a layer's weights. It is never reduced for a depthwise convolution.
+
+        `every_code`: below 8 bits it has the code -2^(bits - 1) too."""
         return Grid(
             bits,
             axis=0 if per_channel else None,
             reduced=self.reduced and bits == 8 and not depthwise,
+            full=every_code and bits < 8,
         )
 
-    def activation(self, bits: int = 8, non_negative: bool = False) -> Grid:
-        """The grid of an activation. A signed one has the code -2^(bits - 1) too."""
-        signed = not (non_negative and self.unsigned_after_relu)
+    def activation(
+        self, bits: int = 8, non_negative: bool = False, every_code: bool = False
+    ) -> Grid:
+        """The grid of an activation. A signed one has the code -2^(bits - 1) too.
+
+        `every_code`: below 8 bits, which no runtime takes anyway, values that cannot be negative
+        are unsigned, whatever the runtime wants at 8 bits."""
+        unsigned = self.unsigned_after_relu or (every_code and bits < 8)
+        signed = not (non_negative and unsigned)
         return Grid(bits, signed, full=signed)
 
 

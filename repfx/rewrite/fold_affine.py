@@ -41,6 +41,10 @@ def fold_affines(module: fx.GraphModule) -> tuple[Merged, ...]:
             raise InputError(
                 f"{path}.eta is 0 or not finite in a channel, which no scale can represent"
             )
+        if quant.grid.full and bool((affine.eta < 0).any()):
+            raise InputError(
+                f"{path}.eta is negative in a channel, and its grid has no code {-quant.grid.low}"
+            )
         shift = _take(module, quant, str(weight.args[0].target), bias, affine.eta, affine.eps)
         if isinstance(bias, fx.Node):
             _put(module, str(bias.target), shift)
@@ -75,6 +79,8 @@ def fold_norms(module: fx.GraphModule) -> tuple[Merged, ...]:
             eta = eta if norm.weight is None else eta * norm.weight
             eps = -norm.running_mean * eta
             eps = eps if norm.bias is None else eps + norm.bias
+        if quant.grid.full and bool((eta < 0).any()):  # the sign of the lowest code cannot turn
+            continue
         given = str(weight.args[0].target)
         shift = _take(module, quant, given, bias, eta, eps)
         if bias is not None:
