@@ -2,12 +2,12 @@
 
     python examples/qat_stress.py [--epochs 3] [--out qat_stress.jsonl]
 
-A small RepVGG is trained in float on scikit-learn's digits, then by `repq` from that checkpoint:
-8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of the batch norms. A
-cell has the accuracy on the test images, before and after the arrow: the mode's quantized model
-before training, and after. Beside it stand the faults that the history names, and `stopped` where
-`fit` raised an error. The last column is the float model, trained on at the same rate. Rows go to a
-file of JSON lines, and a run resumes where the last one stopped."""
+A net of RepVGG and QARepVGG blocks is trained in float on scikit-learn's digits, then by `repq` from
+that checkpoint: 8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of
+the batch norms. A cell has the accuracy on the test images before and after training, the number of
+faults that the history names, and `stopped` where `fit` raised an error. The last column is the
+float model, trained on at the same rate. Rows go to a file of JSON lines, and a run resumes where
+the last one stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import repfx
-from repfx.blocks import RepVGG
+from repfx.blocks import QARepVGG, RepVGG
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 BITS = (8, 4, 2)
@@ -46,8 +46,8 @@ def digits() -> tuple[Pair, Pair]:
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    blocks = [RepVGG(1, 16, 3, 1, 1), RepVGG(16, 16, 3, 1, 1), RepVGG(16, 32, 3, 2, 1)]
-    blocks += [RepVGG(32, 32, 3, 1, 1)]
+    blocks = [RepVGG(1, 16, 3, 1, 1), QARepVGG(16, 16, 3, 1, 1), RepVGG(16, 32, 3, 2, 1)]
+    blocks += [QARepVGG(32, 32, 3, 1, 1)]
     layers = [layer for block in blocks for layer in (block, nn.ReLU())]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
