@@ -377,6 +377,11 @@ def test_the_command_runs_the_engine_where_a_gpu_is(
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("the engine against ONNX Runtime: max abs 0, ")
     assert said.endswith(f"0.250 ms for {images} images on fake")
+    fake.runs = False
+    deploy._try(made, file, (torch.ones(2, 3, 8, 8),), 8)
+    assert "was not run: TensorRT failed to run" in " ".join(capsys.readouterr().out.split())
+    deploy._try(made, file, (), 8)
+    assert "was not run: the file has other inputs" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(bindings, "_gpu", lambda: None)
     deploy._try(made, file, (torch.ones(2, 3, 8, 8),), 8)
     assert capsys.readouterr().out.startswith("the engine was not run: torch sees no CUDA")
@@ -398,6 +403,9 @@ def test_the_tensorrt_that_built_an_engine_runs_it(
     assert np.allclose(run(made.path, {"x": x})["y"], 1)
     made.metadata.write_text('{"tensorrt_rtx"')
     with pytest.raises(InputError, match="is not the JSON file of an engine"):
+        run(made.path, {"x": x})
+    made.metadata.write_text("[1]")
+    with pytest.raises(InputError, match=r"is not the JSON file of an engine: it holds \[1\]"):
         run(made.path, {"x": x})
     made.metadata.unlink()
     with pytest.raises(MissingPart, match="TensorRT is not installed"):

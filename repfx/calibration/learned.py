@@ -126,7 +126,8 @@ def learned(
             ]
         for affine in block.modules(Affine).values():
             what.affines += [p.requires_grad_() for p in affine.parameters() if id(p) not in known]
-        taken = {*known, *map(id, found.values())}
+        own = (p for quant in quantizers_of(module).values() for p in quant.parameters())
+        taken = {*known, *map(id, found.values()), *map(id, own)}
         what.biases += [
             p.requires_grad_()
             for name, p in module.named_parameters()

@@ -155,6 +155,7 @@ class Quantizers:
         with graph.inserting_before(layer.node):
             call = call_layer(graph, layer.geometry, x, weight, bias)
             if layer.normed:
+                call.meta = dict(layer.node.meta)
                 call = graph.call_module(str(layer.node.target), (call,))
         self._moved[layer.node] = call
         layer.node.replace_all_uses_with(call)

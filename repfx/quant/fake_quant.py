@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from repfx.quant.grid import Grid
 from repfx.quant.observers import search_scale
 
-# The smallest learned scale. PyTorch's own observers have the same bound.
-SMALLEST = torch.finfo(torch.float32).eps
+# A step is at most e^30 times, and at least e^-30 times, what it started from.
+FARTHEST = 30.0
 
 
 class FakeQuant(nn.Module):
@@ -69,15 +69,21 @@ class FakeQuant(nn.Module):
         self.calibrated = True
 
     def complete(self, state: dict[str, Any], prefix: str) -> None:
-        """Adds what a state dict by repfx 0.1 lacks, which learned the scale itself."""
-        if self.learned:
-            state.setdefault(f"{prefix}log_ratio", torch.zeros_like(self.log_ratio))
+        """Brings a state dict by repfx 0.1, which learned the scale itself, to today's form."""
+        if self.learned and f"{prefix}log_ratio" not in state:
+            state[f"{prefix}log_ratio"] = torch.zeros_like(self.log_ratio)
+            if f"{prefix}scale" in state:
+                state[f"{prefix}scale"] = _as_used(state[f"{prefix}scale"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.renew()
 
     def renew(self) -> None:
         """Brings a module that repfx 0.1 saved to today's form."""
         old = self._parameters.pop("scale", None)
         if old is not None:
-            self.register_buffer("scale", old.detach())
+            self.register_buffer("scale", _as_used(old.detach()))
             self.log_ratio = nn.Parameter(torch.zeros_like(old), old.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,10 +100,11 @@ class FakeQuant(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """The scale that is used, which is at least `SMALLEST` if it is learned."""
+        """The scale that is used. A learned one is positive and finite."""
         if not self.learned:
             return self.scale
-        return (self.scale * self.log_ratio.exp()).clamp(min=SMALLEST)
+        moved = self.scale * self.log_ratio.clamp(-FARTHEST, FARTHEST).exp()
+        return moved.clamp(min=torch.finfo(moved.dtype).tiny)
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as floats."""
@@ -116,3 +123,9 @@ class FakeQuant(nn.Module):
         self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = bool((self.scale != 0).all())
+
+
+def _as_used(scale: Tensor) -> Tensor:
+    """The scale that repfx 0.1 used for a learned one, which may have walked below 0."""
+    least = scale.clamp(min=torch.finfo(torch.float32).eps)
+    return torch.where(scale == 0, scale, least)  # 0 is not set yet

@@ -227,7 +227,8 @@ def _forms(
 
 
 def _is_scale(model: nn.Module, p: Tensor) -> bool:
-    return any(isinstance(m, FakeQuant) and m.scale is p for m in model.modules())
+    quants = (m for m in model.modules() if isinstance(m, FakeQuant))
+    return any(p is own for m in quants for own in (*m.parameters(), *m.buffers()))
 
 
 def _coded(model: nn.Module) -> dict[str, tuple[FakeQuant, Tensor]]:

@@ -79,8 +79,8 @@ def fit(
 
     `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict; the other arguments override it.
     Without one the default is SGD with `momentum` 0.9, `lr` 0.1 falling to 0 on a cosine, and
-    `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups, whose
-    rates then keep their ratios. `step_lr`: the rate of the quantizers' learned steps, else `lr`.
+    `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups; each
+    follows the schedule from the `lr` it has. `step_lr`: the rate of learned steps, else `lr`.
     `schedule`: cosine, constant, or a function from progress in 0..1 to a factor. `warmup`: in
     epochs. Weight decay is not applied to parameters of one dimension unless `decay_norm` is set,
     and never to the steps of quantizers. `l2`: "plain"; or "custom" (RepVGG's) or "eq6"

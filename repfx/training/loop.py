@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError
 from repfx.files import checkpoint
 from repfx.files.store import write_whole
-from repfx.quant import quantizers_of, same_modes
+from repfx.quant import quantizers_of
 from repfx.training.average import Average
 from repfx.training.history import Epoch, History
 from repfx.training.options import Options
@@ -65,10 +65,8 @@ class Run:
         optimizer = optimizer_of(model.to(accelerator.device), rules, free)
         self.ema = None if options.ema is None else Average(model, options.ema)
         self.net = accelerator.prepare_model(model)
-        # A group with a rate of its own keeps its ratio to `lr` throughout the schedule.
-        self.ratios = [
-            group["lr"] / rules.lr if rules.lr else 1 for group in optimizer.param_groups
-        ]
+        # Each group follows the schedule from a rate of its own.
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
         self.faults: tuple[str, ...] = ()
         self.epoch, self.step = 0, 0
@@ -149,8 +147,11 @@ class Run:
         self.model.train()
         while self.step < len(steps):
             start = time.perf_counter()
-            self.set_lr(self.rules.lr_at(before + self.step, len(steps)))
-            loss = self.train_step(reader, [weight for _, weight in steps[self.step]])
+            self.set_rates(self.rules.share_at(before + self.step, len(steps)))
+            last = self.step == len(steps) - 1
+            with watching(self.model if last else None) as faults:
+                loss = self.train_step(reader, [weight for _, weight in steps[self.step]])
+            self.faults = tuple(faults)
             count = sum(len(rows) for rows, _ in steps[self.step])
             self.step += 1
             self.loss, self.samples = self.loss + loss * count, self.samples + count
@@ -159,17 +160,6 @@ class Run:
                 self.save()
             done()
         self.share_statistics()
-        self.faults = self.look()
-
-    def look(self) -> tuple[str, ...]:
-        """What is wrong with the quantizers, seen on the epoch's last batch in eval mode."""
-        if not quantizers_of(self.model):
-            return ()
-        with same_modes(self.model), watching(self.model) as found, torch.no_grad():
-            self.model.eval()
-            with self.accelerator.autocast():
-                self.task.loss(self.model, self.batch)
-        return tuple(found)
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
         """Takes one optimizer step and returns the mean loss of its samples.
@@ -199,7 +189,6 @@ class Run:
 
     def backward(self, batch: Any, weight: float) -> Tensor:
         """Adds the weighted gradient of one micro batch, and returns the task's loss."""
-        self.batch = batch
         with self.accelerator.autocast():
             loss = self.task.loss(self.net, batch)
         if not isinstance(loss, Tensor) or loss.dim():
@@ -240,9 +229,9 @@ class Run:
 
         return send_to_device(batch, self.accelerator.device)
 
-    def set_lr(self, lr: float) -> None:
-        for group, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
-            group["lr"] = lr * ratio
+    def set_rates(self, share: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
 
     def last_good(self) -> str:
         """The part of an error message that names the last good checkpoint, if there is one."""

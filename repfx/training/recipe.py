@@ -87,15 +87,17 @@ class Recipe:
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of step `step`, counted from 0, if an epoch has `steps` steps."""
+        return self.lr * self.share_at(step, steps)
+
+    def share_at(self, step: int, steps: int) -> float:
+        """The share of its rate that each group has in step `step`."""
         warm, total = self.warmup * steps, self.epochs * steps
         if step < warm:
-            return self.lr * min(1.0, (step + 1) / warm)
+            return min(1.0, (step + 1) / warm)
         share = (step - warm) / max(1.0, total - warm)
         if callable(self.schedule):
-            return self.lr * self.schedule(share)
-        return self.lr * (
-            0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0
-        )
+            return self.schedule(share)
+        return 0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0
 
 
 def recipe(preset: str | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Recipe:

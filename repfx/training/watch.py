@@ -1,4 +1,4 @@
-"""Grids that training has made useless, seen on one batch at the end of an epoch.
+"""Grids that training has made useless, seen in the last step of an epoch.
 
 dead        all integer values of a channel of a weight, or of an activation, are 0, though the
             values are not
@@ -23,8 +23,10 @@ HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bit
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, each quantizer looks at what it is given. Yields what is wrong, a line each."""
+def watching(model: nn.Module | None) -> Iterator[list[str]]:
+    """Inside, each quantizer looks at what it is given. Yields what is wrong, a line each.
+
+    The list is filled at the end. Without a model it stays empty."""
     found: dict[str, str] = {}
 
     def look(name: str, quant: FakeQuant, x: Tensor) -> None:
@@ -34,7 +36,7 @@ def watching(model: nn.Module) -> Iterator[list[str]]:
 
     hooks = [
         quant.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args[0]))
-        for name, quant in quantizers_of(model).items()
+        for name, quant in (quantizers_of(model).items() if model is not None else ())
     ]
     lines: list[str] = []
     try:

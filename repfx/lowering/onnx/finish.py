@@ -94,12 +94,13 @@ def exact_averages(proto: onnx.ModelProto) -> None:
 
     A window that hangs over the end counts its padding, but not what lies beyond. With
     count_include_pad, the integer kernel of ONNX Runtime counts the whole window. So the padding
-    becomes a Pad of its own, and then every value counts that is there."""
-    nodes = []
+    becomes a Pad of its own, and then every value counts that is there. Where a window would begin
+    in that Pad, which pools leave out, and where the size is not known, the pool stays."""
+    nodes, index = [], Index(proto)
     for node in proto.graph.node:
         both = attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0)
-        if node.op_type == "AveragePool" and both:
-            pads = attribute(node, "pads", [])
+        pads = attribute(node, "pads", [])
+        if node.op_type == "AveragePool" and both and (not any(pads) or _all_begin(index, node)):
             kept = [a for a in node.attribute if a.name not in ("count_include_pad", "pads")]
             del node.attribute[:]
             node.attribute.extend(kept)
@@ -108,6 +109,20 @@ def exact_averages(proto: onnx.ModelProto) -> None:
         nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def _all_begin(index: Index, node: onnx.NodeProto) -> bool:
+    """Whether each window of a padded pool begins before the padding at the end."""
+    sizes, kernel = (index.shape(node.input[0]) or ())[2:], attribute(node, "kernel_shape", [])
+    pads, ones = attribute(node, "pads", []), [1] * len(kernel)
+    strides = attribute(node, "strides", ones)
+    if len(sizes) != len(kernel) or attribute(node, "dilations", ones) != ones:
+        return False
+    for i, (n, k, s) in enumerate(zip(sizes, kernel, strides, strict=True)):
+        before, after = pads[i], pads[i + len(kernel)]
+        if n is None or -(-(n + before + after - k) // s) * s >= n + before:
+            return False
+    return True
 
 
 def _padded(proto: onnx.ModelProto, node: onnx.NodeProto, pads: list[int]) -> onnx.NodeProto:

@@ -118,6 +118,8 @@ def _builder_of(engine_path: Place) -> Any:
         about = json.loads(beside.read_text()) if beside.is_file() else {}
     except ValueError as error:
         raise InputError(f"{beside} is not the JSON file of an engine: {error}") from error
+    if not isinstance(about, dict):
+        raise InputError(f"{beside} is not the JSON file of an engine: it holds {about!r:.40}")
     if "tensorrt_rtx" not in about:
         return tensorrt()
     name = rtx.module()
