@@ -2,8 +2,8 @@
 
     python examples/qat_stress.py [--epochs 3] [--out qat_stress.jsonl]
 
-A net of RepVGG and QARepVGG blocks is trained in float on scikit-learn's digits, then by `repq` from
-that checkpoint: 8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of
+RepVGG and QARepVGG blocks are trained in float on scikit-learn's digits, then by `repq` from that
+checkpoint: 8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of
 the batch norms. A cell has the accuracy on the test images before and after training, the number of
 faults that the history names, and `stopped` where `fit` raised an error. The last column is the
 float model, trained on at the same rate. Rows go to a file of JSON lines, and a run resumes where

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import repfx
 from repfx.graph.view import GraphView
 from repfx.lowering.runtimes.layers import kernels
+from repfx.lowering.runtimes.run import session
 
 
 class Drawn(nn.Module):
@@ -233,3 +234,19 @@ def test_integers_and_empty_values_get_no_quantizer(target: str, tmp_path: Path)
     model = repfx.transform(Joins().eval(), ["ptq"], example=x, target=target)
     repfx.calibrate(model, [x])
     assert repfx.lower(model, tmp_path / "int8.onnx", example=x, target=target).parity.agrees
+
+
+@pytest.mark.parametrize("pool", [(3, 3, 1), (4, 2, 1), (2, 2, 0), (3, 2, 1)])
+@pytest.mark.parametrize("size", [13, 14, 15, 16])
+def test_ceil_mode_at_any_size(pool: tuple[int, int, int], size: int, tmp_path: Path) -> None:
+    """PyTorch leaves out a window that begins in the padding; a file for other sizes must, too."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(*pool, ceil_mode=True)]
+    model, x = nn.Sequential(*layers, nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 15, 15)
+    for dynamic in (True, False):
+        here = x if dynamic else torch.randn(2, 3, size, size)
+        file = repfx.lower(model, tmp_path / "net.onnx", example=here, dynamic=dynamic).onnx
+        given = torch.randn(2, 3, size, size)
+        (found,) = session("onnxruntime", file)([given])
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(given), rtol=1e-4, atol=1e-5)

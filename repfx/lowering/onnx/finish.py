@@ -94,35 +94,45 @@ def exact_averages(proto: onnx.ModelProto) -> None:
 
     A window that hangs over the end counts its padding, but not what lies beyond. With
     count_include_pad, the integer kernel of ONNX Runtime counts the whole window. So the padding
-    becomes a Pad of its own, and then every value counts that is there. Where a window would begin
-    in that Pad, which pools leave out, and where the size is not known, the pool stays."""
+    becomes a Pad of its own, and then every value counts that is there. A window that would begin
+    in the padding at the end is left out; that is what a pool without ceil_mode gives. Where the
+    size is not known, the pool stays."""
     nodes, index = [], Index(proto)
     for node in proto.graph.node:
-        both = attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0)
-        pads = attribute(node, "pads", [])
-        if node.op_type == "AveragePool" and both and (not any(pads) or _all_begin(index, node)):
-            kept = [a for a in node.attribute if a.name not in ("count_include_pad", "pads")]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-            if any(pads):
-                nodes.append(_padded(proto, node, pads))
+        if node.op_type == "AveragePool" and attribute(node, "ceil_mode", 0):
+            pads, begins = attribute(node, "pads", []), _begins(index, node)
+            whole = begins is not None and all(begins)
+            if begins is not None and not any(begins):
+                _drop(node, "ceil_mode")
+            elif attribute(node, "count_include_pad", 0) and (whole or not any(pads)):
+                _drop(node, "count_include_pad", "pads")
+                if any(pads):
+                    nodes.append(_padded(proto, node, pads))
         nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
 
 
-def _all_begin(index: Index, node: onnx.NodeProto) -> bool:
-    """Whether each window of a padded pool begins before the padding at the end."""
+def _begins(index: Index, node: onnx.NodeProto) -> list[bool] | None:
+    """For each axis of a pool, whether its last window begins before the padding at the end."""
     sizes, kernel = (index.shape(node.input[0]) or ())[2:], attribute(node, "kernel_shape", [])
-    pads, ones = attribute(node, "pads", []), [1] * len(kernel)
+    pads, ones = attribute(node, "pads", [0] * 2 * len(kernel)), [1] * len(kernel)
     strides = attribute(node, "strides", ones)
     if len(sizes) != len(kernel) or attribute(node, "dilations", ones) != ones:
-        return False
+        return None
+    found = []
     for i, (n, k, s) in enumerate(zip(sizes, kernel, strides, strict=True)):
         before, after = pads[i], pads[i + len(kernel)]
-        if n is None or -(-(n + before + after - k) // s) * s >= n + before:
-            return False
-    return True
+        if n is None:
+            return None
+        found.append(-(-(n + before + after - k) // s) * s < n + before)
+    return found
+
+
+def _drop(node: onnx.NodeProto, *names: str) -> None:
+    kept = [a for a in node.attribute if a.name not in names]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def _padded(proto: onnx.ModelProto, node: onnx.NodeProto, pads: list[int]) -> onnx.NodeProto:
