@@ -216,6 +216,9 @@ def _norms(view: GraphView, region: Region) -> list[fx.Node]:
 def _why_not(view: GraphView, region: Region) -> str:
     """Why a region cannot be trained on its merged weight."""
     norms = _norms(view, region)
+    geometry = geometries(view, region.source, region.nodes).get(region.sink)
+    if isinstance(geometry, Geometry) and geometry.transposed:
+        return "transposed convolutions stay in float, and train as they are"
     if any(n in region.kept for n in norms):
         return "a batch norm inside it is also read elsewhere"
     if any(n.op != "call_module" for n in norms):

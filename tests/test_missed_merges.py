@@ -793,7 +793,7 @@ def test_weights_made_of_weights_are_folded_after_training(name: str, bits: int)
     assert_same(result, deployed, x, 1e-10)
     for net in (fused, deployed):
         held = {k.rpartition(".")[2] for k in net.state_dict()}
-        assert held <= {"weight", "bias", "scale"}, held
+        assert held <= {"weight", "bias", "scale", "log_ratio"}, held
         layers = [n for n in net.graph.nodes if n.target in (F.conv2d, F.linear)]
         assert all(n.args[0].op != "get_attr" for n in layers)
 

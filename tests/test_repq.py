@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -337,3 +338,43 @@ def test_a_module_is_a_layer_whatever_its_name(tmp_path: Path) -> None:
         merged = fused.meta["repfx"].merged
         assert [m.params_before for m in merged] == [4 * 4 * 9 + 4 * 4] * 2
         assert not any(isinstance(m, Fixed) for m in fused.modules())
+
+
+UPWARD: dict[str, list[nn.Module]] = {
+    "norm": [nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)],
+    "norm, same size": [nn.ConvTranspose2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4)],
+    "norm, stride": [nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4)],
+    "point": [nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.Conv2d(4, 4, 1)],
+    "alone": [nn.ConvTranspose2d(3, 4, 3)],
+}
+
+
+@pytest.mark.parametrize("kind", UPWARD)
+@pytest.mark.parametrize("mode", ["running", "live"])
+def test_transposed_convolutions_stay_as_they_are(kind: str, mode: str) -> None:
+    """As in a U-Net: no merged weight may be called as that of an ordinary convolution."""
+    torch.manual_seed(0)
+    around = nn.Conv2d(3, 3, 1), nn.ReLU(), *copy.deepcopy(UPWARD[kind]), nn.ReLU()
+    model = randomise(nn.Sequential(*around, nn.Conv2d(4, 2, 1))).double().eval()
+    x = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    for bits in (32, 8):
+        trained: Any = repfx.transform(model, [RepQ(bits=bits, bn=mode)], example=x)
+        if bits == 32:
+            assert_same(model, trained, x, 1e-9)
+        train = trained.train()(x)
+        assert train.shape == model(x).shape
+        train.square().mean().backward()
+        fused = repfx.transform(trained.eval(), ["fuse"], example=x)
+        assert_same(trained, fused, x, 1e-9)
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == 0
+
+
+@pytest.mark.parametrize("seed", [74, 77, 207, 832, 996])
+def test_regions_that_share_a_layer(seed: int) -> None:
+    """Graphs that once could not be trained: overlapping regions, and transposed ones."""
+    block, x = random_block(
+        seed, nonlinear=seed % 3 > 0, axes=3 if seed == 77 or seed == 207 else 2
+    )
+    trained: Any = repfx.transform(block.eval(), [RepQ(bits=32)], example=x)
+    assert_same(block, trained, x, 1e-9)
+    repfx.transform(block, ["repq"], example=x).train()(x)  # type: ignore[operator]

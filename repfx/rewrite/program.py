@@ -88,7 +88,9 @@ def program(
     Returns the nodes of the weight and the bias, and the current value of the weight. Batch norms
     are replaced by KernelNorms of this `mode`, which read the Moments that `seen` returns."""
     region = merge.region
-    like = next(view.tensor(weight_of(n)) for n in region.nodes if getattr(view.ops[n], "macs", 0))
+    layers = [n for n in region.nodes if getattr(view.ops[n], "macs", 0)]
+    # A layer that other regions read, too, may have been replaced already, and reads nothing now.
+    like = view.tensor(next(ref for n in layers if (ref := weight_of(n)) is not None))
     recorder = Recorder(module, view, like)
     fetch: Any = recorder.constant  # proxies stand for tensors
 
