@@ -1,4 +1,4 @@
-"""Study (b), RepQ: Plain, Merged and the modes of RepQ at 8 and 4 bits, on RepVGG and ACNet nets.
+"""Study (b), RepQ: Plain, Merged and the modes of RepQ at 8 and 4 bits, on four kinds of nets.
 
     python examples/study/strategies.py --data cifar10.zip
 
@@ -13,12 +13,21 @@ import torch
 from common import Accuracy, Results, calibration, command, mini, pictures, plain, trained
 
 import repfx
-from repfx.blocks import ACNet, RepVGG
+from repfx.blocks import ACNet, QARepVGG, RepVGG
 from repfx.calibration import match_statistics
 from repfx.passes import RepQ
 
-NETS = {"plain": plain, "repvgg": RepVGG, "acnet": ACNet}
-MODES = ("running", "batch", "estimate", "sampled")
+NETS = {"plain": plain, "repvgg": RepVGG, "acnet": ACNet, "qarepvgg": QARepVGG}
+MODES = ("running", "batch", "estimate", "sampled", "live")
+ENDING_IN_A_NORM = ("plain", "qarepvgg")  # the blocks whose norm `live` can keep
+
+
+def ways(net: str, modes: list[str]) -> dict[str, list[str]]:
+    """The strategies for a net, with the modes of each."""
+    modes = [m for m in modes if m != "live" or net in ENDING_IN_A_NORM]
+    if net == "plain":
+        return {"Plain": [m for m in modes if m in ("running", "live")]}
+    return {"Merged": ["running"], "RepQ": modes}
 
 
 def main() -> None:
@@ -26,6 +35,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="epochs of float training")
     parser.add_argument("--qat-epochs", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = pictures(args.data)
@@ -45,17 +56,16 @@ def main() -> None:
                 batch=128,
             )
             for name, block in NETS.items()
+            if name in args.nets
         }
         for name, net in floats.items():
             if not results.has(net=name, seed=seed, bits=32):
                 results.add(net=name, seed=seed, bits=32, strategy="float", top1=accuracy(net))
-            ways = (
-                {"Plain": ["running"]}
-                if name == "plain"
-                else {"Merged": ["running"], "RepQ": MODES}
-            )
             for bits, strategy, mode in [
-                (b, s, m) for b in args.bits for s, modes in ways.items() for m in modes
+                (b, s, m)
+                for b in args.bits
+                for s, modes in ways(name, args.modes).items()
+                for m in modes
             ]:
                 if results.has(net=name, seed=seed, bits=bits, strategy=strategy, mode=mode):
                     continue
