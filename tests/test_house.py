@@ -21,6 +21,7 @@ import repfx
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "tolerances"},
+    {"processes"},
     {"algebra", "quant", "blocks", "data"},
     {"graph"},
     {"files"},

@@ -16,7 +16,7 @@ from repfx.algebra import Geometry, KernelNorm, Moments
 from repfx.blocks import BLOCKS, DBB, ECB, ACNet, QARepVGG, RepVGG
 from repfx.calibration import match_statistics
 from repfx.errors import InputError
-from repfx.passes import RepQ
+from repfx.passes import QARep, RepQ
 from repfx.quant import Grid, search_scale
 from repfx.testing import assert_same, randomise
 
@@ -136,8 +136,8 @@ def test_a_trained_net_changes_its_statistics_and_nothing_else(block: str, mode:
 
 def test_matching_refuses_what_it_cannot_keep() -> None:
     model, x = classifier(RepVGG(8, 8, 3, padding=1)).eval(), pictures()
-    with pytest.raises(InputError, match="repq first"):
-        match_statistics(model, [x])
+    with pytest.raises(InputError, match="no batch norm"):
+        match_statistics(repfx.transform(model, ["fuse"], example=x), [x])
     trained = repfx.transform(model, ["repq(bn=estimate)"], example=x)
     with pytest.raises(InputError, match="at least one batch"):
         match_statistics(trained, [])
@@ -148,6 +148,26 @@ def test_matching_refuses_what_it_cannot_keep() -> None:
     )
     with pytest.raises(InputError, match="affine=False"):
         match_statistics(repfx.transform(bare, ["repq"], example=x), [x])
+
+
+@pytest.mark.parametrize("variant", ["S4", "all BN + post", "no BN + post"])
+def test_a_norm_that_qarep_adds_gets_the_statistics_of_the_data(variant: str) -> None:
+    torch.manual_seed(4)
+    model = randomise(classifier(RepVGG(8, 8, 3, padding=1), RepVGG(8, 8, 3, padding=1))).eval()
+    x = pictures()
+    other = repfx.transform(model, [QARep(variant=variant)], example=x)
+    norms = [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0  # so that a forward in training leaves the statistics
+    off = (other.train()(x) - other.eval()(x)).abs().max()
+    match_statistics(other, [x])
+    assert_same(model, other, x, 1e-11)
+    for norm in norms:
+        count = x.numel() / x.shape[1]
+        norm.running_var *= (count - 1) / count  # training divides by the count
+        norm.weight.data *= ((count - 1) / count) ** 0.5
+    assert_same(model, other, x, 1e-4)  # eps is not scaled
+    assert (other.train()(x) - model(x)).abs().max() < 1e-2 * off
 
 
 class Edges(nn.Module):

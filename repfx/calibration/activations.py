@@ -26,6 +26,7 @@ class Rows:
     def __init__(self, folder: str | os.PathLike[str] | None, device: torch.device) -> None:
         self.folder, self.device = None if folder is None else Path(folder), device
         self.data: Values = ()
+        self.sizes: list[int] = []  # of the batches that were written
 
     def fill(self, batches: Iterable[Values]) -> Rows:
         """Writes the rows of all batches; with a folder, only one batch is in memory at a time."""
@@ -33,6 +34,7 @@ class Rows:
         try:
             for values in batches:
                 columns = columns or [self._column(len(values)) for _ in values]
+                self.sizes.append(len(values[0]))
                 for column, part in zip(columns, values, strict=True):
                     column.add(part.detach())
             self.data = tuple(c.whole() for c in columns)
@@ -57,7 +59,11 @@ class Rows:
         return found
 
     def batches(self, batch: int) -> Iterator[Values]:
-        for parts in zip(*(column.split(batch) for column in self.data), strict=True):
+        """The batches as they were written, cut into parts of at most `batch` rows.
+
+        So what is measured on them does not depend on how processes share them."""
+        sizes = [min(batch, n - at) for n in self.sizes for at in range(0, n, batch)]
+        for parts in zip(*(column.split(sizes) for column in self.data), strict=True):
             yield tuple(part.to(self.device) for part in parts)
 
     def __getitem__(self, index: Tensor) -> Values:

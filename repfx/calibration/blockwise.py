@@ -18,7 +18,8 @@ from repfx.calibration.learned import Learned, learned
 from repfx.calibration.segments import Segment
 from repfx.errors import InputError, unknown
 from repfx.files import checkpoint
-from repfx.quant import in_float, observing, quantizers_of
+from repfx.processes import add_up, agreed, gathered, place
+from repfx.quant import in_float, observing, quantizers_of, together
 
 KIND = "repfx.reconstruct"  # marks its checkpoints
 
@@ -77,6 +78,38 @@ class Lesson:
     targets: Rows
 
 
+@dataclass(frozen=True)
+class Split:
+    """Which images this process has, of those of all processes.
+
+    `own`: for each image, in the order of all batches, its row here, or -1 if another process has
+    it. (images,)"""
+
+    own: Tensor
+
+    @staticmethod
+    def of(batches: list[tuple[int, int]]) -> Split:
+        """The split where this process has batches with these places and lengths."""
+        rank = place()[0]
+        every = sorted((at, r, n) for r, found in enumerate(gathered(batches)) for at, n in found)
+        parts, row = list[Tensor](), 0
+        for _, owner, count in every:
+            mine = owner == rank
+            parts.append(torch.arange(row, row + count) if mine else torch.full((count,), -1))
+            row += count if mine else 0
+        return Split(torch.cat(parts))
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def draw(self, count: int, random: torch.Generator) -> tuple[Tensor, float]:
+        """Draws images of all processes: the rows of those that are here, and their share."""
+        order = torch.randperm(len(self), generator=random, device="cpu")[:count]
+        rows = self.own[order]
+        rows = rows[rows >= 0]
+        return rows, len(rows) / len(order)
+
+
 class Run:
     """One reconstruction: the blocks, quantized and in float, and the activations between them."""
 
@@ -87,14 +120,24 @@ class Run:
         self.path = None if path is None else Path(path)
         self.same: list[Any] = []
 
-    def all(self, inputs: Rows, stages: Sequence[str] | None, progress: bool) -> list[Block]:
-        """Learns every block. `inputs`: the images, one tensor for each input of the model."""
+    def all(
+        self,
+        inputs: Rows,
+        split: Split,
+        one: Values,
+        stages: Sequence[str] | None,
+        progress: bool,
+    ) -> list[Block]:
+        """Learns every block. `inputs`: the images, one tensor for each input of the model.
+
+        `one`: a single image, the same in all processes."""
         ours = theirs = inputs
-        ends = self._stages(ours, stages)
+        self.split = split
+        ends = self._stages(one, stages)
         self.same = self._same(inputs, ends)
         done = self._restore()
         start = len(done)
-        with Progress(disable=not progress, transient=True) as bars:
+        with Progress(disable=not progress or place()[0] > 0, transient=True) as bars:
             bar = bars.add_task("learning", total=len(self.net) * self.o.iterations)
             for i, (block, plain) in enumerate(zip(self.net, self.plain, strict=True)):
                 with torch.no_grad():
@@ -118,7 +161,7 @@ class Run:
         rest = tuple(self.plain[i + 1 : last + 1])
         return rest, self.o.stage * (i - first + 1) / (last - first + 1) if rest else 0.0
 
-    def _stages(self, inputs: Rows, stages: Sequence[str] | None) -> list[int]:
+    def _stages(self, x: Values, stages: Sequence[str] | None) -> list[int]:
         """The index of the last block of each stage."""
         names = [s.name for s in self.net]
         if stages is not None:
@@ -128,7 +171,6 @@ class Run:
             return sorted({*(names.index(n) for n in stages), len(names) - 1})
         sizes = []
         with torch.no_grad():
-            x = next(inputs.batches(1))
             for block in self.plain:
                 x = block(*x)
                 sizes.append(x[0].shape[2:])
@@ -140,17 +182,19 @@ class Run:
         self._set_steps(block, lesson.ours, known)
         before = self._error(block, lesson.ours, lesson.targets)
         state = copy.deepcopy(block.module.state_dict())
-        random = torch.Generator().manual_seed((o.seed << 16) + lesson.index)
-        with learned(block, o.rounding == "adaround", o.drop, random, known) as what:
+        number, (rank, world) = (o.seed << 16) + lesson.index, place()
+        random = torch.Generator().manual_seed(number)
+        # What is left in float is drawn in each process on its own.
+        dropped = random if world == 1 else torch.Generator().manual_seed((number << 8) + rank)
+        with learned(block, o.rounding == "adaround", o.drop, dropped, known) as what:
             groups = self._groups(what)
             if not groups:  # a block that the caller named, with nothing but pools and joins
                 return before, before
             optimizer = torch.optim.Adam(groups)
             fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
             for n in range(o.iterations):
-                value = self._loss(lesson, what, random, n / o.iterations)
                 optimizer.zero_grad()
-                _backward(value, block.name)
+                self._backward(lesson, what, (random, dropped), n / o.iterations)
                 optimizer.step()
                 fall.step()
                 tick(n + 1)
@@ -171,9 +215,32 @@ class Run:
         ]
         return [g for g in groups if g["params"]]
 
-    def _loss(self, lesson: Lesson, what: Learned, random: torch.Generator, done: float) -> Tensor:
-        """L_i on a random batch; `done` is the share of iterations so far."""
-        rows = torch.randperm(len(lesson.ours), generator=random, device="cpu")[: self.o.batch]
+    def _backward(
+        self,
+        lesson: Lesson,
+        what: Learned,
+        random: tuple[torch.Generator, torch.Generator],
+        done: float,
+    ) -> None:
+        """The gradients of L_i on a random batch, over all processes.
+
+        `random`: draws the batch, and what is left in float. `done`: the share of iterations so
+        far."""
+        rows, share = self.split.draw(self.o.batch, random[0])
+        what.place()
+        value = what.penalty(done) / place()[1]
+        if share:
+            value = value + share * self._loss(lesson, rows, random[1])
+        if isinstance(value, Tensor):
+            _backward(value, lesson.block.name)
+        if place()[1] > 1:
+            learned = [p for group in self._groups(what) for p in group["params"]]
+            for p in learned:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            add_up([p.grad for p in learned])
+
+    def _loss(self, lesson: Lesson, rows: Tensor, random: torch.Generator) -> Tensor:
+        """L_i on these images."""
         x, y = lesson.ours[rows], lesson.targets[rows]
         if self.o.drop:
             keep = (
@@ -181,9 +248,8 @@ class Run:
                 for v in x
             )
             x = tuple(torch.where(*one) for one in zip(keep, lesson.theirs[rows], x, strict=True))
-        what.place()
         given = lesson.block(*x)
-        value = self._off(lesson.block, given, y) + what.penalty(done)
+        value = self._off(lesson.block, given, y)
         return value + lesson.share * self._rest(lesson.rest, given, y) if lesson.share else value
 
     def _off(self, block: Segment, given: Values, y: Values) -> Tensor:
@@ -214,8 +280,10 @@ class Run:
         weights = [m for m in quants if m.of_weight]
         acts = [m for m in quants if not m.of_weight]
         with torch.no_grad(), in_float(weights), observing(acts) as seen:
-            for x in inputs.batches(self.o.batch):
-                block(*x)
+            with agreed():
+                for x in inputs.batches(self.o.batch):
+                    block(*x)
+            together(seen.values())
             scales = {quant: looks.scale(self.o.loss) for quant, looks in seen.items()}
         for quant, scale in scales.items():
             quant.set_scale(scale.to(quant.scale))
@@ -225,10 +293,10 @@ class Run:
         total = 0.0
         for x, y in zip(inputs.batches(self.o.batch), targets.batches(self.o.batch), strict=True):
             total += float(self._off(block, block(*x), y)) * len(x[0])
-        return total / len(inputs)
+        return float(sum(gathered(total))) / len(self.split)
 
     def _save(self, done: list[Block]) -> None:
-        if self.path is not None:
+        if self.path is not None and place()[0] == 0:
             rows = [[b.name, b.stage, b.before, b.after] for b in done]
             checkpoint.write(self.path, KIND, self.model, {"run": self.same, "done": rows})
 
@@ -258,7 +326,8 @@ class Run:
         for values in inputs.batches(self.o.batch):
             for value in values:
                 digest.update(_bytes(value))
-        return [repr(self.o), [s.name for s in self.net], ends, digest.hexdigest()]
+        digests = " ".join(gathered(digest.hexdigest()))
+        return [repr(self.o), [s.name for s in self.net], ends, digests]
 
 
 def _backward(value: Tensor, name: str) -> None:

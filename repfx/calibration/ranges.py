@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, fx, nn
 from repfx.calibration.biases import IMAGES, correct_biases, input_of
 from repfx.calibration.feed import arguments, feed
 from repfx.data.batches import Batch, Batches
+from repfx.data.share import share_of
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import is_foreign
 from repfx.graph.inputs import note_inputs
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
+from repfx.processes import agreed, gathered
 from repfx.quant import (
     METHODS,
     FakeQuant,
@@ -26,6 +29,7 @@ from repfx.quant import (
     in_float,
     observing,
     quantizers_of,
+    together,
 )
 
 
@@ -45,24 +49,30 @@ def calibrate(
     not grow with the number of batches. `method`: max, percentile, mse, mae or entropy. `bias`:
     also corrects the biases with the first 128 images (see `correct_biases`).
 
+    With several processes (`torchrun`) all must call it. They share the images (see
+    `repfx.data.share_of`) and get the same scales, those that one process would set.
+
     Raises InputError for an unknown method, if there is no image, for a batch that the model does
     not take or that gives NaN, for a model without quantizers and, with `bias`, for a model that
     was not traced whole or has several inputs. After an error either all scales are set or
     none."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    kept: list[Batch] = []
+    kept: list[tuple[int, Batch]] = []
     given = Batches(batches, finite=bias)
-    shown: Iterable[Batch] = track(given, "calibrating", disable=not progress)
-    if bias:
-        shown = _keeping(shown, input_of(model), kept)
     acts = quantizers_of(model, of_weight=False)
+    name = input_of(model) if bias else ""
     if not acts:
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
+    shares = track(
+        share_of(given), "calibrating", total=length_hint(given) or None, disable=not progress
+    )
+    shown = _keeping(shares, name, kept) if bias else (batch for _, batch in shares)
     for quant, scale in _scales(model, acts.values(), shown, method).items():
         quant.set_scale(scale.to(quant.scale))
     if bias:
-        correct_biases(model, kept)
+        every = sorted((pair for pairs in gathered(kept) for pair in pairs), key=lambda p: p[0])
+        correct_biases(model, [batch for _, batch in every])
     return model
 
 
@@ -85,20 +95,24 @@ def _scales(
         in_float(weights),
         observing(quants, observer) as seen,
     ):
-        for i, batch in enumerate(batches):
-            feed(model, batch)
-            if i == 0:
-                note_inputs(model, arguments(model, batch.inputs))
+        with agreed():
+            for i, batch in enumerate(batches):
+                feed(model, batch)
+                if i == 0:
+                    note_inputs(model, arguments(model, batch.inputs))
+        together(seen.values())
         return {quant: looks.scale(method) for quant, looks in seen.items() if looks.seen}
 
 
-def _keeping(batches: Iterable[Batch], name: str, kept: list[Batch]) -> Iterator[Batch]:
+def _keeping(
+    batches: Iterable[tuple[int, Batch]], name: str, kept: list[tuple[int, Batch]]
+) -> Iterator[Batch]:
     """Yields the batches, and puts copies of the first images into `kept` for bias correction."""
     left = IMAGES
-    for batch in batches:
+    for at, batch in batches:
         if left > 0:
             (x,) = batch.of_inputs([name])
-            kept.append(Batch(x[:left].clone()))
+            kept.append((at, Batch(x[:left].clone())))
             left -= len(x)
         yield batch
 

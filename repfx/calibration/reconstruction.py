@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from repfx.calibration.activations import Rows
-from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run
+from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run, Split
 from repfx.calibration.feed import device_of
 from repfx.calibration.segments import inputs_of, segments
 from repfx.data.batches import Batches
+from repfx.data.share import share_of
 from repfx.errors import InputError, unknown
+from repfx.processes import agreed, gathered
 from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
 
 
@@ -73,6 +75,9 @@ def reconstruct(
     after each block; a run that continues from it gives the same result as one that was never
     stopped. `model.meta["reconstruct"]` lists the loss of each block before and after.
 
+    With several processes (`torchrun`) all must call it. They share the images of a step (see
+    `repfx.data.share_of`), and all get the result of one process. `drop` draws in each on its own.
+
     Raises InputError if there is no image, for an image with NaN or one that the model does not
     take, for unknown names, numbers out of range, and a checkpoint of another run."""
     options = Options(
@@ -85,11 +90,15 @@ def reconstruct(
     if not quantizers_of(model):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
     with torch.inference_mode(False), torch.enable_grad(), in_eval(model):
-        rows = Rows(cache, device_of(model)).fill(_of_one_size(given, inputs))
-        one = next(rows.batches(1))
+        found: list[tuple[int, int]] = []
+        with agreed():
+            rows = Rows(cache, device_of(model)).fill(_of_one_size(given, inputs, found))
+        one = next((one for one in gathered(_first(rows)) if one), ())
+        one = tuple(x.to(device_of(model)) for x in one)
         net = segments(model, one, blocks)
         plain = segments(_in_float(model), one, blocks)
-        done = Run(model, net, plain, options, checkpoint).all(rows, stages, progress)
+        run = Run(model, net, plain, options, checkpoint)
+        done = run.all(rows, Split.of(found), one, stages, progress)
     model.meta = {**getattr(model, "meta", {}), "reconstruct": tuple(done)}  # type: ignore[assignment]
     return model
 
@@ -133,17 +142,27 @@ def _check_paths(cache: Any, checkpoint: Any) -> None:
         raise InputError(f"there is no folder {Path(checkpoint).parent} for the checkpoint")
 
 
-def _of_one_size(batches: Batches, inputs: list[str]) -> Iterator[tuple[Tensor, ...]]:
-    """The images of each batch, as one tensor for each input of the model."""
+def _first(rows: Rows) -> tuple[Tensor, ...]:
+    """One image, or nothing if this process has none."""
+    return tuple(x.cpu() for x in next(rows.batches(1), ()))
+
+
+def _of_one_size(
+    batches: Batches, inputs: list[str], found: list[tuple[int, int]]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The images of each batch, as one tensor for each input of the model.
+
+    Adds the place and the length of each batch to `found`."""
     shape = None
-    for batch in batches:
+    for at, batch in share_of(batches):
         values = batch.of_inputs(inputs)
-        found = [tuple(x.shape[1:]) for x in values]
-        if shape not in (None, found) or any(len(x) != len(batch) for x in values):
+        here = [tuple(x.shape[1:]) for x in values]
+        if shape not in (None, here) or any(len(x) != len(batch) for x in values):
             raise InputError(
-                f"images of {_listed(shape or [])} and {_listed(found)}: all must be of one size"
+                f"images of {_listed(shape or [])} and {_listed(here)}: all must be of one size"
             )
-        shape = found
+        shape = here
+        found.append((at, len(batch)))
         yield values
 
 

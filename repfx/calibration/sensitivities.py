@@ -15,12 +15,16 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from repfx.calibration.feed import feed
+from repfx.capture.model import graphs
 from repfx.data.batches import Batch, Batches
+from repfx.data.share import share_of
 from repfx.errors import InputError
+from repfx.graph.view import GraphView
+from repfx.processes import agreed, gathered
 from repfx.quant import FakeQuant, in_eval, in_float, quantizers_of
 
 
@@ -60,8 +64,9 @@ class Sensitivity:
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Sensitivity:
     """Measures the output error of every quantized layer of a calibrated model.
 
-    This takes 2 forwards per layer and batch; the model does not change. `batches`: as for
-    `calibrate`; they stay in memory, so give only a few. Raises InputError for a model without
+    A quantizer that several layers read counts for each of them. This takes 2 forwards per layer
+    and batch; the model does not change. `batches`: as for `calibrate`, also with several
+    processes; they stay in memory, so give only a few. Raises InputError for a model without
     quantizers or with one that is not calibrated, if there is no image, and for a batch that the
     model does not take or that gives NaN."""
     quants = quantizers_of(model)
@@ -72,34 +77,79 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
             if raw
             else "the model has no quantizers: run the pass ptq first"
         )
-    inputs = list(Batches(batches))
     rows: list[LayerError] = []
     with in_eval(model):
-        groups = _groups(model, quants, inputs[0])
-        truth = _outputs(model, inputs, on=())
-        if not all(bool(torch.isfinite(t).all()) for t in truth):
-            raise InputError(
-                "the model gives NaN or infinity on a batch: check the batches and the model"
-            )
-        before: list[FakeQuant] = []
+        with agreed():
+            given = Batches(batches)
+            inputs = [batch for _, batch in share_of(given)]
+            order = _in_order(model, list(quants), inputs[0]) if inputs else []
+            truth = _outputs(model, inputs, on=())
+            if not all(bool(torch.isfinite(t).all()) for t in truth):
+                raise InputError(
+                    "the model gives NaN or infinity on a batch: check the batches and the model"
+                )
+        groups = _groups(model, quants, gathered(order)[0])
+        before: set[FakeQuant] = set()
         for layer, own in track(groups.items(), "measuring", disable=not progress):
-            before += own
+            before |= set(own)
             errors = (_sqnr(truth, _outputs(model, inputs, on)) for on in (own, before))
             rows.append(LayerError(layer, *errors))
     return Sensitivity(tuple(rows))
 
 
 def _groups(
-    model: nn.Module, quants: dict[str, FakeQuant], batch: Batch
+    model: nn.Module, quants: dict[str, FakeQuant], order: list[str]
 ) -> dict[str, list[FakeQuant]]:
     """The quantizers of each layer, in running order; others go with the layer before them."""
     groups: dict[str, list[FakeQuant]] = {}
     layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
-    for name in _in_order(model, list(quants), batch):
+    readers = _readers(model)
+    for name in order:
         layer = name.rpartition(".")[0]
         last = next(reversed(groups), layer)
-        groups.setdefault(layer if layer in layers else last, []).append(quants[name])
-    return groups
+        groups.setdefault(layer if layer in layers else last, [])
+        for reader in readers.get(name, [layer if layer in layers else last]):
+            groups.setdefault(reader, []).append(quants[name])
+    return {layer: own for layer, own in groups.items() if own}
+
+
+def _readers(model: nn.Module) -> dict[str, list[str]]:
+    """The layers that read each quantizer of activations, if there are any."""
+    found: dict[str, list[str]] = {}
+    for path, graph in graphs(model):
+        view, prefix = GraphView(graph), f"{path}." if path else ""
+        for node in view.nodes:
+            weight = _weight_of(view, node)
+            if weight is None:
+                continue
+            layer = f"{prefix}{weight.target}".rpartition(".")[0]
+            for quant in _behind(view, [n for n in node.all_input_nodes if n is not weight]):
+                readers = found.setdefault(f"{prefix}{quant.target}", [])
+                readers.extend([] if layer in readers else [layer])
+    return found
+
+
+def _weight_of(view: GraphView, node: fx.Node) -> fx.Node | None:
+    """The call that quantizes the weight of the layer that this node calls."""
+    layer = view.layer(node)
+    weight = None if layer is None else layer.weight
+    found = _behind(view, [weight] if isinstance(weight, fx.Node) else [])
+    return next((n for n in found if view.quantizer(n).of_weight), None)  # type: ignore[union-attr]
+
+
+def _behind(view: GraphView, nodes: list[fx.Node]) -> list[fx.Node]:
+    """The quantizers whose values reach these nodes without passing a layer or a quantizer."""
+    found, seen, todo = list[fx.Node](), set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if view.quantizer(node):
+            found.append(node)
+        elif view.layer(node) is None:
+            todo += node.all_input_nodes
+    return found
 
 
 def _in_order(model: nn.Module, names: list[str], batch: Batch) -> list[str]:
@@ -127,6 +177,9 @@ def _outputs(model: nn.Module, batches: Iterable[Batch], on: Collection[FakeQuan
 
 
 def _sqnr(truth: list[Tensor], found: list[Tensor]) -> float:
-    signal = sum(float(t.square().sum()) for t in truth)
-    noise = sum(float((a - b).square().sum()) for a, b in zip(truth, found, strict=True))
+    sums = [
+        (float(t.square().sum()), float((t - y).square().sum()))
+        for t, y in zip(truth, found, strict=True)
+    ]
+    signal, noise = (sum(p) for p in zip(*(p for ps in gathered(sums) for p in ps), strict=True))
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

@@ -3,7 +3,7 @@
 from repfx.quant.affine import Affine
 from repfx.quant.fake_quant import FakeQuant
 from repfx.quant.grid import Grid
-from repfx.quant.observers import METHODS, Observer, search_scale
+from repfx.quant.observers import METHODS, Observer, search_scale, together
 from repfx.quant.switches import in_eval, in_float, observing, quantizers_of, same_modes
 from repfx.quant.targets import TARGETS, Target, target_named
 
@@ -22,4 +22,5 @@ __all__ = [
     "same_modes",
     "search_scale",
     "target_named",
+    "together",
 ]

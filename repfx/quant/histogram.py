@@ -2,7 +2,8 @@
 
 |v| is counted in BINS equal bins over [0, limit]. When a larger value comes, the limit doubles and
 neighbouring bins are added. So no count is lost, and the final bin width is at most 2 * max / BINS.
-Zeros are not counted, because they are exact at every scale.
+Zeros are not counted, because they are exact at every scale. Limits are powers of two, so that the
+histograms of several processes have the same bins and can be added.
 
 Counting every value of a large tensor would cost more than the layer that computed it. So large
 tensors are counted in two parts. The body is a sample of RUNS short runs of neighbouring values:
@@ -16,7 +17,10 @@ t in a share h of the blocks of n values, then
 as long as the values mix well. This is used where h <= TAIL: few blocks have two such values, and
 the formula is nearly a count. And it is used only where the sample has at most ENOUGH such values:
 with more, the sample is better, as it does not matter to it if large values lie together, in a few
-places or images. Tensors of the same size are counted together, each size on its own."""
+places or images. Tensors of the same size are counted together, each size on its own.
+
+Which places are sampled depends on the values of the tensor and not on its turn. So the counts do
+not depend on the order of the tensors, or on which process counts which of them."""
 
 from __future__ import annotations
 
@@ -38,14 +42,28 @@ BINS = 4096
 FAR, NEAR = (31, 29), (5, 7, 3, 11)
 TAIL, ENOUGH = 1 / 4, 256
 RUNS, RUN = 512, 16  # the sample: 512 runs of 16 values; one read of memory fetches a run
-DRAWS = 16  # as many different samples take turns from tensor to tensor
+DRAWS = 16  # there are so many different samples
+OPEN = 8  # so many sizes are counted at a time, to keep memory small
 LARGE = 2**16  # below this size, all values are counted
 PENDING = 2**18  # so many values wait to be counted at once: one large count is faster
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
+CPU = torch.device("cpu")
 _UP = torch.tensor(1 - 2**-24, device="cpu")  # added before truncation, rounds up all but zero
 
 
 _View = tuple[tuple[int, int], tuple[int, int]]  # sizes and strides
+
+
+class Counted(NamedTuple):
+    """What a histogram has counted, as several processes exchange it.
+
+    `open`: by the size of the tensors, the bins of their maxima and of their samples, and how many
+    tensors they were."""
+
+    top: float
+    limit: float
+    counts: Tensor
+    open: dict[int, tuple[Tensor, int]]
 
 
 class Histogram:
@@ -55,13 +73,13 @@ class Histogram:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
         self._counts = torch.zeros(BINS, dtype=torch.float64, device="cpu")
-        # For tensors of the current size: where they are read, the values that wait to be counted
-        # (one row per tensor), how many tensors were counted, and the bins of maxima and samples.
+        self._open: dict[int, tuple[Tensor, int]] = {}
+        # For tensors of the current size: where they are read, and the values that wait to be
+        # counted (one row per tensor).
         self._places = _places(0, torch.device("cpu"))
         self._rows = self._once = self._twice = torch.empty(0, 0, device="cpu")
         self._slots: list[tuple[Tensor, Tensor]] = []  # the maxima and the sample of each row
-        self._used = self._tensors = 0
-        self._bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
+        self._used = 0
 
     def add(self, values: Tensor) -> None:
         """Adds values of any shape. They must be dense in memory, in any order of dimensions.
@@ -69,9 +87,9 @@ class Histogram:
         Raises InputError for NaN and infinity; minus infinity counts only if two-sided.
         """
         if (values.numel(), values.dtype) != (self._places.size, self._rows.dtype):
-            self._settle()
+            self._count()
             at = self._places = _places(values.numel(), values.device)
-            width = at.tops + RUN * len(at.starts[0])
+            width = at.tops + RUN * at.starts.shape[1]
             # Several rows, because each count makes a GPU wait.
             self._rows = values.new_empty(min(64, max(4, PENDING // max(width, 1))), width)
             tops, samples = self._rows.split((at.tops, width - at.tops), 1)
@@ -95,68 +113,91 @@ class Histogram:
         if self.two_sided:
             torch.maximum(self._once, blocks.amin(0).neg_(), out=self._once)
         torch.amax(self._twice, 0, out=tops)
-        torch.index_select(
-            values.as_strided(*at.runs),
-            0,
-            at.starts[(self._tensors + self._used) % DRAWS],
-            out=sample,
-        )
+        draw = tops.sum(dtype=torch.float32).view(torch.int32).remainder(DRAWS)
+        starts = at.starts.index_select(0, draw.view(1)).view(-1)
+        torch.index_select(values.as_strided(*at.runs), 0, starts, out=sample)
 
     def counts(self) -> Tensor:
         """How many of the values seen lie in each bin: (BINS,) in float64."""
-        self._settle()
-        return self._counts
+        self._count()
+        parts = [_settled(_places(size, CPU), *bins) for size, bins in self._open.items()]
+        return torch.stack([self._counts, *parts]).sum(0)
+
+    def counted(self) -> Counted:
+        """What this histogram has counted so far."""
+        self._count()
+        return Counted(self.top, self.limit, self._counts, self._open)
+
+    def take(self, parts: Sequence[Counted]) -> None:
+        """Replaces what was counted by the sum of these parts."""
+        self._used = 0
+        self.top, self.limit = (max(each) for each in zip(*(p[:2] for p in parts), strict=True))
+        self._counts, self._open = torch.zeros(BINS, dtype=torch.float64, device="cpu"), {}
+        for part in parts:
+            times = round(math.log2(self.limit / part.limit)) if part.limit else 0
+            self._counts = self._counts + _halved(part.counts, times)
+            for size, (bins, tensors) in part.open.items():
+                self._add(size, _halved(bins, times), tensors)
 
     def _count(self) -> None:
         """Counts the rows that wait. Raises InputError for NaN and infinity."""
-        rows, width = self._rows[: self._used].float(), self._places.tops
-        self._tensors += self._used
+        rows, at, tensors = self._rows[: self._used].float(), self._places, self._used
         self._used = 0
         if not rows.numel():
             return
         rows.abs_() if self.two_sided else rows.clamp_(min=0)
         self.top = raised(self.top, rows.amax())
-        while self.top > self.limit:
-            self._counts, self._bins = _halved(self._counts), _halved(self._bins)
-            # The first limit leaves room for batches with slightly larger values.
-            self.limit = 2 * self.limit or 1.25 * self.top
+        if self.top > self.limit:
+            limit = 2.0 ** math.ceil(math.log2(self.top))
+            times = round(math.log2(limit / self.limit)) if self.limit else 0
+            self._counts, self.limit = _halved(self._counts, times), limit
+            self._open = {k: (_halved(bins, times), n) for k, (bins, n) in self._open.items()}
+        bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
         if self.limit:
             # Bin n holds the values in (n - 1, n] bin widths, and bin 0 the zeros. The last bin
             # also takes what rounds past the limit. int16 takes half the time of int32.
-            at = (
+            places = (
                 torch.add(_UP, rows, alpha=BINS / self.limit, out=rows)
                 .to(torch.int16)
                 .clamp_(max=BINS)
             )
-            at[:, width:] += BINS + 1
-            self._bins += (
-                torch.bincount(at.view(-1), minlength=2 * BINS + 2).view(2, -1)[:, 1:].cpu()
-            )
+            places[:, at.tops :] += BINS + 1
+            found = torch.bincount(places.view(-1), minlength=2 * BINS + 2)
+            bins += found.view(2, -1)[:, 1:].cpu()
+        # Small tensors are counted whole, so their sizes need not be told apart.
+        self._add(at.size if at.block > 1 else 0, bins, tensors)
 
-    def _settle(self) -> None:
-        """Turns the maxima and samples of tensors of one size into counts of their values."""
-        self._count()
-        (tops, sample), at = self._bins, self._places
-        if at.block == 1:
-            self._counts += tops
-        elif self._tensors:
-            # The share of blocks whose maximum lies in a bin or above it.
-            hit = tops.flip(0).cumsum(0).flip(0) / (self._tensors * at.tops)
-            above = sample.flip(0).cumsum(0).flip(0)
-            start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the first bin of the tail
-            seen = self._tensors * at.size
-            tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / at.block), (0, 1))
-            sampled = self._tensors * RUN * len(at.starts[0]) - float(sample[start:].sum())
-            self._counts += torch.cat(
-                [sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]]
-            )
-        self._bins = torch.zeros_like(self._bins)
-        self._tensors = 0
+    def _add(self, size: int, bins: Tensor, tensors: int) -> None:
+        before, count = self._open.get(size, (0.0, 0))
+        self._open[size] = before + bins, count + tensors
+        if len(self._open) > OPEN:
+            parts = [_settled(_places(size, CPU), *bins) for size, bins in self._open.items()]
+            self._counts, self._open = torch.stack([self._counts, *parts]).sum(0), {}
 
 
-def _halved(bins: Tensor) -> Tensor:
-    pairs = bins[..., ::2] + bins[..., 1::2]
-    return torch.cat([pairs, torch.zeros_like(pairs)], -1)
+def _settled(at: _Places, bins: Tensor, tensors: int) -> Tensor:
+    """Turns the maxima and samples of tensors of one size into counts of their values."""
+    tops, sample = bins
+    if at.block == 1:
+        return tops
+    # The share of blocks whose maximum lies in a bin or above it.
+    hit = tops.flip(0).cumsum(0).flip(0) / (tensors * at.tops)
+    above = sample.flip(0).cumsum(0).flip(0)
+    start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the first bin of the tail
+    seen = tensors * at.size
+    tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / at.block), (0, 1))
+    sampled = tensors * RUN * at.starts.shape[1] - float(sample[start:].sum())
+    return torch.cat(
+        [sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]]
+    )
+
+
+def _halved(bins: Tensor, times: int) -> Tensor:
+    """The bins over a limit that is 2^times as large."""
+    for _ in range(times):
+        pairs = bins[..., ::2] + bins[..., 1::2]
+        bins = torch.cat([pairs, torch.zeros_like(pairs)], -1)
+    return bins
 
 
 class _Places(NamedTuple):
@@ -174,7 +215,7 @@ class _Places(NamedTuple):
     far: _View = ((0, 0), (0, 0))
     near: _View = ((0, 0), (0, 0))
     runs: _View = ((0, 0), (0, 0))
-    starts: Sequence[Tensor] = (torch.empty(0, device="cpu"),)
+    starts: Tensor = torch.empty(DRAWS, 0, dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(64)
@@ -200,7 +241,7 @@ def _places(size: int, device: torch.device) -> _Places:
     starts = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
     all_runs = (size - RUN + 1, RUN), (1, 1)
     return _Places(
-        size, far * near, width, folds[0], folds[1], all_runs, starts.to(device).unbind()
+        size, far * near, width, folds[0], folds[1], all_runs, starts.to(device)
     )
 
 

@@ -11,15 +11,16 @@ All methods except `max` use a histogram of |v|. On an unsigned grid, negative v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.errors import unknown
+from repfx.processes import gathered
 from repfx.quant.grid import Grid
-from repfx.quant.histogram import BINS, Histogram, raised
+from repfx.quant.histogram import BINS, Counted, Histogram, raised
 
 CANDIDATES = 256
 COARSE = 8  # every eighth candidate is tried first, then those near the best
@@ -60,6 +61,17 @@ class Observer:
         else:
             self.amax = raised(self.amax, values.amax())
 
+    def counted(self) -> tuple[float, int, Counted | None]:
+        """What was seen so far, as several processes exchange it."""
+        histogram = None if self.histogram is None else self.histogram.counted()
+        return self.amax, self.seen, histogram
+
+    def take(self, parts: Sequence[tuple[float, int, Counted | None]]) -> None:
+        """Replaces what was seen by the sum of these parts."""
+        self.amax, self.seen = max(p[0] for p in parts), sum(p[1] for p in parts)
+        if self.histogram is not None:
+            self.histogram.take([p[2] for p in parts if p[2] is not None])
+
     def scale(self, method: str) -> Tensor:
         """The scale by `method`, a scalar. It is 0 if only zeros were seen.
 
@@ -76,6 +88,15 @@ class Observer:
                 self.histogram.limit / BINS
             )
             return torch.tensor(METHODS[method](middles, counts, self) if self.amax else 0.0)
+
+
+def together(observers: Iterable[Observer]) -> None:
+    """Shows each observer what its counterparts in the other processes have seen."""
+    ours = list(observers)
+    every = gathered([observer.counted() for observer in ours])
+    if len(every) > 1:
+        for observer, parts in zip(ours, zip(*every, strict=True), strict=True):
+            observer.take(parts)
 
 
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:

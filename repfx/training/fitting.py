@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 from repfx.errors import InputError, MissingPart
+from repfx.processes import joined, leave
 from repfx.quant import same_modes
 from repfx.training.history import History
 from repfx.training.loop import Run
@@ -152,29 +152,13 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
         raise InputError(
             f"device is None or 'cpu', not {device!r}; use accelerate launch to choose another"
         )
-    ours = not _joined()
+    ours = not joined()
     try:
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
             f"accelerate does not accept device={device!r}, precision={precision!r}: {error}"
         ) from error
-    if ours and _joined():
-        atexit.register(_leave)
+    if ours and joined():
+        atexit.register(leave)
     return accelerator
-
-
-def _joined() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _leave() -> None:
-    """Leaves the process group, and gives its threads time to finish.
-
-    A thread of gloo needs the interpreter to let go of the tensors of its last collective. It
-    waits up to 5 ms for its turn, and the process aborts if the interpreter has ended by then.
-    The threads live on after the group is destroyed (torch 2.13), so they cannot be joined.
-    """
-    if _joined():
-        torch.distributed.destroy_process_group()
-    time.sleep(0.5)  # also where the caller has left the group: the threads are still there
