@@ -12,10 +12,13 @@ and the statistics of B follow from the norms of the branches.
 
 It covers sums of one kxk branch, at most one 1x1 branch and at most one identity, with any groups
 and stride, whose values nothing else reads. If there is an identity but no 1x1 branch, one is
-added. `variant` names a row of the paper's table, see `repfx.blocks.QARepVGG`."""
+added. A norm that the sum has already stays, and takes the shifts. The variance of a new one is
+derived as if the branches were independent; `repfx.calibration.match_statistics` measures it on
+data. `variant` names a row of the paper's table, see `repfx.blocks.QARepVGG`."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,9 +69,12 @@ class QARep(Pass):
         inserted, declined = [], []
         moved: dict[fx.Node, fx.Node] = {}
         for block in branch_sums(view):
-            why = _why_not(view, block)
+            keep = VARIANTS[self.variant]
+            why = _why_not(view, block, keep)
+            if not why and self.init == "preserve" and _has_form(block, keep):
+                why = f"it has the form of {self.variant} already"
             if not why:
-                target = _target(view, block, VARIANTS[self.variant])
+                target = _target(view, block, keep)
                 why = "" if self.init == "reset" else _differs(view, block, target)
             if why:
                 declined.append(Declined(view.name(block.sink), why))
@@ -84,6 +90,7 @@ class QARep(Pass):
         return Result(self.name, declined=tuple(declined), inserted=tuple(inserted))
 
 
+LARGEST = 1e3  # the largest weight that an identity may become
 Chain = tuple[tuple[str, nn.Module], ...]  # a sequence of layers, each with its path
 
 
@@ -137,10 +144,7 @@ def _differs(view: GraphView, block: BranchSum, target: _Target) -> str:
         return ""
     if math.isfinite(off):
         return f"rounding the weights of this variant would change the result by {off:.1e}"
-    return (
-        "a batch norm scales a channel by 0 or nearly 0, and this variant would divide by that; "
-        "use init=reset to start from fresh weights"
-    )
+    return "its weights would not be finite; use init=reset to start from fresh ones"
 
 
 def _bias(kernel: Kernel) -> Tensor:
@@ -179,19 +183,23 @@ def _target(view: GraphView, block: BranchSum, keep: Norms) -> _Target:
     assert block.main.conv is not None
     main: Any = view.modules[str(block.main.conv.target)]
     parts = _Parts(*(_Part.of(view, b, main.weight) for b in block.branches))
-    point, left = _point(parts, block, keep, main.weight)
+    weak = _weak(parts, block, keep)
+    point, left = _point(parts, block, keep, main.weight, weak)
     trunk, left = _trunk(view, block, parts.main, left, keep)
     chains = [trunk]
     if point is not None:
         old = None if block.point is None else block.point.conv
         wanted = f"{trunk[0][0]}_1x1"
         path = free_path(view.module, wanted) if old is None else str(old.target)
-        norm = _norm(view, block.point) if keep.point else ()
+        norm = _unit(_norm(view, block.point), parts.point, weak) if keep.point else ()
         chains.append(((path, _conv(main, point, None)), *norm))
     if block.identity is not None:
         chains.append(_norm(view, block.identity) if keep.skip else ())
     post: Chain = ()
-    if keep.post:
+    if block.post is not None:
+        ((name, norm_of_sum),) = _norm(view, Branch(None, block.post))
+        post = ((name, _before(norm_of_sum, left)),)
+    elif keep.post:
         after = block.main.norm or block.main.conv
         post = ((free_path(view.module, f"{after.target}_post"), _post(main, parts, left)),)
     return _Target(tuple(chains), post)
@@ -221,18 +229,27 @@ def _trunk(
     return ((path, _conv(main, part.weight, left + part.shift)),), torch.zeros_like(left)
 
 
+def _weak(parts: _Parts, block: BranchSum, keep: Norms) -> Tensor:
+    """The channels whose norm in the 1x1 branch scales too little to carry an identity as well."""
+    if not keep.point or keep.skip or block.identity is None or parts.point.weight is None:
+        return torch.zeros_like(parts.main.shift, dtype=torch.bool)
+    return (parts.identity.scale - 1).abs() > LARGEST * parts.point.scale.abs()
+
+
 def _point(
-    parts: _Parts, block: BranchSum, keep: Norms, like: Tensor
+    parts: _Parts, block: BranchSum, keep: Norms, like: Tensor, weak: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """The weight of the 1x1 branch (None without one), and the shift of the norms removed.
 
     An identity that loses its norm stays as x, and the norm's scale is added to this weight:
-    C1' = s1 C1 + diag(s0 - 1), or C1 + diag((s0 - 1) / s1) if this branch keeps its norm."""
+    C1' = s1 C1 + diag(s0 - 1), or C1 + diag((s0 - 1) / s1) if this branch keeps its norm and s1 is
+    not `weak`."""
     out = like.shape[0]
     left, into = like.new_zeros(out), like.new_ones(out)
     weight = parts.point.weight
     if weight is not None and keep.point:
-        into = parts.point.scale
+        into = torch.where(weak, 1.0, parts.point.scale)
+        weight = torch.where(_rows(weak, weight), weight * _rows(parts.point.scale, weight), weight)
     elif weight is not None:
         weight, left = weight * _rows(parts.point.scale, weight), left + parts.point.shift
     if block.identity is not None and not keep.skip:
@@ -241,6 +258,22 @@ def _point(
         weight = weight + _diagonal((parts.identity.scale - 1) / into, like.shape[1], weight)
         left = left + parts.identity.shift
     return weight, left
+
+
+def _unit(norm: Chain, part: _Part, weak: Tensor) -> Chain:
+    """The norm of the 1x1 branch, whose convolution loses its bias.
+
+    Where it is `weak` it gets a scale of 1, and keeps its shift."""
+    if not norm or not (weak.any() or part.bias.any()):
+        return norm
+    ((path, layer),) = norm
+    twin = _twin(layer)
+    with torch.no_grad():
+        twin.running_mean.sub_(part.bias)
+        unit = torch.sqrt(twin.running_var + twin.eps)
+        twin.weight.copy_(torch.where(weak, unit, twin.weight))
+        twin.bias.copy_(torch.where(weak, part.shift + twin.running_mean, twin.bias))
+    return ((path, twin),)
 
 
 def _norm(view: GraphView, branch: Branch | None) -> Chain:
@@ -254,9 +287,10 @@ def _norm(view: GraphView, branch: Branch | None) -> Chain:
 class _Part:
     """A branch in numbers: s (W x) + c, and the mean and variance of its output.
 
-    All zeros if there is no such branch."""
+    c includes s times the bias of the convolution. All zeros if there is no such branch."""
 
     weight: Tensor | None
+    bias: Tensor
     scale: Tensor
     shift: Tensor
     mean: Tensor
@@ -266,19 +300,17 @@ class _Part:
     def of(view: GraphView, branch: Branch | None, like: Tensor) -> _Part:
         zero, one = like.new_zeros(()), like.new_ones(())
         if branch is None:
-            return _Part(None, zero, zero, zero, zero)
+            return _Part(None, zero, zero, zero, zero, zero)
         conv: Any = None if branch.conv is None else view.modules[str(branch.conv.target)]
         weight = None if conv is None else conv.weight.detach()
+        bias = zero if conv is None or conv.bias is None else conv.bias.detach()
         if branch.norm is None:
-            bias = zero if conv is None or conv.bias is None else conv.bias.detach()
-            return _Part(weight, one, bias, bias, one)
+            return _Part(weight, bias, one, bias, bias, one)
         norm: Any = view.modules[str(branch.norm.target)]
         scale, shift = (t.detach() for t in affine_of(norm))
         gamma = one if norm.weight is None else norm.weight.detach()
         beta = zero if norm.bias is None else norm.bias.detach()
-        if conv is not None and conv.bias is not None:
-            shift = shift + scale * conv.bias.detach()
-        return _Part(weight, scale, shift, beta, gamma.square())
+        return _Part(weight, bias, scale, shift + scale * bias, beta, gamma.square())
 
 
 @dataclass(frozen=True)
@@ -299,7 +331,16 @@ class _Parts:
         return mean.to(like), var.to(like)
 
 
-def _why_not(view: GraphView, block: BranchSum) -> str:
+def _has_form(block: BranchSum, keep: Norms) -> bool:
+    """Whether the block has a norm where the variant has one, and nowhere else."""
+    if block.point is None:
+        return False
+    branches = zip(block.branches, keep[:3], strict=True)
+    same = all(b is None or (b.norm is not None) == has for b, has in branches)
+    return same and (block.post is not None) == keep.post
+
+
+def _why_not(view: GraphView, block: BranchSum, keep: Norms) -> str:
     calls = [n for n in block.nodes if n.op == "call_module"]
     if any(
         sum(m.op == "call_module" and m.target == n.target for m in view.nodes) > 1 for n in calls
@@ -307,6 +348,8 @@ def _why_not(view: GraphView, block: BranchSum) -> str:
         return "one of its layers is called more than once"
     if block.point is None and block.identity is None:
         return "it has no 1x1 branch and no identity"
+    if block.post is not None and not keep.post:
+        return "its sum has a batch norm, and this variant has none there"
     if block.point is not None and block.point.conv is not None and block.main.conv is not None:
         one, main = (view.modules[str(n.target)] for n in (block.point.conv, block.main.conv))
         if one.groups != main.groups:
@@ -352,12 +395,29 @@ def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
     """A copy of the batch norm with `left` added to its shift; the original may be shared."""
     if not left.any():
         return norm
-    twin = type(norm)(
-        norm.num_features, norm.eps, norm.momentum, device=left.device, dtype=left.dtype
-    )
-    twin.load_state_dict(norm.state_dict(), strict=False)
+    twin = _twin(norm)
     with torch.no_grad():
         twin.bias.add_(left)
+    return twin
+
+
+def _before(norm: nn.Module, left: Tensor) -> nn.Module:
+    """A copy of the batch norm that adds `left` to its input; its statistics stay exact."""
+    if not left.any():
+        return norm
+    twin = copy.deepcopy(norm)
+    with torch.no_grad():
+        twin.running_mean.sub_(left)  # type: ignore[operator, union-attr]
+    return twin
+
+
+def _twin(norm: Any) -> Any:
+    """A copy of the batch norm with a scale and a shift; the original may be shared."""
+    like = norm.running_mean
+    twin = type(norm)(
+        norm.num_features, norm.eps, norm.momentum, device=like.device, dtype=like.dtype
+    )
+    twin.load_state_dict(norm.state_dict(), strict=False)
     return twin
 
 

@@ -1,17 +1,21 @@
 """branches: finds sums of branches that read one source, by their structure.
 
-y = [B] C3 x + [B] C1 x + [B] x        at most one branch of each kind, each with or without B
+y = [B] ( [B] C3 x + [B] C1 x + [B] x )    at most one branch of each kind, each B there or not
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repfx.algebra import KernelNorm
 from repfx.graph.ops import Map, Op, Sum
 from repfx.graph.view import GraphView
 from repfx.rewrite.merge_regions import plan_merges
@@ -32,8 +36,8 @@ class Branch:
 class BranchSum:
     """A sum of branches, found in a graph.
 
-    `main` has the widest kernel, `point` is 1x1 and `identity` has no convolution. `nodes` ends
-    with the sum.
+    `main` has the widest kernel, `point` is 1x1 and `identity` has no convolution. `post` is the
+    batch norm of the sum. `nodes` ends with it, or with the sum.
     """
 
     source: fx.Node
@@ -42,6 +46,7 @@ class BranchSum:
     main: Branch
     point: Branch | None
     identity: Branch | None
+    post: fx.Node | None = None
 
     @property
     def branches(self) -> tuple[Branch, Branch | None, Branch | None]:
@@ -57,6 +62,61 @@ def branch_sums(view: GraphView) -> Iterator[BranchSum]:
             yield found
 
 
+def merged_pairs(view: GraphView) -> Iterator[tuple[str, str, str, str]]:
+    """The sums of a kxk and a 1x1 branch, each with a norm, of which `repq` trains the merged weight.
+
+    Yields the paths of a kxk convolution, its norm, the 1x1 convolution and its norm. Their terms in
+    the program of the weight are W * scale, where the norm computes the scale from W."""
+    for node in view.nodes:
+        layer = view.layer(node)
+        total: Any = None if layer is None else layer.weight
+        while isinstance(total, fx.Node) and view.quantizer(total):
+            total = total.args[0]
+        scaled = _scaled(view, total)  # by the norm of the sum, if there is one
+        if scaled is not None and scaled[0].op != "get_attr":
+            total = scaled[0]
+        pairs = [p for term in _summands(total) if (p := _plain_pair(view, term)) is not None]
+        wide = [p for p in pairs if p[2] > 1]
+        point = [p for p in pairs if p[2] == 1]
+        if len(wide) == len(point) == 1:
+            yield (*wide[0][:2], *point[0][:2])
+
+
+def _plain_pair(view: GraphView, term: fx.Node) -> tuple[str, str, int] | None:
+    """The convolution, the norm and the number of taps of a term W * scale; W is trained."""
+    found = _scaled(view, term)
+    if found is None or found[0].op != "get_attr":
+        return None
+    weight = view.tensor(found[0])
+    if not isinstance(weight, nn.Parameter):
+        return None
+    path = str(found[0].target).rpartition(".")[0]
+    return path, str(found[1].target), prod(weight.shape[2:])
+
+
+def _scaled(view: GraphView, term: Any) -> tuple[fx.Node, fx.Node] | None:
+    """(W, norm) of a product W * scale whose scale the norm has computed from W."""
+    if not isinstance(term, fx.Node) or term.target is not operator.mul:
+        return None
+    weight, scale = term.args
+    while isinstance(scale, fx.Node) and scale.op != "call_module":
+        scale = scale.args[0] if scale.args else None
+    if not isinstance(scale, fx.Node) or not isinstance(view.module_of(scale), KernelNorm):
+        return None
+    return (weight, scale) if isinstance(weight, fx.Node) and scale.args[1] is weight else None
+
+
+def _summands(node: Any) -> list[fx.Node]:
+    """The terms of a sum of kernels; the smaller ones are padded, alone or together."""
+    while isinstance(node, fx.Node) and node.target is F.pad:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return []
+    if node.target is operator.add:
+        return [term for value in node.args for term in _summands(value)]
+    return [node]
+
+
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """A batch norm's scale and shift in eval mode, each (channels,): B[u] = scale * u + shift."""
     m: Any = norm
@@ -69,7 +129,11 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def _read(
     view: GraphView, source: fx.Node, sink: fx.Node, nodes: tuple[fx.Node, ...]
 ) -> BranchSum | None:
-    terms = _terms(view, sink, source)
+    post, total = None, _past_identities(view, sink, source)
+    op = view.ops[total]
+    if isinstance(op, Map) and op.kind == "bn" and total.op == "call_module":
+        post, total = total, op.x
+    terms = _terms(view, total, source)
     if len(terms) < 2:
         return None
     branches = [_branch(view, t, source) for t in terms]
@@ -89,7 +153,8 @@ def _read(
         return None
     count = sum((b.conv is not None) + (b.norm is not None) for b in (*convs, *rest))
     steps = [n for n in nodes if view.ops[n].kind != "identity"]  # type: ignore[union-attr]
-    if count + len(terms) - 1 != len(steps):  # the region contains something else
+    count += len(terms) - 1 + (post is not None)
+    if count != len(steps):  # the region contains something else
         return None
     return BranchSum(
         source,
@@ -98,6 +163,7 @@ def _read(
         convs[0],
         convs[1] if len(convs) == 2 else None,
         rest[0] if rest else None,
+        post,
     )
 
 

@@ -1,5 +1,7 @@
 """RepVGG's custom weight decay, and Eq. 6 of QARepVGG, for sums of a kxk and a 1x1 branch.
 
+The sum may have a norm of its own, and `repq` may train its merged weight.
+
     L2 = |K3|^2 without its centre + sum (K3c t3 + K1 t1)^2 / (t3^2 + t1^2)
 
     t = gamma / sqrt(var + eps), detached
@@ -9,6 +11,7 @@ same factor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from repfx.capture.model import capture
 from repfx.capture.model import graphs as graphs_of
 from repfx.errors import InputError
 from repfx.graph.view import GraphView
-from repfx.rewrite.branches import branch_sums
+from repfx.rewrite.branches import branch_sums, merged_pairs
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,9 @@ class CustomL2:
         args = example if example is None or isinstance(example, tuple) else (example,)
         found = []
         for path, graph in graphs_of(capture(model, args).model):
-            for block in branch_sums(GraphView(graph)):
-                nodes = (
-                    block.main.conv,
-                    block.main.norm,
-                    *((block.point.conv, block.point.norm) if block.point else ()),
-                )
-                if len(nodes) == 4 and all(n is not None for n in nodes):
-                    prefix = f"{path}." if path else ""
-                    found.append(
-                        tuple(
-                            model.get_submodule(f"{prefix}{n.target}")
-                            for n in nodes
-                            if n is not None
-                        )
-                    )
+            prefix = f"{path}." if path else ""
+            for names in _blocks(GraphView(graph)):
+                found.append(tuple(model.get_submodule(prefix + name) for name in names))
         if not found:
             raise InputError(
                 "the model has no sum of a kxk and a 1x1 branch that both have a batch norm"
@@ -81,6 +72,16 @@ class CustomL2:
         if self.denominator:
             merged = merged / (t3.square() + t1.square())
         return k3.square().sum() - centre.square().sum() + merged.sum()
+
+
+def _blocks(view: GraphView) -> Iterator[tuple[str, ...]]:
+    """The paths of a kxk convolution, its norm, a 1x1 convolution and its norm, for each block."""
+    for block in branch_sums(view):
+        branches = [b for b in (block.main, block.point) if b is not None]
+        nodes = [n for b in branches for n in (b.conv, b.norm) if n is not None]
+        if len(nodes) == 4:
+            yield tuple(str(n.target) for n in nodes)
+    yield from merged_pairs(view)
 
 
 def _scale(norm: nn.Module) -> Tensor:
