@@ -247,7 +247,7 @@ def _point(
     out = like.shape[0]
     left, into = like.new_zeros(out), like.new_ones(out)
     weight = parts.point.weight
-    if weight is not None and keep.point:
+    if weight is not None and keep.point and block.point is not None and block.point.norm:
         into = torch.where(weak, 1.0, parts.point.scale)
         weight = torch.where(_rows(weak, weight), weight * _rows(parts.point.scale, weight), weight)
     elif weight is not None:
