@@ -12,12 +12,14 @@ integer values and the bias of the layer. Norms inside the block are then measur
 
 It covers every region that `fuse` would merge, all other convolutions and linear layers, and the
 skips and averages that the target runs in integers. `bits=32` leaves out the rounding: float
-training at about the cost of one convolution. `fuse` afterwards gives the net to deploy, with the
-same integer values.
+training at about the cost of one convolution. Its norms are `sampled` then: the gradient of the
+variance, which `running` leaves out, is what keeps a kernel from growing, and a net that is trained
+from the start needs it. `fuse` afterwards gives the net to deploy, with the same integer values.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -57,7 +59,8 @@ class RepQ(Pass):
     """Quantizes activations to `bits`, and weights to `weight_bits` or else `bits`; 32 is float.
 
     `bn`: where batch norms get their statistics in training, one of running, batch, estimate,
-    estimate_paper, sampled, frozen, live; live needs `per_channel`. `ends`: the bits of the first
+    estimate_paper, sampled, frozen, live; live needs `per_channel`. None is running, and at 32 bits
+    sampled. `ends`: the bits of the first
     and the last layer, None for the same as the others, 32 to leave them in float. `per_channel`:
     one weight scale per output channel, else one per tensor. `codes`: below 8 bits, `all` uses the
     whole grid, unsigned after ReLU and [-2, 1] for weights of 2 bits; `symmetric` has the formats
@@ -69,7 +72,7 @@ class RepQ(Pass):
 
     bits: int = 8
     weight_bits: int | None = None
-    bn: str = "running"
+    bn: str | None = None
     ends: int | None = 8
     per_channel: bool = True
     codes: str = "all"
@@ -77,7 +80,7 @@ class RepQ(Pass):
     def __post_init__(self) -> None:
         if self.codes not in CODES:
             raise unknown("codes", str(self.codes), CODES)
-        if self.bn not in (*MODES, LIVE):
+        if self.bn is not None and self.bn not in (*MODES, LIVE):
             raise unknown("bn", str(self.bn), (*MODES, LIVE))
         if self.bn == LIVE and not self.per_channel:
             raise InputError(
@@ -96,7 +99,20 @@ class RepQ(Pass):
                 "or None"
             )
 
+    @property
+    def norms(self) -> str:
+        """The mode of the norms inside a block."""
+        if self.bn == LIVE:
+            return "running"
+        return self.bn or ("sampled" if self.bits == FLOAT else "running")
+
     def run(self, work: Work) -> Result:
+        if self.bits == FLOAT and self.bn == "running":
+            warnings.warn(
+                "bn=running at 32 bits trains slower than batch norm does, because its variance "
+                "has no gradient; leave bn out, or use bn=batch",
+                stacklevel=2,
+            )
         if self.bits != FLOAT:
             spell_out(work.module, work.target)
         view = work.view()
@@ -140,19 +156,18 @@ class _Writer:
 
     def write(self, layer: IntegerLayer, merge: Merge) -> None:
         seen = partial(self._moments, layer)
-        mode = "running" if self.rules.bn == LIVE else self.rules.bn
         view, at = self.quantizers.view, layer.node
-        weight, bias, now = program(self.work.module, view, merge, at, seen, mode)
+        weight, bias, now = program(self.work.module, view, merge, at, seen, self.rules.norms)
         x = self.quantizers.input(layer)
         weight = self.quantizers.weight(layer, weight, now)
         self.quantizers.put(layer, x, weight, bias)
 
     def _moments(self, layer: IntegerLayer) -> fx.Node:
         """The input moments that a layer's batch norms need; layers with one input share them."""
-        source, bn = layer.source, self.rules.bn
+        source, mode = layer.source, self.rules.norms
         if source not in self.moments or self.quantizers.view.writes.changed(source):
-            estimates, whole = bn in ("estimate", "estimate_paper"), bn in ("running", LIVE)
-            needs = Moments(bn not in ("batch", "frozen"), estimates, whole)
+            estimates = mode in ("estimate", "estimate_paper")
+            needs = Moments(mode not in ("batch", "frozen"), estimates, mode == "running")
             self.moments[source] = self.work.insert(
                 layer.node, self.quantizers.now(source), f"{layer.path}.moments", needs
             )

@@ -5,6 +5,7 @@ trained, to the bit.
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import repfx
 from repfx.algebra import Fixed, Geometry, KernelNorm, Moments
 from repfx.algebra.norm import MODES
-from repfx.blocks import BLOCKS
+from repfx.blocks import BLOCKS, QARepVGG, RepVGG
 from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid
 from repfx.testing import assert_same, random_block, randomise
@@ -378,3 +380,54 @@ def test_regions_that_share_a_layer(seed: int) -> None:
     trained: Any = repfx.transform(block.eval(), [RepQ(bits=32)], example=x)
     assert_same(block, trained, x, 1e-9)
     repfx.transform(block, ["repq"], example=x).train()(x)  # type: ignore[operator]
+
+
+class Masked(nn.Module):
+    """A parametrization that keeps a weight's zeros."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.rand_like(weight) > 0.5).to(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@pytest.mark.parametrize("bn", ["running", "live"])
+@pytest.mark.parametrize("how", ["prune", "parametrize"])
+@pytest.mark.parametrize("block", [RepVGG(4, 6, 3, 2, 1), QARepVGG(4, 6, 3, 2, 1)])
+def test_pruned_weights_stay_pruned(block: nn.Module, how: str, bn: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(copy.deepcopy(block), nn.ReLU(), nn.Conv2d(6, 3, 1)).double())
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 4]
+    for conv in convs:
+        if how == "prune":
+            prune.random_unstructured(conv, "weight", 0.5)
+        else:
+            nn.utils.parametrize.register_parametrization(conv, "weight", Masked(conv.weight))
+    x = torch.randn(16, 4, 8, 8, dtype=torch.float64)
+    zeros = {conv.kernel_size[0]: conv.weight == 0 for conv in convs}
+    both = zeros[3].clone()
+    both[:, :, 1, 1] &= zeros[1][:, :, 0, 0]
+    trained: Any = repfx.transform(model, [RepQ(bn=bn)], example=x).train()
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trained(x).square().mean().backward()
+        optimizer.step()
+    fused = repfx.transform(trained.eval(), ["fuse"], example=x)
+    assert repfx.verify(trained, fused, x).relative < 1e-12
+    (weight,) = [p for p in fused.parameters() if p.shape == both.shape]
+    assert torch.equal(weight[both], torch.zeros_like(weight[both])) and int(both.sum()) > 50
+    assert float((weight[~both] != 0).double().mean()) > 0.9  # the rest rounds to 0
+
+
+def test_float_training_learns_as_batch_norm_does() -> None:
+    with pytest.warns(UserWarning, match="variance has no gradient; leave bn out"):
+        repfx.transform(RepVGG(4, 4, 3, 1, 1), ["repq(bits=32, bn=running)"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = repfx.transform(RepVGG(4, 4, 3, 1, 1), ["repq(bits=32)"])
+        assert {m.mode for m in found.modules() if isinstance(m, KernelNorm)} == {"sampled"}
+        found = repfx.transform(RepVGG(4, 4, 3, 1, 1), ["repq"])
+        assert {m.mode for m in found.modules() if isinstance(m, KernelNorm)} == {"running"}
