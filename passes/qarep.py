@@ -395,9 +395,9 @@ def _shifted(norm: _BatchNorm, left: Tensor) -> nn.Module:
     """A copy of the batch norm with `left` added to its shift; the original may be shared."""
     if not left.any():
         return norm
-    twin = _twin(norm)
+    twin: nn.Module = _twin(norm)
     with torch.no_grad():
-        twin.bias.add_(left)
+        twin.bias.add_(left)  # type: ignore[operator]
     return twin
 
 
@@ -407,7 +407,7 @@ def _before(norm: nn.Module, left: Tensor) -> nn.Module:
         return norm
     twin = copy.deepcopy(norm)
     with torch.no_grad():
-        twin.running_mean.sub_(left)  # type: ignore[operator, union-attr]
+        twin.running_mean.sub_(left)  # type: ignore[operator]
     return twin
 
 

@@ -65,9 +65,9 @@ def agreed() -> Iterator[None]:
     others = gathered(None if failed is None else f"{type(failed).__name__}: {failed}")
     if failed is not None:
         raise failed
-    for number, error in enumerate(others):
-        if error is not None:
-            raise InputError(f"process {number} has failed: {error}")
+    for number, message in enumerate(others):
+        if message is not None:
+            raise InputError(f"process {number} has failed: {message}")
 
 
 def leave() -> None:

@@ -74,6 +74,27 @@ def test_a_guide_runs(guide: Path, tmp_path: Path) -> None:
     assert ran >= 2
 
 
+def test_the_program_for_ultralytics_runs(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    draw = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for folder in ("images", "labels"):
+            (tmp_path / folder / part).mkdir(parents=True)
+        for i in range(4):
+            pixels = draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / part / f"{i}.png")
+            (tmp_path / "labels" / part / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4")
+    (tmp_path / "data.yaml").write_text(
+        f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: [square]\n"
+    )
+    (text,) = [
+        t for k, t in BLOCK.findall((ROOT / "docs" / "trainers.md").read_text()) if k[0] == "u"
+    ]
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import conftest\n{text}"
+    run([sys.executable, "-c", code], tmp_path)
+    assert (tmp_path / "yolo.onnx").exists()
+
+
 def test_the_guide_of_own_passes_is_short() -> None:
     text = (ROOT / "docs" / "own-pass.md").read_text()
     code = next(t for _, t in BLOCK.findall(text) if t.startswith("# file"))

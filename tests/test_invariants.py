@@ -164,7 +164,8 @@ def test_a_norm_that_qarep_adds_gets_the_statistics_of_the_data(variant: str) ->
     assert_same(model, other, x, 1e-11)
     for norm in norms:
         count = x.numel() / x.shape[1]
-        norm.running_var *= (count - 1) / count  # training divides by the count
+        assert norm.running_var is not None
+        norm.running_var.mul_((count - 1) / count)  # training divides by the count
         norm.weight.data *= ((count - 1) / count) ** 0.5
     assert_same(model, other, x, 1e-4)  # eps is not scaled
     assert (other.train()(x) - model(x)).abs().max() < 1e-2 * off

@@ -68,7 +68,9 @@ def work(given: list[Any]) -> dict[str, Any]:
     for method in ("max", "percentile", "mse", "mae", "entropy"):
         found[method] = scales(calibrate(ready(), given, method=method))
     found["bias"] = calibrate(ready(), given, bias=True).state_dict()
-    found["sensitivity"] = [(r.layer, r.alone, r.together) for r in sensitivity(ready(), given).rows]
+    found["sensitivity"] = [
+        (r.layer, r.alone, r.together) for r in sensitivity(ready(), given).rows
+    ]
     found["statistics"] = match_statistics(net(), given).state_dict()
     # In float64, because a rounding that differs once in float32 sends learning another way.
     wide = [x.double() for x in given]
@@ -86,7 +88,7 @@ def part(where: str, sampler: bool) -> None:
     if sampler:
         data = TensorDataset(images(32))
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        own = DistributedSampler(data, world, rank, shuffle=False)
+        own: Any = DistributedSampler(data, world, rank, shuffle=False)
         found: Any = scales(calibrate(ready(), DataLoader(data, 4, sampler=own)))
     else:
         found = work(given)

@@ -18,6 +18,7 @@ from repfx.capture.structures import CONTAINERS, Contents, has_contents, leaves,
 from repfx.graph.guards import is_guard
 from repfx.graph.holders import TABLES
 from repfx.graph.run_node import Interpreter
+from repfx.quant import unset_is_fine
 from repfx.tolerances import TRACED
 
 
@@ -170,9 +171,13 @@ def as_args(example: Any, model: Any = None) -> tuple[Any, ...] | None:
     return (example,)
 
 
-def quiet() -> contextlib.redirect_stderr[io.StringIO]:
-    """Keeps fx from printing a traceback of generated code next to the exception it raises."""
-    return contextlib.redirect_stderr(io.StringIO())
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps fx from printing a traceback of generated code next to the exception it raises.
+
+    Quantizers that are not calibrated yet do not warn."""
+    with contextlib.redirect_stderr(io.StringIO()), unset_is_fine():
+        yield
 
 
 def run_eval(model: nn.Module, example: tuple[Any, ...]) -> Any:

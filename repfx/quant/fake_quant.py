@@ -11,6 +11,9 @@ multiplies the values, such as a batch norm's gamma near 1, so r needs no gradie
 
 from __future__ import annotations
 
+import math
+import warnings
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,11 +26,25 @@ from repfx.quant.observers import search_scale
 FARTHEST = 30.0
 
 
+UNSET = (
+    "a quantizer has no step yet and does not round: train the model, or run repfx.calibrate; make "
+    "a copy for an average of weights after that"
+)
+
+
+warns: ContextVar[bool] = ContextVar("warns", default=True)
+
+
+class Unset(UserWarning):
+    """A model runs in eval mode with a quantizer that is not calibrated."""
+
+
 class FakeQuant(nn.Module):
     """y = Q(x) on `grid`, with a `scale` of shape () or (channels,).
 
-    y = x as long as the quantizer is not `calibrated` (it has no scale yet, and `scale` is 0), is
-    not `on`, or has an `observer`, which is shown x.
+    y = x as long as the quantizer is not `calibrated`, is not `on`, or has an `observer`, which is
+    shown x. One that is not calibrated has no scale yet: `scale` is infinite, which it stays in an
+    average of weights that began with it. In eval mode it warns (`Unset`).
 
     `of_weight`: the quantizer rounds a weight, and its scale follows from that weight. Otherwise it
     rounds an activation, and its scale comes from data.
@@ -51,10 +68,10 @@ class FakeQuant(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        empty = torch.zeros((), device="cpu") if scale is None else torch.zeros_like(scale)
-        self.register_buffer("scale", empty)
+        like = torch.zeros((), device="cpu") if scale is None else torch.zeros_like(scale)
+        self.register_buffer("scale", torch.full_like(like, math.inf))
         if learned:
-            self.log_ratio = nn.Parameter(torch.zeros_like(empty))
+            self.log_ratio = nn.Parameter(like)
         self.of_weight, self.learned = of_weight, learned
         self.calibrated = False
         if scale is not None:
@@ -95,6 +112,8 @@ class FakeQuant(nn.Module):
         if self.learned and self.training and not self.calibrated:
             self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
         if not self.calibrated:
+            if not self.training and warns.get():
+                warnings.warn(Unset(UNSET), stacklevel=2)
             return x
         return self.grid.quantize(x, self.step)
 
@@ -122,10 +141,15 @@ class FakeQuant(nn.Module):
     ) -> None:
         self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.calibrated = bool((self.scale != 0).all())
+        self.calibrated = _is_set(self.scale)
+
+
+def _is_set(scale: Tensor) -> bool:
+    """Whether this is a scale; in repfx 0.1 it was 0 until it was set."""
+    return bool((scale.isfinite() & (scale != 0)).all())
 
 
 def _as_used(scale: Tensor) -> Tensor:
     """The scale that repfx 0.1 used for a learned one, which may have walked below 0."""
     least = scale.clamp(min=torch.finfo(torch.float32).eps)
-    return torch.where(scale == 0, scale, least)  # 0 is not set yet
+    return torch.where(scale == 0, math.inf, least)  # 0 is not set yet

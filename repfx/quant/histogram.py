@@ -177,7 +177,7 @@ class Histogram:
 
 def _settled(at: _Places, bins: Tensor, tensors: int) -> Tensor:
     """Turns the maxima and samples of tensors of one size into counts of their values."""
-    tops, sample = bins
+    tops, sample = bins.unbind()
     if at.block == 1:
         return tops
     # The share of blocks whose maximum lies in a bin or above it.
@@ -240,9 +240,7 @@ def _places(size: int, device: torch.device) -> _Places:
     )
     starts = torch.arange(0, RUNS * stretch, stretch, device="cpu") + random
     all_runs = (size - RUN + 1, RUN), (1, 1)
-    return _Places(
-        size, far * near, width, folds[0], folds[1], all_runs, starts.to(device)
-    )
+    return _Places(size, far * near, width, folds[0], folds[1], all_runs, starts.to(device))
 
 
 def raised(top: float, *to: Tensor) -> float:

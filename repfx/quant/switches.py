@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from repfx.quant.fake_quant import FakeQuant
+from repfx.quant.fake_quant import FakeQuant, warns
 from repfx.quant.observers import Observer
 
 
@@ -56,6 +56,16 @@ def observing(
     finally:
         for quant in seen:
             quant.observer = None
+
+
+@contextmanager
+def unset_is_fine() -> Iterator[None]:
+    """Inside, quantizers that are not calibrated pass values through without a warning."""
+    before = warns.set(False)
+    try:
+        yield
+    finally:
+        warns.reset(before)
 
 
 @contextmanager

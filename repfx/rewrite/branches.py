@@ -63,10 +63,10 @@ def branch_sums(view: GraphView) -> Iterator[BranchSum]:
 
 
 def merged_pairs(view: GraphView) -> Iterator[tuple[str, str, str, str]]:
-    """The sums of a kxk and a 1x1 branch, each with a norm, of which `repq` trains the merged weight.
+    """The sums of a kxk and a 1x1 branch, each with a norm, that `repq` trains merged.
 
-    Yields the paths of a kxk convolution, its norm, the 1x1 convolution and its norm. Their terms in
-    the program of the weight are W * scale, where the norm computes the scale from W."""
+    Yields the paths of a kxk convolution, its norm, the 1x1 convolution and its norm. Their terms
+    in the program of the weight are W * scale, where the norm computes the scale from W."""
     for node in view.nodes:
         layer = view.layer(node)
         total: Any = None if layer is None else layer.weight

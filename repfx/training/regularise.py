@@ -43,8 +43,10 @@ class CustomL2:
         found = []
         for path, graph in graphs_of(capture(model, args).model):
             prefix = f"{path}." if path else ""
-            for names in _blocks(GraphView(graph)):
-                found.append(tuple(model.get_submodule(prefix + name) for name in names))
+            found += [
+                tuple(model.get_submodule(prefix + name) for name in names)
+                for names in _blocks(GraphView(graph))
+            ]
         if not found:
             raise InputError(
                 "the model has no sum of a kxk and a 1x1 branch that both have a batch norm"
