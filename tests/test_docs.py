@@ -90,7 +90,9 @@ def test_the_program_for_ultralytics_runs(tmp_path: Path) -> None:
     (text,) = [
         t for k, t in BLOCK.findall((ROOT / "docs" / "trainers.md").read_text()) if k[0] == "u"
     ]
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import conftest\n{text}"
+    examples = str(ROOT / "examples")
+    start = f"import sys; sys.path.insert(0, {examples!r}); import zoo_operators as z; z.provide()"
+    code = f"{start}\n{text}"
     run([sys.executable, "-c", code], tmp_path)
     assert (tmp_path / "yolo.onnx").exists()
 
