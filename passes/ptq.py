@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from repfx.errors import unknown
+from repfx.errors import InputError, unknown
 from repfx.graph.functional import value_of
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
@@ -57,6 +57,8 @@ class Ptq(Pass):
             *([] if self.wide_bits == FLOAT else [self.wide_bits]),
         ):
             Grid(bits)  # raises for an invalid number of bits
+            if bits == 1:
+                raise InputError("1 bit needs training: use repq(weight_bits=1, bn=live)")
         self._rounding()
 
     def run(self, work: Work) -> Result:

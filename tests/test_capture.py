@@ -257,7 +257,7 @@ def test_bad_models_are_refused() -> None:
         repfx.transform(nn.Conv2d(4, 4, 1), ["fusee"])
     with pytest.raises(repfx.InputError, match=r"unknown option of ptq 'bit'; choose one of: bits"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bit=8)"])
-    with pytest.raises(repfx.InputError, match="bits must be an integer from 2 to 16"):
+    with pytest.raises(repfx.InputError, match="bits must be an integer from 1 to 16"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["ptq(bits=0)"])
     with pytest.raises(repfx.InputError, match="unknown target 'tpu'"):
         repfx.transform(nn.Conv2d(4, 4, 1), ["fuse"], target="tpu")

@@ -292,7 +292,7 @@ def test_first_and_last_layer_and_bad_options() -> None:
     grids = [m.grid for m in low.modules() if isinstance(m, FakeQuant)]
     assert {g.bits for g in grids} == {4} and all(g.axis is None for g in grids)
     for spec, text in (
-        ("repq(bits=0)", "bits must be an integer from 2 to 16, not 0"),
+        ("repq(bits=0)", "bits must be an integer from 1 to 16, not 0"),
         ("repq(bn=nearly)", "unknown bn 'nearly'; choose one of: batch, estimate, estimate_paper"),
         ("repq(bits=32, weight_bits=8)", "bits=32 trains in float"),
     ):

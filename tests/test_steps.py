@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.blocks import RepVGG
+from repfx.blocks import QARepVGG, RepVGG
 from repfx.passes import RepQ
-from repfx.quant import FakeQuant, Grid, quantizers_of
+from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 from repfx.training import fit
 from repfx.training.watch import fault_of, watching
 
@@ -178,7 +178,8 @@ def grids(model: Any, of_weight: bool) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
 @pytest.mark.parametrize(
-    ("bits", "inputs", "weights"), [(2, (0, 3), (-2, 1)), (4, (0, 15), (-8, 7))]
+    ("bits", "inputs", "weights"),
+    [(1, (0, 1), (-1, 1)), (2, (0, 3), (-2, 1)), (4, (0, 15), (-8, 7))],
 )
 def test_below_8_bits_every_code_is_used(
     target: str, bits: int, inputs: tuple[int, int], weights: tuple[int, int]
@@ -226,3 +227,44 @@ def test_every_code_of_a_weight_is_deployed(target: str, opset: int, tmp_path: P
     assert repfx.lower(
         fused, tmp_path / "int4.onnx", example=x[:2], target=target, opset=opset
     ).parity.agrees  # type: ignore[union-attr]
+
+
+def test_one_bit_is_the_sign_and_the_mean() -> None:
+    grid, v = Grid(1, axis=0), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    v[0, 0, 0, 0] = 0.0
+    scale = search_scale(v, grid, 2.0)
+    torch.testing.assert_close(scale, v.abs().mean((1, 2, 3)))
+    codes = grid.codes(v, scale)
+    assert set(codes.flatten().tolist()) == {-1.0, 1.0} and float(codes[0, 0, 0, 0]) == 1
+    assert torch.equal(codes[v != 0], v.sign()[v != 0])
+    error = (grid.quantize(v, scale) - v).square().sum((1, 2, 3))
+    for other in (0.9, 1.1):
+        assert bool(((grid.quantize(v, scale * other) - v).square().sum((1, 2, 3)) > error).all())
+    u = v.clone().requires_grad_()
+    grid.quantize(u, scale).sum().backward()
+    inside = (v.abs() < grid.along(scale, v)).double()
+    torch.testing.assert_close(u.grad, inside)  # straight through, as for other grids
+    assert Grid(1, signed=False).codes(
+        torch.tensor([-1.0, 0.4, 0.6, 3.0]), torch.tensor(1.0)
+    ).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("bn", ["running", "live"])
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_weights_of_one_bit_are_trained_and_deployed(target: str, bn: str, tmp_path: Path) -> None:
+    x, y = task()
+    blocks = [QARepVGG(3, 8, 3, 1, 1), nn.ReLU(), QARepVGG(8, 8, 3, 1, 1), nn.ReLU()]
+    torch.manual_seed(0)
+    plain = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    spec = RepQ(weight_bits=1, bn=bn)
+    model: Any = repfx.transform(plain, [spec], example=x[:2], target=target)
+    rows = fit(model, "classification", (x, y), epochs=3, lr=0.05, progress=False, device="cpu")
+    assert rows[-1].loss < rows[0].loss
+    fused: Any = repfx.transform(model.eval(), ["fuse"], example=x[:2], target=target)
+    ones = [q for q in quantizers_of(fused, True).values() if q.grid.bits == 1]
+    assert len(ones) == 1
+    file = repfx.lower(fused, tmp_path / "one.onnx", example=x[:2], target=target)
+    assert file.parity is not None and file.parity.agrees
+    assert repfx.verify(model, fused, x).relative < 1e-5
+    with pytest.raises(repfx.InputError, match="1 bit needs training"):
+        repfx.passes.Ptq(bits=8, weight_bits=1)

@@ -44,6 +44,7 @@ from repfx.graph.guards import facts_of, holds, is_guard
 from repfx.graph.modes import TrainOnly
 from repfx.graph.traits import Trait
 from repfx.graph.vocabulary import kind_of
+from repfx.quant import quantizers_of
 from repfx.tolerances import TRACED, TRACED_WIDE
 
 
@@ -591,8 +592,10 @@ def _record(
 
 
 def _refuse_non_finite(model: nn.Module) -> None:
+    # Quantizers without a scale have an infinite one.
+    unset = {id(q.scale) for q in quantizers_of(model).values() if not q.calibrated}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or tensor.is_meta or math.isfinite(tensor.detach().sum()):
             continue  # if the sum is finite, so are the terms
-        if not torch.isfinite(tensor).all():
+        if id(tensor) not in unset and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds NaN or infinity")

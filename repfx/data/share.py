@@ -20,7 +20,10 @@ def share_of(batches: Batches) -> Iterator[tuple[int, Batch]]:
     Raises what iterating over `batches` raises."""
     rank, world = place()
     if world == 1:
-        yield from enumerate(batches)
+        at = 0
+        for batch in batches:
+            yield at, batch
+            at += 1  # noqa: SIM113 (enumerate would keep the first batch in memory)
         return
     rest = iter(batches)
     with agreed():

@@ -145,7 +145,10 @@ class Quantizers:
             self.how.every_code and not layer.normed,
         )
         power = _POWERS[self.how.weights]
-        scale = grid.amax(value) / grid.high if power is None else search_scale(value, grid, power)
+        if power is None and not grid.is_sign:
+            scale = grid.amax(value) / grid.high
+        else:
+            scale = search_scale(value, grid, power or 2.0)
         quant = FakeQuant(grid, scale.detach(), of_weight=True, learned=self.how.learned)
         return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)
 
@@ -188,7 +191,7 @@ class Quantizers:
         for reader, value, wants in places:
             self._values.setdefault(reader, []).append(value)
             made = self._origin[value]
-            bits[made] = max(bits.get(made, 2), self.layers[wants].bits)
+            bits[made] = max(bits.get(made, 1), self.layers[wants].bits)
         return {
             value: self.work.target.activation(
                 b, non_negative(self.view, value), self.how.every_code

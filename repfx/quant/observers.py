@@ -102,7 +102,9 @@ def together(observers: Iterable[Observer]) -> None:
 def search_scale(v: Tensor, grid: Grid, power: float) -> Tensor:
     """argmin over s of sum |Q(v) - v|^power, for s = a * max|v| / high, a in {.01 ... 1.00}.
 
-    A scalar, or one scale per index of the grid's axis."""
+    A scalar, or one scale per index of the grid's axis. For a sign it is the mean of |v|."""
+    if grid.is_sign:
+        return grid.mean(v).clamp(min=torch.finfo(v.dtype).tiny)
     if grid.axis is None:
         rows = v.detach().reshape(1, -1)
     else:
