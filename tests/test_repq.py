@@ -431,3 +431,26 @@ def test_float_training_learns_as_batch_norm_does() -> None:
         assert {m.mode for m in found.modules() if isinstance(m, KernelNorm)} == {"sampled"}
         found = repfx.transform(RepVGG(4, 4, 3, 1, 1), ["repq"])
         assert {m.mode for m in found.modules() if isinstance(m, KernelNorm)} == {"running"}
+
+
+@pytest.mark.parametrize("spec", ["running", "batch", "estimate", "sampled", "live"])
+def test_a_compiled_model_trains_as_the_model_does(spec: str) -> None:
+    """As one graph, with the same losses, steps and statistics."""
+    torch.manual_seed(0)
+    block = QARepVGG(4, 8, 3, 1, 1) if spec == "live" else RepVGG(4, 8, 3, 2, 1)
+    x, y = torch.randn(8, 4, 8, 8), torch.arange(8) % 3
+    net = nn.Sequential(block, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    plain: Any = repfx.transform(net, [RepQ(bits=4, bn=spec)], example=x)
+    repfx.calibrate(plain, [x]).train()
+    other = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for model, run in ((plain, plain), (other, compiled)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(run(x), y).backward()
+            optimizer.step()
+    want = plain.state_dict()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-6)
