@@ -95,7 +95,11 @@ class Split:
         parts, row = list[Tensor](), 0
         for _, owner, count in every:
             mine = owner == rank
-            parts.append(torch.arange(row, row + count) if mine else torch.full((count,), -1))
+            parts.append(
+                torch.arange(row, row + count, device="cpu")
+                if mine
+                else torch.full((count,), -1, device="cpu")
+            )
             row += count if mine else 0
         return Split(torch.cat(parts))
 
