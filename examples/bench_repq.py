@@ -1,8 +1,9 @@
 """The cost of a training step on the merged weight: python examples/bench_repq.py
 
 Each row is a net of one kind of block. Times are medians of interleaved steps in one run, relative
-to plain LSQ quantization-aware training of the merged net. `live` keeps the norm of a QARepVGG
-block alive; blocks without such a norm have the mode `running` there. The time of float training on
+to plain LSQ quantization-aware training of the merged net. `live` keeps the norm at the end of a
+block alive, and measures the others as `running` does; one convolution and its norm, the last row,
+are ordinary quantization-aware training then. The time of float training on
 the merged weight is relative to the multi-branch net. `--compile` compiles every net."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import resource
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,19 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import ACNet, QARepVGG, RepVGG
+from repfx.blocks.frame import ConvNorm, Frame
 from repfx.passes import RepQ
 from repfx.quant import quantizers_of
 
 MODES = ("frozen", "live", "estimate", "sampled", "running", "batch")
 
 
-def net(block: type[nn.Module], width: int, depth: int) -> nn.Module:
+def alone(inputs: int, outputs: int, kernel: int, padding: int) -> nn.Module:
+    """One convolution and its norm."""
+    return ConvNorm(Frame.of(inputs, outputs, kernel, 1, padding))
+
+
+def net(block: Callable[..., nn.Module], width: int, depth: int) -> nn.Module:
     layers = [nn.Sequential(block(width, width, 3, padding=1), nn.ReLU()) for _ in range(depth)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
@@ -61,7 +69,7 @@ def compare(steps: dict[str, object], rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]:
+def forms(block: Callable[..., nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]:
     """The nets to compare.
 
     The net of branches, plain QAT of the merged net, float training on the merged weight, and the
@@ -76,7 +84,7 @@ def forms(block: type[nn.Module], width: int, x: Tensor) -> dict[str, nn.Module]
 
 
 def peak(
-    block: type[nn.Module], width: int, shape: tuple[int, ...], form: str, out: object
+    block: Callable[..., nn.Module], width: int, shape: tuple[int, ...], form: str, out: object
 ) -> None:
     """Puts the growth of this process's peak memory over three steps, in MB."""
     x, y = torch.randn(shape), torch.arange(shape[0]) % 10
@@ -114,7 +122,7 @@ def main() -> None:
         "float estimate / multi-branch",
     ):
         table.add_column(column, justify="right")
-    for block in (ACNet, RepVGG, QARepVGG):
+    for block in (ACNet, RepVGG, QARepVGG, alone):
         if args.memory:
             t = {}
             for form in ("multi", "plain", "float", *MODES):

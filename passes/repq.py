@@ -44,6 +44,7 @@ from repfx.rewrite.work import Names, Work
 
 LIVE = "live"
 CODES = ("all", "symmetric")
+SAMPLE = 8  # the mode `sampled` measures variances on every eighth image
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,12 @@ class _Writer:
         source, mode = layer.source, self.rules.norms
         if source not in self.moments or self.quantizers.view.writes.changed(source):
             estimates = mode in ("estimate", "estimate_paper")
-            needs = Moments(mode not in ("batch", "frozen"), estimates, mode == "running")
+            needs = Moments(
+                mode not in ("batch", "frozen"),
+                estimates,
+                runs=mode in ("running", "sampled"),
+                sample=SAMPLE if mode == "sampled" else 1,
+            )
             self.moments[source] = self.work.insert(
                 layer.node, self.quantizers.now(source), f"{layer.path}.moments", needs
             )

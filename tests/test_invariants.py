@@ -217,7 +217,7 @@ MODES = ("running", "batch", "sampled", "estimate", "estimate_paper")
 def statistics(mode: str, x: Tensor, weight: Tensor, autocast: bool = False) -> tuple[Tensor, ...]:
     """The mean and the variance that a norm after a 1x1 convolution of x takes for its output."""
     point = Geometry.conv(weight.shape[1], weight.shape[0], (1, 1))
-    norm = KernelNorm(nn.BatchNorm2d(weight.shape[0]), point, mode, sample=1).train()
+    norm = KernelNorm(nn.BatchNorm2d(weight.shape[0]), point, mode).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mean, _, var = norm.measure(Moments(True, True).train()(x), weight, None)
     return mean, var

@@ -175,13 +175,15 @@ def test_the_variance_is_that_of_what_the_kernel_gives(whole: bool) -> None:
     g = Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)
     u = F.conv2d(x, weight, None, (1, 2), (2, 0), groups=2)
     seen = Moments(True, True, whole).train()(x)
+    some = Moments(True, True, whole, sample=8).train()(x)
+    assert torch.equal(some[0], x[::8]) and torch.equal(some[1], seen[1])
     assert seen[0].is_contiguous(memory_format=torch.channels_last) == whole and torch.equal(
         seen[0], x
     )
     kept = KernelNorm(nn.BatchNorm2d(6).double(), g, "running").measure(seen, weight, None)[2]
     torch.testing.assert_close(kept, u.var((0, 2, 3)), rtol=1e-10, atol=0)
     part = (u[::8] - u.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
-    var = KernelNorm(nn.BatchNorm2d(6).double(), g, "sampled").measure(seen, weight, None)[1]
+    var = KernelNorm(nn.BatchNorm2d(6).double(), g, "sampled").measure(some, weight, None)[1]
     torch.testing.assert_close(var, part, rtol=1e-10, atol=0)
 
 

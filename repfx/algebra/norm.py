@@ -11,7 +11,7 @@ needs it:
     batch            mean and biased variance of u with their gradients, as in nn.BatchNorm2d
     estimate         mean = sum K E, var = sum K^2 V; E and V of the padded input, tap by tap
     estimate_paper   mean = E[x] sum K, var = V[x] sum K^2
-    sampled          mean as in `running`; variance of u on a part of the batch, with its gradient
+    sampled          mean as in `running`; variance of u on the part of x given, with its gradient
     frozen           the moving averages
 
 In eval mode the moving averages are used, whatever the mode.
@@ -20,6 +20,7 @@ In eval mode the moving averages are used, whatever the mode.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,36 +40,63 @@ class Moments(nn.Module):
 
     Both are over the batch, (1, channels, ...), and in float32 at least, whatever the autocast. The
     mean is None unless `first`, the variance unless `second`, and both are None in eval mode.
-    `whole`: every KernelNorm runs its kernel on all of x. Then x is laid out with channels last,
-    and convolutions on a CPU take a third less time."""
+    `runs`: every KernelNorm runs its kernel on the x it gets. Then x is laid out with channels
+    last, and convolutions on a CPU take a third less time. `sample`: that x has every `sample`-th
+    image only, if there are two or more of them."""
 
     is_graph_leaf = True
+    sample = 1  # models of repfx 0.1 do not have it
 
-    def __init__(self, first: bool, second: bool, whole: bool = False) -> None:
+    def __init__(self, first: bool, second: bool, runs: bool = False, sample: int = 1) -> None:
         super().__init__()
-        self.first, self.second, self.whole = first, second, whole
+        self.first, self.second, self.whole, self.sample = first, second, runs, sample
 
     def forward(self, x: Tensor) -> Seen:
         if not self.training:
             return x, None, None
         first = second = None
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        # Reductions run several times faster along memory.
+        values = _wide(x).permute(0, 2, 3, 1) if last else _wide(x)
         if self.second:
-            # E[x^2] - E[x]^2 would lose a small variance about a large mean.
-            second, first = torch.var_mean(_wide(x), 0, correction=0, keepdim=True)
+            first, second = _MeanVar.apply(values)  # type: ignore[no-untyped-call]
         elif self.first:
-            first = _wide(x).mean(0, keepdim=True)
-        last = self.whole and x.dim() == 4
-        return x.contiguous(memory_format=torch.channels_last) if last else x, first, second
+            first = values.mean(0, keepdim=True)
+        if last:
+            first, second = (None if m is None else m.permute(0, 3, 1, 2) for m in (first, second))
+        read = x[:: self.sample] if len(x) >= 2 * self.sample else x
+        if self.whole and x.dim() == 4:
+            read = read.contiguous(memory_format=torch.channels_last)
+        return read, first, second
+
+
+class _MeanVar(torch.autograd.Function):
+    """Mean and variance over a batch, several times as fast as `torch.var_mean` on a CPU.
+
+    Centred, because E[x^2] - E[x]^2 would lose a small variance about a large mean. Nothing but x
+    and the mean is kept for the gradient, g_mean / N + 2 (x - mean) g_var / N."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.mean(0, keepdim=True)
+        ctx.save_for_backward(x, mean)
+        return mean, (x - mean).square_().mean(0, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        off: Tensor = x - mean
+        return off.mul_(of_var * (2 / len(x))).add_(of_mean / len(x))
 
 
 class KernelNorm(nn.Module):
     """Replaces a batch norm: (x, K, b) -> (scale, shift), each (channels,).
 
     It takes over the parameters, buffers and children of the norm. x comes with its moments.
-    `geometry` is that of K, and `mode` is one of MODES. "sampled" reads every `sample`-th image of
-    a batch. `exact`: K has fixed taps, such as an average or an edge filter. Their output depends
-    on the correlation of neighbouring pixels, which the estimates ignore, so these would be off by
-    large factors. They use the variance of u instead."""
+    `geometry` is that of K, and `mode` is one of MODES. `exact`: K has fixed taps, such as an
+    average or an edge filter. Their output depends on the correlation of neighbouring pixels, which
+    the estimates ignore, so these would be off by large factors. They use the variance of u
+    instead."""
 
     is_graph_leaf = True
     weight: Tensor | None
@@ -77,9 +105,7 @@ class KernelNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(
-        self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False, sample: int = 8
-    ) -> None:
+    def __init__(self, norm: nn.Module, geometry: Geometry, mode: str, exact: bool = False) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = (
             norm._parameters,
@@ -91,7 +117,7 @@ class KernelNorm(nn.Module):
         self.momentum: float | None = norm.momentum  # type: ignore[assignment]
         # The statistics are those of u laid out as x is.
         self.geometry = geometry.turned_to(geometry.source_axis)
-        self.mode, self.exact, self.sample = mode, exact, sample
+        self.mode, self.exact = mode, exact
         self.training = norm.training
 
     def forward(
@@ -132,24 +158,26 @@ class KernelNorm(nn.Module):
             var, mean = torch.var_mean(u, self._others(u), correction=0)
             return mean, var, _unbiased(var, u.numel() // u.shape[self.geometry.channel_axis])
         assert first is not None
-        paper = self.mode == "estimate_paper"
-        at = self._read(first, paper)
-        taps = at.mean(-1)
+        everywhere = self.mode == "estimate_paper" or self.geometry.channel_axis == -1
+        padded = self._padded(first, everywhere)
+        taps = self._means(padded, everywhere)
         # The mean of u without its bias.
         level = (weight * self._per_weight(taps)).flatten(1).sum(1)
         mean = level if bias is None else level + bias
         if self.mode in ("estimate", "estimate_paper") and not self.exact:
             assert second is not None
-            # The variance at each place, and that of the means of the places.
-            spread = self._read(second, paper).mean(-1) + at.var(-1, correction=0)
+            # The variance at each place, and that of the means of the places, which are centred
+            # because E[x^2] - E[x]^2 would lose it otherwise.
+            off = padded - padded.mean(self._others(padded), keepdim=True).detach()
+            spread = self._means(self._padded(second, everywhere) + off.square(), everywhere)
+            spread = spread - self._means(off, everywhere).square()
             var = (weight.square() * self._per_weight(spread)).flatten(1).sum(1)
             return mean, var, var
         if self.mode == "running":
             with torch.no_grad():
                 var, count = self._variance(x, weight, level, taps)
             return mean, var, _unbiased(var, count)
-        part = x[:: self.sample] if self.mode == "sampled" and x.shape[0] >= 2 * self.sample else x
-        var, _ = self._variance(part, weight, level, taps)
+        var, _ = self._variance(x, weight, level, taps)
         return mean, var, var
 
     def _variance(
@@ -172,18 +200,24 @@ class KernelNorm(nn.Module):
     def _others(self, u: Tensor) -> list[int]:
         return [d for d in range(u.dim()) if d != self.geometry.channel_axis % u.dim()]
 
-    def _read(self, x: Tensor, everywhere: bool) -> Tensor:
-        """What each tap reads at each output position: (in, *places, positions).
-
-        x is (1, in, ...), a statistic over the batch. With `everywhere` it is all of x, without
-        padding, and the places are 1s."""
-        g = self.geometry
-        if everywhere or g.channel_axis == -1:
-            rows = x.flatten(0, -2).t() if g.channel_axis == -1 else x.flatten(2)[0]
-            return rows.reshape(rows.shape[0], *(1,) * len(g.axes), rows.shape[1])
-        sizes = [a.size(n) for a, n in zip(g.axes, x.shape[2:], strict=True)]
-        for sides, mode in g.pad_steps:
+    def _padded(self, x: Tensor, everywhere: bool) -> Tensor:
+        """What the taps read: x, a statistic over the batch (1, in, ...), and its padding."""
+        for sides, mode in () if everywhere else self.geometry.pad_steps:
             x = F.pad(x, sides, mode)
+        return x
+
+    def _means(self, x: Tensor, everywhere: bool) -> Tensor:
+        """The mean over all output positions of what each tap reads of x: (in, *places).
+
+        With `everywhere` it is the mean of all of x, and the places are 1s."""
+        g = self.geometry
+        if everywhere:
+            return x.mean(self._others(x)).reshape(-1, *(1,) * len(g.axes))
+        sizes = [(n - a.taps) // a.stride + 1 for a, n in zip(g.axes, x.shape[2:], strict=True)]
+        if all(a.stride == 1 for a in g.axes):  # the positions of a tap are one window
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(g.axes) - 1]
+            means: Tensor = pool(x, sizes, [a.gap for a in g.axes])[0]
+            return means
         found = []
         for at in product(*(a.places for a in g.axes)):
             part = x[0]
@@ -191,9 +225,8 @@ class KernelNorm(nn.Module):
                 part = part[
                     (slice(None),) * axis + (slice(t, t + a.stride * (n - 1) + 1, a.stride),)
                 ]
-            found.append(part.flatten(1))
-        stacked = torch.stack(found, 1)
-        return stacked.reshape(len(stacked), *(len(a.places) for a in g.axes), stacked.shape[2])
+            found.append(part.flatten(1).mean(1))
+        return torch.stack(found, 1).reshape(-1, *(len(a.places) for a in g.axes))
 
     def _per_weight(self, values: Tensor) -> Tensor:
         """(in, *places) -> (out, in / groups, *places or 1s)."""
