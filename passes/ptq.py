@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from repfx.errors import InputError, unknown
+from repfx.errors import Declined, InputError, unknown
 from repfx.graph.functional import value_of
 from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
+from repfx.placement.formats import TRANSPOSED
 from repfx.placement.quantizers import FLOAT, IntegerLayer, Quantizers, Rounding
 from repfx.quant import Grid
 from repfx.rewrite.contract import Pass, Promise, Stage, register
@@ -84,7 +85,13 @@ class Ptq(Pass):
             else:
                 node.replace_input_with(quantizers.now(layer.source), x)
                 node.replace_input_with(weight, weights[key])
-        return Result(self.name, declined=quantizers.declined, inserted=tuple(work.inserted))
+        left = tuple(
+            Declined(view.name(node), TRANSPOSED)
+            for node, op in view.ops.items()
+            if isinstance(op, Map) and op.kind == "conv_transpose"
+        )
+        declined = (*quantizers.declined, *left)
+        return Result(self.name, declined=declined, inserted=tuple(work.inserted))
 
     def _rounding(self) -> Rounding:
         return Rounding(self.per_channel, self.weights)

@@ -33,6 +33,7 @@ from repfx.graph.ops import Map
 from repfx.graph.regions import Region
 from repfx.graph.view import GraphView
 from repfx.placement.between import spell_out
+from repfx.placement.formats import TRANSPOSED
 from repfx.placement.quantizers import FLOAT, IntegerLayer, Quantizers, Rounding
 from repfx.quant import Grid
 from repfx.rewrite.contract import Pass, Promise, Stage, register
@@ -199,13 +200,10 @@ def _regions(view: GraphView) -> tuple[list[Merge], list[Declined]]:
     declined = [Declined(view.name(n), why) for n, why in refused.items() if n not in taken]
     for node in view.nodes:
         op = view.ops[node]
-        if (
-            isinstance(op, Map)
-            and op.macs
-            and node not in taken
-            and op.own is not None
-            and not op.own.transposed
-        ):
+        if isinstance(op, Map) and op.macs and node not in taken and op.own is not None:
+            if op.own.transposed:
+                declined.append(Declined(view.name(node), TRANSPOSED))
+                continue
             geometry = geometries(view, op.x, [node])[node]
             if isinstance(geometry, Geometry):
                 found.append(
@@ -239,7 +237,7 @@ def _why_not(view: GraphView, region: Region) -> str:
     norms = _norms(view, region)
     geometry = geometries(view, region.source, region.nodes).get(region.sink)
     if isinstance(geometry, Geometry) and geometry.transposed:
-        return "transposed convolutions stay in float, and train as they are"
+        return TRANSPOSED
     if any(n in region.kept for n in norms):
         return "a batch norm inside it is also read elsewhere"
     if any(n.op != "call_module" for n in norms):

@@ -218,3 +218,30 @@ def test_layer_scale_is_not_vacuous() -> None:
     )
     result, reasons = fused(net)
     assert len(result.meta["repfx"].merged) == 1 and "'relu' inside it is not linear" in reasons
+
+
+class Upsamples(nn.Module):
+    """A transposed convolution, of one of three spellings, between convolutions."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.how, self.norm = how, nn.BatchNorm2d(8) if how == "norm" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if self.how == "function":
+            x = F.conv_transpose2d(x, self.up.weight, self.up.bias, 2)
+        else:
+            x = self.norm(self.up(x))
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("passes", [["ptq"], ["repq"], ["fuse", "ptq"], ["fuse", "repq"]])
+@pytest.mark.parametrize("how", ["module", "function", "norm"])
+def test_a_transposed_convolution_that_stays_in_float_is_told(how: str, passes: list[str]) -> None:
+    model, x = Upsamples(how).eval(), torch.randn(2, 3, 12, 12)
+    report = repfx.transform(model, passes, example=x).meta["repfx"]
+    told = [d for d in report.declined if "transposed convolutions stay in float" in d.reason]
+    assert {d.where for d in told} <= {"up", "up.merged", "norm", "conv_transpose2d"} and told

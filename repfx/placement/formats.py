@@ -16,6 +16,7 @@ from repfx.graph.ops import Map, Op
 from repfx.graph.view import GraphView
 from repfx.quant import Grid, Target
 
+TRANSPOSED = "transposed convolutions stay in float: few runtimes have them in integers"
 VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
 
 
