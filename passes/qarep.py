@@ -372,10 +372,20 @@ def _diagonal(values: Tensor, width: int, like: Tensor) -> Tensor:
 def _conv(main: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A convolution like `main` with another kernel, centred on the kernel of `main`."""
     taps = tuple(weight.shape[2:])
-    pads = tuple(
-        p - d * (k - n) // 2
-        for p, d, k, n in zip(main.padding, main.dilation, main.kernel_size, taps, strict=True)
-    )
+    pads = main.padding
+    if taps != main.kernel_size:
+        whole = zip(main.dilation, main.kernel_size, strict=True)
+        before = {"valid": [0] * len(taps), "same": [d * (k - 1) // 2 for d, k in whole]}
+        pads = tuple(
+            p - d * (k - n) // 2
+            for p, d, k, n in zip(
+                before.get(main.padding, main.padding),
+                main.dilation,
+                main.kernel_size,
+                taps,
+                strict=True,
+            )
+        )
     sizes = (
         main.in_channels,
         main.out_channels,
@@ -433,4 +443,4 @@ def _post(main: Any, parts: _Parts, left: Tensor) -> nn.Module:
         norm.running_var.copy_(var)
         norm.weight.copy_(torch.sqrt(var + norm.eps))
         norm.bias.copy_(mean)
-    return norm
+    return norm.requires_grad_(main.weight.requires_grad)

@@ -174,6 +174,7 @@ class _Writer:
                 estimates,
                 runs=mode in ("running", "sampled"),
                 sample=SAMPLE if mode == "sampled" else 1,
+                axis=layer.geometry.source_axis,
             )
             self.moments[source] = self.work.insert(
                 layer.node, self.quantizers.now(source), f"{layer.path}.moments", needs

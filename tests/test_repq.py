@@ -170,13 +170,16 @@ def test_the_tap_mean_is_exact_and_estimate_is_right_on_white_input() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_variance_is_that_of_what_the_kernel_gives(whole: bool) -> None:
-    x = pictures() + 0.7
+    x = pictures(n=96) + 0.7
     weight = torch.randn(6, 2, 3, 2, dtype=torch.float64)
     g = Geometry.conv(4, 6, (3, 2), (1, 2), (2, 0), 2)
     u = F.conv2d(x, weight, None, (1, 2), (2, 0), groups=2)
     seen = Moments(True, True, whole).train()(x)
     some = Moments(True, True, whole, sample=8).train()(x)
     assert torch.equal(some[0], x[::8]) and torch.equal(some[1], seen[1])
+    # A few values are no sample.
+    assert torch.equal(Moments(True, True, sample=8).train()(x[:20])[0], x[:20])
+    assert len(Moments(True, True, sample=8).train()(x[:40])[0]) == 14
     assert seen[0].is_contiguous(memory_format=torch.channels_last) == whole and torch.equal(
         seen[0], x
     )

@@ -32,6 +32,7 @@ from repfx.algebra.kernel import Kernel
 MODES = ("running", "batch", "estimate", "estimate_paper", "sampled", "frozen")
 
 
+ENOUGH = 1024  # so many values per channel give a variance to 5 %
 Seen = tuple[Tensor, Tensor | None, Tensor | None]  # x and its moments
 
 
@@ -42,14 +43,18 @@ class Moments(nn.Module):
     mean is None unless `first`, the variance unless `second`, and both are None in eval mode.
     `runs`: every KernelNorm runs its kernel on the x it gets. Then x is laid out with channels
     last, and convolutions on a CPU take a third less time. `sample`: that x has every `sample`-th
-    image only, if there are two or more of them."""
+    image at most, at equal distances, and at least ENOUGH values per channel (along `axis`) if
+    there are as many."""
 
     is_graph_leaf = True
-    sample = 1  # models of repfx 0.1 do not have it
+    sample, axis = 1, 1  # models of repfx 0.1 do not have them
 
-    def __init__(self, first: bool, second: bool, runs: bool = False, sample: int = 1) -> None:
+    def __init__(
+        self, first: bool, second: bool, runs: bool = False, sample: int = 1, axis: int = 1
+    ) -> None:
         super().__init__()
-        self.first, self.second, self.whole, self.sample = first, second, runs, sample
+        self.first, self.second, self.whole = first, second, runs
+        self.sample, self.axis = sample, axis
 
     def forward(self, x: Tensor) -> Seen:
         if not self.training:
@@ -64,7 +69,8 @@ class Moments(nn.Module):
             first = values.mean(0, keepdim=True)
         if last:
             first, second = (None if m is None else m.permute(0, 3, 1, 2) for m in (first, second))
-        read = x[:: self.sample] if len(x) >= 2 * self.sample else x
+        count = x.numel() // max(x.shape[self.axis], 1)
+        read = x[:: max(1, min(self.sample, count // ENOUGH))]
         if self.whole and x.dim() == 4:
             read = read.contiguous(memory_format=torch.channels_last)
         return read, first, second
@@ -135,7 +141,7 @@ class KernelNorm(nn.Module):
         )
 
     def _statistics(self, seen: Seen, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.training or self.mode == "frozen":
+        if not self.training or self.mode == "frozen" or not seen[0].numel():
             return self.running_mean, self.running_var
         mean, var, unbiased = self.measure(seen, weight, bias)
         with torch.no_grad():

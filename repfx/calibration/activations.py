@@ -55,7 +55,8 @@ class Rows:
         found = Rows(self.folder, self.device).fill(
             block.made(block(*values)) for values in self.batches(batch)
         )
-        found.data = (*found.data, *(self.data[i] for i in block.passed))
+        passed = block.passed if self.data else ()  # this process may have no image
+        found.data = (*found.data, *(self.data[i] for i in passed))
         return found
 
     def batches(self, batch: int) -> Iterator[Values]:

@@ -306,9 +306,15 @@ class Run:
 
     def _restore(self) -> list[Block]:
         """Loads the checkpoint, if there is one, and returns the blocks that are done."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return []
-        found = checkpoint.read(self.path, KIND, ("run", "done"))
+        found: Any = None
+        with agreed():  # the first process writes it, and others may have no such file
+            if place()[0] == 0 and self.path.exists():
+                found = checkpoint.read(self.path, KIND, ("run", "done"))
+        found = gathered(found)[0]
+        if found is None:
+            return []
         if found["run"] != self.same:
             raise InputError(
                 f"{self.path} is a checkpoint of another run: use the same images, options and "

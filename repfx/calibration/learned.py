@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.calibration.segments import Segment
+from repfx.errors import InputError
 from repfx.quant import Affine, FakeQuant, quantizers_of
 
 
@@ -106,11 +107,19 @@ def learned(
     """
     what, module = Learned(), block.module
     quants = {path: m for path, m in quantizers_of(module).items() if id(m) not in known}
-    read = {
-        str(n.target): str(n.args[0].target)
-        for n in module.graph.nodes
-        if n.target in quants and quants[n.target].of_weight
-    }
+    read: dict[str, str] = {}
+    for n in module.graph.nodes:
+        if n.target in quants and quants[str(n.target)].of_weight:
+            if n.args[0].op != "get_attr":
+                raise InputError(
+                    f"{n.target} rounds a weight that is computed, as under repq: reconstruct "
+                    "needs a merged model, so run the pass fuse first"
+                )
+            if adaround and quants[str(n.target)].grid.is_sign:
+                raise InputError(
+                    f"{n.target} has 1 bit, which adaround cannot learn: use rounding=straight"
+                )
+            read[str(n.target)] = str(n.args[0].target)
     found = {path: attrgetter(ref)(module) for path, ref in read.items()}
     # Buffers are not learned.
     weights = {

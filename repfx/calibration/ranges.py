@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from repfx.calibration.biases import IMAGES, correct_biases, input_of
 from repfx.calibration.feed import arguments, feed
 from repfx.data.batches import Batch, Batches
-from repfx.data.share import share_of
+from repfx.data.share import Share
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import is_foreign
 from repfx.graph.inputs import note_inputs
@@ -50,7 +50,7 @@ def calibrate(
     also corrects the biases with the first 128 images (see `correct_biases`).
 
     With several processes (`torchrun`) all must call it. They share the images (see
-    `repfx.data.share_of`) and get the same scales, those that one process would set.
+    `repfx.data.share`) and get the same scales, those that one process would set.
 
     Raises InputError for an unknown method, if there is no image, for a batch that the model does
     not take or that gives NaN, for a model without quantizers and, with `bias`, for a model that
@@ -64,11 +64,12 @@ def calibrate(
     name = input_of(model) if bias else ""
     if not acts:
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    shares = track(
-        share_of(given), "calibrating", total=length_hint(given) or None, disable=not progress
-    )
+    share = Share(given)
+    shares = track(share, "calibrating", total=length_hint(given) or None, disable=not progress)
     shown = _keeping(shares, name, kept) if bias else (batch for _, batch in shares)
-    for quant, scale in _scales(model, acts.values(), shown, method).items():
+    scales = _scales(model, acts.values(), shown, method)
+    share.check()
+    for quant, scale in scales.items():
         quant.set_scale(scale.to(quant.scale))
     if bias:
         every = sorted((pair for pairs in gathered(kept) for pair in pairs), key=lambda p: p[0])

@@ -27,7 +27,7 @@ from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run,
 from repfx.calibration.feed import device_of
 from repfx.calibration.segments import inputs_of, segments
 from repfx.data.batches import Batches
-from repfx.data.share import share_of
+from repfx.data.share import Share
 from repfx.errors import InputError, unknown
 from repfx.processes import agreed, gathered
 from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
@@ -76,7 +76,7 @@ def reconstruct(
     stopped. `model.meta["reconstruct"]` lists the loss of each block before and after.
 
     With several processes (`torchrun`) all must call it. They share the images of a step (see
-    `repfx.data.share_of`), and all get the result of one process. `drop` draws in each on its own.
+    `repfx.data.share`), and all get the result of one process. `drop` draws in each on its own.
 
     Raises InputError if there is no image, for an image with NaN or one that the model does not
     take, for unknown names, numbers out of range, and a checkpoint of another run."""
@@ -91,8 +91,11 @@ def reconstruct(
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
     with torch.inference_mode(False), torch.enable_grad(), in_eval(model):
         found: list[tuple[int, int]] = []
+        share = Share(given)
         with agreed():
-            rows = Rows(cache, device_of(model)).fill(_of_one_size(given, inputs, found))
+            rows = Rows(cache, device_of(model)).fill(_of_one_size(share, inputs, found))
+        share.check()
+        _check_sizes(rows)
         one = next((one for one in gathered(_first(rows)) if one), ())
         one = tuple(x.to(device_of(model)) for x in one)
         net = segments(model, one, blocks)
@@ -147,14 +150,24 @@ def _first(rows: Rows) -> tuple[Tensor, ...]:
     return tuple(x.cpu() for x in next(rows.batches(1), ()))
 
 
+def _check_sizes(rows: Rows) -> None:
+    """Raises InputError if the images of another process have another size."""
+    shapes = [s for s in gathered([tuple(x.shape[1:]) for x in rows.data]) if s]
+    other = next((s for s in shapes if s != shapes[0]), None)
+    if other is not None:
+        raise InputError(
+            f"images of {_listed(shapes[0])} and {_listed(other)}: all must be of one size"
+        )
+
+
 def _of_one_size(
-    batches: Batches, inputs: list[str], found: list[tuple[int, int]]
+    share: Share, inputs: list[str], found: list[tuple[int, int]]
 ) -> Iterator[tuple[Tensor, ...]]:
     """The images of each batch, as one tensor for each input of the model.
 
     Adds the place and the length of each batch to `found`."""
     shape = None
-    for at, batch in share_of(batches):
+    for at, batch in share:
         values = batch.of_inputs(inputs)
         here = [tuple(x.shape[1:]) for x in values]
         if shape not in (None, here) or any(len(x) != len(batch) for x in values):

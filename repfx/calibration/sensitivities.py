@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from repfx.calibration.feed import feed
 from repfx.capture.model import graphs
 from repfx.data.batches import Batch, Batches
-from repfx.data.share import share_of
+from repfx.data.share import Share
 from repfx.errors import InputError
 from repfx.graph.view import GraphView
 from repfx.processes import agreed, gathered
@@ -80,14 +80,15 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
     rows: list[LayerError] = []
     with in_eval(model):
         with agreed():
-            given = Batches(batches)
-            inputs = [batch for _, batch in share_of(given)]
+            share = Share(Batches(batches))
+            inputs = [batch for _, batch in share]
             order = _in_order(model, list(quants), inputs[0]) if inputs else []
             truth = _outputs(model, inputs, on=())
             if not all(bool(torch.isfinite(t).all()) for t in truth):
                 raise InputError(
                     "the model gives NaN or infinity on a batch: check the batches and the model"
                 )
+        share.check()
         groups = _groups(model, quants, gathered(order)[0])
         before: set[FakeQuant] = set()
         for layer, own in track(groups.items(), "measuring", disable=not progress):
@@ -100,15 +101,19 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
 def _groups(
     model: nn.Module, quants: dict[str, FakeQuant], order: list[str]
 ) -> dict[str, list[FakeQuant]]:
-    """The quantizers of each layer, in running order; others go with the layer before them."""
+    """The quantizers of each layer, in running order; others go with the layer before them.
+
+    Those before the first layer go with it."""
     groups: dict[str, list[FakeQuant]] = {}
     layers = {name.rpartition(".")[0] for name, m in quants.items() if m.of_weight}
     readers = _readers(model)
+    first = next((n.rpartition(".")[0] for n in order if n.rpartition(".")[0] in layers), None)
     for name in order:
         layer = name.rpartition(".")[0]
-        last = next(reversed(groups), layer)
-        groups.setdefault(layer if layer in layers else last, [])
-        for reader in readers.get(name, [layer if layer in layers else last]):
+        if layer not in layers:
+            layer = next(reversed(groups), first or layer)
+        groups.setdefault(layer, [])
+        for reader in readers.get(name, [layer]):
             groups.setdefault(reader, []).append(quants[name])
     return {layer: own for layer, own in groups.items() if own}
 

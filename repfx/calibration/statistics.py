@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repfx.algebra import KernelNorm, Moments
 from repfx.calibration.feed import feed
 from repfx.data.batches import Batches
-from repfx.data.share import share_of
+from repfx.data.share import Share
 from repfx.errors import InputError
 from repfx.processes import agreed, gathered
 from repfx.quant import in_eval
@@ -51,13 +51,15 @@ def match_statistics(
         sums[name] = before[0] + mean.double(), before[1] + var.double(), before[2] + 1
 
     hooks = [
-        m.register_forward_pre_hook(lambda m, args, name=name: note(name, m, args))
+        m.register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: note(name, m, (*args, *kwargs.values())),
+            with_kwargs=True,
+        )
         for name, m in norms.items()
     ]
-    given = Batches(batches)
-    shares = track(
-        share_of(given), "measuring", total=length_hint(given) or None, disable=not progress
-    )
+    given = Batches(batches, finite=True)
+    share = Share(given)
+    shares = track(share, "measuring", total=length_hint(given) or None, disable=not progress)
     try:
         with agreed(), in_eval(model):
             for m in model.modules():
@@ -67,6 +69,7 @@ def match_statistics(
     finally:
         for hook in hooks:
             hook.remove()
+    share.check()
     every = gathered(sums)
     for name, norm in norms.items():
         seen = [found[name] for found in every if name in found]

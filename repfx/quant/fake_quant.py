@@ -87,10 +87,13 @@ class FakeQuant(nn.Module):
 
     def complete(self, state: dict[str, Any], prefix: str) -> None:
         """Brings a state dict by repfx 0.1, which learned the scale itself, to today's form."""
+        name = f"{prefix}scale"
         if self.learned and f"{prefix}log_ratio" not in state:
             state[f"{prefix}log_ratio"] = torch.zeros_like(self.log_ratio)
-            if f"{prefix}scale" in state:
-                state[f"{prefix}scale"] = _as_used(state[f"{prefix}scale"])
+            if name in state:
+                state[name] = _as_used(state[name])
+        elif name in state and not state[name].any():  # 0 was what is infinite now
+            state[name] = torch.full_like(state[name], math.inf)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -102,6 +105,8 @@ class FakeQuant(nn.Module):
         if old is not None:
             self.register_buffer("scale", _as_used(old.detach()))
             self.log_ratio = nn.Parameter(torch.zeros_like(old), old.requires_grad)
+        if not self.scale.any():
+            self.scale = torch.full_like(self.scale, math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:

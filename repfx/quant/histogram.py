@@ -17,7 +17,8 @@ t in a share h of the blocks of n values, then
 as long as the values mix well. This is used where h <= TAIL: few blocks have two such values, and
 the formula is nearly a count. And it is used only where the sample has at most ENOUGH such values:
 with more, the sample is better, as it does not matter to it if large values lie together, in a few
-places or images. Tensors of the same size are counted together, each size on its own.
+places or images. Tensors of about the same size are counted together, within a factor of two, and
+others on their own: what reads one quantizer at another size may hold other values.
 
 Which places are sampled depends on the values of the tensor and not on its turn. So the counts do
 not depend on the order of the tensors, or on which process counts which of them."""
@@ -43,11 +44,9 @@ FAR, NEAR = (31, 29), (5, 7, 3, 11)
 TAIL, ENOUGH = 1 / 4, 256
 RUNS, RUN = 512, 16  # the sample: 512 runs of 16 values; one read of memory fetches a run
 DRAWS = 16  # there are so many different samples
-OPEN = 8  # so many sizes are counted at a time, to keep memory small
 LARGE = 2**16  # below this size, all values are counted
 PENDING = 2**18  # so many values wait to be counted at once: one large count is faster
 TINY = 1e-30  # no scale in float32 tells smaller values from 0
-CPU = torch.device("cpu")
 _UP = torch.tensor(1 - 2**-24, device="cpu")  # added before truncation, rounds up all but zero
 
 
@@ -57,13 +56,13 @@ _View = tuple[tuple[int, int], tuple[int, int]]  # sizes and strides
 class Counted(NamedTuple):
     """What a histogram has counted, as several processes exchange it.
 
-    `open`: by the size of the tensors, the bins of their maxima and of their samples, and how many
-    tensors they were."""
+    `parts`: by the size of blocks n and the number of bits of a tensor's size, the bins of the
+    maxima of blocks, of the sampled values and of the values that these stand for, and how many
+    blocks and values there are in all."""
 
     top: float
     limit: float
-    counts: Tensor
-    open: dict[int, tuple[Tensor, int]]
+    parts: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 class Histogram:
@@ -72,8 +71,7 @@ class Histogram:
     def __init__(self, two_sided: bool = True) -> None:
         self.two_sided = two_sided
         self.top = self.limit = 0.0
-        self._counts = torch.zeros(BINS, dtype=torch.float64, device="cpu")
-        self._open: dict[int, tuple[Tensor, int]] = {}
+        self._parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # For tensors of the current size: where they are read, and the values that wait to be
         # counted (one row per tensor).
         self._places = _places(0, torch.device("cpu"))
@@ -113,31 +111,32 @@ class Histogram:
         if self.two_sided:
             torch.maximum(self._once, blocks.amin(0).neg_(), out=self._once)
         torch.amax(self._twice, 0, out=tops)
-        draw = tops.sum(dtype=torch.float32).view(torch.int32).remainder(DRAWS)
+        draw = _roughly(tops).sum().remainder(DRAWS)
         starts = at.starts.index_select(0, draw.view(1)).view(-1)
         torch.index_select(values.as_strided(*at.runs), 0, starts, out=sample)
 
     def counts(self) -> Tensor:
         """How many of the values seen lie in each bin: (BINS,) in float64."""
         self._count()
-        parts = [_settled(_places(size, CPU), *bins) for size, bins in self._open.items()]
-        return torch.stack([self._counts, *parts]).sum(0)
+        found = torch.zeros(BINS, dtype=torch.float64, device="cpu")
+        for kind in sorted(self._parts):
+            found += _settled(kind[0], *self._parts[kind])
+        return found
 
     def counted(self) -> Counted:
         """What this histogram has counted so far."""
         self._count()
-        return Counted(self.top, self.limit, self._counts, self._open)
+        return Counted(self.top, self.limit, self._parts)
 
-    def take(self, parts: Sequence[Counted]) -> None:
-        """Replaces what was counted by the sum of these parts."""
+    def take(self, every: Sequence[Counted]) -> None:
+        """Replaces what was counted by the sum of these."""
         self._used = 0
-        self.top, self.limit = (max(each) for each in zip(*(p[:2] for p in parts), strict=True))
-        self._counts, self._open = torch.zeros(BINS, dtype=torch.float64, device="cpu"), {}
-        for part in parts:
-            times = round(math.log2(self.limit / part.limit)) if part.limit else 0
-            self._counts = self._counts + _halved(part.counts, times)
-            for size, (bins, tensors) in part.open.items():
-                self._add(size, _halved(bins, times), tensors)
+        self.top, self.limit = (max(each) for each in zip(*(c[:2] for c in every), strict=True))
+        self._parts = {}
+        for one in every:
+            times = round(math.log2(self.limit / one.limit)) if one.limit else 0
+            for kind, (bins, sizes) in one.parts.items():
+                self._add(kind, _halved(bins, times), sizes)
 
     def _count(self) -> None:
         """Counts the rows that wait. Raises InputError for NaN and infinity."""
@@ -150,9 +149,9 @@ class Histogram:
         if self.top > self.limit:
             limit = 2.0 ** math.ceil(math.log2(self.top))
             times = round(math.log2(limit / self.limit)) if self.limit else 0
-            self._counts, self.limit = _halved(self._counts, times), limit
-            self._open = {k: (_halved(bins, times), n) for k, (bins, n) in self._open.items()}
-        bins = torch.zeros(2, BINS, dtype=torch.float64, device="cpu")
+            self.limit = limit
+            self._parts = {k: (_halved(bins, times), n) for k, (bins, n) in self._parts.items()}
+        bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
         if self.limit:
             # Bin n holds the values in (n - 1, n] bin widths, and bin 0 the zeros. The last bin
             # also takes what rounds past the limit. int16 takes half the time of int32.
@@ -163,33 +162,45 @@ class Histogram:
             )
             places[:, at.tops :] += BINS + 1
             found = torch.bincount(places.view(-1), minlength=2 * BINS + 2)
-            bins += found.view(2, -1)[:, 1:].cpu()
+            bins[:2] += found.view(2, -1)[:, 1:].cpu()
+            bins[2] = bins[1] * (at.size / max(RUN * at.starts.shape[1], 1))
+        sizes = torch.tensor(
+            [tensors * at.tops, tensors * at.size], dtype=torch.float64, device="cpu"
+        )
         # Small tensors are counted whole, so their sizes need not be told apart.
-        self._add(at.size if at.block > 1 else 0, bins, tensors)
+        kind = at.block, at.size.bit_length() if at.block > 1 else 0
+        self._add(kind, bins, sizes)
 
-    def _add(self, size: int, bins: Tensor, tensors: int) -> None:
-        before, count = self._open.get(size, (0.0, 0))
-        self._open[size] = before + bins, count + tensors
-        if len(self._open) > OPEN:
-            parts = [_settled(_places(size, CPU), *bins) for size, bins in self._open.items()]
-            self._counts, self._open = torch.stack([self._counts, *parts]).sum(0), {}
+    def _add(self, kind: tuple[int, int], bins: Tensor, sizes: Tensor) -> None:
+        before = self._parts.get(kind, (0.0, 0.0))
+        self._parts[kind] = before[0] + bins, before[1] + sizes
 
 
-def _settled(at: _Places, bins: Tensor, tensors: int) -> Tensor:
-    """Turns the maxima and samples of tensors of one size into counts of their values."""
-    tops, sample = bins.unbind()
-    if at.block == 1:
+def _roughly(values: Tensor) -> Tensor:
+    """The exponent and three more bits of each value, as integers.
+
+    Their sum does not depend on the number of threads, and hardly on rounding errors."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    digits = round(-math.log2(torch.finfo(values.dtype).eps))
+    return values.view(whole) >> (digits - 3)
+
+
+def _settled(block: int, bins: Tensor, sizes: Tensor) -> Tensor:
+    """Turns maxima of blocks of `block` values, and samples, into counts of the values."""
+    tops, sample, stands_for = bins.unbind()
+    if block == 1:
         return tops
+    blocks, seen = sizes.tolist()
     # The share of blocks whose maximum lies in a bin or above it.
-    hit = tops.flip(0).cumsum(0).flip(0) / (tensors * at.tops)
+    hit = tops.flip(0).cumsum(0).flip(0) / blocks
     above = sample.flip(0).cumsum(0).flip(0)
     start = int(((hit > TAIL) | (above > ENOUGH)).sum())  # the first bin of the tail
-    seen = tensors * at.size
-    tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / at.block), (0, 1))
-    sampled = tensors * RUN * at.starts.shape[1] - float(sample[start:].sum())
-    return torch.cat(
-        [sample[:start] * ((seen - tail[0]) / max(sampled, 1.0)), tail[:-1] - tail[1:]]
+    tail = F.pad(-seen * torch.expm1(torch.log1p(-hit[start:]) / block), (0, 1))
+    # Zeros are in no bin.
+    body = stands_for[:start] * (
+        (seen - tail[0]) / max(seen - float(stands_for[start:].sum()), 1.0)
     )
+    return torch.cat([body, tail[:-1] - tail[1:]])
 
 
 def _halved(bins: Tensor, times: int) -> Tensor:

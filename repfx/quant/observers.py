@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.errors import unknown
-from repfx.processes import gathered
+from repfx.processes import agreed, gathered
 from repfx.quant.grid import Grid
 from repfx.quant.histogram import BINS, Counted, Histogram, raised
 
@@ -36,7 +36,7 @@ class Observer:
     def __init__(self, grid: Grid, histogram: bool = True, non_negative: bool = False) -> None:
         self.grid = grid
         self.two_sided = grid.signed and not non_negative
-        self.histogram = Histogram(self.two_sided) if histogram else None
+        self.histogram = Histogram(self.two_sided) if histogram or grid.is_sign else None
         self.amax = 0.0
         self.seen = 0
 
@@ -75,6 +75,8 @@ class Observer:
     def scale(self, method: str) -> Tensor:
         """The scale by `method`, a scalar. It is 0 if only zeros were seen.
 
+        The scale of a sign is the mean of |v|, whatever the method.
+
         Without a histogram it is the scale of `max`. Raises InputError for an unknown method, and
         if NaN or infinity was seen.
         """
@@ -87,13 +89,17 @@ class Observer:
             middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (
                 self.histogram.limit / BINS
             )
+            if self.grid.is_sign and self.amax:
+                return (middles * counts).sum().div(self.seen).float()
             return torch.tensor(METHODS[method](middles, counts, self) if self.amax else 0.0)
 
 
 def together(observers: Iterable[Observer]) -> None:
     """Shows each observer what its counterparts in the other processes have seen."""
     ours = list(observers)
-    every = gathered([observer.counted() for observer in ours])
+    with agreed():  # counting raises for NaN
+        seen = [observer.counted() for observer in ours]
+    every = gathered(seen)
     if len(every) > 1:
         for observer, parts in zip(ours, zip(*every, strict=True), strict=True):
             observer.take(parts)

@@ -75,10 +75,13 @@ def merged_pairs(view: GraphView) -> Iterator[tuple[str, str, str, str]]:
         scaled = _scaled(view, total)  # by the norm of the sum, if there is one
         if scaled is not None and scaled[0].op != "get_attr":
             total = scaled[0]
-        pairs = [p for term in _summands(total) if (p := _plain_pair(view, term)) is not None]
+        terms = _summands(total)
+        pairs = [p for term in terms if (p := _plain_pair(view, term)) is not None]
         wide = [p for p in pairs if p[2] > 1]
         point = [p for p in pairs if p[2] == 1]
-        if len(wide) == len(point) == 1:
+        others = len(terms) - len(pairs)
+        identities = sum(_is_identity(view, term) for term in terms)
+        if len(wide) == len(point) == 1 and others == identities <= 1:
             yield (*wide[0][:2], *point[0][:2])
 
 
@@ -92,6 +95,20 @@ def _plain_pair(view: GraphView, term: fx.Node) -> tuple[str, str, int] | None:
         return None
     path = str(found[0].target).rpartition(".")[0]
     return path, str(found[1].target), prod(weight.shape[2:])
+
+
+def _is_identity(view: GraphView, term: fx.Node) -> bool:
+    """Whether a term is the kernel of an identity, with a norm or without."""
+    while term.op in ("call_function", "call_method") and term.target != operator.getitem:
+        inputs = [n for n in term.all_input_nodes if n.op != "get_attr"] or term.all_input_nodes
+        if len(inputs) != 1:
+            return False
+        term = inputs[0]
+    if term.target is operator.getitem:
+        norm = view.module_of(term.all_input_nodes[0])
+        return isinstance(norm, KernelNorm) and norm.geometry.is_diagonal
+    value = view.tensor(term) if term.op == "get_attr" else None
+    return value is not None and not isinstance(value, nn.Parameter) and prod(value.shape[2:]) == 1
 
 
 def _scaled(view: GraphView, term: Any) -> tuple[fx.Node, fx.Node] | None:
