@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import repfx
+from repfx.quant import quantizers_of
 
 SAVED = Path(__file__).parent / "data" / "saved-0.1.0"
 KEYS: dict[str, list[str]] = json.loads((SAVED / "keys.json").read_text())
@@ -40,6 +41,21 @@ def test_quantizers_that_were_off_are_off() -> None:
     on, off = (repfx.load(SAVED / f"{n}.pt") for n in ("ptq-calibrated", "ptq-weights-in-float"))
     assert on.state_dict().keys() == off.state_dict().keys()
     assert not torch.allclose(on(X), off(X), atol=1e-2)
+
+
+def test_an_average_that_began_too_early_has_no_steps() -> None:
+    model = repfx.load(SAVED / "ptq.pt")
+    average = torch.optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda a, b, n: 0.9 * a + 0.1 * b, use_buffers=True
+    )
+    average.update_parameters(model)
+    repfx.calibrate(model, [X])
+    average.update_parameters(model)
+    other = repfx.load(SAVED / "ptq.pt")
+    other.load_state_dict(average.module.state_dict())
+    assert not any(q.calibrated for q in quantizers_of(other, of_weight=False).values())
+    other.load_state_dict(model.state_dict())
+    assert all(q.calibrated for q in quantizers_of(other).values())
 
 
 def test_a_saved_model_is_input_again() -> None:

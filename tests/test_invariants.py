@@ -290,3 +290,30 @@ def test_the_least_error_is_no_worse_than_the_largest_value(bits: int) -> None:
         ]
         assert bool((errors[0] <= errors[1] * (1 + 1e-12)).all())
         assert bits > 4 or bool((errors[0] < 0.99 * errors[1]).all())
+
+
+def test_statistics_of_what_is_not_finite_are_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    x = torch.randn(8, 3, 6, 6)
+    x[0, 0, 0, 0] = float("inf")
+    with pytest.raises(InputError, match="NaN or infinity"):
+        match_statistics(model, [x])
+    assert float(model[0].running_mean.abs().sum()) == 0
+
+
+def test_an_empty_batch_leaves_the_statistics() -> None:
+    model = classifier(RepVGG(8, 8, 3, padding=1)).eval()
+    x = pictures()
+    trained = repfx.transform(model, [RepQ(bits=32)], example=x).train()
+    before = copy.deepcopy(dict(trained.named_buffers()))
+    trained(x[:0])
+    after = dict(trained.named_buffers())
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if "running" in k)
+
+
+def test_few_values_are_not_sampled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.BatchNorm1d(64))
+    x = torch.randn(32, 5)
+    trained = repfx.transform(model.eval(), [RepQ(bits=32)], example=x).train()
+    torch.testing.assert_close(trained(x), model.train()(x), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.blocks import ACNet, QARepVGG, RepVGG
+from repfx.blocks import DBB, ACNet, QARepVGG, RepVGG
 from repfx.blocks.repvgg import VARIANTS
 from repfx.testing import assert_same, randomise
 from repfx.training.regularise import CustomL2
@@ -202,6 +202,34 @@ def test_the_custom_decay_is_the_same_under_repq(name: str, denominator: bool) -
         assert all(k.grad is not None and bool(k.grad.any()) for k in found.kernels)
     with pytest.raises(repfx.InputError, match="no sum of a kxk and a 1x1 branch"):
         CustomL2.of(repfx.transform(model, ["fuse", "repq"], example=x), x)
+
+
+@pytest.mark.parametrize("block", [DBB(4, 4, 3, padding=1), ACNet(4, 4, 3, padding=1)])
+def test_the_custom_decay_is_for_its_own_blocks_alone(block: nn.Module) -> None:
+    model = nn.Sequential(block, nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    for found in (model, repfx.transform(model.eval(), ["repq"], example=X[:, :4])):
+        with pytest.raises(repfx.InputError, match="no sum of a kxk and a 1x1 branch"):
+            CustomL2.of(found, X[:, :4])
+
+
+@pytest.mark.parametrize("taps", [3, 4, 5])
+def test_a_padding_by_name(taps: int) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(4, 4, taps, padding="same", bias=False)
+            self.b = nn.Conv2d(4, 4, 1, bias=False)
+            self.na, self.nb, self.s = (nn.BatchNorm2d(4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.na(self.a(x)) + self.nb(self.b(x)) + self.s(x))
+
+    model, x = randomise(Named().double().eval()).requires_grad_(False), X[:, :4]
+    result = repfx.transform(model, ["qarep"], example=x)
+    assert len(result.meta["repfx"].results[0].inserted) == 1
+    assert_same(model, result, x, 1e-12)
+    assert_same(model, repfx.transform(result, ["fuse"], example=x), x, 1e-12)
+    assert not any(p.requires_grad for p in result.parameters()), "it was frozen"
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-7])

@@ -17,7 +17,7 @@ import repfx
 from repfx.blocks import RepVGG
 from repfx.calibration import correct_biases
 from repfx.quant import METHODS, FakeQuant, Grid, Observer, search_scale
-from repfx.quant.histogram import LARGE
+from repfx.quant.histogram import LARGE, RUN, RUNS
 from repfx.testing import assert_same, randomise
 
 POWERS = {"mse": 2.0, "mae": 1.0}
@@ -229,17 +229,20 @@ def test_whole_numbers_are_values_too(histogram: bool) -> None:
 @pytest.mark.parametrize("pictures", [63, 64])  # the first makes a step of 16 n, if nothing is done
 def test_a_large_channel_is_spread_over_the_blocks(pictures: int) -> None:
     """Else its values fill some blocks, which count one value each."""
-    x = torch.randn(pictures, 16, 32, 32, generator=torch.Generator().manual_seed(0))
-    x[:, 3] *= 100
+    random = torch.Generator().manual_seed(0)
+    several = [torch.randn(pictures, 16, 32, 32, generator=random) for _ in range(8)]
     observer = Observer(Grid(8))
-    observer.see(x.to(memory_format=torch.channels_last))
+    for x in several:
+        x[:, 3] *= 100
+        observer.see(x.to(memory_format=torch.channels_last))
     assert observer.histogram is not None
     counts = observer.histogram.counts()
     for size in (30, 100, 200, 300):
         above = counts[int(size / observer.histogram.limit * len(counts)) :].sum()
-        assert float(above) == pytest.approx(float((x.abs() > size).sum()), rel=0.15), (
-            size
-        )  # the body is a sample
+        exact = sum(int((x.abs() > size).sum()) for x in several)
+        # The body is a sample: three standard errors.
+        sampled = exact * RUNS * RUN / several[0].numel()
+        assert float(above) == pytest.approx(exact, rel=0.02 + 3 / sampled**0.5), size
 
 
 def test_a_large_place_in_every_picture_is_spread_over_the_blocks() -> None:
@@ -885,3 +888,34 @@ def test_signs_are_known_by_structure(name: str) -> None:
             assert quants["b.input_quant"].grid.signed == (name in NEGATIVE)
         with torch.no_grad():
             assert (quantized(x) - net(x)).norm() < 0.03 * net(x).norm()
+
+
+def test_scales_depend_on_neither_order_nor_threads() -> None:
+    """Large tensors of many sizes, some of them twice."""
+    torch.manual_seed(0)
+    sizes = [(4, 8, 48 + 5 * (i % 12), 48) for i in range(16)]
+    seen = [torch.randn(s) * (1 + i % 5) for i, s in enumerate(sizes)]
+    assert min(t.numel() for t in seen) >= LARGE
+    threads, found = torch.get_num_threads(), []
+    for count, order in ((1, 1), (2, 1), (2, -1)):
+        torch.set_num_threads(count)
+        observer = Observer(Grid(8))
+        for t in seen[::order]:
+            observer.see(t)
+        found.append([float(observer.scale(m)) for m in ("percentile", "mse", "mae", "entropy")])
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+    whole = Observer(Grid(8))
+    for t in seen:
+        for part in t.flatten().split(LARGE - 1):
+            whole.see(part)
+    exact = [float(whole.scale(m)) for m in ("percentile", "mse", "mae")]
+    assert found[0][:3] == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["max", "percentile", "mse", "mae", "entropy"])
+def test_the_scale_of_a_sign_is_the_mean(method: str) -> None:
+    x = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    observer = Observer(Grid(1), histogram=method != "max")
+    observer.see(x)
+    assert float(observer.scale(method)) == pytest.approx(float(x.abs().mean()), rel=1e-3)

@@ -421,3 +421,15 @@ def test_sensitivity_ranks_layers_and_the_worst_stay_wide() -> None:
         repfx.sensitivity(repfx.transform(model, ["ptq"]), [x])
     with pytest.raises(InputError, match="at least one batch"):
         repfx.sensitivity(q, [])
+
+
+def test_what_reconstruct_cannot_learn_is_refused() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    trained = repfx.transform(model.eval(), ["repq"], example=x)
+    with pytest.raises(repfx.InputError, match="run the pass fuse first"):
+        repfx.reconstruct(trained, [x], iterations=1)
+    spec = repfx.passes.RepQ(weight_bits=1, ends=None)
+    ones = repfx.transform(repfx.transform(model, ["fuse"]), [spec, "fuse"], example=x)
+    with pytest.raises(repfx.InputError, match="1 bit, which adaround cannot learn"):
+        repfx.reconstruct(ones, [x], iterations=1, rounding="adaround")
