@@ -349,3 +349,36 @@ def test_an_emulator_on_which_numpy_does_not_start_is_not_offered(
     qemu.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert [isa.name for isa in isas("onnxruntime")] == ["AVX2 (emulated)"]
+
+
+class Skips(nn.Module):
+    """A strided 1x1 convolution of a value that a concatenation reads, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.down = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1, 2)
+        self.last = nn.Conv2d(2 * width, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        y = torch.relu(self.down(x))
+        y = nn.functional.interpolate(y, size=x.shape[-2:])
+        return self.last(torch.cat([x, y], 1))
+
+
+@pytest.mark.parametrize("width", [8, 16, 24])
+def test_a_strided_1x1_convolution_inside_a_concatenation(width: int, tmp_path: Path) -> None:
+    """OpenVINO's threads race for its pixels on AVX2, so it gets another tap, of zeros."""
+    net, x = Skips(width), torch.randn(4, 3, 17, 16, generator=torch.Generator().manual_seed(0))
+    int8, file = made(net, x, "openvino", tmp_path)
+    sizes = [
+        list(next(a.ints for a in n.attribute if a.name == "kernel_shape"))
+        for n in onnx.load(file).graph.node
+        if n.op_type == "Conv"
+    ]
+    assert sizes == [[1, 1], [2, 2] if width % 16 else [1, 1], [3, 3]]
+    for isa in (i for i in isas("openvino") if i.name in ("AVX2", "AVX512_CORE")):
+        for _ in range(3):
+            found = deployed(int8, file, x, "openvino", isa)
+            assert found.agrees, (isa, found)

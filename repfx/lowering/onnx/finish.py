@@ -129,6 +129,49 @@ def _begins(index: Index, node: onnx.NodeProto) -> list[bool] | None:
     return found
 
 
+def wider_kernels(proto: onnx.ModelProto) -> None:
+    """Strided 1x1 convolutions of a value that a concatenation reads, too, get a kernel of two.
+
+    The new taps are zero. OpenVINO's integer kernels for AVX2 first gather the pixels that such a
+    convolution reads, 16 channels at a time. If the pixels lie inside a concatenation, and have 8
+    channels more than a multiple of 16, the last 8 are written over the next pixel, where another
+    thread may be first. Kernels of other sizes do not gather."""
+    index = Index(proto)
+    for node in proto.graph.node:
+        kernel = attribute(node, "kernel_shape", [])
+        strides = attribute(node, "strides", [1] * len(kernel))
+        if node.op_type != "Conv" or set(kernel) != {1} or set(strides) == {1}:
+            continue
+        x, weight = (index.made.get(name) for name in node.input[:2])
+        codes = None if weight is None else index.tensors.get(weight.input[0])
+        if x is None or x.op_type != DQ or weight is None or codes is None:
+            continue
+        alone = len(index.users[weight.output[0]]) == len(index.users[codes.name]) == 1
+        joined = any(
+            reader.op_type == "Concat"
+            for twin in index.users[x.input[0]]
+            if twin.op_type == DQ
+            for reader in index.users[twin.output[0]]
+        )
+        if alone and joined and codes.dims[1] % 16 and attribute(node, "group", 1) == 1:
+            _widen_kernel(node, codes, len(kernel))
+            names = (codes.name, weight.output[0])
+            for info in [i for i in proto.graph.value_info if i.name in names]:
+                proto.graph.value_info.remove(info)
+
+
+def _widen_kernel(node: onnx.NodeProto, codes: onnx.TensorProto, axes: int) -> None:
+    """Adds a tap of zeros at the end of each axis of a convolution, and padding for it."""
+    values = onnx.numpy_helper.to_array(codes)
+    grown = np.pad(values, [(0, 0), (0, 0), *[(0, 1)] * axes])
+    codes.CopyFrom(onnx.numpy_helper.from_array(grown, codes.name))
+    pads = attribute(node, "pads", [0] * 2 * axes)
+    _drop(node, "kernel_shape", "pads")
+    ends = [*pads[:axes], *(p + 1 for p in pads[axes:])]
+    for name, numbers in (("kernel_shape", [2] * axes), ("pads", ends)):
+        node.attribute.append(onnx.helper.make_attribute(name, numbers))
+
+
 def _drop(node: onnx.NodeProto, *names: str) -> None:
     kept = [a for a in node.attribute if a.name not in names]
     del node.attribute[:]
