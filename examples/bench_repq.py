@@ -42,7 +42,8 @@ def net(block: Callable[..., nn.Module], width: int, depth: int) -> nn.Module:
 
 
 def stepper(model: nn.Module, x: Tensor, y: Tensor, compiled: bool = False):
-    repfx.calibrate(model, [x]) if quantizers_of(model) else model
+    if quantizers_of(model):
+        repfx.calibrate(model, [x])
     optimiser = torch.optim.SGD(model.train().parameters(), 0.01)
 
     run = torch.compile(model) if compiled else model

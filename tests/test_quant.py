@@ -919,3 +919,29 @@ def test_the_scale_of_a_sign_is_the_mean(method: str) -> None:
     observer = Observer(Grid(1), histogram=method != "max")
     observer.see(x)
     assert float(observer.scale(method)) == pytest.approx(float(x.abs().mean()), rel=1e-3)
+
+
+class Shared(nn.Module):
+    """A pool, a layer, and two equal layers that read its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool, self.stem = nn.AvgPool2d(2), nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.b.load_state_dict(self.a.state_dict())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.stem(self.pool(x)))
+        return self.a(x).mean((2, 3)), self.b(x).mean((2, 3))
+
+
+def test_a_shared_quantizer_counts_for_each_of_its_readers() -> None:
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] *= 50  # so that the quantizer of the value costs more than the weights
+    model = repfx.transform(Shared().eval(), [repfx.passes.Ptq(4, weight_bits=8)], example=x)
+    found = repfx.sensitivity(repfx.calibrate(model, [x]), [x])
+    rows = {r.layer: r for r in found.rows}
+    assert set(rows) == {"stem", "a", "b"}, "what comes before the first layer goes with it"
+    assert rows["a"].alone == pytest.approx(rows["b"].alone, rel=1e-6) and rows["a"].alone < 30
+    assert set(found.worst(3)) == {"stem", "a", "b"}

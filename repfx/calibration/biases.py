@@ -51,7 +51,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
 
     def visit(node: fx.Node) -> None:
         layer = view.layer(node)
-        weight = None if layer is None else _weight_quantizer(view, layer)
+        weight = None if layer is None else weight_quantizer(view, layer)
         if layer is None or weight is None:
             return  # not a layer, or one that stays in float
         bias = _own_bias(view, layer)
@@ -79,7 +79,7 @@ def input_of(model: nn.Module) -> str:
     return names[0]
 
 
-def _weight_quantizer(view: GraphView, layer: Layer) -> fx.Node | None:
+def weight_quantizer(view: GraphView, layer: Layer) -> fx.Node | None:
     """The call that quantizes the layer's weight, before any affine."""
     affine = _affine(view, layer)
     weight = layer.weight if affine is None else affine.args[0]

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from repfx.calibration.biases import weight_quantizer
 from repfx.calibration.feed import feed
 from repfx.capture.model import graphs
 from repfx.data.batches import Batch, Batches
@@ -124,7 +125,8 @@ def _readers(model: nn.Module) -> dict[str, list[str]]:
     for path, graph in graphs(model):
         view, prefix = GraphView(graph), f"{path}." if path else ""
         for node in view.nodes:
-            weight = _weight_of(view, node)
+            own = view.layer(node)
+            weight = None if own is None else weight_quantizer(view, own)
             if weight is None:
                 continue
             layer = f"{prefix}{weight.target}".rpartition(".")[0]
@@ -132,14 +134,6 @@ def _readers(model: nn.Module) -> dict[str, list[str]]:
                 readers = found.setdefault(f"{prefix}{quant.target}", [])
                 readers.extend([] if layer in readers else [layer])
     return found
-
-
-def _weight_of(view: GraphView, node: fx.Node) -> fx.Node | None:
-    """The call that quantizes the weight of the layer that this node calls."""
-    layer = view.layer(node)
-    weight = None if layer is None else layer.weight
-    found = _behind(view, [weight] if isinstance(weight, fx.Node) else [])
-    return next((n for n in found if view.quantizer(n).of_weight), None)  # type: ignore[union-attr]
 
 
 def _behind(view: GraphView, nodes: list[fx.Node]) -> list[fx.Node]:
