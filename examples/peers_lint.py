@@ -21,10 +21,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from zoo import declare_missing_operators
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.data.vision import torchvision
 from repfx.testing import randomise
 
 
@@ -160,7 +160,7 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
 
 
 def main() -> None:
-    declare_missing_operators()  # AIMET imports torchvision
+    torchvision()  # AIMET imports torchvision
     x = torch.randn(2, 3, 16, 16)
     table = Table("tool", "net", "errors and warnings (how often)")
     for tool, export in TOOLS.items():

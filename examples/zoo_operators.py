@@ -1,8 +1,8 @@
 """torchvision with a CPU build of torch: its operators, written in Python.
 
 torchvision's wheels on PyPI are built for CUDA, so with a CPU build of torch its library does not
-load and no detector of it runs. `provide()` declares the operators with their own schemas and gives
-those that models call a kernel in plain torch. Where the library loads nothing is changed."""
+load and no detector of it runs. `provide()` gives the operators that models call a kernel in plain
+torch. Where the library loads nothing is changed."""
 
 from __future__ import annotations
 
@@ -13,41 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
-    "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-    "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
-    "SymInt stride_h, SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, "
-    "SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask) -> Tensor",
-)
-# Nothing in the list calls these; torchvision registers their shapes when it is imported.
-UNUSED = (
-    *("ps_roi_align", "roi_pool", "ps_roi_pool"),
-    *("_roi_align_backward", "_ps_roi_align_backward", "_roi_pool_backward"),
-    *("_ps_roi_pool_backward", "_deform_conv2d_backward"),
-)
+from repfx.data.vision import torchvision
+
 _KEPT: list[torch.library.Library] = []
 
 
 def provide() -> None:
-    try:
-        importlib.import_module("torchvision")
+    extension: Any = importlib.import_module(f"{torchvision().__name__}.extension")
+    if extension._has_ops() or _KEPT:
         return
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    for name in UNUSED:
-        library.define(f"{name}(Tensor x) -> Tensor")
+    _KEPT.append(torch.library.Library("torchvision", "IMPL"))
     for kernel in (nms, roi_align, deform_conv2d):
-        library.impl(kernel.__name__, kernel, "CPU")
-    _KEPT.append(library)
-    importlib.import_module("torchvision")
-    extension: Any = importlib.import_module("torchvision.extension")
+        _KEPT[0].impl(kernel.__name__, kernel, "CPU")
     extension._has_ops = lambda: True
     for name, module in list(sys.modules.items()):
         if name.startswith("torchvision.") and hasattr(module, "_has_ops"):

@@ -16,9 +16,9 @@ import repfx  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))  # some tests use the nets of others
 
-import zoo
+from repfx.data.vision import torchvision
 
-zoo.declare_missing_operators()
+torchvision()
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # where there is a GPU as well: test_cuda is for it
 

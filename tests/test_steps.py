@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import QARepVGG, RepVGG
+from repfx.errors import CheckError
 from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 from repfx.training import fit
-from repfx.training.watch import fault_of, watching
+from repfx.training.watch import Seen, fault_of, is_constant, ruined, watching
 
 
 def task(n: int = 128) -> tuple[Tensor, Tensor]:
@@ -56,9 +58,9 @@ def test_steps_stay_alive_in_any_loop(kind: str, lr: float) -> None:
     for name, quant in quantizers_of(model).items():
         moved = (quant.step / quant.scale).detach()
         assert bool(((moved > 1 / 8) & (moved < 8)).all()), (name, moved)
-    with watching(model) as faults, torch.no_grad():
+    with watching(model) as seen, torch.no_grad():
         model.eval()(x)
-    assert faults == []
+    assert seen == Seen()
 
 
 def test_a_step_moves_by_a_share_of_itself() -> None:
@@ -158,18 +160,102 @@ def test_what_is_wrong_with_a_grid(grid: Grid, scale: Any, x: Tensor, fault: str
 
 
 def test_the_history_and_the_log_name_useless_grids(tmp_path: Path) -> None:
-    model, log = quantized(), tmp_path / "log"
+    model, log = broken(), tmp_path / "log"
     options: dict[str, Any] = {"progress": False, "device": "cpu", "batch": 64, "step_lr": 0.0}
-    for name, quant in quantizers_of(model).items():
-        if name == "2.main.conv.weight_quant":
-            quant.set_scale(quant.scale * 1e4)
     history = fit(model, "classification", task(64), epochs=1, lr=1e-4, log=log, **options)
     (fault,) = history[-1].faults
-    assert fault.startswith("2.main.conv.weight_quant rounds all of 8 of 8 channels to 0: a lower")
+    assert fault.startswith("2.main.conv.weight_quant rounds all of 3 of 8 channels to 0: a lower")
     assert json.loads(log.read_text())["faults"] == [fault]
     assert fault in str(history).replace("\n", " ")
     plain = fit(net(), "classification", task(64), epochs=1, progress=False, device="cpu")
     assert plain[-1].faults == () and "faults" not in plain[-1].line()
+
+
+def test_a_model_that_is_constant_stops_the_run(tmp_path: Path) -> None:
+    """Its epoch is in the log, and the checkpoint is that of the epoch before."""
+    model, log, ck = net(), tmp_path / "log", tmp_path / "ck"
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "batch": 64}
+    options |= {"log": log, "checkpoint": ck, "lr": 1e-4, "schedule": "constant"}
+    fit(model, "classification", task(), epochs=1, **options)
+    before = ck.read_bytes()
+    head: Any = model[-1]
+    head.weight.requires_grad_(False).zero_()
+    with pytest.raises(CheckError, match="after epoch 1: the model gives every sample the same"):
+        fit(model, "classification", task(), epochs=3, resume=False, **options)
+    assert ck.read_bytes() == before
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1]
+    same = (torch.ones(64, 3, 8, 8), torch.arange(64) % 4)  # equal images are no fault
+    fit(model, "classification", same, epochs=1, resume=False, **options)
+
+
+class Worse:
+    """A task whose loss grows with each step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        self.steps += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) * self.steps**2
+
+    def metric(self) -> None:
+        return None
+
+
+def broken() -> Any:
+    """A net with three dead channels."""
+    model = quantized()
+    scale = quantizers_of(model)["2.main.conv.weight_quant"]
+    scale.set_scale(scale.scale * torch.tensor([1e4] * 3 + [1.0] * 5))
+    return model
+
+
+def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> None:
+    """After the second such epoch. A run that is resumed knows the loss of its first step."""
+    ck = tmp_path / "ck"
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "step_lr": 0.0, "lr": 1e-4}
+    options |= {"checkpoint": ck, "schedule": "constant"}
+    goal = Worse()
+    with pytest.raises(CheckError) as found:
+        fit(broken(), goal, task(), epochs=9, **options)
+    said = str(found.value)
+    assert said.startswith("stopped after epoch 2: the loss was ")
+    assert "in the last two epochs; 2.main.conv.weight_quant rounds all of 3 of 8 channels" in said
+    assert said.endswith(f"the last good checkpoint is {ck}") and goal.steps == 4
+    first = float(said.split("was ")[1].split(" ")[0])
+    with pytest.raises(CheckError, match=f"stopped after epoch 2: the loss was {first:.3g} in"):
+        fit(broken(), goal, task(), epochs=9, **options)
+    assert goal.steps == 6  # the second epoch once more
+    sound = Worse()  # a loss that grows does not stop a run whose grids are sound
+    fit(quantized(), sound, task(), epochs=3, **options | {"checkpoint": None})
+
+
+@pytest.mark.parametrize(
+    ("faults", "useless", "losses", "stops"),
+    [
+        (("a",), True, [1.0, 1.3, 1.3], True),
+        (("a",), False, [1.0, 1.3, 1.3], False),  # one epoch may be chance
+        ((), True, [1.0, 1.3, 1.3], False),
+        (("a",), True, [1.0, 1.2, 1.3], False),
+        (("a",), True, [1.0, 1.3, 1.2], False),
+        (("a",), True, [math.nan, 1.3, 1.3], False),  # a checkpoint without a first loss
+        (("a",), True, [1.0, 1.3], False),
+    ],
+)
+def test_when_a_run_is_ruined(
+    faults: tuple[str, ...], useless: bool, losses: list[float], stops: bool
+) -> None:
+    assert bool(ruined(Seen(faults), losses, useless)) == stops
+    assert ruined(Seen((), constant=True), losses, useless)
+
+
+def test_what_is_constant() -> None:
+    x, same = torch.randn(4, 3), torch.ones(4, 2)
+    assert is_constant(x, same) and is_constant({"a": (x, 3)}, [same, same * 2])
+    assert not is_constant(x, x) and not is_constant(x, [same, x])
+    assert not is_constant(torch.ones(4, 3), same)  # equal samples
+    assert not is_constant(x, same.sum()) and not is_constant(x[:1], same[:1])
+    assert not is_constant(x, same * math.nan)
 
 
 def grids(model: Any, of_weight: bool) -> dict[str, tuple[int, int]]:

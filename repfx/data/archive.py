@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Container
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,7 +51,7 @@ class Archive:
     def _decode(self, name: str, channels: int, size: int | None) -> np.ndarray:
         image = _pillow()
         try:
-            with image.open(io.BytesIO(self._bytes(name))) as file:
+            with image.open(io.BytesIO(self.read(name))) as file:
                 picture = file.convert("RGB" if channels == 3 else "L")
         except (
             OSError,
@@ -69,7 +70,8 @@ class Archive:
             picture = picture.resize((wide, high)).crop((left, top, left + size, top + size))
         return np.array(picture).reshape(picture.height, picture.width, channels)
 
-    def _bytes(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
+        """The content of one file, which need not be an image."""
         if self.path.is_dir():
             return (self.path / name).read_bytes()
         # A forked process must not share the file position with its parent.
@@ -94,10 +96,10 @@ class Archive:
         return good, broken
 
 
-def names_in(path: Path) -> list[str]:
+def names_in(path: Path, endings: Container[str] = PICTURES) -> list[str]:
     """The paths of the images under a folder or in a zip, sorted, with slashes.
 
-    Raises InputError if the path is neither."""
+    `endings`: those of other files to look for. Raises InputError if the path is neither."""
     if path.is_dir():
         found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     elif not path.exists():
@@ -112,7 +114,7 @@ def names_in(path: Path) -> list[str]:
                 ]
         except (zipfile.BadZipFile, OSError) as error:
             raise InputError(f"{path} is neither a folder nor a readable zip of images") from error
-    return sorted(n for n in found if PurePosixPath(n).suffix.lower() in PICTURES)
+    return sorted(n for n in found if PurePosixPath(n).suffix.lower() in endings)
 
 
 def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from repfx.errors import CheckError, InputError
 from repfx.files import checkpoint
 from repfx.files.store import write_whole
+from repfx.processes import gathered
 from repfx.quant import quantizers_of
 from repfx.training.average import Average
 from repfx.training.history import Epoch, History
@@ -34,7 +35,7 @@ from repfx.training.recipe import Recipe, optimizer_of
 from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
-from repfx.training.watch import watching
+from repfx.training.watch import HINT, Seen, ruined, watching
 
 KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
@@ -68,7 +69,7 @@ class Run:
         # Each group follows the schedule from a rate of its own.
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
-        self.faults: tuple[str, ...] = ()
+        self.seen, self.first = Seen(), math.nan  # of the last step, and the loss of the first
         self.epoch, self.step = 0, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0  # of the epoch so far
         self.rows: list[Epoch] = []
@@ -97,8 +98,9 @@ class Run:
             while self.epoch < self.rules.epochs:
                 self.train_epoch(lambda: bars.update(bar, completed=self.epoch * each + self.step))
                 row = self.end_epoch(valid)
-                self.save()
                 self.write_log([row], "a")
+                self.stop_if_ruined()
+                self.save()
                 bars.update(bar, description=f"epoch {row.epoch}, loss {row.loss:.4g}")
         if self.ema is not None:
             self.ema.put(self.model)
@@ -115,11 +117,21 @@ class Run:
         metrics = {} if valid is None else self.score(valid)
         seconds = self.seconds + time.perf_counter() - start
         loss = self.loss / self.samples
-        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, self.faults)
+        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, self.seen.faults)
         self.rows.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0
         return row
+
+    def stop_if_ruined(self) -> None:
+        """Raises CheckError if it makes no sense to go on (see `watch`). The log has its row."""
+        useless = len(self.rows) > 1 and bool(self.rows[-2].faults)
+        losses = [self.first, *(row.loss for row in self.rows[-2:])]
+        why = ruined(self.seen, losses, useless)
+        if why:
+            said = "; ".join((why, *self.seen.faults))
+            hint = "" if self.seen.faults else f": {HINT}"
+            raise CheckError(f"stopped after epoch {self.epoch}: {said}{hint}{self.last_good()}")
 
     def write_log(self, rows: list[Epoch], how: str) -> None:
         """Writes one line of JSON per row; `how` is "w" to overwrite or "a" to append."""
@@ -149,9 +161,10 @@ class Run:
             start = time.perf_counter()
             self.set_rates(self.rules.share_at(before + self.step, len(steps)))
             last = self.step == len(steps) - 1
-            with watching(self.model if last else None) as faults:
+            with watching(self.model if last else None) as seen:
                 loss = self.train_step(reader, [weight for _, weight in steps[self.step]])
-            self.faults = tuple(faults)
+            if before + self.step == 0:
+                self.first = loss
             count = sum(len(rows) for rows, _ in steps[self.step])
             self.step += 1
             self.loss, self.samples = self.loss + loss * count, self.samples + count
@@ -159,6 +172,9 @@ class Run:
             if every and (before + self.step) % every == 0 and self.step < len(steps):
                 self.save()
             done()
+        others: list[Seen] = gathered(seen)
+        faults = dict.fromkeys(line for other in others for line in other.faults)
+        self.seen = Seen(tuple(faults), all(other.constant for other in others))
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
@@ -257,7 +273,10 @@ class Run:
                 "ema": None if self.ema is None else [self.ema.steps, self.ema.values],
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
-                "at": [self.epoch, self.step, self.loss, self.samples, self.seconds],
+                "at": [
+                    *(self.epoch, self.step, self.loss, self.samples, self.seconds),
+                    self.first,
+                ],
                 "rows": [[*asdict(r).values()] for r in self.rows],
                 "run": self.same,
             }
@@ -285,7 +304,8 @@ class Run:
                     self.ema.values[name].copy_(value)
         if found["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found["scaler"])
-        self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"]
-        # repfx 0.1 wrote rows without faults.
+        # repfx 0.1 wrote neither the loss of the first step nor faults.
+        self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"][:5]
+        self.first = (*found["at"][5:], math.nan)[0]
         self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
         set_random_state(found["random"][self.rank])

@@ -1,6 +1,6 @@
 """Task: what a model is trained for, as a loss and a metric.
 
-Two tasks are built in; any object with these two methods is a task:
+Three tasks are built in; any object with these two methods is a task:
 
     class Depth:
         def loss(self, model, batch): ...   # a scalar; calls model(x) once
@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 from repfx.data.images import train_and_valid, validation_part
 from repfx.data.packaged import PACKAGED
 from repfx.data.super_resolution import Pairs
-from repfx.errors import InputError, MissingPart, unknown
+from repfx.errors import InputError, unknown
+from repfx.training.detection import Detection
+from repfx.training.metrics import pair, torchmetrics
 
 
 class Score(Protocol):
@@ -50,10 +52,11 @@ class Task(Protocol):
 class Reader(Protocol):
     """A task that can read its training and validation data from a path or a name.
 
-    `size` is the side of the images in pixels; `skip_broken` skips images that cannot be read."""
+    `size` is the side of the images in pixels, or their (height, width) where the task takes that;
+    `skip_broken` skips images that cannot be read."""
 
     def read(
-        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+        self, path: Any, *, size: Any = None, skip_broken: bool = False
     ) -> tuple[Any, Any]: ...
 
 
@@ -232,30 +235,6 @@ def check_labels(logits: Tensor, y: Tensor) -> None:
         )
 
 
-def pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """The (x, y) of a batch. Raises InputError if the batch is not a pair of tensors."""
-    if (
-        not isinstance(batch, (tuple, list))
-        or len(batch) != 2
-        or not all(isinstance(t, Tensor) for t in batch)
-    ):
-        raise InputError("this task takes batches (x, y) of two tensors")
-    return batch[0], batch[1]
-
-
-def torchmetrics() -> Any:
-    """The package torchmetrics. Raises MissingPart if it is not installed."""
-    try:
-        import torchmetrics as package
-    except ImportError as error:
-        raise MissingPart("training needs torchmetrics: pip install repfx[train]") from error
-    except RuntimeError as error:  # for example, a torchvision built for another torch
-        raise MissingPart(
-            f"torchmetrics is installed but cannot be imported: {error}; pip install repfx[train]"
-        ) from error
-    return package
-
-
 class Distilled:
     """A task with the loss (1 - share) * own loss + share * distance to the teacher's output."""
 
@@ -282,6 +261,7 @@ class Distilled:
 TASKS: dict[str, Callable[[], Task]] = {
     "classification": Classification,
     "super-resolution": SuperResolution,
+    "detection": Detection,
 }
 
 

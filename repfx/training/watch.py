@@ -1,33 +1,62 @@
-"""Grids that training has made useless, seen in the last step of an epoch.
+"""What training has ruined, seen in the last step of an epoch.
 
 dead        all integer values of a channel of a weight, or of an activation, are 0, though the
             values are not
 saturated   more than a quarter of the values lie beyond the grid, by a quarter of it or more
 unused      no integer value uses more than a sixteenth of the grid
+constant    the model gives every sample the same output
 
-A net with such a grid goes on training and has lost accuracy for good, without a word."""
+A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
+model has lost all of it, and no gradient brings it back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from repfx.quant import FakeQuant, quantizers_of
 
 SATURATED = 1 / 4
 UNUSED = 1 / 16
+WORSE = 1.25
 HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bits may help"
 
 
-@contextmanager
-def watching(model: nn.Module | None) -> Iterator[list[str]]:
-    """Inside, each quantizer looks at what it is given. Yields what is wrong, a line each.
+@dataclass
+class Seen:
+    """What was wrong with the grids, a line each, and whether the model was constant."""
 
-    The list is filled at the end. Without a model it stays empty."""
+    faults: tuple[str, ...] = ()
+    constant: bool = False
+
+
+def ruined(seen: Seen, losses: list[float], useless: bool) -> str:
+    """Why a run has no sense any more, in words; empty if it has.
+
+    `losses`: of the first step, and the means of the last two epochs. `useless`: whether the epoch
+    before had bad grids, too.
+    """
+    if seen.constant:
+        return "the model gives every sample the same output"
+    if seen.faults and useless and len(losses) == 3 and min(losses[1:]) > WORSE * losses[0]:
+        said = " and ".join(f"{loss:.3g}" for loss in losses[1:])
+        return f"the loss was {losses[0]:.3g} in the first step and {said} in the last two epochs"
+    return ""
+
+
+@contextmanager
+def watching(model: nn.Module | None) -> Iterator[Seen]:
+    """Inside, each quantizer looks at what it is given, and the model at what it returns.
+
+    What is yielded is filled at the end. Without a model it stays empty."""
     found: dict[str, str] = {}
+    constant: list[bool] = []
 
     def look(name: str, quant: FakeQuant, x: Tensor) -> None:
         fault = fault_of(quant, x) if quant.calibrated and quant.on else ""
@@ -38,13 +67,37 @@ def watching(model: nn.Module | None) -> Iterator[list[str]]:
         quant.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args[0]))
         for name, quant in (quantizers_of(model).items() if model is not None else ())
     ]
-    lines: list[str] = []
+    if model is not None:
+        hooks.append(
+            model.register_forward_hook(
+                lambda _, args, kwargs, output: constant.append(
+                    is_constant((args, kwargs), output)
+                ),
+                with_kwargs=True,
+            )
+        )
+    seen = Seen()
     try:
-        yield lines
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-        lines += found.values()
+        seen.faults = tuple(found.values())
+        seen.constant = bool(constant) and all(constant)
+
+
+def is_constant(given: Any, output: Any) -> bool:
+    """Whether all samples have the same output, though two of them differ."""
+    inputs, outputs = ([t for t in tree_leaves(v) if _rows(t)] for v in (given, output))
+    return bool(outputs) and all(map(_equal, outputs)) and not all(map(_equal, inputs))
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) > 1 and value.numel() > 0
+
+
+def _equal(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
 
 
 @torch.no_grad()

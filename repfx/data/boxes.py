@@ -1,0 +1,159 @@
+"""Boxes: images with boxes, for detection.
+
+    sample = (image (3, H, W), boxes (K, 6))     a row: class, left, top, right, bottom, crowd
+
+Boxes are in pixels of that image. All samples have the same K, the most boxes an image has; rows
+with the class -1 fill up. An image is resized to fit into (H, W), its sides in proportion, and
+centred; the rest has the mean colour. Augmentation is a function of (seed, epoch, index), as in
+`Pictures`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from repfx.data import coco
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel
+from repfx.data.vision import torchvision
+from repfx.errors import InputError
+
+Size = int | tuple[int, int]
+
+
+class Boxes(Dataset[tuple[Tensor, Tensor]]):
+    """Images of a folder or zip, and their boxes in COCO's form from the file `annotations` in it.
+
+    `size`: (height, width) in pixels, or the side of a square. Images are scaled to 0..1 and
+    normalised with `mean` and `std`. `augment` cuts out a random part that has a box in it, flips
+    half of the images unless `flip` is off, and changes brightness, contrast, saturation and hue.
+    `classes` sets the order of the labels. `cache` keeps decoded images in memory.
+
+    Raises InputError for files and boxes that cannot be used (see `coco.read`). With `skip_broken`
+    all images are read once at the start; what cannot be used is left out and listed in `broken`.
+    Raises MissingPart without pillow or torchvision."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        annotations: str | None = None,
+        *,
+        size: Size = 640,
+        augment: bool = False,
+        flip: bool = True,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        classes: tuple[str, ...] | None = None,
+        skip_broken: bool = False,
+        cache: bool = False,
+    ) -> None:
+        self.archive = Archive(path, cache)
+        self.size = (size, size) if isinstance(size, int) else size
+        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.seed = self.epoch = 0
+        name = annotations or coco.find(Path(path))[0]
+        found = coco.read(self.archive, name, classes, skip_broken)
+        self.classes, self.sizes = found.classes, found.sizes
+        self.names = list(found.boxes)
+        self.broken = found.broken
+        if skip_broken:
+            self.names, bad = self.archive.readable(self.names)
+            self.broken += tuple(bad)
+        self.boxes = [torch.tensor(found.boxes[n], device="cpu").view(-1, 6) for n in self.names]
+        self.rows = max(1, *map(len, self.boxes))
+        self.change = Augmentation(flip) if augment else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        name, boxes = self.names[index], self.boxes[index]
+        pixels = self.archive.pixels(name)
+        high, wide = pixels.shape[:2]
+        if self.sizes.get(name, (wide, high)) != (wide, high):
+            raise InputError(
+                f"{self.archive.path}: {name} has {wide} x {high} pixels, its boxes are for "
+                f"{self.sizes[name][0]} x {self.sizes[name][1]}"
+            )
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        if self.change is None:
+            image, boxes = fitted(image, boxes, self.size)
+        else:
+            drawn = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(drawn[0]))
+                image, boxes = fitted(*self.change.part(image, boxes), self.size)
+                image = self.change.colours(image)
+        return self._framed(image, boxes)
+
+    def _framed(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The image (3, h, w), normalised, in the middle of (3, H, W) of the mean colour.
+
+        The boxes move with it, and are filled up to K rows."""
+        h, w = image.shape[-2:]
+        top, left = (self.size[0] - h) // 2, (self.size[1] - w) // 2
+        made = torch.zeros(len(image), *self.size, device="cpu")
+        made[:, top : top + h, left : left + w] = (image.float() / 255 - self.mean) / self.std
+        rows = torch.zeros(self.rows, 6, device="cpu")
+        rows[:, 0] = -1
+        rows[: len(boxes)] = boxes + torch.tensor([0, left, top, left, top, 0], device="cpu")
+        return made, rows
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Sets the seed and epoch that the augmentation follows from."""
+        self.seed, self.epoch = seed, epoch
+
+
+def fitted(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """An image (3, h, w) and its boxes (K, 6), resized to fit into `size` in its proportions."""
+    h, w = image.shape[-2:]
+    scale = min(size[0] / h, size[1] / w)
+    rows, columns = max(1, round(h * scale)), max(1, round(w * scale))
+    if (rows, columns) == (h, w):
+        return image, boxes
+    x, y = columns / w, rows / h
+    resize = torchvision("transforms.v2").functional.resize
+    small = resize(image, [rows, columns], antialias=True)
+    return small, boxes * torch.tensor([1, x, y, x, y, 1], device="cpu")
+
+
+class Augmentation:
+    """The transforms that SSD is trained with. They draw from the global generator."""
+
+    def __init__(self, flip: bool) -> None:
+        v2 = torchvision("transforms.v2")
+        steps: list[Any] = [v2.RandomIoUCrop(), *([v2.RandomHorizontalFlip()] if flip else [])]
+        self.change = v2.Compose([*steps, v2.SanitizeBoundingBoxes(labels_getter=_others)])
+        self.colours = v2.RandomPhotometricDistort()
+
+    def part(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """A random part of the image (3, h, w), and those of its boxes (K, 6) that are in it."""
+        if not len(boxes):
+            return image, boxes
+        places = torchvision("tv_tensors").BoundingBoxes(
+            boxes[:, 1:5], format="XYXY", canvas_size=image.shape[-2:]
+        )
+        made = self.change({"image": image, "boxes": places, "others": boxes[:, [0, 5]]})
+        label, crowd = made["others"].split(1, 1)
+        corners = made["boxes"].as_subclass(Tensor)
+        return made["image"], torch.cat((label, corners, crowd), 1)
+
+
+def _others(sample: Any) -> Tensor:
+    """What belongs to a box, and goes when the box does."""
+    found: Tensor = sample["others"]
+    return found
+
+
+def train_and_valid(path: str | os.PathLike[str], **options: Any) -> tuple[Boxes, Boxes | None]:
+    """The training set, augmented, and the validation set, or None if there is none.
+
+    `options` are those of Boxes."""
+    first, second = coco.find(Path(path))
+    train = Boxes(path, first, augment=True, **options)
+    return train, None if second is None else Boxes(path, second, classes=train.classes, **options)

@@ -1,0 +1,185 @@
+"""Annotations: boxes in COCO's form, read and checked.
+
+    {"images": [{"id": 1, "file_name": "a.jpg"}, ...],
+     "annotations": [{"image_id": 1, "category_id": 3, "bbox": [x, y, width, height]}, ...],
+     "categories": [{"id": 3, "name": "dog"}, ...]}
+
+`bbox` is in pixels of the image, from its upper left corner. `iscrowd` marks a box around many
+objects, which a detector neither learns nor is blamed for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from repfx.data.archive import Archive, names_in
+from repfx.errors import InputError
+
+VALID = ("val", "valid", "test")
+Box = tuple[int, float, float, float, float, bool]  # class, left, top, right, bottom, crowd
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The boxes of each image, by the path of the image in the archive.
+
+    `sizes`: (width, height) of an image, where the file gives them. `broken`: boxes and images that
+    were left out, in words."""
+
+    classes: tuple[str, ...]
+    boxes: dict[str, list[Box]]
+    sizes: dict[str, tuple[int, int]]
+    broken: tuple[str, ...] = ()
+
+
+def find(path: Path) -> tuple[str, str | None]:
+    """The annotation files for training and for validation; None where there is only one.
+
+    A file belongs to a part by its name or by that of its folder: `train.json`,
+    `annotations/instances_val2017.json`, `valid/_annotations.coco.json`. `val` goes before `valid`,
+    and that before `test`.
+    Raises InputError if there is no file in COCO's form, or if it is not clear which one to take.
+    """
+    archive = Archive(path)
+    names = [n for n in names_in(path, {".json"}) if _is_coco(archive, n)]
+    if not names:
+        raise InputError(
+            f"{path} has no boxes in COCO's form: a .json file with images, annotations and "
+            "categories, such as train.json"
+        )
+    train = [n for n in names if _is_part(n, "train")]
+    if not train and len(names) == 1:
+        return names[0], None
+    others = [[n for n in names if _is_part(n, part) and n not in train] for part in VALID]
+    valid = next((found for found in others if found), [None])
+    if len(train) != 1 or len(valid) != 1:
+        raise InputError(
+            f"{path} needs one annotation file with train in its name or folder, and at most one "
+            f"with {', '.join(VALID)}; it has {', '.join(names)}"
+        )
+    return train[0], valid[0]
+
+
+def read(
+    archive: Archive,
+    name: str,
+    classes: tuple[str, ...] | None = None,
+    skip_broken: bool = False,
+) -> Annotations:
+    """Reads one annotation file. `classes`: the labels in their order, else by `id`.
+
+    Raises InputError for a file that is damaged, a class or an image that is not there, an image
+    with two entries, and a box without an area or outside of its image. With `skip_broken`, such
+    boxes and missing images are left out, and listed."""
+    found = _parsed(archive, name)
+    try:
+        labels = {c["id"]: str(c["name"]) for c in sorted(found["categories"], key=_id)}
+        order = tuple(labels.values()) if classes is None else classes
+        paths = Paths(archive, name)
+        images: dict[Any, str] = {}
+        sizes, broken = {}, []
+        for image in found["images"]:
+            path = paths.of(str(image["file_name"]))
+            if path is None:
+                broken.append(f"{image['file_name']}, which is not there")
+                continue
+            if image["id"] in images or path in images.values():
+                raise InputError(f"{name} has two entries for {image['file_name']}")
+            images[image["id"]] = path
+            if image.get("width") and image.get("height"):
+                sizes[path] = (int(image["width"]), int(image["height"]))
+        known = {image["id"] for image in found["images"]}
+        boxes: defaultdict[str, list[Box]] = defaultdict(list)
+        for entry in found["annotations"]:
+            where = f"box {entry.get('id', '')} of {name}".replace("  ", " ")
+            if entry["image_id"] not in known:
+                raise InputError(f"{where} belongs to the image {entry['image_id']}, not listed")
+            if entry["category_id"] not in labels:
+                raise InputError(f"{where} has the class {entry['category_id']}, not listed")
+            label = labels[entry["category_id"]]
+            if label not in order:
+                raise InputError(f"{where} has the class {label!r}; valid are {', '.join(order)}")
+            path = images.get(entry["image_id"])
+            if path is None:
+                continue
+            box = _corners(entry["bbox"], sizes.get(path))
+            if box is None:
+                broken.append(f"{where}, {entry['bbox']} in {path}")
+            else:
+                boxes[path].append((order.index(label), *box, bool(entry.get("iscrowd", 0))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{archive.path}: {name} is not in COCO's form: {error!r}") from error
+    if broken and not skip_broken:
+        raise InputError(
+            f"{archive.path} has {broken[0]}; skip_broken=True leaves out "
+            + ("it" if len(broken) == 1 else f"it and {len(broken) - 1} more")
+        )
+    if not any(boxes.values()):
+        raise InputError(f"{archive.path}: {name} has no box")
+    whole = {path: boxes.get(path, []) for path in images.values()}
+    return Annotations(order, whole, sizes, tuple(broken))
+
+
+class Paths:
+    """Finds the image of a `file_name`, which is relative to a folder that the form leaves open."""
+
+    def __init__(self, archive: Archive, annotations: str) -> None:
+        self.path, self.names = archive.path, set(archive.names)
+        self.ends: defaultdict[str, list[str]] = defaultdict(list)
+        for name in archive.names:
+            self.ends[PurePosixPath(name).name].append(name)
+        at = PurePosixPath(annotations)
+        # The folder of the file itself; one of its name; the part it speaks of; the whole.
+        words = at.stem.replace("instances_", "")
+        self.folders = (at.parent, at.parent / words, PurePosixPath(words), PurePosixPath())
+
+    def of(self, file: str) -> str | None:
+        """The path in the archive, or None. Raises InputError if it could be several images."""
+        for folder in self.folders:
+            if str(folder / file) in self.names:
+                return str(folder / file)
+        wanted = PurePosixPath(file).parts
+        found = [
+            n for n in self.ends[wanted[-1]] if PurePosixPath(n).parts[-len(wanted) :] == wanted
+        ]
+        if len(found) > 1:
+            raise InputError(f"{self.path}: {file} could be {' or '.join(found[:3])}")
+        return found[0] if found else None
+
+
+def _corners(bbox: Any, size: tuple[int, int] | None) -> tuple[float, float, float, float] | None:
+    """Left, top, right, bottom within the image, or None if nothing of it is there."""
+    left, top, width, height = (float(v) for v in bbox)
+    right, bottom = left + width, top + height
+    if not all(map(math.isfinite, (left, top, right, bottom))) or width <= 0 or height <= 0:
+        return None
+    wide, high = size or (math.inf, math.inf)
+    left, top, right, bottom = max(left, 0.0), max(top, 0.0), min(right, wide), min(bottom, high)
+    return (left, top, right, bottom) if right > left and bottom > top else None
+
+
+def _id(category: Any) -> Any:
+    return category["id"]
+
+
+def _parsed(archive: Archive, name: str) -> Any:
+    try:
+        return json.loads(archive.read(name))
+    except ValueError as error:
+        raise InputError(f"{archive.path}: {name} is not JSON: {error}") from error
+
+
+def _is_coco(archive: Archive, name: str) -> bool:
+    found = _parsed(archive, name)
+    return isinstance(found, dict) and {"images", "annotations", "categories"} <= set(found)
+
+
+def _is_part(name: str, part: str) -> bool:
+    """Whether a word of the file's name or of its folder begins with the part: val, val2017."""
+    at = PurePosixPath(name)
+    words = f"{at.parent.name}_{at.stem}".lower().replace("-", "_").replace(".", "_").split("_")
+    return any(w == part or (w.startswith(part) and w[len(part) :].isdigit()) for w in words)
