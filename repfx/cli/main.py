@@ -22,6 +22,7 @@ from repfx.cli.options import (
     Batch,
     Data,
     Device,
+    Fit,
     Mean,
     Model,
     Output,
@@ -35,6 +36,7 @@ from repfx.cli.options import (
     err,
     numbers,
     out,
+    pixels,
     place,
     say,
     split,
@@ -100,7 +102,8 @@ def quantize(
         Path | None,
         typer.Option(help="repapq: a folder for activations, to save memory."),
     ] = None,
-    size: Size = 224,
+    size: Size = "224",
+    fit: Fit = "crop",
     batch: Batch = 32,
     limit: Annotated[int, typer.Option(min=1, help="Use at most this many images.")] = 1024,
     workers: Workers = 0,
@@ -112,9 +115,8 @@ def quantize(
     trust_pickle: Trust = False,
 ) -> None:
     """Merge, quantize and calibrate a model on images, and save it."""
-    images = Images(
-        data, size=size, limit=limit, mean=numbers("mean", mean), std=numbers("std", std)
-    )
+    frame = {"mean": numbers("mean", mean), "std": numbers("std", std)}
+    images = Images(data, size=pixels(size), fit=fit, limit=limit, **frame)
     batches = images.batches(batch, workers)
     where = place(device)
     loaded = load_model(model, weights, trust_pickle)
@@ -191,7 +193,8 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            help="A folder or zip of images, best with train/ and test/ in it, or digits."
+            help="A folder or zip of images, best with train/ and test/ in it, or digits. "
+            "Detection: with boxes in COCO's form."
         ),
     ],
     output: Output,
@@ -210,8 +213,8 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     batch: Batch = 64,
     size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of images or patches, in pixels; by default as they are."),
+        str | None,
+        typer.Option(help="Size in pixels of images or patches: 224, or 480x640 (height x width)."),
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Super-resolution: how many times larger.")] = 2,
     channels: Annotated[int, typer.Option(help="Super-resolution: 1 (Y) or 3 (RGB).")] = 1,
@@ -239,7 +242,8 @@ def train(
     if not output.parent.is_dir():
         raise InputError(f"no such folder: {output.parent}")
     net = api.transform(net, split(passes), target=target)
-    pictures, valid = data_of(goal, data, size=size, skip_broken=skip_broken)
+    sides = None if size is None else pixels(size)
+    pictures, valid = data_of(goal, data, size=sides, skip_broken=skip_broken)
     _print_broken(pictures, getattr(valid, "dataset", valid))
     history = api.fit(
         net,
@@ -263,7 +267,7 @@ def train(
 def _print_broken(*parts: Any) -> None:
     for part in parts:
         for name in getattr(part, "broken", ()):
-            say(f"left out: {name} is not a readable image")
+            say(f"left out: {name}")
 
 
 @app.command()

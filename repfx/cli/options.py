@@ -59,7 +59,13 @@ Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 Mean = Annotated[str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")]
 Std = Annotated[str, typer.Option(help="Standard deviation of each channel.")]
-Size = Annotated[int, typer.Option(help="Side of the square input images, in pixels.", min=1)]
+Size = Annotated[str, typer.Option(help="Input size in pixels: 224, or 480x640 (height x width).")]
+Fit = Annotated[
+    str,
+    typer.Option(
+        help="crop: images fill the size and are cut; letterbox: they are whole, as in detection."
+    ),
+]
 
 
 def split(passes: str) -> list[str]:
@@ -100,6 +106,18 @@ def whole(name: str, text: str, count: int | None = None) -> tuple[int, ...]:
             f"--{name} must be {many}whole numbers from 1, separated by commas, not {text!r}"
         )
     return found
+
+
+def pixels(text: str) -> int | tuple[int, int]:
+    """The size of images in a text: the side of a square, or height and width.
+
+    >>> pixels("224"), pixels("480x640")
+    (224, (480, 640))
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(v.isascii() and v.isdigit() and 0 < int(v) < 2**31 for v in sides):
+        raise InputError(f"--size is a side in pixels or HEIGHTxWIDTH, not {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def place(name: str | None) -> torch.device:

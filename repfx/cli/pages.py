@@ -12,6 +12,7 @@ from rich.markup import escape
 import repfx as api
 from repfx.cli.models import load_model
 from repfx.cli.options import (
+    Fit,
     Mean,
     Model,
     Output,
@@ -24,6 +25,7 @@ from repfx.cli.options import (
     err,
     numbers,
     out,
+    pixels,
     split,
 )
 from repfx.data.folders import Images
@@ -43,7 +45,8 @@ def report(
         str, typer.Option(help="The passes that make the deployed model, separated by commas.")
     ] = "fuse,ptq",
     json: Annotated[Path | None, typer.Option("--json", help="A file for the numbers.")] = None,
-    size: Size = 224,
+    size: Size = "224",
+    fit: Fit = "crop",
     mean: Mean = "0.485,0.456,0.406",
     std: Std = "0.229,0.224,0.225",
     target: Target = "tensorrt",
@@ -53,9 +56,8 @@ def report(
     """Write a page: what merges, what quantization costs each layer, and what to do about it."""
     pictures = None
     if data is not None:
-        images = Images(
-            data, size=size, limit=64, mean=numbers("mean", mean), std=numbers("std", std)
-        )
+        frame = {"mean": numbers("mean", mean), "std": numbers("std", std)}
+        images = Images(data, size=pixels(size), fit=fit, limit=64, **frame)
         pictures = images.batches(16)
     other = None if against is None else load_model(against, None, trust_pickle)
     found = api.report(

@@ -16,6 +16,7 @@ from torch import Tensor
 from repfx.errors import InputError, MissingPart
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+Size = int | tuple[int, int]  # height and width, or the side of a square
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -36,10 +37,10 @@ class Archive:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zip": None}
 
-    def pixels(self, name: str, channels: int = 3, size: int | None = None) -> np.ndarray:
+    def pixels(self, name: str, channels: int = 3, size: Size | None = None) -> np.ndarray:
         """One image as (H, W, channels), 0..255.
 
-        With `size`, the shorter side is resized to it and the centre is cropped to a square."""
+        With `size`, it is resized in its proportions to cover it, and the centre is cropped."""
         key = (name, channels, size)
         if key not in self._decoded:
             found = self._decode(*key)
@@ -48,7 +49,7 @@ class Archive:
             self._decoded[key] = found
         return self._decoded[key]
 
-    def _decode(self, name: str, channels: int, size: int | None) -> np.ndarray:
+    def _decode(self, name: str, channels: int, size: Size | None) -> np.ndarray:
         image = _pillow()
         try:
             with image.open(io.BytesIO(self.read(name))) as file:
@@ -64,10 +65,12 @@ class Archive:
                 f"{self.path}: {name} is not a readable image; skip_broken=True skips such images"
             ) from error
         if size is not None:
-            scale = size / min(picture.size)
-            wide, high = (max(size, round(v * scale)) for v in picture.size)
-            left, top = (wide - size) // 2, (high - size) // 2
-            picture = picture.resize((wide, high)).crop((left, top, left + size, top + size))
+            rows, columns = both_sides(size)
+            scale = max(columns / picture.width, rows / picture.height)
+            wide = max(columns, round(picture.width * scale))
+            high = max(rows, round(picture.height * scale))
+            left, top = (wide - columns) // 2, (high - rows) // 2
+            picture = picture.resize((wide, high)).crop((left, top, left + columns, top + rows))
         return np.array(picture).reshape(picture.height, picture.width, channels)
 
     def read(self, name: str) -> bytes:
@@ -80,7 +83,7 @@ class Archive:
         return self._zip[1].read(name)
 
     def readable(
-        self, names: list[str], channels: int = 3, size: int | None = None
+        self, names: list[str], channels: int = 3, size: Size | None = None
     ) -> tuple[list[str], list[str]]:
         """The names that can be read, and those that cannot. Raises InputError if none can."""
         good: list[str] = []
@@ -122,6 +125,14 @@ def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
     return (
         torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - mean
     ) / std
+
+
+def both_sides(size: Size) -> tuple[int, int]:
+    """Height and width. Raises InputError for something else."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(v, int) and v > 0 for v in sides):
+        raise InputError(f"size is (height, width) or the side of a square, not {size!r}")
+    return sides
 
 
 def by_channel(values: tuple[float, ...]) -> Tensor:

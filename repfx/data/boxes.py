@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from repfx.data import coco
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides, by_channel
+from repfx.data.letterbox import corner, fitted, framed
 from repfx.data.vision import torchvision
 from repfx.errors import InputError
-
-Size = int | tuple[int, int]
 
 
 class Boxes(Dataset[tuple[Tensor, Tensor]]):
@@ -53,7 +52,7 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
         cache: bool = False,
     ) -> None:
         self.archive = Archive(path, cache)
-        self.size = (size, size) if isinstance(size, int) else size
+        self.size = both_sides(size)
         self.mean, self.std = by_channel(mean), by_channel(std)
         self.seed = self.epoch = 0
         name = annotations or coco.find(Path(path))[0]
@@ -82,44 +81,27 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
             )
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         if self.change is None:
-            image, boxes = fitted(image, boxes, self.size)
+            image, boxes = self._fitted(image, boxes)
         else:
             drawn = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(drawn[0]))
-                image, boxes = fitted(*self.change.part(image, boxes), self.size)
+                image, boxes = self._fitted(*self.change.part(image, boxes))
                 image = self.change.colours(image)
-        return self._framed(image, boxes)
-
-    def _framed(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The image (3, h, w), normalised, in the middle of (3, H, W) of the mean colour.
-
-        The boxes move with it, and are filled up to K rows."""
-        h, w = image.shape[-2:]
-        top, left = (self.size[0] - h) // 2, (self.size[1] - w) // 2
-        made = torch.zeros(len(image), *self.size, device="cpu")
-        made[:, top : top + h, left : left + w] = (image.float() / 255 - self.mean) / self.std
+        top, left = corner(image, self.size)
         rows = torch.zeros(self.rows, 6, device="cpu")
         rows[:, 0] = -1
         rows[: len(boxes)] = boxes + torch.tensor([0, left, top, left, top, 0], device="cpu")
-        return made, rows
+        return framed(image, self.size, self.mean, self.std), rows
+
+    def _fitted(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        small = fitted(image, self.size)
+        y, x = (a / b for a, b in zip(small.shape[-2:], image.shape[-2:], strict=True))
+        return small, boxes * torch.tensor([1, x, y, x, y, 1], device="cpu")
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Sets the seed and epoch that the augmentation follows from."""
         self.seed, self.epoch = seed, epoch
-
-
-def fitted(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """An image (3, h, w) and its boxes (K, 6), resized to fit into `size` in its proportions."""
-    h, w = image.shape[-2:]
-    scale = min(size[0] / h, size[1] / w)
-    rows, columns = max(1, round(h * scale)), max(1, round(w * scale))
-    if (rows, columns) == (h, w):
-        return image, boxes
-    x, y = columns / w, rows / h
-    resize = torchvision("transforms.v2").functional.resize
-    small = resize(image, [rows, columns], antialias=True)
-    return small, boxes * torch.tensor([1, x, y, x, y, 1], device="cpu")
 
 
 class Augmentation:

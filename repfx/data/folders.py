@@ -10,16 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, by_channel, normalised
-from repfx.errors import InputError
+from repfx.data.archive import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Archive,
+    Size,
+    both_sides,
+    by_channel,
+    normalised,
+)
+from repfx.data.letterbox import fitted, framed
+from repfx.errors import InputError, unknown
+
+FITS = ("crop", "letterbox")
 
 
 class Images(Dataset[Tensor]):
-    """Images (C, size, size) of a folder or zip and its subfolders, or the rows of a .npy file.
+    """Images (C, H, W) of a folder or zip and its subfolders, or the rows of a .npy file.
 
-    Images are resized so that the shorter side is `size`, cropped to the centre, scaled to 0..1 and
-    normalised with `mean` and `std`. The rows of an array (N, ...) are used unchanged. At most
-    `limit` images are used, spread evenly over those found.
+    Images are resized in their proportions to `size`, (H, W) or the side of a square, scaled to
+    0..1 and normalised with `mean` and `std`. `fit`: "crop" fills the size and cuts off the rest,
+    "letterbox" shows the whole image and fills the rest with the mean colour. The rows of an array
+    (N, ...) are used unchanged. At most `limit` images are used, spread evenly over those found.
 
     Raises InputError if there is nothing to read and for an image that cannot be read. Raises
     MissingPart if images are read without pillow."""
@@ -28,12 +40,16 @@ class Images(Dataset[Tensor]):
         self,
         path: str | os.PathLike[str],
         *,
-        size: int | None = 224,
+        size: Size | None = 224,
+        fit: str = "crop",
         limit: int | None = 1024,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
-        self.path, self.size = Path(path), size
+        if fit not in FITS:
+            raise unknown("fit", fit, FITS)
+        self.path, self.size = Path(path), None if size is None else both_sides(size)
+        self.letterbox = fit == "letterbox"
         self.mean, self.std = by_channel(mean), by_channel(std)
         self.archive: Archive | None = None
         self.array: np.ndarray | None = None
@@ -67,11 +83,11 @@ class Images(Dataset[Tensor]):
         if self.archive is None:
             assert self.array is not None
             return torch.from_numpy(np.array(self.array[row], dtype=np.float32))
-        return normalised(
-            self.archive.pixels(self.archive.names[row], len(self.mean), self.size),
-            self.mean,
-            self.std,
-        )
+        name, channels = self.archive.names[row], len(self.mean)
+        if self.size is None or not self.letterbox:
+            return normalised(self.archive.pixels(name, channels, self.size), self.mean, self.std)
+        whole = torch.from_numpy(self.archive.pixels(name, channels)).permute(2, 0, 1)
+        return framed(fitted(whole, self.size), self.size, self.mean, self.std)
 
     def batches(self, batch: int = 32, workers: int = 0) -> DataLoader[Tensor]:
         """Batches of `batch` images, in order, read by `workers` processes."""

@@ -19,6 +19,7 @@ from repfx.data.archive import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Archive,
+    Size,
     by_channel,
     names_in,
     normalised,
@@ -30,11 +31,11 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """Samples (image (3, H, W), label) of a folder or zip of class folders.
 
     `part`: a folder inside, such as "train", to read instead of the whole. Images are scaled to
-    0..1 and normalised with `mean` and `std`. With `size`, the shorter side is resized to it and
-    the centre is cropped; without it, all images must have the same size. `augment` pads an image
-    by `pad` pixels (by default an eighth of the shorter side), crops it at a random place and flips
-    half of the images. `classes` sets the order of the labels. `limit` takes that many images,
-    evenly over the classes. `cache` keeps decoded images in memory.
+    0..1 and normalised with `mean` and `std`. With `size`, (H, W) or the side of a square, they are
+    resized to cover it and the centre is cropped; without it, all must have the same size.
+    `augment` pads an image by `pad` pixels (by default an eighth of the shorter side), crops it at
+    a random place and flips half of the images. `classes` sets the order of the labels. `limit` takes
+    that many images, evenly over the classes. `cache` keeps decoded images in memory.
 
     Raises InputError for a missing or damaged archive and if there is no class folder. Reading an
     image that is damaged raises InputError and names it. With `skip_broken` all images are read
@@ -48,7 +49,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         *,
         augment: bool = False,
         pad: int | None = None,
-        size: int | None = None,
+        size: Size | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         classes: tuple[str, ...] | None = None,

@@ -37,7 +37,7 @@ def digits(seed: int = 0) -> tuple[Labelled, Labelled]:
 
 
 def digit_scenes(
-    seed: int = 0, size: int | tuple[int, int] = 64, images: tuple[int, int] = (2000, 500)
+    seed: int = 0, size: int | tuple[int, int] = 64, images: tuple[int, int] = (4000, 1000)
 ) -> tuple[Labelled, Labelled]:
     """Handwritten digits of all sizes on textures, to detect: (training set, test set).
 

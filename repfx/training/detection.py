@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.data.boxes import Size, train_and_valid
+from repfx.data.archive import Size
+from repfx.data.boxes import train_and_valid
 from repfx.data.packaged import DETECTION
 from repfx.data.vision import torchvision
 from repfx.errors import InputError, MissingPart
@@ -172,7 +173,7 @@ def best(maps: Any, size: Sequence[int], task: Detection) -> tuple[Tensor, Tenso
     chain of boxes that drop each other has links; eight are run. So a graph of it has fixed shapes
     and no loop."""
     boxes, logits, _ = spread(maps, size)
-    n, points, classes = logits.shape
+    points, classes = logits.shape[1:]
     count = min(4 * task.most, points * classes)
     scores, at = logits.sigmoid().flatten(1).topk(count)
     label = at % classes

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from repfx.data.archive import Size
 from repfx.data.images import train_and_valid, validation_part
 from repfx.data.packaged import PACKAGED
 from repfx.data.super_resolution import Pairs
@@ -72,7 +73,7 @@ class Classification:
     temperature: float = 1.0
 
     def read(
-        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+        self, path: Any, *, size: Size | None = None, skip_broken: bool = False
     ) -> tuple[Any, Any]:
         """Reads a folder or zip of class folders, or "digits".
 
@@ -140,7 +141,7 @@ class SuperResolution:
     channels: int = 1
 
     def read(
-        self, path: Any, *, size: int | None = None, skip_broken: bool = False
+        self, path: Any, *, size: Size | None = None, skip_broken: bool = False
     ) -> tuple[Any, Any]:
         """Reads a folder or zip of images; validation needs `train/` and `test/` or `val/` in it.
 
@@ -152,6 +153,8 @@ class SuperResolution:
             "channels": self.channels,
             "skip_broken": skip_broken,
         }
+        if not isinstance(size, int | None):
+            raise InputError(f"super-resolution trains on squares: size is their side, not {size}")
         found = validation_part(path)
         part = "" if found is None else "train"
         train = Pairs(path, part, patch=size or 64 * self.scale, repeat=16, cache=True, **same)
