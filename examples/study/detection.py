@@ -42,6 +42,8 @@ class Data:
 
     def __init__(self, path: Path | None) -> None:
         self.task = Detection(flip=path is not None)
+        self.train: Any
+        self.test: Any
         if path is None:
             self.train, self.test = digit_scenes(images=(3000, 500))
             self.classes, self.down, self.batch, self.epochs = 10, 2, 32, 10

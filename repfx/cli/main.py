@@ -46,7 +46,7 @@ from repfx.errors import InputError, RepfxError, unknown
 from repfx.passes import Ptq
 from repfx.quant import METHODS
 from repfx.rewrite.results import Report
-from repfx.training.recipe import PRESETS
+from repfx.training.recipe import OPTIMIZERS, PRESETS
 from repfx.training.tasks import TASKS, SuperResolution, data_of, task_of
 
 
@@ -211,6 +211,7 @@ def train(
         str, typer.Option(help="Passes to run first, separated by commas, such as repq.")
     ] = "",
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help=", ".join(OPTIMIZERS) + ".")] = None,
     batch: Batch = 64,
     size: Annotated[
         str | None,
@@ -253,6 +254,7 @@ def train(
         epochs=epochs,
         preset=preset,
         lr=lr,
+        optimizer=optimizer,
         batch=batch,
         workers=workers,
         checkpoint=checkpoint,

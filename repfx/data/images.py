@@ -34,8 +34,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     0..1 and normalised with `mean` and `std`. With `size`, (H, W) or the side of a square, they are
     resized to cover it and the centre is cropped; without it, all must have the same size.
     `augment` pads an image by `pad` pixels (by default an eighth of the shorter side), crops it at
-    a random place and flips half of the images. `classes` sets the order of the labels. `limit` takes
-    that many images, evenly over the classes. `cache` keeps decoded images in memory.
+    a random place and flips half of the images. `classes` sets the order of the labels. `limit`
+    takes that many images, evenly over the classes. `cache` keeps decoded images in memory.
 
     Raises InputError for a missing or damaged archive and if there is no class folder. Reading an
     image that is damaged raises InputError and names it. With `skip_broken` all images are read

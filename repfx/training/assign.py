@@ -47,14 +47,15 @@ def aligned(
     `boxes` (N, A, 4) and `scores` (N, A, C), in 0..1, are predicted at `points` (A, 2), x and y.
     `truth` (N, K, 5): class, left, top, right, bottom; the class -1 is no box."""
     real, label = truth[..., 0] >= 0, truth[..., 0].clamp(min=0).long()
-    overlap = iou(truth[..., 1:], boxes).clamp(min=LEAST)
+    common = iou(truth[..., 1:], boxes)
+    overlap = common.clamp(min=LEAST)
     said = scores.transpose(1, 2).gather(1, label[..., None].expand(-1, -1, len(points)))
     allowed = inside(points, truth[..., 1:]) & real[..., None]
     value = (said**alpha * overlap**beta).where(allowed, torch.zeros_like(overlap))
     best = value.topk(min(top, len(points)), -1).indices
     chosen = torch.zeros_like(allowed).scatter(-1, best, True) & allowed
     # A point that several boxes have chosen keeps the one it overlaps most.
-    rival = overlap.where(chosen, torch.full_like(overlap, -1))
+    rival = common.where(chosen, torch.full_like(common, -1))
     chosen &= torch.zeros_like(chosen).scatter(1, rival.argmax(1, keepdim=True), True)
     value, overlap = value * chosen, overlap * chosen
     scale = overlap.amax(-1, keepdim=True) / (value.amax(-1, keepdim=True) + EPS)

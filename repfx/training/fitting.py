@@ -71,13 +71,14 @@ def fit(
 
     A row also names the quantizers that training has made useless (see `training.watch`).
 
-    `task`: "classification", "super-resolution", or an object with `loss(model, batch)` and
-    `metric()` (see `Task`). `data`, `valid`: tensors (x, y) with N samples each, a data set or a
-    DataLoader. `data` may also be a path that the task reads: a folder or zip of class folders, or
-    of images for super-resolution, or "digits". If it contains `train/` and `test/` or `val/`, the
-    latter is used as `valid`. `batch`: samples per process and micro batch.
+    `task`: "classification", "super-resolution", "detection", or an object with
+    `loss(model, batch)` and `metric()` (see `Task`). `data`, `valid`: tensors (x, y) with N samples
+    each, a data set or a DataLoader. `data` may also be a path that the task reads: a folder or zip
+    of class folders, of images for super-resolution, of images with boxes in COCO's form for
+    detection, or "digits". If it contains `train/` and `test/` or `val/`, the latter is used as
+    `valid`. `batch`: samples per process and micro batch.
 
-    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr" or a dict; the other arguments override it.
+    `preset`: "repvgg", "qarepvgg", "qat", "ecbsr", "yolov6" or a dict; other arguments go first.
     Without one the default is SGD with `momentum` 0.9, `lr` 0.1 falling to 0 on a cosine, and
     `weight_decay` 1e-4. `optimizer`: sgd, adam, adamw, or a function of parameter groups; each
     follows the schedule from the `lr` it has. `step_lr`: the rate of learned steps, else `lr`.

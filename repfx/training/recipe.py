@@ -44,6 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 0.01,
         "schedule": "cosine",
     },
+    "yolov6": {
+        "epochs": 300,
+        "warmup": 3,
+        "optimizer": "sgd",
+        "momentum": 0.937,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "weight_decay": 5e-4,
+    },
     "ecbsr": {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "weight_decay": 0.0},
 }
 OPTIMIZERS = ("sgd", "adam", "adamw")
