@@ -77,51 +77,68 @@ def read(
     boxes and missing images are left out, and listed."""
     found = _parsed(archive, name)
     try:
-        labels = {c["id"]: str(c["name"]) for c in sorted(found["categories"], key=_id)}
-        order = tuple(labels.values()) if classes is None else classes
-        paths = Paths(archive, name)
-        images: dict[Any, str] = {}
-        sizes, broken = {}, []
+        reading = _Reading(archive, name, found, classes)
         for image in found["images"]:
-            path = paths.of(str(image["file_name"]))
-            if path is None:
-                broken.append(f"{image['file_name']}, which is not there")
-                continue
-            if image["id"] in images or path in images.values():
-                raise InputError(f"{name} has two entries for {image['file_name']}")
-            images[image["id"]] = path
-            if image.get("width") and image.get("height"):
-                sizes[path] = (int(image["width"]), int(image["height"]))
-        known = {image["id"] for image in found["images"]}
-        boxes: defaultdict[str, list[Box]] = defaultdict(list)
+            reading.add_image(image)
         for entry in found["annotations"]:
-            where = f"box {entry.get('id', '')} of {name}".replace("  ", " ")
-            if entry["image_id"] not in known:
-                raise InputError(f"{where} belongs to the image {entry['image_id']}, not listed")
-            if entry["category_id"] not in labels:
-                raise InputError(f"{where} has the class {entry['category_id']}, not listed")
-            label = labels[entry["category_id"]]
-            if label not in order:
-                raise InputError(f"{where} has the class {label!r}; valid are {', '.join(order)}")
-            path = images.get(entry["image_id"])
-            if path is None:
-                continue
-            box = _corners(entry["bbox"], sizes.get(path))
-            if box is None:
-                broken.append(f"{where}, {entry['bbox']} in {path}")
-            else:
-                boxes[path].append((order.index(label), *box, bool(entry.get("iscrowd", 0))))
+            reading.add_box(entry)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{archive.path}: {name} is not in COCO's form: {error!r}") from error
+    broken = tuple(reading.broken)
     if broken and not skip_broken:
-        raise InputError(
-            f"{archive.path} has {broken[0]}; skip_broken=True leaves out "
-            + ("it" if len(broken) == 1 else f"it and {len(broken) - 1} more")
-        )
-    if not any(boxes.values()):
+        others = "" if len(broken) == 1 else f" and {len(broken) - 1} more"
+        raise InputError(f"{archive.path} has {broken[0]}; skip_broken=True leaves out it{others}")
+    if not any(reading.boxes.values()):
         raise InputError(f"{archive.path}: {name} has no box")
-    whole = {path: boxes.get(path, []) for path in images.values()}
-    return Annotations(order, whole, sizes, tuple(broken))
+    return Annotations(reading.classes, reading.boxes, reading.sizes, broken)
+
+
+class _Reading:
+    """What has been read of a file so far. `paths`: of each image by its id, None if missing."""
+
+    def __init__(
+        self, archive: Archive, name: str, found: Any, classes: tuple[str, ...] | None
+    ) -> None:
+        self.name, self.places = name, Paths(archive, name)
+        categories = sorted(found["categories"], key=lambda c: c["id"])
+        self.labels = {c["id"]: str(c["name"]) for c in categories}
+        self.classes = tuple(self.labels.values()) if classes is None else classes
+        self.paths: dict[Any, str | None] = {}
+        self.boxes: dict[str, list[Box]] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.broken: list[str] = []
+
+    def add_image(self, image: Any) -> None:
+        path = self.places.of(str(image["file_name"]))
+        if image["id"] in self.paths or path in self.boxes:
+            raise InputError(f"{self.name} has two entries for {image['file_name']}")
+        self.paths[image["id"]] = path
+        if path is None:
+            self.broken.append(f"{image['file_name']}, which is not there")
+            return
+        self.boxes[path] = []
+        if image.get("width") and image.get("height"):
+            self.sizes[path] = (int(image["width"]), int(image["height"]))
+
+    def add_box(self, entry: Any) -> None:
+        where = f"box {entry['id']} of {self.name}" if "id" in entry else f"a box of {self.name}"
+        if entry["image_id"] not in self.paths:
+            raise InputError(f"{where} belongs to the image {entry['image_id']}, not listed")
+        label = self.labels.get(entry["category_id"])
+        if label is None:
+            raise InputError(f"{where} has the class {entry['category_id']}, not listed")
+        if label not in self.classes:
+            valid = ", ".join(self.classes)
+            raise InputError(f"{where} has the class {label!r}; valid are {valid}")
+        path = self.paths[entry["image_id"]]
+        if path is None:
+            return
+        box = _corners(entry["bbox"], self.sizes.get(path))
+        if box is None:
+            self.broken.append(f"{where}, {entry['bbox']} in {path}")
+            return
+        crowd = bool(entry.get("iscrowd", 0))
+        self.boxes[path].append((self.classes.index(label), *box, crowd))
 
 
 class Paths:
@@ -160,10 +177,6 @@ def _corners(bbox: Any, size: tuple[int, int] | None) -> tuple[float, float, flo
     wide, high = size or (math.inf, math.inf)
     left, top, right, bottom = max(left, 0.0), max(top, 0.0), min(right, wide), min(bottom, high)
     return (left, top, right, bottom) if right > left and bottom > top else None
-
-
-def _id(category: Any) -> Any:
-    return category["id"]
 
 
 def _parsed(archive: Archive, name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 EPS = 1e-12
 LEAST = 0.1
+ALPHA, BETA = 1.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,7 @@ class Aligned:
 
 @torch.no_grad()
 def aligned(
-    boxes: Tensor,
-    scores: Tensor,
-    points: Tensor,
-    truth: Tensor,
-    *,
-    top: int = 13,
-    alpha: float = 1.0,
-    beta: float = 6.0,
+    boxes: Tensor, scores: Tensor, points: Tensor, truth: Tensor, *, top: int = 13
 ) -> Aligned:
     """Assigns K boxes to A points.
 
@@ -51,7 +45,7 @@ def aligned(
     overlap = common.clamp(min=LEAST)
     said = scores.transpose(1, 2).gather(1, label[..., None].expand(-1, -1, len(points)))
     allowed = inside(points, truth[..., 1:]) & real[..., None]
-    value = (said**alpha * overlap**beta).where(allowed, torch.zeros_like(overlap))
+    value = (said**ALPHA * overlap**BETA).where(allowed, torch.zeros_like(overlap))
     best = value.topk(min(top, len(points)), -1).indices
     chosen = torch.zeros_like(allowed).scatter(-1, best, True) & allowed
     # A point that several boxes have chosen keeps the one it overlaps most.
