@@ -97,9 +97,9 @@ def ways(net: nn.Module, data: Data, args: Any, of: dict[str, Any]) -> dict[str,
     found: dict[str, Callable[[], Any]] = {f"{m} {b}": partial(ranged, b, m) for b, m in RANGES}
     found |= {f"RepAPQ {b}": partial(learned, b) for b in (8, 6)}
     for bn in ("running", "estimate"):
-        found |= {f"RepQ {bn} {b}": partial(trained_at, b, bn) for b in (8, 4)}
+        found |= {f"RepQ {bn} {b}": partial(trained_at, b, bn) for b in (8, 6, 4)}
     if name == "S0":
-        found |= {f"Merged {b}": partial(trained_at, b, "merged") for b in (8, 4)}
+        found |= {f"Merged {b}": partial(trained_at, b, "merged") for b in (8, 6, 4)}
     return found
 
 
