@@ -112,5 +112,5 @@ def digits() -> Detector:
 
 
 def cells() -> Detector:
-    """Three classes, 240 x 320: maps of strides 8, 16 and 32."""
+    """Three classes, 256 x 320: maps of strides 8, 16 and 32."""
     return detector("qarepvgg", 3, down=4)

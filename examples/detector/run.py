@@ -39,7 +39,7 @@ def sets(path: Path | None) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any], t
     if path is None:
         train, test = (TensorDataset(*part) for part in Detection().read("digits"))
         return train, train, test, tuple("0123456789")
-    same: dict[str, Any] = {"size": (240, 320), "cache": True}
+    same: dict[str, Any] = {"size": (256, 320), "cache": True}
     first, second = train_and_valid(path, **same)
     assert second is not None, f"{path} has no boxes to test with"
     return first, Boxes(path, "train.json", **same), second, first.classes

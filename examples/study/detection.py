@@ -1,7 +1,7 @@
 """Study (h), detection: QARepVGG's Table 8 and RepAPQ's detector, on a small net of the same form.
 
 python examples/study/detection.py                    # scikit-learn's digits on textures, 64 x 64
-python examples/study/detection.py --data bccd.zip    # blood cells, 240 x 320
+python examples/study/detection.py --data bccd.zip    # blood cells, 256 x 320
 
 The net is that of examples/detector. Each variant is trained in float, then merged and quantized:
 after training by ranges and by RepAPQ, or by two more epochs of RepQ. (S1 is S0 with plain weight
@@ -50,7 +50,7 @@ class Data:
             self.classes, self.down, self.batch, self.epochs = 10, 2, 32, 10
             self.images = list(self.train[0][:512].split(64))
         else:
-            same: dict[str, Any] = {"size": (240, 320), "cache": True}
+            same: dict[str, Any] = {"size": (256, 320), "cache": True}
             self.train, self.test = train_and_valid(path, **same)
             self.classes, self.down, self.batch, self.epochs = len(self.train.classes), 4, 16, 30
             still = Boxes(path, "train.json", **same)
