@@ -128,6 +128,14 @@ def test_the_box_stays_on_its_object(tmp_path: Path, size: Any) -> None:
     assert abs(int(blank.sum()) - (high * wide - 800 * scale**2)) <= high + wide
 
 
+def test_rounded_sides_scale_each_by_itself(tmp_path: Path) -> None:
+    image = {"id": 5, "file_name": "a.png"}
+    root = folder(tmp_path, {"train.json": form(images=[image]), "a.png": photo(size=(20, 41))})
+    _, y = Boxes(root, size=(50, 20))[0]  # 20 x 41 becomes 10 x 20
+    x, z = 20 / 41, 10 / 20
+    assert y[0, 1:5].tolist() == pytest.approx([10 * x, 4 * z + 20, 30 * x, 12 * z + 20], abs=1e-4)
+
+
 def test_calibration_sees_what_the_detector_sees(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train.json": form(), "train/a.png": photo()})
     for size in ((64, 96), (33, 20)):
