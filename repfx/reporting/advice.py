@@ -1,10 +1,11 @@
-"""Warnings that a reader can act on, from the numbers alone."""
+"""Warnings that a reader can act on, and verdicts by the same rules, from the numbers alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from repfx.reporting.numbers import Layer, Numbers, Warning
+from repfx.reporting.numbers import Condition, Layer, Numbers, Warning
 
 LOST = 20.0  # dB: a tenth of the output's magnitude is noise
 REACH = 25.0  # standard deviations
@@ -29,6 +30,23 @@ def advice(numbers: Numbers) -> tuple[Warning, ...]:
     return tuple(w for _, w in sorted(found, key=lambda pair: -pair[0]))
 
 
+def judged(layer: Layer, bits: int) -> Layer:
+    """The layer with verdicts on both conditions of QARepVGG.
+
+    C1 holds if no warning is about its weight, C2 if none is about its input. Without data nothing
+    is known about the input."""
+    c1 = _condition(_weight(layer, bits))
+    if layer.input is None:
+        return replace(layer, c1=c1)
+    return replace(layer, c1=c1, c2=_condition([*_input(layer, bits), *_clipping(layer, bits)]))
+
+
+def _condition(found: Iterable[tuple[float, str, str]]) -> Condition:
+    told = list(found)
+    because, cures = "; it ".join(what for _, what, _ in told), (cure for _, _, cure in told)
+    return Condition(not told, because, "; ".join(dict.fromkeys(cures)))
+
+
 def _loss(layer: Layer, bits: int) -> Found:
     if layer.alone is not None and layer.alone < LOST:
         what = f"has an SQNR of only {layer.alone:.1f} dB with just this layer quantized"
@@ -41,6 +59,9 @@ def _input(layer: Layer, bits: int) -> Found:
     if a is not None and few(a.wide, a.channels, a.median):
         what = _spent("input", a.wide, a.channels, a.median)
         yield 60 - 100 * a.median, what, "balance the channels: use qarep and train, or use qprep"
+    if a is not None and a.values.reach > REACH:
+        what = f"has a largest input of {a.values.reach:.0f} standard deviations"
+        yield 30.0, what, 'clip the few values that large: calibrate with method="mse"'
 
 
 def _weight(layer: Layer, bits: int) -> Found:

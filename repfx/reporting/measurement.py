@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,17 +18,18 @@ from repfx.capture.running import guess_example, run_eval
 from repfx.data.batches import Batch, Batches
 from repfx.errors import InputError
 from repfx.graph.calls import layer_of
-from repfx.graph.moves import passes_codes
 from repfx.graph.naming import short
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of_layer
 from repfx.quant import FakeQuant
-from repfx.reporting.advice import advice
+from repfx.reporting.advice import advice, judged
+from repfx.reporting.deployed import on_data
 from repfx.reporting.drawing import drawing
-from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers, Region
-from repfx.reporting.pairs import Pairs, reach, spread
+from repfx.reporting.numbers import Branch, Form, Layer, Norm, Numbers, Region, decibels
+from repfx.reporting.operands import operands
 from repfx.reporting.regions import branches_of, deployed_layers, norms_of, regions_of
+from repfx.reporting.spreads import reach, spread
 from repfx.rewrite.contract import Pass, Stage, resolve
 from repfx.rewrite.difference import difference
 from repfx.rewrite.results import Report
@@ -67,7 +66,7 @@ def measure(
         asked.bits,
         _forms(nets.forms, batches, _as_input(x, nets.base)),
         regions,
-        layers,
+        tuple(judged(layer, asked.bits) for layer in layers),
         drawing(nets.base, regions, False),
         drawing(nets.merged, regions, True),
     )
@@ -166,10 +165,12 @@ def _layers(
     if not asked.batches:
         note = "No data was given: activations, errors and accuracy are not measured."
         return tuple(layers), (note,)
-    if not isinstance(nets.deployed, fx.GraphModule):
+    if not isinstance(nets.deployed, fx.GraphModule) or not isinstance(nets.base, fx.GraphModule):
         note = "The model was traced only in parts: the errors of its layers are not measured."
         return tuple(layers), (note,)
-    return tuple(_errors(nets.deployed, layers, asked.batches, asked.progress)), ()
+    added = operands(nets.base, regions, asked.batches)
+    layers = [replace(layer, operands=added.get(layer.name, ())) for layer in layers]
+    return tuple(on_data(nets.deployed, layers, asked.batches, asked.progress)), ()
 
 
 def _float_on_cpu(model: Any) -> Any:
@@ -299,11 +300,7 @@ def _layer(
         held = held.detach()
         codes = quant.codes(held)
         noise = float((held - codes * quant.grid.along(quant.step, held)).double().square().sum())
-        sqnr = (
-            float("inf")
-            if noise == 0
-            else 10 * math.log10(max(float(held.double().square().sum()), 1e-300) / noise)
-        )
+        sqnr = decibels(float(held.double().square().sum()), noise)
         used = len(codes.unique()) / (quant.grid.high - quant.grid.low + 1)
     wide, median = reach(weight.abs().flatten(1).amax(1))
     rows = (wide, len(weight), median)
@@ -317,47 +314,3 @@ def _weight_of(view: GraphView, node: fx.Node) -> Any:
     assert layer is not None
     weight = layer.weight
     return str(weight.target) if isinstance(weight, fx.Node) and layer.path else weight
-
-
-def _errors(
-    deployed: fx.GraphModule, layers: list[Layer], batches: list[Batch], progress: bool
-) -> list[Layer]:
-    calls: dict[fx.Node, str] = {}
-    inputs: dict[str, str] = {}
-    for node in deployed.graph.nodes:
-        quantized = layer_of(node) if node.op == "call_function" else None
-        if quantized is not None and _quantizer(deployed, quantized.weight):
-            assert isinstance(quantized.weight, fx.Node)
-            name = str(quantized.weight.target).rpartition(".")[0]
-            calls[node] = name
-            source = quantized.x
-            while passes_codes(deployed, source):
-                source = source.all_input_nodes[0]
-            if _quantizer(deployed, source):
-                inputs[name] = str(source.target)
-    pairs = Pairs(deployed, calls)
-    for batch in track(batches, "measuring", disable=not progress):
-        pairs.add((batch.tensor,))
-    found = []
-    for layer in layers:
-        if layer.name not in calls.values():
-            found.append(layer)
-            continue
-        alone, together = pairs.sqnr(layer.name)
-        seen = pairs.seen.get(inputs.get(layer.name, ""))
-        macs = float(pairs.positions[layer.name] * layer.params)
-        found.append(
-            replace(
-                layer,
-                macs=macs,
-                alone=alone,
-                together=together,
-                input=None if seen is None else seen.activation(),
-            )
-        )
-    return found
-
-
-def _quantizer(module: fx.GraphModule, node: Any) -> bool:
-    called = isinstance(node, fx.Node) and node.op == "call_module"
-    return called and isinstance(module.get_submodule(str(node.target)), FakeQuant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ class Spread:
         """The largest magnitude in standard deviations, which sets the range of a quantizer."""
         return max(abs(self.low), abs(self.high)) / self.std if self.std else 0.0
 
+    @property
+    def median(self) -> float:
+        return self.quantiles[(len(self.quantiles) - 1) // 2]
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -35,12 +39,36 @@ class Branch:
 
 @dataclass(frozen=True)
 class Norm:
-    """Magnitudes of gamma / sqrt(var + eps) over the channels of a batch norm."""
+    """Magnitudes of gamma / sqrt(var + eps) over the channels of a batch norm, and its beta.
+
+    `beta` is what QARepVGG's Fig. 12 shows."""
 
     name: str
     low: float
     median: float
     high: float
+    beta: Spread
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value that a block adds, as a branch puts it out on data (QARepVGG, Fig. 5)."""
+
+    name: str
+    values: Spread
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a layer's input would gain if its range were clipped (RepAPQ).
+
+    `sqnr`: of the rounded input in dB, with its range at each of these `shares` of the largest
+    magnitude. `best`: the share with the highest; `gain`: by how many dB it is above share 1."""
+
+    shares: tuple[float, ...]
+    sqnr: tuple[float, ...]
+    best: float
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +77,8 @@ class Activation:
 
     `wide`: how many of its `channels` reach over half of the tensor's range. `median`: the share of
     the range that the median channel reaches. `clipped`: the share of values that saturate.
-    `used`: the share of codes in use."""
+    `used`: the share of codes in use. `samples`, `tops`: the largest magnitude of each sample, and
+    of each channel (RepAPQ, Figs. 1-4)."""
 
     values: Spread
     channels: int
@@ -57,6 +86,18 @@ class Activation:
     median: float
     clipped: float
     used: float
+    samples: Spread | None = None
+    tops: Spread | None = None
+    clip: Clip | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Whether a condition holds for a layer; where it does not, why, and a hint."""
+
+    holds: bool
+    because: str = ""
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +108,11 @@ class Layer:
     there are, and the share that the median one reaches. `weight_sqnr`, `weight_used`: SQNR of the
     rounded weight in dB, and the share of codes in use; None where it stays in float. `alone`,
     `together`: SQNR of its output in dB, with only this layer quantized, on float inputs, and with
-    all layers before it quantized too; None without data."""
+    all layers before it quantized too. `mse_alone`, `mse_together`: the mean squared errors of the
+    same (QARepVGG, Fig. 6). `output`: its float output, before any activation function (Fig. 7).
+    `operands`: what its block added before it was merged (Fig. 5). All None without data.
+
+    `c1`, `c2`: the two conditions of QARepVGG, that the weight and the input quantize well."""
 
     name: str
     what: str
@@ -82,6 +127,12 @@ class Layer:
     input: Activation | None = None
     alone: float | None = None
     together: float | None = None
+    mse_alone: float | None = None
+    mse_together: float | None = None
+    output: Spread | None = None
+    operands: tuple[Operand, ...] | None = None
+    c1: Condition | None = None
+    c2: Condition | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +203,35 @@ class Numbers:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """MSE of a layer of one model over that of the same layer of another (QARepVGG, Fig. 6)."""
+
+    layer: str
+    against: str
+    alone: float
+    together: float
+
+
+def ratios(models: Sequence[Numbers]) -> tuple[Ratio, ...]:
+    """Layer by layer, for two models with equally many; () for others, and without data."""
+    if len(models) != 2 or len(models[0].layers) != len(models[1].layers):
+        return ()
+    found = []
+    for a, b in zip(models[0].layers, models[1].layers, strict=True):
+        if a.mse_alone is None or a.mse_together is None:
+            continue
+        if b.mse_alone and b.mse_together:
+            alone, together = a.mse_alone / b.mse_alone, a.mse_together / b.mse_together
+            found.append(Ratio(a.name, b.name, alone, together))
+    return tuple(found)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise): an SQNR from two sums of squares."""
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
 def plain(value: Any) -> Any:
     """A record as JSON values; numbers that are not finite become words."""
     if isinstance(value, Mapping):
@@ -164,4 +244,10 @@ def plain(value: Any) -> Any:
 
 
 def as_json(models: tuple[Numbers, ...]) -> str:
-    return json.dumps({"format": "repfx.report 1", "models": [plain(asdict(m)) for m in models]})
+    """The models in JSON, and the ratios of two of them."""
+    told = {
+        "format": "repfx.report 1",
+        "models": [plain(asdict(m)) for m in models],
+        "ratios": [plain(asdict(r)) for r in ratios(models)],
+    }
+    return json.dumps(told)

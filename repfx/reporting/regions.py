@@ -16,7 +16,7 @@ from repfx.graph.ops import Map
 from repfx.graph.view import GraphView
 from repfx.passes import RepQ
 from repfx.reporting.numbers import Branch, Norm, Region
-from repfx.reporting.pairs import spread
+from repfx.reporting.spreads import spread
 from repfx.rewrite.inspection import inspect
 from repfx.rewrite.results import Report
 from repfx.rewrite.runner import rewrite
@@ -113,16 +113,16 @@ def branches_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tupl
 
 
 def norms_of(base: nn.Module, regions: tuple[Region, ...], into: str) -> tuple[Norm, ...]:
-    """The factors by which the batch norms in this layer's region multiply their channels."""
+    """The factors and the betas of the batch norms in this layer's region."""
     found = []
     for name, node, view in _inside(base, regions, into):
         m = view.modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None:
             gamma = torch.ones_like(m.running_var) if m.weight is None else m.weight.detach()
             factor = (gamma / torch.sqrt(m.running_var + m.eps)).abs()
-            found.append(
-                Norm(name, float(factor.min()), float(factor.median()), float(factor.max()))
-            )
+            low, median, high = (float(f) for f in (factor.min(), factor.median(), factor.max()))
+            beta = torch.zeros_like(m.running_var) if m.bias is None else m.bias
+            found.append(Norm(name, low, median, high, spread(beta)))
     return tuple(found)
 
 
