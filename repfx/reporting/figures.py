@@ -1,176 +1,206 @@
-"""The charts of a report, drawn with plotly, each with the same numbers in words and a table."""
+"""The charts of a report: which numbers are drawn, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Any
+from dataclasses import replace
 
 import plotly.graph_objects as go
 
-from repfx.reporting.numbers import Activation, Drawing, Layer, Numbers, Spread
+from repfx.reporting.numbers import Activation, Drawing, Layer, Numbers, Spread, ratios
+from repfx.reporting.plots import (
+    COLOURS,
+    FAINT,
+    Chart,
+    Named,
+    bars,
+    blank,
+    chart,
+    escaped,
+    labelled,
+    lines,
+    violins,
+)
 
-# Colour-blind readers can tell these apart, and they show in the light and the dark theme.
-COLOURS = ("#2f6fdb", "#d9622b", "#2b9d6e", "#9a4fd1")
-FAINT = "#8a8f98"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart. `alt`: what it shows, for screen readers. `head`, `rows`: its numbers as a table."""
-
-    key: str
-    title: str
-    alt: str
-    figure: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+TOGETHER = "with all layers before it"
 
 
 def charts(models: Sequence[Numbers]) -> list[Chart]:
     """Every chart for which there are numbers."""
-    found = [
-        _violins("weights", "Weights of the deployed layers", models, lambda layer: layer.weight),
+    found = [*_weights(models), *_inputs(models), *_outputs(models), _ratios(models)]
+    return [c for c in found if c.rows]
+
+
+def _weights(models: Sequence[Numbers]) -> list[Chart]:
+    return [
+        violins(
+            "weights",
+            "Weights of the deployed layers",
+            models,
+            lambda layer: [(layer.name, layer.weight)],
+        ),
         _branches(models),
-        _lines(
+        violins(
+            "kernels",
+            "Weights of the branches",
+            models,
+            lambda layer: [(b.name, b.weight) for b in layer.branches],
+        ),
+        lines(
             "reach",
             "Largest weight, in standard deviations",
             "std",
             models,
-            lambda layer: layer.weight.reach,
+            {"std": lambda layer: layer.weight.reach},
         ),
-        _norms(models),
+        bars(
+            "norms",
+            "Batch norms: the factor on each channel, |gamma| / sqrt(var + eps)",
+            models,
+            lambda layer: [(n.name, n.low, n.median, n.high) for n in layer.norms],
+            log=True,
+        ),
+        bars(
+            "betas",
+            "Batch norms: beta",
+            models,
+            lambda layer: [(n.name, n.beta.low, n.beta.median, n.beta.high) for n in layer.norms],
+        ),
     ]
-    if any(layer.input for m in models for layer in m.layers):
-        found += [
-            _violins(
-                "inputs",
-                "Inputs of the layers",
-                models,
-                lambda layer: layer.input.values if layer.input else None,
-            ),
-            _lines(
-                "spread",
-                "Inputs: standard deviation",
-                "std",
-                models,
-                _given(lambda a: a.values.std),
-                log=True,
-            ),
-            _lines("range", "Inputs: largest magnitude", "max", models, _given(_largest), log=True),
-            _errors(models),
-            _lines(
-                "codes",
-                "Inputs: share of the codes in use",
-                "%",
-                models,
-                _given(lambda a: 100 * a.used),
-            ),
-            _lines(
-                "clipped", "Inputs: share saturated", "%", models, _given(lambda a: 100 * a.clipped)
-            ),
-        ]
-    return [c for c in found if c.rows]
 
 
-def _given(of: Callable[[Activation], float]) -> Callable[[Layer], float | None]:
+def _inputs(models: Sequence[Numbers]) -> list[Chart]:
+    def share(key: str, title: str, of: Callable[[Activation], float]) -> Chart:
+        return lines(key, title, "%", models, {"%": _given(of)})
+
+    def size(key: str, title: str, unit: str, of: Callable[[Activation], float]) -> Chart:
+        return lines(key, title, unit, models, {unit: _given(of)}, log=True)
+
+    def values(key: str, title: str, of: Callable[[Activation], Spread | None]) -> Chart:
+        return violins(key, title, models, _named(of))
+
+    return [
+        values("inputs", "Inputs of the layers", lambda a: a.values),
+        size("spread", "Inputs: standard deviation", "std", lambda a: a.values.std),
+        size(
+            "range",
+            "Inputs: largest magnitude",
+            "max",
+            lambda a: max(abs(a.values.low), abs(a.values.high)),
+        ),
+        values("samples", "Inputs: largest magnitude of each sample", lambda a: a.samples),
+        values("tops", "Inputs: largest magnitude of each channel", lambda a: a.tops),
+        share("codes", "Inputs: share of the codes in use", lambda a: 100 * a.used),
+        share("clipped", "Inputs: share saturated", lambda a: 100 * a.clipped),
+        _clips(models),
+        lines(
+            "gain",
+            "Inputs: what the best clip gains",
+            "dB",
+            models,
+            {"dB": _given(lambda a: None if a.clip is None else a.clip.gain)},
+        ),
+    ]
+
+
+def _outputs(models: Sequence[Numbers]) -> list[Chart]:
+    return [
+        violins(
+            "operands",
+            "Outputs of the branches",
+            models,
+            lambda layer: [(o.name, o.values) for o in layer.operands or ()],
+        ),
+        lines(
+            "outputs",
+            "Outputs, before the activation function",
+            "value",
+            models,
+            {
+                "mean": lambda layer: None if layer.output is None else layer.output.mean,
+                "std": lambda layer: None if layer.output is None else layer.output.std,
+            },
+        ),
+        lines(
+            "errors",
+            "SQNR of each layer's output",
+            "SQNR in dB, higher is better",
+            models,
+            {TOGETHER: lambda layer: layer.together, "alone": lambda layer: layer.alone},
+        ),
+        lines(
+            "mse",
+            "MSE of each layer's output",
+            "MSE, lower is better",
+            models,
+            {TOGETHER: lambda layer: layer.mse_together, "alone": lambda layer: layer.mse_alone},
+            log=True,
+        ),
+    ]
+
+
+def _ratios(models: Sequence[Numbers]) -> Chart:
+    told = {r.layer: r for r in ratios(models)}
+    words = " / ".join(m.title for m in models)
+    return lines(
+        "ratios",
+        f"MSE of each layer's output, {words}",
+        "ratio",
+        [replace(models[0], title=words)],
+        {
+            TOGETHER: lambda layer: told[layer.name].together if layer.name in told else None,
+            "alone": lambda layer: told[layer.name].alone if layer.name in told else None,
+        },
+        log=True,
+    )
+
+
+def _given(of: Callable[[Activation], float | None]) -> Callable[[Layer], float | None]:
     return lambda layer: None if layer.input is None else of(layer.input)
 
 
-def _largest(a: Activation) -> float:
-    return max(abs(a.values.low), abs(a.values.high))
+def _named(of: Callable[[Activation], Spread | None]) -> Callable[[Layer], Named]:
+    def found(layer: Layer) -> Named:
+        values = None if layer.input is None else of(layer.input)
+        return [] if values is None else [(layer.name, values)]
+
+    return found
 
 
-def _figure(y: str = "", height: int = 360, **layout: Any) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 12, "t": 12, "b": 90},
-        paper_bgcolor="rgba(0,0,0,0)",
-        dragmode="pan",
-        plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "y": 1.08},
-        hovermode="closest",
-        **layout,
-    )
-    figure.update_xaxes(showgrid=False, automargin=True)
-    figure.update_yaxes(title=y, zeroline=False, gridcolor="rgba(128,128,128,.25)")
-    return figure
-
-
-def _name(text: str) -> str:
-    """A name escaped for plotly, which would otherwise read it as HTML."""
-    return escape(text, quote=False)
-
-
-def _short(text: str) -> str:
-    return _name(text if len(text) <= 28 else f"…{text[-27:]}")
-
-
-def _labelled(figure: go.Figure, models: Sequence[Numbers]) -> go.Figure:
-    """Labels the layers on the x axis with their names, skipping some where there are many."""
-    longest = max(models, key=lambda m: len(m.layers)).layers
-    step = max(1, len(longest) // 40)
-    at = list(range(0, len(longest), step))
-    figure.update_xaxes(tickvals=at, ticktext=[_short(longest[i].name) for i in at], tickangle=-45)
-    return figure
-
-
-def _chart(
-    key: str, title: str, alt: str, figure: go.Figure, head: Sequence[str], rows: Any
-) -> Chart:
-    return Chart(
-        key, title, alt, figure.to_json(), tuple(head), tuple(tuple(map(str, row)) for row in rows)
-    )
-
-
-def _violins(
-    key: str, title: str, models: Sequence[Numbers], of: Callable[[Layer], Spread | None]
-) -> Chart:
-    figure = _labelled(_figure("value"), models)
+def _clips(models: Sequence[Numbers]) -> Chart:
+    figure = blank("SQNR in dB, higher is better")
+    figure.update_xaxes(title="range, as a share of the largest magnitude", autorange="reversed")
     rows = []
+    shares: tuple[float, ...] = ()
     for n, model in enumerate(models):
         found = [
-            (i, layer.name, s)
-            for i, layer in enumerate(model.layers)
-            if (s := of(layer)) is not None
+            (layer.name, layer.input.clip)
+            for layer in model.layers
+            if layer.input is not None and layer.input.clip is not None
         ]
         figure.add_trace(
-            go.Violin(
-                x=[i for i, _, s in found for _ in s.quantiles],
-                y=[round(q, 6) for _, _, s in found for q in s.quantiles],
-                name=_name(model.title),
-                points=False,
+            go.Scatter(
+                x=[x for _, clip in found for x in (*clip.shares, None)],
+                y=[y for _, clip in found for y in (*clip.sqnr, None)],
+                mode="lines+markers",
+                name=escaped(model.title),
                 line={"color": COLOURS[n], "width": 1},
-                scalemode="width",
-                side=("both", "negative", "positive")[n + 1 if len(models) > 1 else 0],
-                width=0.9,
-                spanmode="hard",
-                hoverinfo="y+name",
+                text=[escaped(what) for what, clip in found for _ in (*clip.shares, None)],
+                hovertemplate="%{text}<br>%{x:.1f}: %{y:.1f} dB<extra></extra>",
             )
         )
-        rows += [
-            (model.title, name, *(f"{v:.4g}" for v in (s.low, s.high, s.mean, s.std, s.reach)))
-            for _, name, s in found
-        ]
-    figure.update_layout(violinmode="overlay")
-    alt = (
-        f"{title}: one distribution for each of {len(models[0].layers)} layers, from "
-        "the first to the last."
-    )
-    return _chart(
-        key,
-        title,
-        alt,
-        figure,
-        ("model", "layer", "smallest", "largest", "mean", "std", "largest / std"),
-        rows,
-    )
+        for what, clip in found:
+            shares = clip.shares
+            told = (f"{clip.best:.1f}", f"{clip.gain:.2f}", *(f"{v:.2f}" for v in clip.sqnr))
+            rows.append((model.title, what, *told))
+    title = "Inputs: SQNR of the rounded input as its range is clipped"
+    alt = f"{title}, from the largest magnitude down to 0.3 of it: one line for each layer."
+    head = ("model", "layer", "best range", "gain, dB", *(f"at {s}, dB" for s in shares))
+    return chart("clips", title, alt, figure, head, rows)
 
 
 def _branches(models: Sequence[Numbers]) -> Chart:
-    figure = _labelled(_figure("standard deviation"), models)
+    figure = labelled(blank("standard deviation"), models)
     rows = []
     for n, model in enumerate(models):
         found = [
@@ -189,9 +219,9 @@ def _branches(models: Sequence[Numbers]) -> Chart:
                     x=[i for i, _, _ in points],
                     y=[s.std for _, _, s in points],
                     mode="markers",
-                    name=f"{_name(model.title)}, {what}",
+                    name=f"{escaped(model.title)}, {what}",
                     marker={"symbol": symbol, "color": COLOURS[n], "size": 8},
-                    text=[_name(name) for _, name, _ in points],
+                    text=[escaped(name) for _, name, _ in points],
                     hovertemplate="%{text}<br>std %{y:.3g}<extra></extra>",
                 )
             )
@@ -200,7 +230,7 @@ def _branches(models: Sequence[Numbers]) -> Chart:
                 for _, name, s in points
             ]
     title = "Kernels of the branches and of the merged layers"
-    return _chart(
+    return chart(
         "branches",
         title,
         f"{title}: standard deviations.",
@@ -210,126 +240,11 @@ def _branches(models: Sequence[Numbers]) -> Chart:
     )
 
 
-def _lines(
-    key: str,
-    title: str,
-    unit: str,
-    models: Sequence[Numbers],
-    of: Callable[[Layer], float | None],
-    log: bool = False,
-) -> Chart:
-    figure = _labelled(_figure(unit), models)
-    rows = []
-    for n, model in enumerate(models):
-        found = [
-            (i, layer.name, v)
-            for i, layer in enumerate(model.layers)
-            if (v := of(layer)) is not None
-        ]
-        figure.add_trace(
-            go.Scatter(
-                x=[i for i, _, _ in found],
-                y=[v for _, _, v in found],
-                mode="lines+markers",
-                name=_name(model.title),
-                line={"color": COLOURS[n]},
-                text=[_name(name) for _, name, _ in found],
-                hovertemplate="%{text}<br>%{y:.3g}<extra></extra>",
-            )
-        )
-        rows += [(model.title, name, f"{v:.4g}") for _, name, v in found]
-    if log:
-        figure.update_yaxes(type="log", dtick="D2")
-    worst = max(rows, key=lambda r: float(r[2]), default=("", "", "0"))
-    return _chart(
-        key,
-        title,
-        f"{title}, layer by layer; the largest is {worst[2]} at {worst[1]}.",
-        figure,
-        ("model", "layer", unit),
-        rows,
-    )
-
-
-def _norms(models: Sequence[Numbers]) -> Chart:
-    figure = _labelled(_figure("factor"), models)
-    figure.update_yaxes(type="log", dtick="D2")
-    rows = []
-    for n, model in enumerate(models):
-        found = [(i, norm) for i, layer in enumerate(model.layers) for norm in layer.norms]
-        middle = [max(norm.median, 1e-12) for _, norm in found]
-        figure.add_trace(
-            go.Scatter(
-                x=[i for i, _ in found],
-                y=middle,
-                mode="markers",
-                name=_name(model.title),
-                marker={"color": COLOURS[n], "size": 6},
-                text=[_name(norm.name) for _, norm in found],
-                error_y={
-                    "array": [norm.high - norm.median for _, norm in found],
-                    "arrayminus": [norm.median - norm.low for _, norm in found],
-                    "width": 0,
-                    "thickness": 1,
-                },
-                hovertemplate="%{text}<br>median %{y:.3g}<extra></extra>",
-            )
-        )
-        rows += [
-            (model.title, x.name, f"{x.low:.4g}", f"{x.median:.4g}", f"{x.high:.4g}")
-            for _, x in found
-        ]
-    title = "Batch norms: the factor on each channel, |gamma| / sqrt(var + eps)"
-    return _chart(
-        "norms",
-        title,
-        f"{title}: smallest, median and largest.",
-        figure,
-        ("model", "norm", "smallest", "median", "largest"),
-        rows,
-    )
-
-
-def _errors(models: Sequence[Numbers]) -> Chart:
-    figure = _labelled(_figure("SQNR in dB, higher is better"), models)
-    rows = []
-    for n, model in enumerate(models):
-        found = [
-            (i, x)
-            for i, x in enumerate(model.layers)
-            if x.alone is not None and x.together is not None
-        ]
-        words = {"alone": "alone", "together": "with all layers before it"}
-        for what, dash in (("alone", "dot"), ("together", "solid")):
-            figure.add_trace(
-                go.Scatter(
-                    x=[i for i, _ in found],
-                    y=[min(getattr(x, what), 200) for _, x in found],
-                    mode="lines+markers",
-                    name=f"{_name(model.title)}, {words[what]}",
-                    line={"color": COLOURS[n], "dash": dash},
-                    text=[_name(x.name) for _, x in found],
-                    hovertemplate="%{text}<br>%{y:.1f} dB<extra></extra>",
-                )
-            )
-        rows += [(model.title, x.name, f"{x.alone:.1f}", f"{x.together:.1f}") for _, x in found]
-    title = "SQNR of each layer's output"
-    alt = f"{title}, each layer quantized alone and together with all layers before it."
-    return _chart(
-        "errors",
-        title,
-        alt,
-        figure,
-        ("model", "layer", "alone, dB", "with all layers before it, dB"),
-        rows,
-    )
-
-
 def graph(key: str, title: str, d: Drawing) -> Chart:
     """The chart of a graph with regions in colour; a click on a node opens its region."""
     deep = max((x for x, _ in d.places), default=1)
     rows = [y for _, y in d.places] or [0.0]
-    figure = _figure(height=int(min(520, 140 + 50 * (max(rows) - min(rows)))), showlegend=False)
+    figure = blank(height=int(min(520, 140 + 50 * (max(rows) - min(rows)))), showlegend=False)
     figure.update_xaxes(visible=False, range=[-1, min(deep, 40) + 1])
     figure.update_yaxes(visible=False, range=[min(rows) - 1, max(rows) + 1])
     figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 0})
@@ -354,13 +269,13 @@ def graph(key: str, title: str, d: Drawing) -> Chart:
                 "size": [9 if r < 0 else 13 for r in d.regions],
                 "symbol": "square",
             },
-            text=[f"{_name(n)}<br>{_name(k)}" for n, k in zip(d.names, d.kinds, strict=True)],
+            text=[f"{escaped(n)}<br>{escaped(k)}" for n, k in zip(d.names, d.kinds, strict=True)],
             customdata=list(d.regions),
             hovertemplate="%{text}<extra></extra>",
         )
     )
     inside = sum(r >= 0 for r in d.regions)
-    return _chart(
+    return chart(
         key,
         title,
         f"{title}: {len(d.names)} nodes, {inside} of them in merged blocks.",

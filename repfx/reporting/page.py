@@ -23,7 +23,8 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
         from jinja2 import Environment
         from plotly.offline import get_plotlyjs
 
-        from repfx.reporting.figures import COLOURS, charts, graph
+        from repfx.reporting.figures import charts, graph
+        from repfx.reporting.plots import COLOURS
     except ImportError as error:
         raise MissingPart("the page needs jinja2 and plotly: pip install repfx[report]") from error
     if not 1 <= len(models) <= len(COLOURS):
