@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ import repfx
 from repfx.blocks import QARepVGG, RepVGG
 from repfx.quant import FakeQuant
 from repfx.reporting import measure
+from repfx.reporting.numbers import Spread
+from repfx.reporting.spreads import Tally
 from repfx.testing import randomise
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -307,6 +311,239 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(repfx.InputError, match="titles must name 2 models"):
         repfx.report(net(), tmp_path / "a.html", against=net(), titles=["one"])
     assert not list(tmp_path.iterdir())
+
+
+def near(value: float, rel: float = 1e-4, tiny: float = 1e-5) -> Any:
+    return pytest.approx(value, rel=rel, abs=tiny)
+
+
+def check(told: Spread | None, values: Tensor) -> None:
+    v = values.detach().double()
+    assert told is not None
+    assert (told.low, told.high) == (near(float(v.min())), near(float(v.max())))
+    assert (told.mean, told.std) == (near(float(v.mean())), near(float(v.std(correction=0))))
+    assert (told.quantiles[0], told.quantiles[-1]) == (told.low, told.high)
+    ordered = v.flatten().sort().values
+    assert told.quantiles == pytest.approx(sorted(told.quantiles))
+    if len(ordered) <= 101:
+        assert told.quantiles == pytest.approx(ordered.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [RepVGG, QARepVGG])
+def test_branches_and_betas(block: type[nn.Module]) -> None:
+    model = net(block)
+    modules = dict(model.named_modules())
+    found = measure(model, example=torch.randn(1, 3, 12, 12)).layers
+    assert [len(layer.branches) for layer in found] == [2, 2, 2, 0]
+    for layer in found:
+        for branch in layer.branches:
+            conv = modules[branch.name]
+            assert isinstance(conv, nn.Conv2d)
+            check(branch.weight, conv.weight)
+        for norm in layer.norms:
+            given = modules[norm.name]
+            assert isinstance(given, nn.BatchNorm2d)
+            beta = given.bias.detach()
+            want = (float(beta.min()), float(beta.median()), float(beta.max()))
+            assert (norm.beta.low, norm.beta.median, norm.beta.high) == near(want)
+            assert len(set(want)) == 3
+
+
+def test_what_each_branch_puts_out() -> None:
+    model, data = net(), batches()
+    found = measure(model, data).layers
+    modules = dict(model.named_modules())
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.setdefault(name, []).append(output)
+
+    for name, module in modules.items():
+        module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        for x, _ in data:
+            model(x)
+    names = [["0.main.norm", "0.point.norm"], ["2.main.norm", "2.point.norm", "2.skip"]]
+    names += [["4.main.norm", "4.point.norm"], []]
+    assert [[o.name for o in layer.operands or ()] for layer in found] == names
+    for layer in found:
+        for operand in layer.operands or ():
+            check(operand.values, torch.cat(seen[operand.name]))
+    # The bare identity of QARepVGG adds the block's input.
+    model = net(QARepVGG)
+    added = {o.name: o.values for o in measure(model, data).layers[1].operands or ()}
+    with torch.no_grad():
+        inside = torch.cat([model[:2](x) for x, _ in data])
+    assert set(added) == {"1", "2.main.norm", "2.point.conv"}
+    check(added["1"], inside)
+
+
+class InPlace(nn.Module):
+    """Adds into the branch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        y += self.two(x)
+        return torch.relu_(y)
+
+
+def test_an_addition_in_place() -> None:
+    model, (x, _) = randomise(InPlace().eval()), batches(1)[0]
+    (layer,) = measure(model, [x]).layers
+    added = {o.name: o.values for o in layer.operands or ()}
+    check(added["one"], model.one(x))
+    check(added["two"], model.two(x))
+
+
+def test_outputs_before_the_activation_function_and_their_errors() -> None:
+    model, data = net(), batches()
+    x = torch.cat([b[0] for b in data])
+    found = measure(model, data).layers
+    merged = repfx.transform(model, ["fuse"], example=x)
+    deployed = repfx.calibrate(repfx.transform(model, ["ptq"], example=x), data)
+    with torch.no_grad():
+        outputs = []
+        for i, stop in enumerate((1, 3, 5, 9)):
+            outputs.append(model[:stop](x))
+            check(found[i].output, outputs[-1])
+        last = merged.get_submodule("8")
+        quant = {n: m for n, m in deployed.named_modules() if isinstance(m, FakeQuant)}
+        weight = quant["8.weight_quant"](last.weight)
+        rounded = nn.functional.linear(quant["8.input_quant"](model[:8](x)), weight, last.bias)
+        alone = float((rounded - outputs[-1]).square().mean())
+        together = float((deployed(x) - outputs[-1]).square().mean())
+    assert (found[3].mse_alone, found[3].mse_together) == (
+        near(alone, 1e-3, 0),
+        near(together, 1e-3, 0),
+    )
+    for layer, y in zip(found, outputs, strict=True):
+        power = float(y.double().square().mean())
+        for mse, sqnr in ((layer.mse_alone, layer.alone), (layer.mse_together, layer.together)):
+            assert sqnr is not None and mse == near(power / 10 ** (sqnr / 10), 1e-4, 0)
+
+
+def test_ranges_of_samples_and_channels() -> None:
+    model, data = net(), batches()
+    found = measure(model, data).layers
+    with torch.no_grad():
+        inside = [torch.cat([model[:stop](b[0]) for b in data]) for stop in (0, 2, 4, 8)]
+    for layer, x in zip(found, inside, strict=True):
+        assert layer.input is not None
+        axes = tuple(range(2, x.dim()))
+        check(layer.input.samples, x.abs().amax((1, *axes)))
+        check(layer.input.tops, x.abs().amax((0, *axes)))
+        assert len(layer.input.samples.quantiles) == 16
+        assert len(layer.input.tops.quantiles) == x.shape[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_clip_experiment(bits: int) -> None:
+    model, data = spoiled("input"), batches()
+    found = measure(model, data, passes=[f"ptq(bits={bits})"]).layers
+    with torch.no_grad():
+        inside = [torch.cat([model[:stop](b[0]) for b in data]) for stop in (0, 2, 4, 8)]
+    high = 2 ** (bits - 1) - 1
+    for layer, x in zip(found, inside, strict=True):
+        assert layer.input is not None and layer.input.clip is not None
+        clip, want = layer.input.clip, []
+        for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+            step = share * x.abs().max() / high
+            error = x - (x / step).round().clamp(-high - 1, high) * step
+            want.append(float(10 * torch.log10(x.square().sum() / error.square().sum())))
+        assert clip.shares == (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+        assert clip.sqnr == pytest.approx(want, abs=0.02)
+        assert clip.best == clip.shares[clip.sqnr.index(max(clip.sqnr))]
+        assert clip.gain == pytest.approx(max(want) - want[0], abs=0.03)
+    gains = [layer.input.clip.gain for layer in found if layer.input and layer.input.clip]
+    assert len(gains) == 4 and (min(gains) == 0) == (bits == 8) and max(gains) > 0.1
+
+
+def test_zeros_are_not_clipped() -> None:
+    x = batches(1)[0][0]
+    dead = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    nn.init.constant_(dead[0].bias, -1000.0)
+    one, two = measure(dead, [x]).layers
+    assert one.input is not None and one.input.clip is not None
+    assert two.input is not None and two.input.clip is None
+
+
+@pytest.mark.parametrize("what", ["nothing", "input", "weight", "values"])
+def test_verdicts_follow_from_the_warnings(what: str) -> None:
+    model, data = spoiled(what), batches()
+    if what == "values":
+        data[0][0][3, 1, 5, 5] = 100.0
+    found = measure(model, data)
+    by_layer = {x.name: x for x in found.layers}
+    one, two = by_layer["0.main.conv"], by_layer["2.main.conv"]
+    assert one.c1 and one.c2 and two.c1 and two.c2
+    # What spoils the input of a layer is in the weight of the layer before it.
+    assert (one.c1.holds, one.c2.holds) == (what != "input", what != "values")
+    assert (two.c1.holds, two.c2.holds) == (what != "weight", what not in ("input", "values"))
+    for layer in found.layers:
+        for condition in (layer.c1, layer.c2):
+            assert condition is not None and condition.holds == (condition.because == "")
+            told = [
+                w for w in found.warnings if w.layer == layer.name and w.what in condition.because
+            ]
+            assert condition.holds != any(told) and all(w.cure in condition.cure for w in told)
+    blind = measure(model, example=data[0][0]).layers
+    assert [x.c1 for x in blind] == [x.c1 for x in found.layers]
+    assert all(x.c2 is None for x in blind)
+
+
+def test_charts_tables_and_ratios(tmp_path: Path) -> None:
+    page, numbers = tmp_path / "report.html", tmp_path / "numbers.json"
+    given = {"titles": ["A", "B"], "json": numbers}
+    a, b = repfx.report(spoiled("input"), page, data=batches(), against=net(QARepVGG), **given)
+    told = json.loads(numbers.read_text())
+    for row, x, y in zip(told["ratios"], a.layers, b.layers, strict=True):
+        assert row["layer"] == x.name and row["against"] == y.name
+        assert row["alone"] == near(x.mse_alone / y.mse_alone)
+        assert row["together"] == near(x.mse_together / y.mse_together)
+    layer = told["models"][0]["layers"][1]
+    assert layer["input"]["clip"]["sqnr"] == near(a.layers[1].input.clip.sqnr)
+    assert layer["operands"][0]["values"]["mean"] == near(a.layers[1].operands[0].values.mean)
+    assert layer["norms"][0]["beta"]["high"] == near(a.layers[1].norms[0].beta.high)
+    assert layer["c2"]["holds"] is False and "1 of 16 channels" in layer["c2"]["because"]
+    drawn = figures(page)
+    new = {"kernels", "betas", "operands", "outputs", "mse", "ratios", "samples", "tops", "clips"}
+    assert new | {"gain"} <= set(drawn)
+    assert drawn["ratios"]["data"][1]["y"] == near([r["alone"] for r in told["ratios"]])
+    assert drawn["mse"]["data"][0]["y"] == near([x.mse_together for x in a.layers])
+    assert drawn["mse"]["layout"]["yaxis"]["type"] == "log"
+    text = "".join(Page(page.read_text()).text)
+    assert "does not hold, because it spends the range of its input on 1 of 16 channels" in text
+
+    alone = tmp_path / "alone.html"
+    (blind,) = repfx.report(net(), alone, example=torch.randn(1, 3, 12, 12), json=numbers)
+    assert json.loads(numbers.read_text())["ratios"] == []
+    assert new & set(figures(alone)) == {"kernels", "betas"} and "gain" not in figures(alone)
+    for layer in blind.layers:
+        measured = (layer.operands, layer.output, layer.mse_alone, layer.mse_together, layer.c2)
+        assert measured == (None,) * 5
+
+
+def figures(page: Path) -> dict[str, Any]:
+    found = re.search(r'id="figures">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    drawn: dict[str, Any] = json.loads(found[1])
+    return drawn
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_sample_is_not_one_column(size: int) -> None:
+    """Whatever the width of a picture is. Here each column has a value of its own."""
+    x = torch.arange(size).expand(4, 8, size, size).float()
+    tally = Tally()
+    tally.add(x)
+    tally.add(x + 1)
+    check(tally.spread(), torch.cat([x, x + 1]))
+    assert len(set(tally.spread().quantiles)) > size / 2
+    assert tally.spread().median == pytest.approx(size / 2, abs=1)
 
 
 @pytest.mark.skipif(
