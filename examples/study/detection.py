@@ -7,7 +7,8 @@ The net is that of examples/detector. Each variant is trained in float, then mer
 after training by ranges and by RepAPQ, or by two more epochs of RepQ. (S1 is S0 with plain weight
 decay. YOLOv6 has that anyway, so here they are one.) `Plain` is the net of one
 convolution and norm each, `Merged` the S0 net, merged before the two epochs. AP is COCO's, in
-percent."""
+percent. `--peers` adds other tools at W8A8, on the merged nets (see peers.py), and what repfx
+writes for the same runtime."""
 
 from __future__ import annotations
 
@@ -103,6 +104,27 @@ def ways(net: nn.Module, data: Data, args: Any, of: dict[str, Any]) -> dict[str,
     return found
 
 
+def peers(net: nn.Module, data: Data, args: Any, seed: int) -> dict[str, Callable[[], Any]]:
+    """The nets of other tools that are installed, and ours for ONNX Runtime, by name."""
+    from peers import PEERS, in_runtime, ours
+
+    folder = args.runs
+    merged = repfx.transform(net, ["fuse"], example=data.images[0][:2])
+
+    def ranged() -> Any:
+        same: dict[str, Any] = {"example": data.images[0][:2], "target": "onnxruntime"}
+        model = repfx.transform(net, ["fuse", "ptq"], **same)
+        repfx.calibrate(model, data.images, method="mse")
+        return in_runtime(repfx.lower(model, folder / "mse.onnx", **same).onnx)
+
+    found: dict[str, Callable[[], Any]] = {
+        name: partial(run, merged, data.images, folder) for name, run in PEERS.items()
+    }
+    found["repfx mse"] = ranged
+    found["repfx repapq"] = partial(ours, seed, args.iterations, net, data.images, folder)
+    return found
+
+
 def main() -> None:
     parser = command(__doc__, "detection", seeds=[0, 1, 2])
     parser.set_defaults(data=None)
@@ -111,6 +133,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--iterations", type=int, default=200, help="RepAPQ's, for each block")
     parser.add_argument("--epochs", type=int, help="in float; by default 10, cells 30")
+    parser.add_argument("--peers", action="store_true", help="other tools, in place of ours")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data, results = Data(args.data), Results(args.results)
@@ -131,9 +154,14 @@ def main() -> None:
         )
         if not results.has(**of, way="float"):
             results.add(**of, way="float", **data.score(net))
-        for way, make in ways(net, data, args, of).items():
-            if not results.has(**of, way=way):
+        tried = peers(net, data, args, seed) if args.peers else ways(net, data, args, of)
+        for way, make in tried.items():
+            if results.has(**of, way=way):
+                continue
+            try:
                 results.add(**of, way=way, **data.score(make()))
+            except ImportError as error:
+                print(f"{way} is left out: {error}")
 
 
 if __name__ == "__main__":

@@ -43,19 +43,23 @@ class Reader(CalibrationDataReader):
 
 
 class Call(nn.Module):
-    """A module that calls a function."""
+    """A module that calls a function. One output is returned alone, several as a list."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.contiguous())
+    def forward(self, x: Tensor) -> Any:
+        found = self.function(x.contiguous())
+        if isinstance(found, Tensor):
+            return found
+        outputs = [torch.from_numpy(v.copy()) if not isinstance(v, Tensor) else v for v in found]
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def in_runtime(path: Path, runtime: str = "onnxruntime") -> nn.Module:
     run = session(runtime, path, threads=torch.get_num_threads())
-    return Call(lambda x: run((x,))[0])
+    return Call(lambda x: run((x,)))
 
 
 def onnxruntime(
@@ -86,7 +90,7 @@ def nncf(merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
         model, nncf.Dataset([x.numpy() for b in batches for x in b.split(1)]), subset_size=1024
     )
     compiled = openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return Call(lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy()))
+    return Call(lambda x: [*compiled([x.numpy()]).values()])
 
 
 def modelopt(config: str, merged: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
