@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
@@ -13,8 +14,12 @@ import torch
 from torch import nn
 
 from repfx.capture.exported import is_exported, load_exported
+from repfx.cli.options import say
+from repfx.data.vision import torchvision
 from repfx.errors import InputError
+from repfx.files.kinds import stranger
 from repfx.files.store import load
+from repfx.files.weights import load_weights
 
 _SAFE = (
     "Safe ways: repfx.save(model, path) after repfx.transform, torch.export.save, or "
@@ -26,19 +31,19 @@ _SAFE = (
 def load_model(name: str, weights: str | None = None, trust_pickle: bool = False) -> Any:
     """The model that MODEL names.
 
-    Raises InputError for a missing, damaged or pickled file and for a factory that fails."""
+    Raises InputError for a missing, damaged or pickled file, for one of another program, and for a
+    factory that fails."""
     if ":" in name and not os.path.exists(name):
-        return _from_factory(name, weights)
+        return _from_factory(name, weights, trust_pickle)
     if weights is not None:
         raise InputError(
             "--weights is for package.module:factory; a model file has its own weights"
         )
-    if not os.path.isfile(name):
-        raise InputError(
-            f"no such file: {name}"
-            if not os.path.isdir(name)
-            else f"{name} is a folder, not a model"
-        )
+    if not os.path.exists(name):
+        raise InputError(f"no such file: {name}")
+    other = stranger(Path(name))
+    if other:
+        raise InputError(f"{name} {other}")
     if is_exported(name):
         return load_exported(name, trust_pickle)
     with open(name, "rb") as file:
@@ -76,35 +81,57 @@ def _from_pickle(name: str, trust: bool) -> nn.Module:
     return found
 
 
-def _from_factory(name: str, weights: str | None) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
+def _from_factory(name: str, weights: str | None, trust: bool) -> nn.Module:
+    module_name, _, call = name.partition(":")
+    attribute, args, kwargs = _call(name, call)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory: Any = importlib.import_module(module_name)
+        factory: Any = _imported(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"cannot import {name}: {error}") from error
+    shown = name if name.endswith(")") else f"{name}()"
     try:
-        model = factory()
+        model = factory(*args, **kwargs)
     except Exception as error:
-        raise InputError(f"{name}() failed: {error}") from error
+        raise InputError(f"{shown} failed: {error}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{name}() returned a {type(model)}, not an nn.Module")
+        raise InputError(f"{shown} returned a {type(model)}, not an nn.Module")
     if weights is not None:
-        if not os.path.isfile(weights):
-            raise InputError(f"no such file: {weights}")
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(
-                f"{weights} is not a plain state_dict: {str(error).splitlines()[0]}"
-            ) from error
-        try:
-            model.load_state_dict(
-                state.get("state_dict", state) if isinstance(state, dict) else state
-            )
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"{weights} does not fit {name}: {error}") from error
+        file, _, key = (weights, "", "") if os.path.exists(weights) else weights.partition("#")
+        say(f"loaded {load_weights(model, file, key or None, trust)}")
     return model
+
+
+def _call(name: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """The attribute and the arguments of `factory` or `factory('a', classes=3)`.
+
+    >>> _call("", "models.net('s', width=(8, 16))")
+    ('models.net', ['s'], {'width': (8, 16)})
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.Call):
+            kwargs = {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords if k.arg}
+            if len(kwargs) == len(tree.keywords):
+                args = [ast.literal_eval(a) for a in tree.args]
+                return ast.unparse(tree.func), args, kwargs
+        elif isinstance(tree, ast.Name | ast.Attribute):
+            return ast.unparse(tree), [], {}
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"{name}: arguments are plain values, such as 'text', 3 or (3, 4)"
+        ) from error
+    raise InputError(f"{name} is not package.module:factory or package.module:factory(arguments)")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:  # a torchvision built for another torch, see data.vision
+        if "torchvision" not in str(error):
+            raise
+        torchvision()
+        return importlib.import_module(name)

@@ -40,9 +40,20 @@ out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 LOWERED = (".onnx", ".engine", ".plan", ".trt", ".xml")
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .pt/.pt2 file, or package.module:factory.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .pt/.pt2 file, or package.module:factory, also with arguments: "
+        "\"nets:create('s', classes=10)\".",
+    ),
 ]
-Weights = Annotated[str | None, typer.Option(help="A state_dict for package.module:factory.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="A checkpoint of any common form for package.module:factory. FILE#ema takes the "
+        "weights at 'ema' in it."
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-pickle", help="Unpickle MODEL, which runs any code in it.")
 ]
