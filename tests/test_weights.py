@@ -85,6 +85,7 @@ FORMS: dict[str, Callable[[State, State], Any]] = {  # of the weights, and of ot
     },
     "EMA beside it": lambda s, o: {"state_dict": o, "state_dict_ema": s},
     "ema and model": lambda s, o: {"model": o, "ema": before("module.", s), "updates": 4},
+    "an average of less": lambda s, o: {"model": s, "ema": {"head.weight": o["head.weight"]}},
     "args": lambda s, o: {"state_dict": s, "args": argparse.Namespace(lr=1, path=Path("a"))},
     "numpy": lambda s, o: {
         "model": s,
@@ -318,6 +319,7 @@ def test_a_factory_takes_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(again[0].weight, made[0].weight)
     for text, message in (
         ("somenets:zoo.net(8, name=open('x'))", "arguments are plain values"),
+        ("somenets:zoo.net(__import__('os').system('touch pwned'))", "arguments are plain values"),
         ("somenets:zoo.net(8, **{'kernel': 3})", "is not package.module:factory"),
         ("somenets:zoo.net(8", "arguments are plain values"),
         ("somenets:3", "is not package.module:factory"),
@@ -327,6 +329,7 @@ def test_a_factory_takes_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(InputError, match=message):
             load_model(text)
+    assert not Path("pwned").exists()
 
 
 @pytest.mark.zoo

@@ -53,7 +53,7 @@ def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
     Images are resized and cropped around the centre to the shape. An array is used unchanged, and
     gives the shape if there is none. Raises InputError where the data cannot be read or does not
     have this shape."""
-    array = data.suffix == ".npy"
+    array = data.suffix.lower() == ".npy"
     if shape is None and not array:
         shape = USUAL
     dims = None if shape is None else whole("shape", shape)

@@ -27,6 +27,7 @@ from repfx.cli.options import (
     Model,
     Output,
     Size,
+    SkipBroken,
     Std,
     Target,
     Trust,
@@ -109,14 +110,24 @@ def quantize(
     workers: Workers = 0,
     mean: Mean = "0.485,0.456,0.406",
     std: Std = "0.229,0.224,0.225",
+    skip_broken: SkipBroken = False,
     device: Device = None,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
     """Merge, quantize and calibrate a model on images, and save it."""
-    frame = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-    images = Images(data, size=pixels(size), fit=fit, limit=limit, **frame)
+    images = Images(
+        data,
+        size=pixels(size),
+        fit=fit,
+        limit=limit,
+        mean=numbers("mean", mean),
+        std=numbers("std", std),
+        skip_broken=skip_broken,
+    )
+    _print_broken(images)
+    say(f"{len(images)} of {images.found} images")
     batches = images.batches(batch, workers)
     where = place(device)
     loaded = load_model(model, weights, trust_pickle)
@@ -226,9 +237,7 @@ def train(
     log: Annotated[
         Path | None, typer.Option(help="A file that gets one line of JSON per epoch.")
     ] = None,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
-    ] = False,
+    skip_broken: SkipBroken = False,
     seed: int = 0,
     target: Target = "tensorrt",
     weights: Weights = None,

@@ -71,6 +71,9 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")
 Mean = Annotated[str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")]
 Std = Annotated[str, typer.Option(help="Standard deviation of each channel.")]
 Size = Annotated[str, typer.Option(help="Input size in pixels: 224, or 480x640 (height x width).")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+]
 Fit = Annotated[
     str,
     typer.Option(

@@ -56,8 +56,8 @@ def report(
     """Write a page: what merges, what quantization costs each layer, and what to do about it."""
     pictures = None
     if data is not None:
-        frame = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-        images = Images(data, size=pixels(size), fit=fit, limit=64, **frame)
+        a, b = numbers("mean", mean), numbers("std", std)
+        images = Images(data, size=pixels(size), fit=fit, limit=64, mean=a, std=b)
         pictures = images.batches(16)
     other = None if against is None else load_model(against, None, trust_pickle)
     found = api.report(

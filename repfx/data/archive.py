@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,7 +53,7 @@ class Archive:
         image = _pillow()
         try:
             with image.open(io.BytesIO(self.read(name))) as file:
-                picture = file.convert("RGB" if channels == 3 else "L")
+                picture = upright(file).convert("RGB" if channels == 3 else "L")
         except (
             OSError,
             ValueError,
@@ -102,22 +102,59 @@ class Archive:
 def names_in(path: Path, endings: Container[str] = PICTURES) -> list[str]:
     """The paths of the images under a folder or in a zip, sorted, with slashes.
 
-    `endings`: those of other files to look for. Raises InputError if the path is neither."""
+    `endings`: those of other files to look for. Links to folders are followed. Hidden files and
+    what macOS leaves beside files (`._a.jpg`, `__MACOSX/`) are no images. Raises InputError if the
+    path is neither."""
     if path.is_dir():
-        found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        found = [p.relative_to(path).as_posix() for p in _under(path, set())]
     elif not path.exists():
         raise InputError(f"no such file or folder: {path}")
     else:
         try:
             with zipfile.ZipFile(path) as archive:
-                found = [
-                    n
-                    for n in archive.namelist()
-                    if not n.endswith("/") and not n.startswith("__MACOSX/")
-                ]
+                found = [n for n in archive.namelist() if not n.endswith("/")]
         except (zipfile.BadZipFile, OSError) as error:
             raise InputError(f"{path} is neither a folder nor a readable zip of images") from error
-    return sorted(n for n in found if PurePosixPath(n).suffix.lower() in endings)
+    kept = [PurePosixPath(n) for n in found]
+    return sorted(
+        str(n)
+        for n in kept
+        if n.suffix.lower() in endings
+        and not any(part.startswith(".") or part == "__MACOSX" for part in n.parts)
+    )
+
+
+def _under(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files under a folder, also behind links; a folder that is met twice is read once."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            yield from _under(entry, seen)
+        elif entry.is_file():
+            yield entry
+
+
+def upright(picture: Any) -> Any:
+    """An opened image, turned as its EXIF says, in 8 bits.
+
+    Pillow cuts 16-bit gray off at 255 and rounds floats to 0 and 1. Here 0..65535 becomes 0..255,
+    and so do floats in 0..1; floats above 1 are in 0..255."""
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        most = float(values.max(initial=0))
+        if picture.mode == "F":
+            scale = 255.0 if most <= 1 else 1.0
+        else:  # Pillow also opens some images of 16 bits with 32
+            scale = 1 / 257 if picture.mode != "I" or most > 255 else 1.0
+        eight = (values * scale).round().clip(0, 255).astype(np.uint8)
+        return _pillow().fromarray(eight)
+    return picture
 
 
 def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
@@ -133,6 +170,20 @@ def both_sides(size: Size) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(v, int) and v > 0 for v in sides):
         raise InputError(f"size is (height, width) or the side of a square, not {size!r}")
     return sides
+
+
+def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and std as (C, 1, 1), for C = 1, gray, or 3, RGB.
+
+    Raises InputError for other numbers of channels, and for a std that is not above 0."""
+    if len(mean) != len(std) or len(mean) not in (1, 3):
+        raise InputError(
+            f"mean and std have a value for each channel, 1 (gray) or 3 (RGB), not {len(mean)} and "
+            f"{len(std)}"
+        )
+    if not all(v > 0 for v in std):
+        raise InputError(f"std is above 0, not {', '.join(map(str, std))}")
+    return by_channel(mean), by_channel(std)
 
 
 def by_channel(values: tuple[float, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from repfx.data import coco
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides, by_channel
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides, normaliser
 from repfx.data.letterbox import corner, fitted, framed
 from repfx.data.vision import torchvision
 from repfx.errors import InputError
@@ -53,7 +53,7 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.archive = Archive(path, cache)
         self.size = both_sides(size)
-        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.mean, self.std = normaliser(mean, std)
         self.seed = self.epoch = 0
         name = annotations or coco.find(Path(path))[0]
         found = coco.read(self.archive, name, classes, skip_broken)

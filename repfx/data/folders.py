@@ -16,8 +16,8 @@ from repfx.data.archive import (
     Archive,
     Size,
     both_sides,
-    by_channel,
     normalised,
+    normaliser,
 )
 from repfx.data.letterbox import fitted, framed
 from repfx.errors import InputError, unknown
@@ -32,6 +32,8 @@ class Images(Dataset[Tensor]):
     0..1 and normalised with `mean` and `std`. `fit`: "crop" fills the size and cuts off the rest,
     "letterbox" shows the whole image and fills the rest with the mean colour. The rows of an array
     (N, ...) are used unchanged. At most `limit` images are used, spread evenly over those found.
+    With `skip_broken` all of these are read once at the start, and damaged ones are left out and
+    listed in `broken`. `found`: how many there are.
 
     Raises InputError if there is nothing to read and for an image that cannot be read. Raises
     MissingPart if images are read without pillow."""
@@ -45,20 +47,21 @@ class Images(Dataset[Tensor]):
         limit: int | None = 1024,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        skip_broken: bool = False,
     ) -> None:
         if fit not in FITS:
             raise unknown("fit", fit, FITS)
         self.path, self.size = Path(path), None if size is None else both_sides(size)
         self.letterbox = fit == "letterbox"
-        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.mean, self.std = normaliser(mean, std)
         self.archive: Archive | None = None
         self.array: np.ndarray | None = None
         if not self.path.exists():
             raise InputError(f"no such file or folder: {path}")
-        if self.path.is_dir() or self.path.suffix == ".zip":
+        if self.path.is_dir() or self.path.suffix.lower() == ".zip":
             self.archive = Archive(self.path)
             count = len(self.archive.names)
-        elif self.path.suffix == ".npy":
+        elif self.path.suffix.lower() == ".npy":
             try:
                 self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
@@ -72,8 +75,15 @@ class Images(Dataset[Tensor]):
             )
         if not count:
             raise InputError(f"the calibration set is empty: no image in {path}")
+        self.found = count
         kept = count if limit is None else min(limit, count)
         self.rows = [i * count // kept for i in range(kept)]
+        self.broken: tuple[str, ...] = ()
+        if skip_broken and self.archive is not None:
+            names = self.archive.names
+            bad = self.archive.readable([names[row] for row in self.rows], len(mean))[1]
+            self.rows = [row for row in self.rows if names[row] not in bad]
+            self.broken = tuple(bad)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -20,9 +20,9 @@ from repfx.data.archive import (
     IMAGENET_STD,
     Archive,
     Size,
-    by_channel,
     names_in,
     normalised,
+    normaliser,
 )
 from repfx.errors import InputError
 
@@ -64,7 +64,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
             pad,
             size,
         )
-        self.mean, self.std = by_channel(mean), by_channel(std)
+        self.mean, self.std = normaliser(mean, std)
         self.seed = self.epoch = 0
         inside = [PurePosixPath(n) for n in self.archive.names]
         under = [n.relative_to(part) for n in inside if n.is_relative_to(part)] if part else inside
