@@ -81,13 +81,15 @@ def ways(net: nn.Module, data: Data, args: Any, of: dict[str, Any]) -> dict[str,
     """The quantized nets of one trained net, by name."""
     example, name, seed = data.images[0][:2], of["variant"], of["seed"]
 
-    def ranged(bits: int, method: str) -> Any:
+    def ranged(bits: int, method: str, bias: bool = False) -> Any:
         model = repfx.transform(net, [Ptq(bits=bits)], example=example)
-        return repfx.calibrate(model, data.images, method=method)
+        return repfx.calibrate(model, data.images, method=method, bias=bias)
 
-    def learned(bits: int) -> Any:
-        model = repfx.transform(net, [Ptq(bits=bits, weights="mse"), "qprep"], example=example)
-        repfx.reconstruct(model, data.images, iterations=args.iterations, seed=seed)
+    def learned(bits: int, paper: bool) -> Any:
+        passes = [Ptq(bits=bits, weights="mse"), *(["qprep"] if paper else [])]
+        model = repfx.transform(net, passes, example=example)
+        how: dict[str, Any] = {} if paper else {"loss": "mse", "stage": 0.0}
+        repfx.reconstruct(model, data.images, iterations=args.iterations, seed=seed, **how)
         return repfx.transform(model, ["fuse"])
 
     def trained_at(bits: int, bn: str) -> Any:
@@ -96,7 +98,9 @@ def ways(net: nn.Module, data: Data, args: Any, of: dict[str, Any]) -> dict[str,
         return tuned(model.train(), data, args, f"{data.classes}-{name}-{bn}{bits}", seed)
 
     found: dict[str, Callable[[], Any]] = {f"{m} {b}": partial(ranged, b, m) for b, m in RANGES}
-    found |= {f"RepAPQ {b}": partial(learned, b) for b in (8, 6)}
+    found |= {f"mse, bias {b}": partial(ranged, b, "mse", True) for b in (8, 6, 5)}
+    found |= {f"RepAPQ {b}": partial(learned, b, True) for b in (8, 6)}
+    found |= {f"block mse {b}": partial(learned, b, False) for b in (8, 6)}
     for bn in ("running", "estimate"):
         found |= {f"RepQ {bn} {b}": partial(trained_at, b, bn) for b in (8, 6, 4)}
     if name == "S0":
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--iterations", type=int, default=200, help="RepAPQ's, for each block")
     parser.add_argument("--epochs", type=int, help="in float; by default 10, cells 30")
+    parser.add_argument("--ways", nargs="+", help="only those that begin so, such as RepQ")
     parser.add_argument("--peers", action="store_true", help="other tools, in place of ours")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -156,7 +161,7 @@ def main() -> None:
             results.add(**of, way="float", **data.score(net))
         tried = peers(net, data, args, seed) if args.peers else ways(net, data, args, of)
         for way, make in tried.items():
-            if results.has(**of, way=way):
+            if results.has(**of, way=way) or (args.ways and not way.startswith(tuple(args.ways))):
                 continue
             try:
                 results.add(**of, way=way, **data.score(make()))
