@@ -72,6 +72,20 @@ def lead(found: list[dict[str, Any]], own: str) -> str:
     return "\n".join(lines)
 
 
+def detection() -> None:
+    """(h): AP of each way, and what each net loses by it against its own float AP."""
+    found = rows("detection")
+    for data in dict.fromkeys(r["data"] for r in found):
+        some = [r for r in found if r["data"] == data]
+        whole = {(r["variant"], r["seed"]): r["ap"] for r in some if r["way"] == "float"}
+        lost = [r | {"lost": whole[r["variant"], r["seed"]] - r["ap"]} for r in some]
+        for value in ("ap", "ap50"):
+            print(f"\n(h) {data}, {value}\n")
+            print(table(some, lambda r: r["way"], lambda r: r["variant"], value))
+        print(f"\n(h) {data}, AP lost\n")
+        print(table(lost, lambda r: r["way"], lambda r: r["variant"], "lost", 2))
+
+
 def main() -> None:
     variants = sorted(rows("variants"), key=lambda r: (not r.get("per_channel", True), -r["bits"]))
     order = ["S0", "Eq6", "S1", "S2", "S3", "S4"]
@@ -123,6 +137,10 @@ def main() -> None:
     print("\nlead of ours\n" + lead(rows("peers"), "repfx repapq"))
     width = lambda r: f"{r['net']} W{r['weight_bits']}A{r['bits']}"  # noqa: E731
     print("\n(e) classics\n" + table(rows("classics"), lambda r: r["method"], width, "top1"))
+    detection()
+    found = rows("pretrained")
+    for value in ("agree", "sqnr"):
+        print(f"\n(i) {value}\n" + table(found, lambda r: r["way"], lambda r, v=value: v, value))
 
 
 if __name__ == "__main__":
