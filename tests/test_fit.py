@@ -293,7 +293,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path)
     fit(model, Poisoned(), (x, y % 3), epochs=1, batch=8, checkpoint=path)
     good, kept = weights(model), path.read_bytes()
     with pytest.raises(
-        CheckError, match=r"the loss is nan in epoch 2, step \d.*last good checkpoint is .*run\.ck"
+        CheckError, match=r"the loss is nan in epoch 2, step \d.*last checkpoint is .*run\.ck"
     ):
         fit(model, Poisoned(), (x, y), epochs=2, batch=8, checkpoint=path)
     assert path.read_bytes() == kept

@@ -17,7 +17,7 @@ from repfx.errors import CheckError
 from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 from repfx.training import fit
-from repfx.training.watch import Seen, fault_of, is_constant, ruined, watching
+from repfx.training.watch import Seen, equal, fault_of, ruined, watching
 
 
 def task(n: int = 128) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ def test_the_history_and_the_log_name_useless_grids(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_constant_stops_the_run(tmp_path: Path) -> None:
-    """Its epoch is in the log, and the checkpoint is that of the epoch before."""
+    """The epoch is in the log, and the checkpoint is that of the epoch before."""
     model, log, ck = net(), tmp_path / "log", tmp_path / "ck"
     options: dict[str, Any] = {"progress": False, "device": "cpu", "batch": 64}
     options |= {"log": log, "checkpoint": ck, "lr": 1e-4, "schedule": "constant"}
@@ -180,10 +180,11 @@ def test_a_model_that_is_constant_stops_the_run(tmp_path: Path) -> None:
     before = ck.read_bytes()
     head: Any = model[-1]
     head.weight.requires_grad_(False).zero_()
-    with pytest.raises(CheckError, match="after epoch 1: the model gives every sample the same"):
+    with pytest.raises(CheckError, match="after epoch 2: the model gives every sample the same"):
         fit(model, "classification", task(), epochs=3, resume=False, **options)
-    assert ck.read_bytes() == before
-    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1]
+    assert torch.load(ck)["at"][0] == 1 and ck.read_bytes() != before
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+    fit(model, "classification", task(), epochs=3, resume=False, guard=False, **options)
     same = (torch.ones(64, 3, 8, 8), torch.arange(64) % 4)  # equal images are no fault
     fit(model, "classification", same, epochs=1, resume=False, **options)
 
@@ -221,7 +222,7 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
     said = str(found.value)
     assert said.startswith("stopped after epoch 2: the loss was ")
     assert "in the last two epochs; 2.main.conv.weight_quant rounds all of 3 of 8 channels" in said
-    assert said.endswith(f"the last good checkpoint is {ck}") and goal.steps == 4
+    assert said.endswith(f"the last checkpoint is {ck}") and goal.steps == 4
     first = float(said.split("was ")[1].split(" ")[0])
     with pytest.raises(CheckError, match=f"stopped after epoch 2: the loss was {first:.3g} in"):
         fit(broken(), goal, task(), epochs=9, **options)
@@ -231,31 +232,57 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("faults", "useless", "losses", "stops"),
+    ("now", "before", "losses", "stops"),
     [
-        (("a",), True, [1.0, 1.3, 1.3], True),
-        (("a",), False, [1.0, 1.3, 1.3], False),  # one epoch may be chance
-        ((), True, [1.0, 1.3, 1.3], False),
-        (("a",), True, [1.0, 1.2, 1.3], False),
-        (("a",), True, [1.0, 1.3, 1.2], False),
-        (("a",), True, [math.nan, 1.3, 1.3], False),  # a checkpoint without a first loss
-        (("a",), True, [1.0, 1.3], False),
+        (("a",), ("a",), [1.0, 1.3, 1.3], True),
+        (("a",), (), [1.0, 1.3, 1.3], False),  # one epoch may be chance
+        ((), ("a",), [1.0, 1.3, 1.3], False),
+        (("a",), ("a",), [1.0, 1.2, 1.3], False),
+        (("a",), ("a",), [1.0, 1.3, 1.2], False),
+        (("a",), ("a",), [-1.6, -1.61, -1.62], False),  # a loss below 0 that falls
+        (("a",), ("a",), [-1.6, -1.1, -1.1], True),
+        (("a",), ("a",), [math.nan, 1.3, 1.3], False),  # a checkpoint without a first loss
+        (("a",), ("a",), [1.0, 1.3], False),
     ],
 )
 def test_when_a_run_is_ruined(
-    faults: tuple[str, ...], useless: bool, losses: list[float], stops: bool
+    now: tuple[str, ...], before: tuple[str, ...], losses: list[float], stops: bool
 ) -> None:
-    assert bool(ruined(Seen(faults), losses, useless)) == stops
-    assert ruined(Seen((), constant=True), losses, useless)
+    assert bool(ruined(Seen(now), Seen(before), losses)) == stops
+    same = Seen((), constant=True)
+    assert ruined(same, same, losses) and not ruined(same, Seen(), losses)
 
 
 def test_what_is_constant() -> None:
     x, same = torch.randn(4, 3), torch.ones(4, 2)
-    assert is_constant(x, same) and is_constant({"a": (x, 3)}, [same, same * 2])
-    assert not is_constant(x, x) and not is_constant(x, [same, x])
-    assert not is_constant(torch.ones(4, 3), same)  # equal samples
-    assert not is_constant(x, same.sum()) and not is_constant(x[:1], same[:1])
-    assert not is_constant(x, same * math.nan)
+    assert equal(x, same) == equal({"a": (x, 3)}, [same, same * 2]) == 4
+    for given, output in (
+        (x, x),
+        (x, [same, x]),
+        (torch.ones(4, 3), same),  # equal samples
+        (x, same.sum()),
+        (x[:1], same[:1]),
+        (x, same * math.nan),
+    ):
+        assert equal(given, output) == 0
+
+
+def test_a_few_equal_outputs_are_no_fault() -> None:
+    """Regression with a ReLU at the end: the last batch has two samples, and 0 may be right."""
+    model = nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten(), nn.ReLU())
+    nn.init.constant_(model[0].bias, -9.0)  # type: ignore[arg-type]
+
+    class Same:
+        def loss(self, model: Any, batch: Any) -> Tensor:
+            return model(batch[0]).square().mean()
+
+        def metric(self) -> None:
+            return None
+
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "epochs": 3}
+    fit(model, Same(), task(66), batch=64, **options)
+    with pytest.raises(CheckError, match="after epoch 2"):
+        fit(model, Same(), task(128), batch=64, **options)
 
 
 def grids(model: Any, of_weight: bool) -> dict[str, tuple[int, int]]:

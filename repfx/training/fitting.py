@@ -66,6 +66,7 @@ def fit(
     progress: bool = True,
     device: str | None = None,
     precision: str | None = None,
+    guard: bool = True,
 ) -> History:
     """Trains the model in place and returns its history, one row per epoch.
 
@@ -101,9 +102,9 @@ def fit(
 
     Raises InputError for data, labels, names and numbers that cannot be used, and for a checkpoint
     of another model or run. Raises CheckError, saying where, if the loss or a weight is no longer
-    finite, if the model gives every sample the same output, and if two epochs in a row have useless
-    quantizers and a loss a quarter above that of the first step; the checkpoint of the last good
-    epoch stays. Raises MissingPart if accelerate or torchmetrics is not installed.
+    finite. With `guard` it does so, too, if two epochs in a row end with a model that gives every
+    sample the same output, or with useless quantizers and a loss a quarter above that of the first
+    step; the last checkpoint stays. Raises MissingPart if accelerate or torchmetrics is not installed.
     """
     said = dict(locals())  # the parameters have the same names as the fields
     rules = recipe(preset, {f.name: said[f.name] for f in fields(Recipe)})

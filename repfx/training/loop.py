@@ -69,7 +69,8 @@ class Run:
         # Each group follows the schedule from a rate of its own.
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
-        self.seen, self.first = Seen(), math.nan  # of the last step, and the loss of the first
+        # What the last two epochs ended with, and the loss of the first step.
+        self.seen, self.before, self.first = Seen(), Seen(), math.nan
         self.epoch, self.step = 0, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0  # of the epoch so far
         self.rows: list[Epoch] = []
@@ -125,10 +126,9 @@ class Run:
 
     def stop_if_ruined(self) -> None:
         """Raises CheckError if it makes no sense to go on (see `watch`). The log has its row."""
-        useless = len(self.rows) > 1 and bool(self.rows[-2].faults)
         losses = [self.first, *(row.loss for row in self.rows[-2:])]
-        why = ruined(self.seen, losses, useless)
-        if why:
+        why = ruined(self.seen, self.before, losses)
+        if why and self.options.guard:
             said = "; ".join((why, *self.seen.faults))
             hint = "" if self.seen.faults else f": {HINT}"
             raise CheckError(f"stopped after epoch {self.epoch}: {said}{hint}{self.last_good()}")
@@ -174,6 +174,7 @@ class Run:
             done()
         others: list[Seen] = gathered(seen)
         faults = dict.fromkeys(line for other in others for line in other.faults)
+        self.before = self.seen
         self.seen = Seen(tuple(faults), all(other.constant for other in others))
         self.share_statistics()
 
@@ -250,9 +251,9 @@ class Run:
             group["lr"] = rate * share
 
     def last_good(self) -> str:
-        """The part of an error message that names the last good checkpoint, if there is one."""
+        """The part of an error message that names the last checkpoint, if there is one."""
         path = self.options.checkpoint
-        return f"; the last good checkpoint is {path}" if path and Path(path).exists() else ""
+        return f"; the last checkpoint is {path}" if path and Path(path).exists() else ""
 
     def save(self) -> None:
         """Writes the checkpoint, if the run has one.
@@ -275,7 +276,7 @@ class Run:
                 "random": states,
                 "at": [
                     *(self.epoch, self.step, self.loss, self.samples, self.seconds),
-                    self.first,
+                    *(self.first, self.seen.constant),
                 ],
                 "rows": [[*asdict(r).values()] for r in self.rows],
                 "run": self.same,
@@ -306,6 +307,8 @@ class Run:
             self.accelerator.scaler.load_state_dict(found["scaler"])
         # repfx 0.1 wrote neither the loss of the first step nor faults.
         self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"][:5]
-        self.first = (*found["at"][5:], math.nan)[0]
+        later = found["at"][5:] or [math.nan, False]
+        self.first = later[0]
         self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
+        self.seen = Seen(self.rows[-1].faults if self.rows else (), bool(later[1]))
         set_random_state(found["random"][self.rank])

@@ -33,6 +33,7 @@ class Options:
     progress: bool = True
     device: str | None = None
     precision: str | None = None
+    guard: bool = True
 
     def __post_init__(self) -> None:
         counts: dict[str, Any] = {

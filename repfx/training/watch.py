@@ -4,10 +4,10 @@ dead        all integer values of a channel of a weight, or of an activation, ar
             values are not
 saturated   more than a quarter of the values lie beyond the grid, by a quarter of it or more
 unused      no integer value uses more than a sixteenth of the grid
-constant    the model gives every sample the same output
+constant    the model gives each of sixteen samples or more the same output
 
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
-model has lost all of it, and no gradient brings it back."""
+model has lost all of it. One epoch may be chance, so a run is ruined after two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from repfx.quant import FakeQuant, quantizers_of
 
 SATURATED = 1 / 4
 UNUSED = 1 / 16
-WORSE = 1.25
+WORSE = 0.25
+SAMPLES = 16
 HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bits may help"
 
 
@@ -36,15 +37,16 @@ class Seen:
     constant: bool = False
 
 
-def ruined(seen: Seen, losses: list[float], useless: bool) -> str:
+def ruined(now: Seen, before: Seen, losses: list[float]) -> str:
     """Why a run has no sense any more, in words; empty if it has.
 
-    `losses`: of the first step, and the means of the last two epochs. `useless`: whether the epoch
-    before had bad grids, too.
+    `now`, `before`: what was seen in the last two epochs. `losses`: of the first step, and the
+    means of these epochs.
     """
-    if seen.constant:
+    if now.constant and before.constant:
         return "the model gives every sample the same output"
-    if seen.faults and useless and len(losses) == 3 and min(losses[1:]) > WORSE * losses[0]:
+    worse = len(losses) == 3 and min(losses[1:]) > losses[0] + WORSE * abs(losses[0])
+    if now.faults and before.faults and worse:
         said = " and ".join(f"{loss:.3g}" for loss in losses[1:])
         return f"the loss was {losses[0]:.3g} in the first step and {said} in the last two epochs"
     return ""
@@ -56,7 +58,7 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
 
     What is yielded is filled at the end. Without a model it stays empty."""
     found: dict[str, str] = {}
-    constant: list[bool] = []
+    constant: list[int] = []  # of each call, the samples that are equal, 0 if they are not
 
     def look(name: str, quant: FakeQuant, x: Tensor) -> None:
         fault = fault_of(quant, x) if quant.calibrated and quant.on else ""
@@ -70,9 +72,7 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
     if model is not None:
         hooks.append(
             model.register_forward_hook(
-                lambda _, args, kwargs, output: constant.append(
-                    is_constant((args, kwargs), output)
-                ),
+                lambda _, args, kwargs, output: constant.append(equal((args, kwargs), output)),
                 with_kwargs=True,
             )
         )
@@ -83,13 +83,14 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
         for hook in hooks:
             hook.remove()
         seen.faults = tuple(found.values())
-        seen.constant = bool(constant) and all(constant)
+        seen.constant = sum(constant) >= SAMPLES and all(constant)
 
 
-def is_constant(given: Any, output: Any) -> bool:
-    """Whether all samples have the same output, though two of them differ."""
+def equal(given: Any, output: Any) -> int:
+    """How many samples have the same output, if all have and two of them differ; else 0."""
     inputs, outputs = ([t for t in tree_leaves(v) if _rows(t)] for v in (given, output))
-    return bool(outputs) and all(map(_equal, outputs)) and not all(map(_equal, inputs))
+    same = bool(outputs) and all(map(_equal, outputs)) and not all(map(_equal, inputs))
+    return len(outputs[0]) if same else 0
 
 
 def _rows(value: Any) -> bool:
