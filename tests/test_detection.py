@@ -160,7 +160,8 @@ def test_a_box_is_around_its_point() -> None:
             for x in range(wide):
                 at = start + y * wide + x
                 px, py = (x + 0.5) * stride, (y + 0.5) * stride
-                left, top, right, bottom = given[level][1, :4, y, x].tolist()
+                sides = given[level][1, :4, y, x].tolist()
+                left, top, right, bottom = (d if d > 0.25 else 1 / (8 - 16 * d) for d in sides)
                 said = [
                     px - left * stride,
                     py - top * stride,
@@ -170,8 +171,9 @@ def test_a_box_is_around_its_point() -> None:
                 assert boxes[1, at].tolist() == pytest.approx(said, rel=1e-5)
                 assert torch.equal(logits[1, at], given[level][1, 4:, y, x])
                 assert points[at].tolist() == [px, py]
-    flat, *_ = spread(given[0], (16, 64))  # cells of 4 x 8 pixels
-    assert flat[0, 0, 1].item() == pytest.approx(2 - 4 * given[0][0, 1, 0, 0].item(), rel=1e-5)
+    flat, *_ = spread(given[0].abs() + 0.3, (16, 64))  # cells of 4 x 8 pixels
+    side = given[0][0, 1, 0, 0].abs().item() + 0.3
+    assert flat[0, 0, 1].item() == pytest.approx(2 - 4 * side, rel=1e-5)
     named, *_ = spread({"a": given[0], "b": given[1]}, (32, 64))
     assert torch.equal(named, boxes)
 
@@ -266,40 +268,80 @@ def test_a_gradient_step_makes_the_loss_smaller_and_empty_images_are_fine() -> N
 
 
 def test_boxes_around_many_objects_teach_nothing() -> None:
-    given = sound()
+    """Nor is a point among them blamed, unless it learns an object of its own."""
+    given = [v.detach().requires_grad_() for v in sound()]
     x, y = truth_of(given)
+    y = y.detach()
     crowd = y.clone()
-    crowd[:, 2, 0], crowd[:, 2, 1:5], crowd[:, 2, 5] = 1, torch.tensor([1.0, 1, 9, 9]), 1
+    crowd[:, 2] = torch.tensor([1.0, 0, 0, 32, 32, 1])  # the left half
     task = Detection()
-    assert float(task.loss(lambda _: given, (x, crowd))) == float(
-        task.loss(lambda _: given, (x, y))
-    )
+    gradient = torch.autograd.grad(task.loss(lambda _: given, (x, crowd)), given)
+    plain = torch.autograd.grad(task.loss(lambda _: given, (x, y)), given)
+    for level, (found, before) in enumerate(zip(gradient, plain, strict=True)):
+        half = found.shape[-1] // 2
+        same = (found - before).abs().amax((0, 1)) < 1e-7
+        assert bool(same[:, half:].all()), level  # outside of the crowd
+        blamed = found[:, 4:].abs().amax((0, 1)) > 0
+        learns = before[:, :4].abs().amax((0, 1)) > 0
+        assert torch.equal(blamed[:, :half], learns[:, :half]), level
     single = crowd.clone()
     single[:, 2, 5] = 0
-    assert float(task.loss(lambda _: given, (x, single))) != float(
-        task.loss(lambda _: given, (x, y))
-    )
-    assert float(task.loss(lambda _: given, (x, y[..., :5]))) == float(
-        task.loss(lambda _: given, (x, y))
-    )
+    losses = [float(task.loss(lambda _: given, (x, v)).detach()) for v in (y, y[..., :5], single)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("start", [-5.0, -0.5, 0.0, 5.0])
+def test_no_box_turns_inside_out_and_a_box_is_learned_from_any_start(start: float) -> None:
+    """The loss of boxes lies in 0..2 and falls from wherever the distances begin."""
+    torch.manual_seed(0)
+    leaf = torch.full((2, 5, 4, 8), start) + 0.1 * torch.randn(2, 5, 4, 8)
+    leaf.requires_grad_()
+    y = torch.tensor([0.0, 8, 4, 40, 28]).expand(2, 1, 5)
+    x, task = torch.zeros(2, 3, 32, 64), Detection()
+    optimizer = torch.optim.Adam([leaf], 0.3)
+    for _ in range(150):
+        loss = task.loss(lambda _: leaf, (x, y))
+        assert float(loss.detach()) >= 0
+        boxes, _, _ = spread(leaf, (32, 64))
+        assert bool((boxes[..., 2:] > boxes[..., :2]).all())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found, scores, _ = best(leaf.detach(), (32, 64), task)
+    assert overlap_of(found[0, 0].tolist(), [8, 4, 40, 28]) > 0.9 and scores[0, 0] > 0.8
+
+
+def test_many_points_of_one_object_hide_no_other() -> None:
+    """A large object whose hundreds of points are surer than ten small ones."""
+    v = torch.full((1, 5, 40, 40), -9.0)
+    v[:, :4] = 0.4
+    v[:, 4, :25, :25] = 2.0  # each says the same large box
+    rows = torch.arange(25.0)
+    v[0, 0, :25, :25], v[0, 2, :25, :25] = rows[None, :] + 0.5, 25 - rows[None, :] - 0.5
+    v[0, 1, :25, :25], v[0, 3, :25, :25] = rows[:, None] + 0.5, 25 - rows[:, None] - 0.5
+    v[0, 4, 30:40, 35] = 0.5
+    boxes, scores, _ = best(v, (320, 320), Detection())
+    assert int((scores > 0.5).sum()) == 11
+    assert boxes[0, 0].tolist() == pytest.approx([0, 0, 200, 200])
+    few = Detection(most=5)
+    assert int((best(v, (320, 320), few)[1] > 0.5).sum()) == 5
 
 
 class Perfect(nn.Module):
-    """Finds exactly these boxes: a map of one cell a box, each with a score of its own."""
+    """Finds exactly these boxes, each at the pixel in its middle, with a score of its own."""
 
     def __init__(self, boxes: Tensor, classes: int) -> None:
         super().__init__()
         n, k, _ = boxes.shape
-        made = torch.full((n, 4 + classes, 1, k), -9.0)
-        width, high = 64 / k, 32.0
+        made = torch.full((n, 4 + classes, 64, 64), -9.0)
         for i in range(n):
             for j in range(k):
                 label, left, top, right, bottom = boxes[i, j, :5].tolist()
-                x, y = (j + 0.5) * width, high / 2
-                sides = ((x - left) / width, (y - top) / high, (right - x) / width)
-                made[i, :4, 0, j] = torch.tensor([*sides, (bottom - y) / high])
+                a, b = int((left + right) / 2), int((top + bottom) / 2)
+                x, y = a + 0.5, b + 0.5
                 if label >= 0:
-                    made[i, 4 + int(label), 0, j] = 4.0 - 0.1 * j
+                    made[i, :4, b, a] = torch.tensor([x - left, y - top, right - x, bottom - y])
+                    made[i, 4 + int(label), b, a] = 4.0 - 0.1 * j
         self.made = made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,13 +350,13 @@ class Perfect(nn.Module):
 
 def precision(model: nn.Module, y: Tensor, task: Detection | None = None) -> dict[str, float]:
     metric = (task or Detection()).metric()
-    metric.update(model, (torch.zeros(len(y), 3, 32, 64), y))
+    metric.update(model, (torch.zeros(len(y), 3, 64, 64), y))
     return {name: float(v) for name, v in metric.compute().items()}
 
 
 def test_average_precision() -> None:
     y = torch.zeros(2, 4, 5)
-    y[..., 1:] = random_boxes(2, 4, seed=5, side=40)
+    y[..., 1:] = random_boxes(2, 4, seed=5, side=40) + 12
     y[..., 0] = torch.tensor([[0, 1, 1, -1], [1, 0, -1, -1]])
     found = precision(Perfect(y, 2), y)
     assert found == {"ap": pytest.approx(1), "ap50": pytest.approx(1)}
@@ -333,8 +375,7 @@ def test_average_precision() -> None:
     more = y.clone()
     more[1, 2] = torch.tensor([0, 1.0, 20, 21, 31])
     first = Perfect(more, 2)
-    first.made[:, 4:] = torch.where(first.made[:, 4:] > 0, first.made[:, 4:], -9.0)
-    first.made[1, 4, 0, 2] = 5.0  # the surest of all
+    first.made[1, 4, 26, 10] = 5.0  # the surest of all
     assert precision(first, y)["ap"] < 0.95
     crowd = torch.cat((y, torch.zeros(2, 4, 1)), -1)
     crowd[1, 2] = torch.tensor([0, 0.0, 18, 25, 32, 1])
@@ -353,7 +394,7 @@ def test_average_precision() -> None:
     ],
 )
 def test_an_output_that_is_not_of_a_detector(output: Any, message: str) -> None:
-    y = torch.zeros(2, 1, 5)
+    y = torch.tensor([0.0, 1, 1, 2, 2]).expand(2, 1, 5)
     with pytest.raises(InputError, match=message):
         Detection().loss(lambda _: output, (torch.zeros(2, 3, 32, 64), y))
     with pytest.raises(InputError, match=message):
@@ -362,14 +403,24 @@ def test_an_output_that_is_not_of_a_detector(output: Any, message: str) -> None:
 
 def test_boxes_that_cannot_be_used() -> None:
     x = torch.zeros(2, 3, 32, 64)
-    for shape in ((2, 4), (2, 1, 4), (2, 1, 7)):
+    for shape in ((2, 4), (2, 1, 4), (2, 1, 7), (3, 1, 5)):
         with pytest.raises(InputError, match="boxes are"):
             Detection().loss(lambda _: maps(), (x, torch.zeros(shape)))
-    y = torch.zeros(2, 1, 5)
-    y[..., 0] = 3
+    y = torch.tensor([3.0, 1, 1, 2, 2]).expand(2, 1, 5)
     for call in (Detection().loss, Detection().metric().update):
         with pytest.raises(InputError, match="class 3 is out of range: the model has 3 classes"):
             call(lambda _: maps(), (x, y))
+    for bad in (
+        [0.0, 5, 5, 5, 9],
+        [0.0, 9, 5, 5, 9],
+        [0.0, math.nan, 1, 2, 2],
+        [math.nan, 1, 1, 2, 2],
+    ):
+        with pytest.raises(InputError, match="no area, or is not finite"):
+            Detection().loss(lambda _: maps(), (x, torch.tensor(bad).expand(2, 1, 5)))
+    none = Detection().loss(lambda _: maps(), (x, torch.zeros(2, 0, 5)))
+    padding = Detection().loss(lambda _: maps(), (x, torch.full((2, 3, 5), -1.0)))
+    assert float(none) == float(padding)
     with pytest.raises(InputError, match="takes batches"):
         Detection().loss(lambda _: maps(), x)
 

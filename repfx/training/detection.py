@@ -7,8 +7,8 @@ h x w cells, of `stride` pixels, lies a point (x, y) with C logits and the dista
 
     loss = (sum BCE(logits, targets) + 2.5 sum targets * (1 - GIoU)) / sum targets
 
-The targets are those of `assign`. What l, t, r and b pass through before (nothing, ReLU, exp) is
-the model's own affair."""
+The targets are those of `assign`. A distance d below c = 1/4 of a cell counts as c^2 / (2c - d),
+which goes on as smoothly, so that no box is turned inside out, whatever the model returns."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from repfx.data.boxes import train_and_valid
 from repfx.data.packaged import DETECTION
 from repfx.data.vision import torchvision
 from repfx.errors import InputError, MissingPart
-from repfx.training.assign import aligned, iou
+from repfx.processes import gathered
+from repfx.training.assign import aligned, inside, iou
 from repfx.training.metrics import pair, torchmetrics
 
 BOX = 2.5  # weight of the boxes in the loss
+LEAST = 0.25  # cells
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Detection:
     the class -1 is no box. A sixth column that is not 0 marks a box around many objects.
 
     `threshold`: the least score of a box. `overlap`: the IoU above which the worse of two boxes of
-    a class is dropped. `most`: boxes kept of an image. `flip`: whether training may mirror images.
+    a class is dropped. `candidates`: the best pairs of a point and a class, of which this leaves
+    the boxes. `most`: boxes kept of an image. `flip`: whether training may mirror images.
     """
 
     threshold: float = 0.01
     overlap: float = 0.6
+    candidates: int = 1000
     most: int = 100
     flip: bool = True
 
@@ -62,14 +66,14 @@ class Detection:
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
         x, y = pair(batch)
         boxes, logits, points = spread(model(x), x.shape[-2:])
-        check_boxes(y, logits.shape[-1])
-        truth = y[..., :5].to(boxes)
-        if y.shape[-1] > 5:
-            truth = torch.where(y[..., 5:] > 0, -torch.ones_like(truth), truth)
+        check_boxes(x, y, logits.shape[-1])
+        truth, crowd = objects(y.to(boxes))
         goal = aligned(boxes, logits.sigmoid(), points, truth)
-        total = goal.weight.sum().clamp(min=1)
-        classes = F.binary_cross_entropy_with_logits(logits, goal.scores, reduction="sum")
-        learn = goal.weight > 0
+        total, learn = goal.weight.sum().clamp(min=1), goal.weight > 0
+        # A point among many objects that learns none of them is not blamed for what it says.
+        open_ = (inside(points, crowd[..., 1:]) & (crowd[..., :1] >= 0)).any(1) & ~learn
+        each = F.binary_cross_entropy_with_logits(logits, goal.scores, reduction="none")
+        classes = each.masked_fill(open_[..., None], 0).sum()
         far = torchvision("ops").generalized_box_iou_loss(boxes[learn], goal.boxes[learn])
         found: Tensor = (classes + BOX * (far * goal.weight[learn]).sum()) / total
         return found
@@ -91,31 +95,43 @@ class _Precision:
         torchvision()
         self.task = task
         try:
-            made = torchmetrics().detection.MeanAveragePrecision
-            self.metric = made(backend="faster_coco_eval")
-            self.metric.warn_on_many_detections = False
+            self.make = torchmetrics().detection.MeanAveragePrecision
+            self.fresh()
         except (AttributeError, ModuleNotFoundError) as error:
             raise MissingPart("detection needs pip install repfx[detect]") from error
+        self.found: list[dict[str, Tensor]] = []
+        self.truth: list[dict[str, Tensor]] = []
+
+    def fresh(self) -> Any:
+        """The metric of torchmetrics, with COCO's thresholds in float64."""
+        metric = self.make(
+            backend="faster_coco_eval",
+            iou_thresholds=[v / 100 for v in range(50, 100, 5)],
+            rec_thresholds=[v / 100 for v in range(101)],
+        )
+        metric.warn_on_many_detections = False
+        return metric
 
     def update(self, model: Callable[..., Any], batch: Any) -> None:
         x, y = pair(batch)
         maps = maps_of(model(x))
-        check_boxes(y, maps[0].shape[1] - 4)
-        boxes, scores, classes = best(maps, x.shape[-2:], self.task)
-        found, truth = [], []
-        for i, rows in enumerate(y.float()):
-            kept, real = scores[i] > 0, rows[rows[:, 0] >= 0]
-            found.append(
-                {"boxes": boxes[i, kept], "scores": scores[i, kept], "labels": classes[i, kept]}
-            )
+        check_boxes(x, y, maps[0].shape[1] - 4)
+        for i, rows in enumerate(y.float().cpu()):  # one by one, which bounds the memory
+            boxes, scores, classes = best([v[i : i + 1] for v in maps], x.shape[-2:], self.task)
+            kept, real = scores[0] > 0, rows[rows[:, 0] >= 0]
+            seen = {"boxes": boxes, "scores": scores, "labels": classes}
+            self.found.append({name: v[0, kept].cpu() for name, v in seen.items()})
             crowd = real[:, 5] if real.shape[1] > 5 else torch.zeros_like(real[:, 0])
-            truth.append(
+            self.truth.append(
                 {"boxes": real[:, 1:5], "labels": real[:, 0].long(), "iscrowd": crowd.long()}
             )
-        self.metric.update(found, truth)
 
     def compute(self) -> Mapping[str, Any]:
-        found = self.metric.compute()
+        metric = self.fresh()
+        metric.sync_on_compute = False  # processes may have other numbers of images
+        for found, truth in gathered((self.found, self.truth)):
+            metric.update(found, truth)
+        found = metric.compute()
         return {"ap": found["map"], "ap50": found["map_50"]}
 
 
@@ -154,7 +170,10 @@ def spread(output: Any, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         at = torch.stack((x.repeat(h), y.repeat_interleave(w)), -1)
         rows = v.flatten(2).transpose(1, 2)
         unit = torch.tensor([right, down], device=v.device, dtype=v.dtype)
-        low, high = at - rows[..., :2] * unit, at + rows[..., 2:4] * unit
+        sides = rows[..., :4]
+        small = LEAST**2 / (2 * LEAST - sides.clamp(max=LEAST))
+        sides = torch.where(sides > LEAST, sides, small)
+        low, high = at - sides[..., :2] * unit, at + sides[..., 2:] * unit
         boxes.append(torch.cat((low, high), -1))
         logits.append(rows[..., 4:])
         points.append(at)
@@ -164,8 +183,8 @@ def spread(output: Any, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
 def best(maps: Any, size: Sequence[int], task: Detection) -> tuple[Tensor, Tensor, Tensor]:
     """The best boxes of an image: (N, most, 4), scores (N, most), classes (N, most).
 
-    Of the 4 * most best pairs of a point and a class, one is dropped if a better one of its class
-    that is not dropped overlaps it too much: non-maximum suppression, as a fixed point of
+    Of the best pairs of a point and a class, `candidates` of them, one is dropped if a better one
+    of its class that is not dropped overlaps it too much: non-maximum suppression, a fixed point of
 
         keep(j) = max over better i with keep(i) of IoU(i, j) <= overlap
 
@@ -174,7 +193,7 @@ def best(maps: Any, size: Sequence[int], task: Detection) -> tuple[Tensor, Tenso
     and no loop."""
     boxes, logits, _ = spread(maps, size)
     points, classes = logits.shape[1:]
-    count = min(4 * task.most, points * classes)
+    count = min(task.candidates, points * classes)
     scores, at = logits.sigmoid().flatten(1).topk(count)
     label = at % classes
     mine = boxes.gather(1, (at // classes)[..., None].expand(-1, -1, 4))
@@ -207,12 +226,30 @@ def maps_of(output: Any) -> list[Tensor]:
     return list(maps)
 
 
-def check_boxes(y: Tensor, classes: int) -> None:
-    """Raises InputError for boxes that are not (N, K, 5 or 6), and for classes out of range."""
-    if y.dim() != 3 or y.shape[-1] not in (5, 6):
+def objects(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (N, K, 5) of single objects, and those around many; the others have the class -1.
+
+    K is at least 1."""
+    rows = y[..., :5]
+    if not y.shape[1]:
+        rows = torch.full((len(y), 1, 5), -1.0, device=y.device, dtype=y.dtype)
+    if not y.shape[1] or y.shape[-1] == 5:
+        return rows, torch.full_like(rows, -1)
+    many = y[..., 5:] > 0
+    return rows.masked_fill(many, -1), rows.masked_fill(~many, -1)
+
+
+def check_boxes(x: Tensor, y: Tensor, classes: int) -> None:
+    """Raises InputError for boxes that are not (N, K, 5 or 6) of the images x, are empty or not
+    finite, and for classes out of range."""
+    if y.dim() != 3 or y.shape[-1] not in (5, 6) or len(y) != len(x):
         raise InputError(
-            f"boxes are (N, K, 5): class, left, top, right, bottom; not {tuple(y.shape)}"
+            f"boxes are (N, K, 5): class, left, top, right, bottom; not {tuple(y.shape)} for "
+            f"{len(x)} images"
         )
+    real = y[y[..., 0] != -1]
+    if not bool(torch.isfinite(real).all()) or not bool((real[:, 3:5] > real[:, 1:3]).all()):
+        raise InputError("a box has no area, or is not finite; the class -1 means that it is none")
     wrong = y[..., 0][y[..., 0] >= classes]
     if wrong.numel():
         raise InputError(
