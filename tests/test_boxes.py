@@ -203,8 +203,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"annotations": [{**BOX, "bbox": [10, 4, -3, 8]}]}, "box 1 of train.json"),
     ({"annotations": [{**BOX, "bbox": [50, 4, 5, 8]}]}, "box 1 of train.json"),
     ({"annotations": [{**BOX, "bbox": [1e400, 4, 5, 8]}]}, "box 1 of train.json"),
-    ({"annotations": [{**BOX, "bbox": [10, 4, 5]}]}, "train.json is not in COCO's form"),
-    ({"annotations": [{**BOX, "bbox": "10 4"}]}, "train.json is not in COCO's form"),
+    ({"annotations": [{**BOX, "bbox": [10, 4, 5]}]}, "box 1 of train.json"),
+    ({"annotations": [{**BOX, "bbox": "10 4"}]}, "box 1 of train.json"),
+    ({"annotations": [{**BOX, "bbox": []}]}, "box 1 of train.json"),
+    ({"annotations": [{**BOX, "bbox": [0, 0, "wide", 2]}]}, "is not in COCO's form: ValueError"),
+    (
+        {"annotations": [{**BOX, "bbox": [0, 0, 10**400, 2]}]},
+        "is not in COCO's form: OverflowError",
+    ),
+    ({"images": [{"id": 5, "file_name": ""}]}, "which is not there|not in COCO's form"),
+    ({"categories": [*CATEGORIES, {"id": 8, "name": "cat"}]}, "two categories of one name or id"),
+    ({"categories": [*CATEGORIES, {"id": 7, "name": "cow"}]}, "two categories of one name or id"),
     ({"annotations": [{**BOX, "category_id": 9}]}, "box 1 of train.json has the class 9"),
     ({"annotations": [{**BOX, "image_id": 9}]}, "belongs to the image 9"),
     ({"annotations": [{"id": 1}]}, "train.json is not in COCO's form: KeyError"),
@@ -241,7 +250,7 @@ def test_what_cannot_be_used_is_left_out_on_request(tmp_path: Path) -> None:
     assert data.broken == (
         "6.png, which is not there",
         "box 2 of train.json, [1, 1, 0, 0] in train/a.png",
-        "train/7.png",
+        "train/7.png is not a readable image",
     )
 
 
@@ -260,9 +269,10 @@ def test_which_file_is_meant(tmp_path: Path) -> None:
     none = folder(tmp_path / "0", {"a.png": photo(), "x.json": [1, 2]})
     with pytest.raises(InputError, match="no boxes in COCO's form"):
         coco.find(none)
-    bad = folder(tmp_path / "b", {"a.png": photo(), "train.json": "{"})
+    bad = folder(tmp_path / "b", {"a.png": photo(), "train.json": "{", "boxes.json": form()})
+    assert coco.find(bad) == ("boxes.json", None)
     with pytest.raises(InputError, match=r"train.json is not JSON"):
-        coco.find(bad)
+        Boxes(bad, "train.json")
     twice = folder(tmp_path / "t", {"boxes.json": form(), "x/a.png": photo(), "y/a.png": photo()})
     with pytest.raises(InputError, match=r"a.png could be x/a.png or y/a.png"):
         Boxes(twice)
@@ -304,3 +314,68 @@ def test_digits_on_textures() -> None:
     assert real[:, 3].max() <= 80 and real[:, 4].max() <= 48
     with pytest.raises(InputError, match="at least 32 x 32"):
         digit_scenes(size=16)
+
+
+def test_coco_as_it_is_published(tmp_path: Path) -> None:
+    """Keypoints and captions lie beside the instances."""
+    files: dict[str, Any] = {"train2017/a.png": photo(), "val2017/a.png": photo()}
+    for part in ("train", "val"):
+        for kind in ("instances", "person_keypoints"):
+            files[f"annotations/{kind}_{part}2017.json"] = form()
+        files[f"annotations/captions_{part}2017.json"] = {"images": [], "annotations": []}
+    assert coco.find(folder(tmp_path, files)) == (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+    )
+
+
+def test_validation_by_its_whole_name(tmp_path: Path) -> None:
+    names = ("train.json", "validation.json")
+    root = folder(tmp_path, {**{n: form() for n in names}, "train/a.png": photo()})
+    assert coco.find(root) == names
+
+
+def test_an_image_of_another_part_is_not_taken(tmp_path: Path) -> None:
+    root = folder(
+        tmp_path,
+        {"train.json": form(), "val.json": form(), "train/a.png": photo(), "val/b.png": photo()},
+    )
+    with pytest.raises(InputError, match=r"a\.png, which is not there"):
+        train_and_valid(root)
+
+
+@pytest.mark.parametrize("name", ["images\\a.png", "./a.png", "../images/a.png"])
+def test_paths_of_other_systems(name: str, tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train.json": form(name), "images/a.png": photo()})
+    assert Boxes(root).names == ["images/a.png"]
+
+
+def test_boxes_are_cut_off_at_the_sides_of_the_image(tmp_path: Path) -> None:
+    """Also where the file does not say how large the image is."""
+    image = {"id": 5, "file_name": "a.png"}
+    over = {**BOX, "bbox": [30, 10, 50, 50]}
+    root = folder(
+        tmp_path, {"train.json": form(images=[image], annotations=[over]), "a.png": photo()}
+    )
+    assert Boxes(root, size=(20, 40))[0][1][0].tolist() == [1, 30, 10, 40, 20, 0]
+    outside = {**BOX, "bbox": [50, 10, 5, 5]}
+    images = [image, {"id": 6, "file_name": "b.png"}]
+    annotations = [outside, {**BOX, "id": 2, "image_id": 6}]
+    files = {"train.json": form(images=images, annotations=annotations)}
+    files |= {"a.png": photo(), "b.png": photo()}
+    root = folder(tmp_path / "2", files)
+    with pytest.raises(InputError, match="a box of a.png is outside of the image"):
+        Boxes(root)[0]
+    left = Boxes(root, skip_broken=True)
+    assert left.names == ["b.png"] and left.broken == ("a box of a.png is outside of the image",)
+
+
+def test_an_image_that_is_a_line_can_be_augmented(tmp_path: Path) -> None:
+    image = {"id": 5, "file_name": "a.png"}
+    box = {**BOX, "bbox": [0, 4, 2, 300]}
+    files = {"train.json": form(images=[image], annotations=[box])}
+    root = folder(tmp_path, {**files, "a.png": photo((0, 4, 2, 304), (900, 2))})
+    data = Boxes(root, size=(40, 40), augment=True)
+    for epoch in range(20):
+        data.set_epoch(0, epoch)
+        assert data[0][0].shape == (3, 40, 40)

@@ -34,6 +34,8 @@ DEPTHS: dict[str, tuple[Any, str]] = {
     "32 bits, of 16": (RAMP.astype(np.int32) * 257, "tif"),
     "32 bits, of 8": (RAMP.astype(np.int32), "tif"),
     "float": ((RAMP / 255).astype(np.float32), "tif"),
+    "float, overshot": (np.where(RAMP == 252, 1.02, RAMP / 255).astype(np.float32), "tif"),
+    "float, a NaN": (np.where(RAMP == 0, np.nan, RAMP / 255).astype(np.float32), "tif"),
     "float, 0 to 255": (RAMP.astype(np.float32), "tif"),
     "one bit": (RAMP > 100, "png"),
 }
@@ -46,6 +48,7 @@ def test_every_depth_is_0_to_255(depth: str, tmp_path: Path) -> None:
     right = {
         "16 bits, dark": np.minimum(RAMP, 20_000 / 257).round(),
         "one bit": 255.0 * (RAMP > 100),
+        "float, overshot": np.where(RAMP == 252, 255.0, RAMP),
     }.get(depth, RAMP.astype(float))
     assert np.abs(as_read(tmp_path) - right[..., None]).max() <= 1
 
@@ -103,6 +106,10 @@ def test_what_macos_leaves_and_hidden_files_are_no_images(tmp_path: Path) -> Non
                 archive.write(file, file.relative_to(tmp_path).as_posix())
     assert names_in(tmp_path / "z.ZIP") == right
     assert len(Images(tmp_path / "z.ZIP", size=8)) == 3
+    with zipfile.ZipFile(tmp_path / "dots.zip", "w") as archive:
+        archive.write(tmp_path / "cats" / "a.png", "x")
+        archive.writestr("./cats/a.png", (tmp_path / "cats" / "a.png").read_bytes())
+    assert Images(tmp_path / "dots.zip", size=8)[0].shape == (3, 8, 8)
     assert len(Images(tmp_path, size=8)) == 3
 
 
@@ -114,6 +121,8 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     os.symlink(tmp_path / "set", tmp_path / "set" / "round")  # a circle
     assert names_in(tmp_path / "set") == ["cats/a.png"]
     assert Pictures(tmp_path / "set", size=8).classes == ("cats",)
+    os.symlink(tmp_path / "real" / "cats", tmp_path / "set" / "dogs")  # two names of one folder
+    assert names_in(tmp_path / "set") == ["cats/a.png", "dogs/a.png"]
 
 
 def test_an_array_file_with_an_upper_case_ending(tmp_path: Path) -> None:

@@ -54,13 +54,7 @@ class Archive:
         try:
             with image.open(io.BytesIO(self.read(name))) as file:
                 picture = upright(file).convert("RGB" if channels == 3 else "L")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            zipfile.BadZipFile,
-            image.DecompressionBombError,
-        ) as error:
+        except Exception as error:  # decoders raise all kinds of errors on strange bytes
             raise InputError(
                 f"{self.path}: {name} is not a readable image; skip_broken=True skips such images"
             ) from error
@@ -106,7 +100,7 @@ def names_in(path: Path, endings: Container[str] = PICTURES) -> list[str]:
     what macOS leaves beside files (`._a.jpg`, `__MACOSX/`) are no images. Raises InputError if the
     path is neither."""
     if path.is_dir():
-        found = [p.relative_to(path).as_posix() for p in _under(path, set())]
+        found = [p.relative_to(path).as_posix() for p in _under(path, ())]
     elif not path.exists():
         raise InputError(f"no such file or folder: {path}")
     else:
@@ -115,24 +109,22 @@ def names_in(path: Path, endings: Container[str] = PICTURES) -> list[str]:
                 found = [n for n in archive.namelist() if not n.endswith("/")]
         except (zipfile.BadZipFile, OSError) as error:
             raise InputError(f"{path} is neither a folder nor a readable zip of images") from error
-    kept = [PurePosixPath(n) for n in found]
-    return sorted(
-        str(n)
-        for n in kept
-        if n.suffix.lower() in endings
-        and not any(part.startswith(".") or part == "__MACOSX" for part in n.parts)
-    )
+    return sorted(n for n in found if _wanted(PurePosixPath(n), endings))
 
 
-def _under(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """The files under a folder, also behind links; a folder that is met twice is read once."""
+def _wanted(name: PurePosixPath, endings: Container[str]) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+    return name.suffix.lower() in endings and not hidden
+
+
+def _under(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The files under a folder, also behind links, unless they lead back to a folder above."""
     real = folder.resolve()
-    if real in seen:
+    if real in above:
         return
-    seen.add(real)
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            yield from _under(entry, seen)
+            yield from _under(entry, (*above, real))
         elif entry.is_file():
             yield entry
 
@@ -141,15 +133,15 @@ def upright(picture: Any) -> Any:
     """An opened image, turned as its EXIF says, in 8 bits.
 
     Pillow cuts 16-bit gray off at 255 and rounds floats to 0 and 1. Here 0..65535 becomes 0..255,
-    and so do floats in 0..1; floats above 1 are in 0..255."""
+    and so do floats in 0..1. Floats above that (and above what resampling adds) are in 0..255."""
     from PIL import ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
         most = float(values.max(initial=0))
         if picture.mode == "F":
-            scale = 255.0 if most <= 1 else 1.0
+            scale = 255.0 if most <= 1.5 else 1.0
         else:  # Pillow also opens some images of 16 bits with 32
             scale = 1 / 257 if picture.mode != "I" or most > 255 else 1.0
         eight = (values * scale).round().clip(0, 255).astype(np.uint8)

@@ -30,7 +30,8 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
 
     `size`: (height, width) in pixels, or the side of a square. Images are scaled to 0..1 and
     normalised with `mean` and `std`. `augment` cuts out a random part that has a box in it, flips
-    half of the images unless `flip` is off, and changes brightness, contrast, saturation and hue.
+    half of the images unless `flip` is off, and changes brightness, contrast, saturation, hue and
+    the order of the channels.
     `classes` sets the order of the labels. `cache` keeps decoded images in memory.
 
     Raises InputError for files and boxes that cannot be used (see `coco.read`). With `skip_broken`
@@ -60,10 +61,9 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
         self.classes, self.sizes = found.classes, found.sizes
         self.names = list(found.boxes)
         self.broken = found.broken
-        if skip_broken:
-            self.names, bad = self.archive.readable(self.names)
-            self.broken += tuple(bad)
         self.boxes = [torch.tensor(found.boxes[n], device="cpu").view(-1, 6) for n in self.names]
+        if skip_broken:
+            self._leave_out_broken()
         self.rows = max(1, *map(len, self.boxes))
         self.change = Augmentation(flip) if augment else None
 
@@ -71,14 +71,7 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        name, boxes = self.names[index], self.boxes[index]
-        pixels = self.archive.pixels(name)
-        high, wide = pixels.shape[:2]
-        if self.sizes.get(name, (wide, high)) != (wide, high):
-            raise InputError(
-                f"{self.archive.path}: {name} has {wide} x {high} pixels, its boxes are for "
-                f"{self.sizes[name][0]} x {self.sizes[name][1]}"
-            )
+        pixels, boxes = self._read(index)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         if self.change is None:
             image, boxes = self._fitted(image, boxes)
@@ -93,6 +86,38 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
         rows[:, 0] = -1
         rows[: len(boxes)] = boxes + torch.tensor([0, left, top, left, top, 0], device="cpu")
         return framed(image, self.size, self.mean, self.std), rows
+
+    def _read(self, index: int) -> tuple[np.ndarray, Tensor]:
+        """The pixels of an image, and its boxes within it. Raises InputError if they do not fit."""
+        name = self.names[index]
+        pixels = self.archive.pixels(name)
+        high, wide = pixels.shape[:2]
+        if self.sizes.get(name, (wide, high)) != (wide, high):
+            raise InputError(
+                f"{self.archive.path}: {name} has {wide} x {high} pixels, its boxes are for "
+                f"{self.sizes[name][0]} x {self.sizes[name][1]}"
+            )
+        boxes = self.boxes[index].clone()
+        boxes[:, [1, 3]] = boxes[:, [1, 3]].clamp(0, wide)
+        boxes[:, [2, 4]] = boxes[:, [2, 4]].clamp(0, high)
+        if not bool((boxes[:, 3:5] > boxes[:, 1:3]).all()):
+            raise InputError(f"{self.archive.path}: a box of {name} is outside of the image")
+        return pixels, boxes
+
+    def _leave_out_broken(self) -> None:
+        """Keeps the images that can be read and whose boxes fit."""
+        kept = []
+        for index, name in enumerate(self.names):
+            try:
+                self._read(index)
+                kept.append(index)
+            except InputError as error:
+                self.broken += (
+                    str(error).partition(f"{self.archive.path}: ")[2].partition("; ")[0],
+                )
+        if not kept:
+            raise InputError(f"{self.archive.path}: no image can be used, such as {self.broken[0]}")
+        self.names, self.boxes = ([v[i] for i in kept] for v in (self.names, self.boxes))
 
     def _fitted(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         small = fitted(image, self.size)
@@ -121,6 +146,8 @@ class Augmentation:
             boxes[:, 1:5], format="XYXY", canvas_size=image.shape[-2:]
         )
         made = self.change({"image": image, "boxes": places, "others": boxes[:, [0, 5]]})
+        if min(made["image"].shape[-2:]) < 1:  # a part of an image that is a line
+            return image, boxes
         label, crowd = made["others"].split(1, 1)
         corners = made["boxes"].as_subclass(Tensor)
         return made["image"], torch.cat((label, corners, crowd), 1)

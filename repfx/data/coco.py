@@ -14,12 +14,14 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from repfx.data.archive import Archive, names_in
 from repfx.errors import InputError
 
-VALID = ("val", "valid", "test")
+VALID = ("val", "valid", "validation", "test")
+PARTS = ("train", *VALID)
 Box = tuple[int, float, float, float, float, bool]  # class, left, top, right, bottom, crowd
 
 
@@ -40,8 +42,8 @@ def find(path: Path) -> tuple[str, str | None]:
     """The annotation files for training and for validation; None where there is only one.
 
     A file belongs to a part by its name or by that of its folder: `train.json`,
-    `annotations/instances_val2017.json`, `valid/_annotations.coco.json`. `val` goes before `valid`,
-    and that before `test`.
+    `annotations/instances_val2017.json`, `valid/_annotations.coco.json`. Validation is the first of
+    VALID that is there. Of COCO's own files of a part, `instances` is taken.
     Raises InputError if there is no file in COCO's form, or if it is not clear which one to take.
     """
     archive = Archive(path)
@@ -51,10 +53,11 @@ def find(path: Path) -> tuple[str, str | None]:
             f"{path} has no boxes in COCO's form: a .json file with images, annotations and "
             "categories, such as train.json"
         )
-    train = [n for n in names if _is_part(n, "train")]
+    train = _instances([n for n in names if _is_part(n, "train")])
     if not train and len(names) == 1:
         return names[0], None
-    others = [[n for n in names if _is_part(n, part) and n not in train] for part in VALID]
+    rest = [n for n in names if not _is_part(n, "train")]
+    others = [_instances([n for n in rest if _is_part(n, part)]) for part in VALID]
     valid = next((found for found in others if found), [None])
     if len(train) != 1 or len(valid) != 1:
         raise InputError(
@@ -82,7 +85,7 @@ def read(
             reading.add_image(image)
         for entry in found["annotations"]:
             reading.add_box(entry)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{archive.path}: {name} is not in COCO's form: {error!r}") from error
     broken = tuple(reading.broken)
     if broken and not skip_broken:
@@ -102,6 +105,8 @@ class _Reading:
         self.name, self.places = name, Paths(archive, name)
         categories = sorted(found["categories"], key=lambda c: c["id"])
         self.labels = {c["id"]: str(c["name"]) for c in categories}
+        if len(set(self.labels.values())) < len(categories):
+            raise InputError(f"{name} has two categories of one name or id")
         self.classes = tuple(self.labels.values()) if classes is None else classes
         self.paths: dict[Any, str | None] = {}
         self.boxes: dict[str, list[Box]] = {}
@@ -137,7 +142,7 @@ class _Reading:
         if box is None:
             self.broken.append(f"{where}, {entry['bbox']} in {path}")
             return
-        crowd = bool(entry.get("iscrowd", 0))
+        crowd = bool(int(entry.get("iscrowd") or 0))
         self.boxes[path].append((self.classes.index(label), *box, crowd))
 
 
@@ -153,23 +158,35 @@ class Paths:
         # The folder of the file itself; one of its name; the part it speaks of; the whole.
         words = at.stem.replace("instances_", "")
         self.folders = (at.parent, at.parent / words, PurePosixPath(words), PurePosixPath())
+        self.part = next((part for part in PARTS if _is_part(annotations, part)), "")
 
     def of(self, file: str) -> str | None:
-        """The path in the archive, or None. Raises InputError if it could be several images."""
+        """The path in the archive, or None. Raises InputError if it could be several images.
+
+        An image in the folder of another part is not meant."""
+        file = normpath(file.replace("\\", "/")).lstrip("./")
         for folder in self.folders:
             if str(folder / file) in self.names:
                 return str(folder / file)
         wanted = PurePosixPath(file).parts
         found = [
-            n for n in self.ends[wanted[-1]] if PurePosixPath(n).parts[-len(wanted) :] == wanted
+            n
+            for n in self.ends[wanted[-1]]
+            if PurePosixPath(n).parts[-len(wanted) :] == wanted and self._may_be(n)
         ]
         if len(found) > 1:
             raise InputError(f"{self.path}: {file} could be {' or '.join(found[:3])}")
         return found[0] if found else None
 
+    def _may_be(self, name: str) -> bool:
+        folders = [part for word in PurePosixPath(name).parts[:-1] for part in _parts(word)]
+        return not self.part or not folders or self.part in folders
+
 
 def _corners(bbox: Any, size: tuple[int, int] | None) -> tuple[float, float, float, float] | None:
     """Left, top, right, bottom within the image, or None if nothing of it is there."""
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
+        return None
     left, top, width, height = (float(v) for v in bbox)
     right, bottom = left + width, top + height
     if not all(map(math.isfinite, (left, top, right, bottom))) or width <= 0 or height <= 0:
@@ -182,17 +199,30 @@ def _corners(bbox: Any, size: tuple[int, int] | None) -> tuple[float, float, flo
 def _parsed(archive: Archive, name: str) -> Any:
     try:
         return json.loads(archive.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{archive.path}: {name} is not JSON: {error}") from error
 
 
 def _is_coco(archive: Archive, name: str) -> bool:
-    found = _parsed(archive, name)
+    try:
+        found = _parsed(archive, name)
+    except InputError:  # a file of something else
+        return False
     return isinstance(found, dict) and {"images", "annotations", "categories"} <= set(found)
 
 
 def _is_part(name: str, part: str) -> bool:
     """Whether a word of the file's name or of its folder begins with the part: val, val2017."""
     at = PurePosixPath(name)
-    words = f"{at.parent.name}_{at.stem}".lower().replace("-", "_").replace(".", "_").split("_")
-    return any(w == part or (w.startswith(part) and w[len(part) :].isdigit()) for w in words)
+    return part in _parts(f"{at.parent.name}_{at.stem}")
+
+
+def _parts(text: str) -> list[str]:
+    words = text.lower().replace("-", "_").replace(".", "_").split("_")
+    return [
+        p for p in PARTS for w in words if w == p or (w.startswith(p) and w[len(p) :].isdigit())
+    ]
+
+
+def _instances(names: list[str]) -> list[str]:
+    return [n for n in names if "instances" in n] or names

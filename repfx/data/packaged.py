@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, by_channel
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, both_sides, by_channel
 from repfx.errors import InputError, MissingPart
 
 Labelled = tuple[Tensor, Tensor]
@@ -45,7 +45,7 @@ def digit_scenes(
     right, bottom in pixels; the class -1 is no box. An image has one to six digits, from a seventh
     of the shorter side to half of it. Those of the test set are of other hands. `size`: (height,
     width) or the side of a square, from 32."""
-    high, wide = (size, size) if isinstance(size, int) else size
+    high, wide = both_sides(size)
     if min(high, wide) < 32:
         raise InputError(f"images of digits have at least 32 x 32 pixels, not {high} x {wide}")
     made = []
