@@ -364,7 +364,7 @@ def test_boxes_are_cut_off_at_the_sides_of_the_image(tmp_path: Path) -> None:
     files = {"train.json": form(images=images, annotations=annotations)}
     files |= {"a.png": photo(), "b.png": photo()}
     root = folder(tmp_path / "2", files)
-    with pytest.raises(InputError, match="a box of a.png is outside of the image"):
+    with pytest.raises(InputError, match=r"a box of a\.png is outside of the image"):
         Boxes(root)[0]
     left = Boxes(root, skip_broken=True)
     assert left.names == ["b.png"] and left.broken == ("a box of a.png is outside of the image",)

@@ -107,7 +107,7 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
     def _leave_out_broken(self) -> None:
         """Keeps the images that can be read and whose boxes fit."""
         kept = []
-        for index, name in enumerate(self.names):
+        for index in range(len(self.names)):
             try:
                 self._read(index)
                 kept.append(index)
@@ -117,7 +117,8 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
                 )
         if not kept:
             raise InputError(f"{self.archive.path}: no image can be used, such as {self.broken[0]}")
-        self.names, self.boxes = ([v[i] for i in kept] for v in (self.names, self.boxes))
+        self.names = [self.names[i] for i in kept]
+        self.boxes = [self.boxes[i] for i in kept]
 
     def _fitted(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         small = fitted(image, self.size)

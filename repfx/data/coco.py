@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -163,7 +164,7 @@ class Paths:
     def of(self, file: str) -> str | None:
         """The path in the archive, or None. Raises InputError if it could be several images.
 
-        An image in the folder of another part is not meant."""
+        A name without a folder does not mean an image in the folder of another part."""
         file = normpath(file.replace("\\", "/")).lstrip("./")
         for folder in self.folders:
             if str(folder / file) in self.names:
@@ -172,7 +173,8 @@ class Paths:
         found = [
             n
             for n in self.ends[wanted[-1]]
-            if PurePosixPath(n).parts[-len(wanted) :] == wanted and self._may_be(n)
+            if PurePosixPath(n).parts[-len(wanted) :] == wanted
+            and (len(wanted) > 1 or self._may_be(n))
         ]
         if len(found) > 1:
             raise InputError(f"{self.path}: {file} could be {' or '.join(found[:3])}")
@@ -218,10 +220,9 @@ def _is_part(name: str, part: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
+    """The parts that a name speaks of, each with or without a number behind it."""
     words = text.lower().replace("-", "_").replace(".", "_").split("_")
-    return [
-        p for p in PARTS for w in words if w == p or (w.startswith(p) and w[len(p) :].isdigit())
-    ]
+    return [part for part in PARTS if any(re.fullmatch(rf"{part}\d*", word) for word in words)]
 
 
 def _instances(names: list[str]) -> list[str]:
