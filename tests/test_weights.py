@@ -85,6 +85,22 @@ FORMS: dict[str, Callable[[State, State], Any]] = {  # of the weights, and of ot
     },
     "EMA beside it": lambda s, o: {"state_dict": o, "state_dict_ema": s},
     "ema and model": lambda s, o: {"model": o, "ema": before("module.", s), "updates": 4},
+    "an average without statistics": lambda s, o: {
+        "model": {**o, **without(s, "weight", "bias")},
+        "ema": {k: v for k, v in s.items() if k.endswith(("weight", "bias"))},
+    },
+    "ours": lambda s, o: {"model": o, "ema": [3, s], "format": "repfx.fit 1"},
+    "SWA beside it": lambda s, o: {"model": o, "swa_model": before("module.", s)},
+    "gradients first": lambda s, o: {"grads": o, "model": s},
+    "a start first": lambda s, o: {"init_state": o, "state_dict": s},
+    "an optimizer by names": lambda s, o: {"optimizer": {"grad_ema": o}, "model": s},
+    "a teacher first": lambda s, o: {"teacher": o, "student": s},
+    "an average of another net": lambda s, o: {
+        "model": s,
+        "ema": {**o, "head.weight": o["head.bias"]},
+    },
+    "the same twice": lambda s, o: {"model": s, "last": dict(s)},
+    "random states": lambda s, o: {"model": s, "rng": np.random.get_state(), "a": np.uint8(3)},
     "an average of less": lambda s, o: {"model": s, "ema": {"head.weight": o["head.weight"]}},
     "args": lambda s, o: {"state_dict": s, "args": argparse.Namespace(lr=1, path=Path("a"))},
     "numpy": lambda s, o: {
@@ -152,6 +168,53 @@ def test_a_place_can_be_named(tmp_path: Path) -> None:
         load_weights(model, file, "best")
 
 
+def test_one_of_two_prefixes_can_be_named(tmp_path: Path) -> None:
+    file = tmp_path / "t.pth"
+    one, two = small(1).state_dict(), small(2).state_dict()
+    torch.save({**before("a.", one), **before("b.net.", two)}, file)
+    model = small(3)
+    load_weights(model, file, "b.net")
+    assert torch.equal(model.head.weight, two["head.weight"])  # type: ignore
+
+
+def test_tied_weights_and_our_own_file(tmp_path: Path) -> None:
+    """safetensors keeps one of the names of a tied weight, and repfx.save writes safetensors."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, bias=False)
+            self.second.weight = self.first.weight
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            del state
+
+    torch.manual_seed(1)
+    source = Tied()
+    save_file({k: v for k, v in source.state_dict().items() if "first" in k}, tmp_path / "t.bin")
+    torch.manual_seed(2)
+    model = Tied()
+    load_weights(model, tmp_path / "t.bin")
+    assert torch.equal(model.second.weight, source.first.weight)
+    fused = repfx.transform(small(1).eval(), [], example=torch.randn(1, 3, 8, 8))
+    repfx.save(fused, tmp_path / "ours.pt")
+    again = small(3)
+    load_weights(again, tmp_path / "ours.pt")
+    assert torch.equal(again.head.weight, small(1).head.weight)  # type: ignore
+
+
+def test_a_file_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
+    for kind in ("onnx", "HDF5", "torchscript"):
+        path = write_stranger(kind, tmp_path)
+        with pytest.raises(InputError, match=STRANGERS[kind]):
+            load_weights(small(), path)
+    with pytest.raises(InputError, match="is a folder"):
+        load_weights(small(), tmp_path)
+
+
 def test_a_whole_pickled_model_needs_trust(tmp_path: Path) -> None:
     file = tmp_path / "t.pth"
     torch.save({"model": small(1).half(), "epoch": 3}, file)
@@ -194,8 +257,25 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
     "another net": (lambda s: {"conv.weight": torch.ones(3)}, "8 of 9 weights are missing"),
     "another shape": (
         lambda s: {**s, "head.weight": torch.ones(5, 4, 1, 1)},
-        r"head.weight is \(5, 4, 1, 1\), the model needs \(2, 4, 1, 1\)",
+        r"head.weight is \(5, 4, 1, 1\), torch.float32; the model needs \(2, 4, 1, 1\)",
     ),
+    "integers": (
+        lambda s: {**s, "head.weight": (100 * s["head.weight"]).to(torch.int8)},
+        r"head.weight is \(2, 4, 1, 1\), torch.int8",
+    ),
+    "complex": (
+        lambda s: {**s, "head.bias": s["head.bias"].to(torch.complex64)},
+        "torch.complex64",
+    ),
+    "two": (
+        lambda s: {"model": s, "best_model": {k: v + 1 for k, v in s.items()}},
+        r"several weights that fit: model, best_model; say which, as in --weights \S*t.pth#model",
+    ),
+    "two prefixes": (
+        lambda s: {**before("a.", s), **before("b.", {k: v + 1 for k, v in s.items()})},
+        r"several weights that fit: a, b; say which",
+    ),
+    "sparse": (lambda s: {**s, "head.bias": s["head.bias"].to_sparse()}, "head.bias"),
     "no weights": (lambda s: {"epoch": 3, "acc": 0.5}, "no state_dict, but a dict of epoch, acc"),
     "a list": (lambda s: [1, 2], "no state_dict, but a list"),
     "a tensor": (lambda s: torch.ones(3), "no state_dict, but a Tensor"),

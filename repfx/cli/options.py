@@ -173,9 +173,10 @@ def say(text: object) -> None:
 def beside(model: str) -> Path:
     """Where a result of MODEL goes by default: beside its file, or into this folder.
 
-    >>> beside("nets/small.pt").as_posix(), beside("nets.small:net").as_posix()
+    >>> beside("nets/small.pt").as_posix(), beside("nets.small:Nets.net(1.0, 'a:b')").as_posix()
     ('nets/small', 'net')
     """
     if ":" in model and not Path(model).exists():
-        return Path(model.rpartition(":")[2].rpartition(".")[2])
+        factory = model.partition(":")[2].partition("(")[0]
+        return Path(factory.rpartition(".")[2])
     return Path(model).with_suffix("")

@@ -14,6 +14,8 @@ def stranger(path: Path) -> str:
         return _folder(path)
     with path.open("rb") as file:
         head = file.read(4096)
+    if head[8:9] == b"{":  # safetensors, whatever its name
+        return ""
     if zipfile.is_zipfile(path):
         return _archive(path)
     ending = path.suffix.lower()

@@ -2,10 +2,13 @@
 
 A checkpoint is a state_dict, or a dict with one somewhere inside: {"state_dict": ...}, {"model":
 ..., "epoch": 3}, {"ema": ...}. DataParallel, torch.compile and trainers put a prefix before its
-keys. No name of a key or a prefix is known here: what has most of the model's keys is taken.
+keys.
 
     keys of the model     conv.weight   conv.bias
-    keys of the file      module.conv.weight   module.conv.bias   loss.weight"""
+    keys of the file      module.conv.weight   module.conv.bias   loss.weight
+
+What has all the model's parameters is taken. Of several such places an average of weights goes
+first, and an optimizer, a teacher or a start last; if that leaves two, the caller says which."""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ import argparse
 import collections
 import os
 import pathlib
+import re
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,17 +31,47 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from repfx.errors import InputError
+from repfx.files.kinds import stranger
 
 COMPILED = "_orig_mod."  # torch.compile puts it before the keys of the part it compiled
 DEPTH = 3
+AVERAGES = {"ema", "swa", "average", "averaged", "avg"}  # words in the place of weights
+LAST = {"optimizer", "optim", "opt", "grad", "grads", "gradients", "init", "initial", "teacher"}
 # Data of trainers beside the weights; making one of these runs no code of the file.
 HARMLESS = (
     *(argparse.Namespace, types.SimpleNamespace, collections.defaultdict, dict, list, set),
     *(pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.ndarray),
     *(getattr(import_module("numpy._core.multiarray"), n) for n in ("scalar", "_reconstruct")),
-    *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 )
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Weights in a file by the model's keys: `state`. `prefix` was before them in the file.
+
+    `left`: the file's other keys there. `wrong`: those of another shape or type."""
+
+    name: str
+    prefix: str
+    state: State
+    left: list[str]
+    wrong: dict[str, Tensor]
+
+    @property
+    def shown(self) -> str:
+        return ".".join(part for part in (self.name, self.prefix.rstrip(".")) if part)
+
+    @property
+    def rank(self) -> int:
+        words = set(re.split(r"[._]", self.shown.lower()))
+        return 2 if words & LAST else 0 if words & AVERAGES else 1
+
+    def same(self, other: _Place) -> bool:
+        """Whether the weights are those of another place."""
+        both = self.state.keys() & other.state.keys()
+        return all(torch.equal(self.state[k], other.state[k]) for k in both)
 
 
 def load_weights(
@@ -44,68 +79,72 @@ def load_weights(
 ) -> str:
     """Loads the weights of a file into the model, in place. Returns what was taken, in words.
 
-    `key`: where in the file they are, such as "ema" or "checkpoint.model"; by default where most of
-    the model's keys are, and of several such places an average of weights. `trust` unpickles
+    `key`: where in the file they are, such as "ema" or "checkpoint.model". `trust` unpickles
     everything, which runs code of the file.
 
     Raises InputError, and leaves the model as it was, for a file that cannot be read, that is a
-    pickle and not trusted, or whose weights do not fit; the message names the keys."""
+    pickle and not trusted, whose weights do not fit, or that has several that do; the message names
+    the keys."""
     content = _read(Path(path), trust)
-    states = {name: state for name, state in _states(content, "") if state}
-    if key is not None and key not in states:
-        raise InputError(f"{path} has no weights at {key!r}; it has {_listed(states)}")
+    wanted = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    states = [(name, state) for name, state in _states(content, "") if state]
     if not states:
         raise InputError(f"{path} holds no state_dict, but {_described(content)}")
-    tried = states if key is None else {key: states[key]}
-    wanted = model.state_dict()
-    found = {name: _matched(state, wanted) for name, state in tried.items()}
-    most = max(len(fit.state) for fit in found.values())
-    best = [name for name, fit in found.items() if len(fit.state) == most]
-    name = next((n for n in best if "ema" in n.lower().replace(".", "_").split("_")), best[0])
-    fit = found[name]
-    _check(fit, wanted, path, name)
-    model.load_state_dict(fit.state, strict=False)
-    others = [n for n in best if n != name]
-    return fit.said(name, others)
+    places = [place for name, state in states for place in _places(name, state, wanted)]
+    if key is not None:
+        places = [p for p in places if key in (p.shown, p.name)]
+        if not places:
+            names = dict.fromkeys(name for name, _ in states)
+            raise InputError(f"{path} has no weights at {key!r}; it has {_listed(names)}")
+    parameters = {k for k in wanted if k in dict(model.named_parameters(remove_duplicate=False))}
+    whole = [p for p in places if parameters <= _covered(p.state, wanted)]
+    best = min(whole, key=lambda p: p.rank, default=None)
+    if best is None:
+        raise InputError(_misfit(path, max(places, key=lambda p: len(p.state)), wanted))
+    rivals = [p for p in whole if p.rank == best.rank and not p.same(best)]
+    if rivals:
+        raise InputError(
+            f"{path} has several weights that fit: {_listed(p.shown for p in (best, *rivals))}; "
+            f"say which, as in --weights {path}#{best.shown or rivals[0].shown}"
+        )
+    others = [p for p in whole if p is not best and not p.same(best)]
+    state = dict(best.state)
+    for p in sorted(others, key=lambda p: p.rank):  # an average may have no statistics
+        state = {**p.state, **state} if wanted.keys() - _covered(state, wanted) else state
+    missing = _missing(state, wanted)
+    if missing:
+        raise InputError(_misfit(path, best, wanted))
+    model.load_state_dict(state, strict=False)
+    return _said(best, others, len(state) > len(best.state))
 
 
-class _Fit:
-    """The weights of a place, by the model's keys. `prefix`: what was before them in the file;
-    `missing`: of the model, where the prefix is the model's own."""
-
-    def __init__(self, state: State, prefix: str, own: str, left: list[str]) -> None:
-        self.state, self.prefix, self.own, self.left = state, prefix, own, left
-
-    def said(self, name: str, others: list[str]) -> str:
-        where = f"the weights at {name!r}" if name else "the weights"
-        if others:
-            where += f" (also there: {_listed(others)})"
-        if self.prefix:
-            where += f", whose keys begin with {self.prefix!r}"
-        if self.left:
-            where += f"; {len(self.left)} others are not of the model, such as {self.left[0]}"
-        return where
-
-
-def _matched(given: State, wanted: Mapping[str, Tensor]) -> _Fit:
-    """The weights with the prefix that makes most keys those of the model."""
+def _places(name: str, given: State, wanted: State) -> list[_Place]:
+    """The weights in one state_dict, with each prefix that makes most keys those of the model."""
     state = {k.replace(COMPILED, ""): v for k, v in given.items()}
-    best = _Fit({k: v for k, v in state.items() if k in wanted}, "", "", [])
-    for prefix, own in _prefixes(list(state), list(wanted)):
-        fits = {own + k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        fits = {k: v for k, v in fits.items() if k in wanted}
-        if len(fits) > len(best.state):
-            best = _Fit(fits, prefix, own, [])
-    taken = {best.prefix + k[len(best.own) :] for k in best.state}
-    best.left = [k for k in state if k not in taken]
-    return best
+    found = [_place(name, state, wanted, *pair) for pair in _prefixes(list(state), list(wanted))]
+    most = max(len(p.state) + len(p.wrong) for p in found)
+    return [p for p in found if len(p.state) + len(p.wrong) == most]
+
+
+def _place(name: str, state: State, wanted: State, prefix: str, own: str) -> _Place:
+    keys = {own + k[len(prefix) :]: k for k in state if k.startswith(prefix)}
+    keys = {ours: theirs for ours, theirs in keys.items() if ours in wanted}
+    fits = {k: state[v] for k, v in keys.items() if _fits(state[v], wanted[k])}
+    wrong = {k: state[v] for k, v in keys.items() if k not in fits}
+    taken = set(keys.values())
+    return _Place(name, prefix, fits, [k for k in state if k not in taken], wrong)
+
+
+def _fits(given: Tensor, wanted: Tensor) -> bool:
+    same = given.is_floating_point() == wanted.is_floating_point()
+    return same and given.is_complex() == wanted.is_complex() and given.shape == wanted.shape
 
 
 def _prefixes(given: list[str], wanted: list[str]) -> Iterator[tuple[str, str]]:
     """Pairs of what to take away and what to put before: one of them is empty.
 
     They follow from keys that end alike: of a few of the model's, as some may be missing."""
-    found = {}
+    found = {("", ""): True}
     for theirs, ours, swap in ((given, wanted, False), (wanted, given, True)):
         for key in ours[:: max(1, len(ours) // 8)]:
             for other in theirs:
@@ -115,29 +154,57 @@ def _prefixes(given: list[str], wanted: list[str]) -> Iterator[tuple[str, str]]:
     yield from found
 
 
-def _check(fit: _Fit, wanted: Mapping[str, Tensor], path: Any, name: str) -> None:
-    """Raises InputError if a weight is missing or has another shape."""
-    where = f"{path} at {name!r}" if name else f"{path}"
-    missing = [k for k in wanted if k not in fit.state and not k.endswith("num_batches_tracked")]
-    if missing:
-        tops = [k for k in fit.left if not fit.prefix or k.startswith(fit.prefix)]
-        has = f"; it has {_listed(tops)} instead" if tops else ""
-        raise InputError(
-            f"{where} does not fit the model: {len(missing)} of {len(wanted)} weights are missing, "
-            f"such as {_listed(missing)}{has}"
+def _covered(state: State, wanted: State) -> set[str]:
+    """The model's keys that the state fills, tied weights by any of their names."""
+    filled = {(wanted[k].data_ptr(), wanted[k].shape) for k in state if wanted[k].numel()}
+    tied = {k for k, v in wanted.items() if v.numel() and (v.data_ptr(), v.shape) in filled}
+    return {*state, *tied}
+
+
+def _missing(state: State, wanted: State) -> list[str]:
+    covered = _covered(state, wanted)
+    return [k for k in wanted if k not in covered and not k.endswith("num_batches_tracked")]
+
+
+def _misfit(path: Any, place: _Place, wanted: State) -> str:
+    """Why the weights at a place do not fit the model, in words."""
+    where = f"{path} at {place.shown!r}" if place.shown else f"{path}"
+    for k, v in place.wrong.items():
+        return (
+            f"{where} does not fit the model: {k} is {tuple(v.shape)}, {v.dtype}; the model needs "
+            f"{tuple(wanted[k].shape)}, {wanted[k].dtype}"
         )
-    for k, v in fit.state.items():
-        if v.shape != wanted[k].shape:
-            raise InputError(
-                f"{where} does not fit the model: {k} is {tuple(v.shape)}, the model needs "
-                f"{tuple(wanted[k].shape)}"
-            )
+    missing = _missing(place.state, wanted)
+    tops = [k for k in place.left if k.startswith(place.prefix)]
+    has = f"; it has {_listed(tops)} instead" if tops else ""
+    return (
+        f"{where} does not fit the model: {len(missing)} of {len(wanted)} weights are missing, "
+        f"such as {_listed(missing)}{has}"
+    )
+
+
+def _said(place: _Place, others: list[_Place], more: bool) -> str:
+    where = f"the weights at {place.name!r}" if place.name else "the weights"
+    if others:
+        where += f" (also there: {_listed(p.shown for p in others)})"
+    if place.prefix:
+        where += f", whose keys begin with {place.prefix!r}"
+    if more:
+        where += ", and what it lacks from the others"
+    if place.left:
+        where += f"; {len(place.left)} others are not of the model, such as {place.left[0]}"
+    return where
 
 
 def _read(path: Path, trust: bool) -> Any:
     if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
+        raise InputError(f"no such file: {path}" if not path.exists() else f"{path} is a folder")
+    other = stranger(path)
+    if other:
+        raise InputError(f"{path} {other}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix.lower() == ".safetensors" or head[8:] == b"{":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -171,12 +238,17 @@ def _states(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, State]
     """Every state_dict in a checkpoint, with where it is."""
     if isinstance(value, nn.Module):
         value = value.float().state_dict()
+    if isinstance(value, (list, tuple)) and len(value) < 100:
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping) or depth > DEPTH:
         return
-    tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
-    yield name, tensors
+    yield name, {str(k): v for k, v in value.items() if _is_plain(v)}
     for k, v in value.items():
         yield from _states(v, f"{name}.{k}" if name else str(k), depth + 1)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def _described(value: Any) -> str:
@@ -186,6 +258,6 @@ def _described(value: Any) -> str:
 
 
 def _listed(names: Any, most: int = 3) -> str:
-    names = [n or "its top" for n in names]
+    names = [str(n) or "its top" for n in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + rest
