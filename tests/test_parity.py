@@ -485,3 +485,36 @@ def test_what_torch_itself_cannot_compute_is_no_excuse() -> None:
     same = Difference(0.0, 0.0, math.inf)
     assert Parity(same, (same,), errors=(0.1,)).agrees
     assert not Parity(same, (same,), errors=(math.inf,)).agrees
+
+
+def test_a_small_share_of_one_may_be_off_by_units_of_one() -> None:
+    """A sigmoid of about 0.01 is off by 6e-8 in ONNX Runtime, six millionths of it."""
+    same, near = Difference(0, 0, math.inf), Difference(6e-8, 6e-6, 120)
+    far = Difference(1e-6, 1e-4, 100)
+    assert Parity(same, (near,), shares=(True,)).agrees
+    assert not Parity(same, (near,), shares=(False,)).agrees
+    assert not Parity(same, (near,)).agrees
+    assert not Parity(same, (far,), shares=(True,)).agrees
+
+
+class Scores(nn.Module):
+    """A sigmoid that is chosen and masked; one that is multiplied by weights; a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.first(x).flatten(2)
+        scores, _ = y.sigmoid().amax(1).topk(4)
+        return scores * (scores > 0.1), self.last(y.sigmoid().mean(2)), y.mean(2), y.softmax(1)
+
+
+def test_which_outputs_are_shares_of_one(tmp_path: Path) -> None:
+    from repfx.lowering.onnx.shares import shares
+
+    x = torch.randn(2, 3, 4, 4)
+    file = repfx.lower(Scores().eval(), tmp_path / "m.onnx", example=x)
+    found = shares(onnx.load(file.onnx))
+    assert found[1:] == (False, False, True)
+    assert shares(onnx.load(file.onnx))[0] is False  # a maximum is computed since

@@ -34,6 +34,7 @@ from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.lowering.onnx.choices import Choosing, See, picked_in
 from repfx.lowering.onnx.finish import codes_name
+from repfx.lowering.onnx.shares import shares
 from repfx.lowering.runtimes.run import session
 from repfx.quant import FakeQuant, in_float, quantizers_of
 from repfx.rewrite.difference import Difference, differences, worst
@@ -67,7 +68,8 @@ class Parity:
     torch model and the file, run as for `output`, against the model without rounding; None where
     nothing is rounded. `optimized`: whether the codes come from an optimized session too. (It may
     choose other kernels for a file whose codes are outputs.) `choices`: the indices that each
-    top-k, sort and argmax picks; `wrong` are those of other scores than torch picks."""
+    top-k, sort and argmax picks; `wrong` are those of other scores than torch picks. `shares`: the
+    outputs that are values of a sigmoid or softmax."""
 
     output: Difference
     outputs: tuple[Difference, ...]
@@ -79,6 +81,7 @@ class Parity:
     after: Difference | None = None
     optimized: bool = False
     choices: dict[str, CodeDifference] = field(default_factory=dict)
+    shares: tuple[bool, ...] = ()
 
     @property
     def forced(self) -> Difference:
@@ -127,8 +130,9 @@ class Parity:
             allowed = limits.rounding + limits.spread * error
             if off.integers:
                 allowed = max(limits.indices, min(limits.few / off.integers, 0.5))
+            share = bool(self.shares) and self.shares[i] and off.max_abs <= limits.of_one
             # Where torch itself gives no number in this precision, anything would be allowed.
-            if not off.relative <= allowed or not math.isfinite(error):
+            if not (off.relative <= allowed or share) or not math.isfinite(error):
                 found.append(f"output {i}: {off}")
         return tuple(found)
 
@@ -206,6 +210,7 @@ def compare(
         after,
         run is not None,
         choices,
+        shares(proto),
     )
 
 
