@@ -3,6 +3,7 @@ fit."""
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -111,6 +112,53 @@ def trained(batch: int) -> dict[str, Tensor]:
     options: dict[str, Any] = {"epochs": 2, "lr": 0.05, "device": "cpu", "progress": False}
     repfx.fit(model, "classification", data, batch=batch, **options)
     return model.state_dict()
+
+
+def detect(where: str) -> None:
+    torch.set_num_threads(1)
+    torch.save(detected(), f"{where}/{os.environ['RANK']}")
+
+
+def detected() -> list[float]:
+    """The average precision of a net that finds some of the boxes, over nine images."""
+    from repfx.data.packaged import digit_scenes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 14, 1))
+    data, test = digit_scenes(images=(8, 9))
+    options: dict[str, Any] = {"epochs": 1, "lr": 0.0, "device": "cpu", "progress": False}
+    history = repfx.fit(model, Found(), data, valid=test, batch=4, **options)
+    return [*history[-1].metrics.values()]
+
+
+class Found(repfx.training.Detection):
+    """Detection of boxes that are nearly the true ones."""
+
+    def metric(self) -> Any:
+        inner = super().metric()
+
+        class Near:
+            def update(self, model: Any, batch: Any) -> None:
+                inner.update(lambda _: near(batch[1]), batch)
+
+            def compute(self) -> Any:
+                return inner.compute()
+
+        return Near()
+
+
+def near(y: Tensor) -> Tensor:
+    """A map of 16 x 16 cells of 4 pixels with each true box, a little too large."""
+    made = torch.full((len(y), 14, 16, 16), -9.0)
+    for i, rows in enumerate(y.tolist()):
+        for label, left, top, right, bottom in rows:
+            if label >= 0:
+                a, b = int((left + right) / 8), int((top + bottom) / 8)
+                px, py = 4 * a + 2, 4 * b + 2
+                sides = (px - left, py - top, right - px + (left % 7) / 2, bottom - py)
+                made[i, :4, b, a] = torch.tensor(sides) / 4
+                made[i, 4 + int(label), b, a] = 2 * math.sin(left * 12.9898 + top * 78.233 + right)
+    return made
 
 
 def run(world: int, where: Path, call: str) -> list[Any]:
@@ -285,3 +333,11 @@ def test_one_process_alone_disturbs_no_other(tmp_path: Path) -> None:
     ):
         assert part in a and part in b, (part, a, b)
     assert first[7:] == second[7:] and first[8] == first[10]
+
+
+def test_precision_over_another_number_of_images_in_each_process(tmp_path: Path) -> None:
+    alone = detected()
+    assert 0.2 < alone[0] < 0.95
+    for world in (2, 4):
+        for found in run(world, tmp_path / str(world), f"detect({str(tmp_path / str(world))!r})"):
+            assert found == pytest.approx(alone, abs=1e-6)
