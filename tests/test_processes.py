@@ -109,7 +109,9 @@ def trained(batch: int) -> dict[str, Tensor]:
         if isinstance(m, nn.Conv2d):
             m.reset_parameters()
     data = (images(91), torch.arange(91) % 4)
-    options: dict[str, Any] = {"epochs": 2, "lr": 0.05, "device": "cpu", "progress": False}
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # fit must find the other processes without it
+    device = "cpu" if torch.accelerator.is_available() else None
+    options: dict[str, Any] = {"epochs": 2, "lr": 0.05, "device": device, "progress": False}
     repfx.fit(model, "classification", data, batch=batch, **options)
     return model.state_dict()
 

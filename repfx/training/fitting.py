@@ -156,8 +156,10 @@ def _accelerator(device: str | None, precision: str | None) -> Any:
             f"device is None or 'cpu', not {device!r}; use accelerate launch to choose another"
         )
     ours = not joined()
+    # Without this, processes that torchrun starts on CPUs do not find each other.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
     try:
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
             f"accelerate does not accept device={device!r}, precision={precision!r}: {error}"
