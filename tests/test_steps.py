@@ -251,6 +251,7 @@ def test_when_a_run_is_ruined(
     assert bool(ruined(Seen(now), Seen(before), losses)) == stops
     same = Seen((), constant=True)
     assert ruined(same, same, losses) and not ruined(same, Seen(), losses)
+    assert ruined(Seen(("a",), constant=True), Seen(), losses)
 
 
 def test_what_is_constant() -> None:

@@ -104,7 +104,8 @@ def fit(
     of another model or run. Raises CheckError, saying where, if the loss or a weight is no longer
     finite. With `guard` it does so, too, if two epochs in a row end with a model that gives every
     sample the same output, or with useless quantizers and a loss a quarter above that of the first
-    step; the last checkpoint stays. Raises MissingPart if accelerate or torchmetrics is missing.
+    step, or one with both faults; the last checkpoint stays. Raises MissingPart if accelerate or
+    torchmetrics is missing.
     """
     said = dict(locals())  # the parameters have the same names as the fields
     rules = recipe(preset, {f.name: said[f.name] for f in fields(Recipe)})

@@ -7,7 +7,7 @@ unused      no integer value uses more than a sixteenth of the grid
 constant    the model gives each of sixteen samples or more the same output
 
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
-model has lost all of it. One epoch may be chance, so a run is ruined after two."""
+model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ruined(now: Seen, before: Seen, losses: list[float]) -> str:
     `now`, `before`: what was seen in the last two epochs. `losses`: of the first step, and the
     means of these epochs.
     """
-    if now.constant and before.constant:
+    if now.constant and (before.constant or now.faults):
         return "the model gives every sample the same output"
     worse = len(losses) == 3 and min(losses[1:]) > losses[0] + WORSE * abs(losses[0])
     if now.faults and before.faults and worse:
