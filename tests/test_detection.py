@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import repfx
+from repfx.cli.options import pixels
 from repfx.errors import InputError
 from repfx.lowering.runtimes.run import session
 from repfx.training import Boxed, Detection
@@ -446,7 +441,7 @@ def test_the_whole_way_of_a_detector(block: str, tmp_path: Path) -> None:
     model = repfx.transform(net, ["repq"], example=x)
     repfx.fit(model, "detection", train, epochs=1, batch=16, lr=1e-4, teacher=net, **options)
     model = repfx.transform(model.eval(), ["fuse"])
-    for suppress in (True, False) if block == "repvgg" else (True,):
+    for suppress in (True, False) if block == "repvgg" else ():
         whole = Boxed(model, suppress=suppress)
         file = repfx.lower(whole, tmp_path / "net.onnx", example=x)
         with torch.no_grad():
@@ -460,61 +455,9 @@ def test_the_whole_way_of_a_detector(block: str, tmp_path: Path) -> None:
         assert float((scores[0] - scores[1]).abs().max()) < 0.05
 
 
-def photos(path: Path, count: int = 6) -> Path:
-    """A zip of photographs of bright squares, 48 x 80, and their boxes in COCO's form."""
-    random = np.random.default_rng(0)
-    with zipfile.ZipFile(path, "w") as archive:
-        for part in ("train", "test"):
-            images, boxes = [], []
-            for i in range(count):
-                pixels = random.integers(0, 90, (48, 80, 3), dtype=np.uint8)
-                left, top, side = (int(random.integers(*r)) for r in ((0, 50), (0, 20), (12, 28)))
-                pixels[top : top + side, left : left + side] = 230
-                file = path.with_name(f"{part}{i}.jpg")
-                Image.fromarray(pixels).save(file)
-                archive.write(file, f"{part}/{i}.jpg")
-                file.unlink()
-                images.append({"id": i, "file_name": f"{i}.jpg", "width": 80, "height": 48})
-                box = {"id": i, "image_id": i, "category_id": 1, "bbox": [left, top, side, side]}
-                boxes.append(box)
-            kinds = [{"id": 1, "name": "square"}]
-            whole = {"images": images, "annotations": boxes, "categories": kinds}
-            archive.writestr(f"{part}.json", json.dumps(whole))
-    return path
-
-
-def command(folder: Path, *args: str) -> Any:
-    return subprocess.run(
-        [sys.executable, "-m", "repfx", *args], cwd=folder, capture_output=True, text=True
-    )
-
-
-@pytest.mark.slow
-def test_from_a_zip_to_an_int8_file_on_the_command_line(tmp_path: Path) -> None:
-    photos(tmp_path / "squares.zip")
-    (tmp_path / "mine.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLE)!r})\nfrom net import detector\n"
-        "def net():\n    return detector('repvgg', 1, depth=1)\n"
-    )
-    same = ("--size", "48x80")
-    train = ("train", "mine:net", "--data", "squares.zip", "-o", "net.pt", "--task", "detection")
-    how = ("--epochs", "2", "--lr", "0.002", "--batch", "3", "--optimizer", "adamw")
-    done = command(tmp_path, *train, *how, *same)
-    assert done.returncode == 0, done.stderr
-    assert "ap50" in done.stdout and "wrote net.pt" in done.stdout
-    frame = ("--fit", "letterbox", "--method", "max")
-    given = ("quantize", "net.pt", "--data", "squares.zip", "-o", "int8.pt")
-    done = command(tmp_path, *given, *same, *frame)
-    assert done.returncode == 0, done.stderr
-    done = command(tmp_path, "lower", "int8.pt", "--onnx")
-    assert done.returncode == 0, done.stderr
-    run = session("onnxruntime", tmp_path / "int8.onnx")
-    assert [tuple(v.shape) for v in run((torch.zeros(1, 3, 48, 80),))] == [
-        (1, 5, 12, 20),
-        (1, 5, 6, 10),
-        (1, 5, 3, 5),
-    ]
-    done = command(tmp_path, *train, "--epochs", "1", "--size", "48by80")
-    assert done.returncode == 2 and "HEIGHTxWIDTH" in done.stderr
-    done = command(tmp_path, *train[:-1], "classification", "--epochs", "1")
-    assert done.returncode == 2
+def test_sizes_on_the_command_line() -> None:
+    """docs/detection.md has the whole way from a zip to an INT8 file, and runs in test_docs.py."""
+    assert pixels("224") == 224 and pixels("48x80") == pixels("48X80") == (48, 80)
+    for text in ("48by80", "48x", "x", "0", "48x80x3", "-4", "4.5", ""):
+        with pytest.raises(InputError, match="--size is a side in pixels or HEIGHTxWIDTH"):
+            pixels(text)

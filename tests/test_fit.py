@@ -341,7 +341,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         ({"data": "nowhere"}, "no such file or folder: nowhere"),
         (
             {"task": "segmentation"},
-            "unknown task 'segmentation'; choose one of: classification, super-resolution",
+            "unknown task 'segmentation'; choose one of: classification, detection, super-resolution",
         ),
         ({"task": 3}, "a task needs loss"),
         ({"epochs": 0}, "epochs is a whole number from 1"),
@@ -369,7 +369,7 @@ def test_bad_input_is_named(given: dict[str, Any], message: str) -> None:
 
 
 def test_presets_and_decay() -> None:
-    assert set(PRESETS) == {"repvgg", "qarepvgg", "qat", "ecbsr"}
+    assert set(PRESETS) == {"repvgg", "qarepvgg", "qat", "ecbsr", "yolov6"}
     q = recipe("qat", {"lr": 0.02, "epochs": None})
     assert (q.epochs, q.warmup, q.lr, q.momentum, q.weight_decay) == (10, 3, 0.02, 0.9, 1e-4)
     assert [q.lr_at(s, 2) for s in (0, 5)] == pytest.approx([0.02 / 6, 0.02]) and q.lr_at(

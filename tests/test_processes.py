@@ -340,6 +340,5 @@ def test_one_process_alone_disturbs_no_other(tmp_path: Path) -> None:
 def test_precision_over_another_number_of_images_in_each_process(tmp_path: Path) -> None:
     alone = detected()
     assert 0.2 < alone[0] < 0.95
-    for world in (2, 4):
-        for found in run(world, tmp_path / str(world), f"detect({str(tmp_path / str(world))!r})"):
-            assert found == pytest.approx(alone, abs=1e-6)
+    for found in run(2, tmp_path / "2", f"detect({str(tmp_path / '2')!r})"):
+        assert found == pytest.approx(alone, abs=1e-6)
