@@ -341,7 +341,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         ({"data": "nowhere"}, "no such file or folder: nowhere"),
         (
             {"task": "segmentation"},
-            "unknown task 'segmentation'; choose one of: classification, detection, super-resolution",
+            "unknown task 'segmentation'; choose one of: classification, detection, super-",
         ),
         ({"task": 3}, "a task needs loss"),
         ({"epochs": 0}, "epochs is a whole number from 1"),
