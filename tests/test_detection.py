@@ -420,6 +420,30 @@ def test_boxes_that_cannot_be_used() -> None:
         Detection().loss(lambda _: maps(), x)
 
 
+def test_distillation_is_the_mean_difference_of_the_maps() -> None:
+    given = maps()
+    other = [given[0] + 1, given[1] - 3]
+    assert float(Detection().distance(given, other)) == pytest.approx(2)
+    assert float(Detection().distance(given, given)) == 0
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.9])
+def test_the_metric_leaves_out_only_what_is_no_box(threshold: float) -> None:
+    """It looks at the boxes above the threshold alone; suppression of all finds the same."""
+    task = Detection(threshold=threshold)
+    given = maps(3)
+    y = torch.zeros(2, 1, 5)
+    y[:, 0, 3:] = 9
+    metric = task.metric()
+    metric.update(lambda _: given, (torch.zeros(2, 3, 32, 64), y))
+    boxes, scores, classes = best(given, (32, 64), task)
+    for i, found in enumerate(metric.found):
+        kept = scores[i] > 0
+        torch.testing.assert_close(found["boxes"], boxes[i, kept])
+        torch.testing.assert_close(found["scores"], scores[i, kept])
+        assert torch.equal(found["labels"], classes[i, kept])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ["repvgg", "qarepvgg", "mobileone", "acnet"])
 def test_the_whole_way_of_a_detector(block: str, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def main() -> None:
     console = Console()
     console.print(history)
     images = [x for x, _ in DataLoader(still, 64)][:8]
-    table = Table("", "AP", "AP50", title=f"{args.block}, {len(test)} images")  # type: ignore[arg-type]
+    table = Table("", "AP", "AP50", title=args.block)
     rows = {"as trained": net.eval(), "merged": repfx.transform(net, ["fuse"], example=images[0])}
     rows |= {f"INT8, {way}": made for way, made in quantized(net, images, train, task).items()}
     scores = {name: precision(model, test, task) for name, model in rows.items()}

@@ -43,7 +43,7 @@ def digit_scenes(
 
     Each is (images (N, 3, H, W), normalised like photographs, boxes (N, 6, 5)): class, left, top,
     right, bottom in pixels; the class -1 is no box. An image has one to six digits, from a seventh
-    of the shorter side to half of it. Those of the test set are of other hands. `size`: (height,
+    of the shorter side to half of it. No handwritten digit is in both sets. `size`: (height,
     width) or the side of a square, from 32."""
     high, wide = both_sides(size)
     if min(high, wide) < 32:

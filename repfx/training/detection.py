@@ -13,7 +13,7 @@ which goes on as smoothly, so that no box is turned inside out, whatever the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,11 @@ class _Precision:
         maps = maps_of(model(x))
         check_boxes(x, y, maps[0].shape[1] - 4)
         for i, rows in enumerate(y.float().cpu()):  # one by one, which bounds the memory
-            boxes, scores, classes = best([v[i : i + 1] for v in maps], x.shape[-2:], self.task)
+            mine = [v[i : i + 1] for v in maps]
+            # What is below the threshold is no box, and drops none that is above it.
+            sure = sum(int((v[:, 4:].sigmoid() >= self.task.threshold).sum()) for v in mine)
+            task = replace(self.task, candidates=min(self.task.candidates, max(1, sure)))
+            boxes, scores, classes = best(mine, x.shape[-2:], task)
             kept, real = scores[0] > 0, rows[rows[:, 0] >= 0]
             seen = {"boxes": boxes, "scores": scores, "labels": classes}
             self.found.append({name: v[0, kept].cpu() for name, v in seen.items()})
