@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from repfx.api import Report, report, transform, verify
     from repfx.calibration import calibrate, reconstruct, sensitivity
     from repfx.files.store import load, save
+    from repfx.ladder import Quantized, quantize
     from repfx.lowering import Artifact, Finding, lower
     from repfx.lowering.lint.findings import lint
     from repfx.reporting import Numbers
@@ -33,6 +34,7 @@ else:
         "repfx.api": ("Report", "report", "transform", "verify"),
         "repfx.calibration": ("calibrate", "reconstruct", "sensitivity"),
         "repfx.files.store": ("load", "save"),
+        "repfx.ladder": ("Quantized", "quantize"),
         "repfx.lowering": ("Artifact", "Finding", "lower"),
         "repfx.lowering.lint.findings": ("lint",),
         "repfx.reporting": ("Numbers",),
@@ -69,6 +71,7 @@ __all__ = [
     "Inspection",
     "MissingPart",
     "Numbers",
+    "Quantized",
     "RepfxError",
     "Report",
     "calibrate",
@@ -77,6 +80,7 @@ __all__ = [
     "lint",
     "load",
     "lower",
+    "quantize",
     "reconstruct",
     "report",
     "save",

@@ -30,6 +30,12 @@ class MissingPart(RepfxError):
     exit_code = 3
 
 
+class OutOfTime(RepfxError):
+    """Work was stopped at its deadline; what was finished before is kept."""
+
+    exit_code = 1
+
+
 class Inexact(RepfxError):
     """Raised inside the algebra if a composition is not exactly one convolution.
 

@@ -21,7 +21,7 @@ import repfx
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "tolerances"},
-    {"processes"},
+    {"processes", "deadline"},
     {"algebra", "quant", "blocks", "data"},
     {"graph"},
     {"files"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"rewrite", "placement"},
     {"passes", "training", "calibration", "lowering"},
     {"reporting"},
-    {"api", "testing"},
+    {"api", "testing", "ladder"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repfx.calibration.segments import Segment
+from repfx.deadline import check_time
 
 _numbers = itertools.count()
 Values = tuple[Tensor, ...]
@@ -33,6 +34,7 @@ class Rows:
         columns: list[_InMemory | _InFile] = []
         try:
             for values in batches:
+                check_time()
                 columns = columns or [self._column(len(values)) for _ in values]
                 self.sizes.append(len(values[0]))
                 for column, part in zip(columns, values, strict=True):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from repfx.calibration.activations import Rows, Values
 from repfx.calibration.learned import Learned, learned
 from repfx.calibration.segments import Segment
-from repfx.errors import InputError, unknown
+from repfx.deadline import check_time
+from repfx.errors import InputError, OutOfTime, unknown
 from repfx.files import checkpoint
 from repfx.processes import add_up, agreed, gathered, place
 from repfx.quant import in_float, observing, quantizers_of, together
@@ -190,18 +191,23 @@ class Run:
         random = torch.Generator().manual_seed(number)
         # What is left in float is drawn in each process on its own.
         dropped = random if world == 1 else torch.Generator().manual_seed((number << 8) + rank)
-        with learned(block, o.rounding == "adaround", o.drop, dropped, known) as what:
-            groups = self._groups(what)
-            if not groups:  # a block that the caller named, with nothing but pools and joins
-                return before, before
-            optimizer = torch.optim.Adam(groups)
-            fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
-            for n in range(o.iterations):
-                optimizer.zero_grad()
-                self._backward(lesson, what, (random, dropped), n / o.iterations)
-                optimizer.step()
-                fall.step()
-                tick(n + 1)
+        try:
+            with learned(block, o.rounding == "adaround", o.drop, dropped, known) as what:
+                groups = self._groups(what)
+                if not groups:  # a block that the caller named, with nothing but pools and joins
+                    return before, before
+                optimizer = torch.optim.Adam(groups)
+                fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.iterations)
+                for n in range(o.iterations):
+                    check_time()
+                    optimizer.zero_grad()
+                    self._backward(lesson, what, (random, dropped), n / o.iterations)
+                    optimizer.step()
+                    fall.step()
+                    tick(n + 1)
+        except OutOfTime:  # a block is learned whole or stays as it was
+            block.module.load_state_dict(state)
+            raise
         after = self._error(block, lesson.ours, lesson.targets)
         if not after <= before:  # never worse than at the start
             block.module.load_state_dict(state)

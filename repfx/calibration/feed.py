@@ -10,6 +10,7 @@ from torch import nn
 
 from repfx.capture.running import in_order, quiet
 from repfx.data.batches import Batch
+from repfx.deadline import check_time
 from repfx.errors import InputError
 
 
@@ -25,6 +26,7 @@ def feed(model: nn.Module, batch: Batch) -> Any:
     argument. The model gets a copy of the batch on its own device, because some models overwrite
     their input. Raises InputError for a batch that the model does not take.
     """
+    check_time()
     inputs = batch.to(device_of(model), copy=True).inputs
     try:
         with quiet():

@@ -77,16 +77,33 @@ def calibrate(
     return model
 
 
+def ranges(model: nn.Module, batches: Iterable[Any]) -> dict[str, dict[FakeQuant, Tensor]]:
+    """The scales of the activation quantizers by every method, from one pass over the batches.
+
+    Raises InputError as `calibrate` does. The model does not change."""
+    quants = quantizers_of(model, of_weight=False).values()
+    seen = _seen(model, quants, Batches(batches), histogram=True)
+    return {m: {q: looks.scale(m) for q, looks in seen.items()} for m in METHODS}
+
+
 def _scales(
     model: nn.Module, quants: Iterable[FakeQuant], batches: Iterable[Batch], method: str
 ) -> dict[FakeQuant, Tensor]:
     """The scale of each quantizer that runs, measured while the model runs in float."""
+    seen = _seen(model, quants, batches, histogram=method != "max")
+    return {quant: looks.scale(method) for quant, looks in seen.items()}
+
+
+def _seen(
+    model: nn.Module, quants: Iterable[FakeQuant], batches: Iterable[Batch], histogram: bool
+) -> dict[FakeQuant, Observer]:
+    """What each quantizer that runs sees, while the model runs in float."""
     views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
     positive = _of_non_negative(views)
     in_place = _activations(views[0]) if isinstance(model, fx.GraphModule) else []
 
     def observer(quant: FakeQuant) -> Observer:
-        return Observer(quant.grid, method != "max", non_negative=quant in positive)
+        return Observer(quant.grid, histogram, non_negative=quant in positive)
 
     weights = quantizers_of(model, of_weight=True).values()
     with (
@@ -102,7 +119,7 @@ def _scales(
                 if i == 0:
                     note_inputs(model, arguments(model, batch.inputs))
         together(seen.values())
-        return {quant: looks.scale(method) for quant, looks in seen.items() if looks.seen}
+        return {quant: looks for quant, looks in seen.items() if looks.seen}
 
 
 def _keeping(

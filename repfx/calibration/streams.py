@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.capture.running import quiet
+from repfx.deadline import check_time
 from repfx.errors import InputError
 from repfx.graph.run_node import last_readers, step
 from repfx.quant import FakeQuant, in_eval
@@ -45,6 +46,7 @@ class TwoStreams:
             for node in self.module.graph.nodes:
                 if node.op == "output":
                     return
+                check_time()
                 for args, exact, rounded in zip(self.inputs, self.exact, self.rounded, strict=True):
                     self._run(node, args, exact, rounded)
                 visit(node)

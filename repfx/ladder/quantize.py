@@ -1,0 +1,328 @@
+"""quantize: climbs from cheap ways to quantize to dear ones, and keeps the best net.
+
+Each rung is judged on images held out from calibration. With a budget the climb ends at the first
+rung that meets it, and layers are left wide only where nothing else does. Without one it goes as
+far as the time allows, with every layer in integers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import time as clock
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.calibration.feed import arguments, feed
+from repfx.deadline import within
+from repfx.errors import CheckError, InputError, OutOfTime
+from repfx.ladder.costs import Costs, costs, size_of
+from repfx.ladder.images import Split
+from repfx.ladder.judge import Failed, Judge, Metric
+from repfx.ladder.results import Quantized, Rung
+from repfx.ladder.rungs import LEFT_WIDE, STEPS, Maker, Pace, Recipe
+from repfx.processes import place
+from repfx.quant import Grid, in_eval, quantizers_of
+from repfx.rewrite.runner import rewrite
+
+TIME = 600.0
+
+
+def quantize(
+    model: nn.Module | torch.export.ExportedProgram,
+    data: Iterable[Any],
+    *,
+    target: str = "tensorrt",
+    metric: Metric | None = None,
+    budget: float | None = None,
+    time: float = TIME,
+    bits: int = 8,
+    weight_bits: int | None = None,
+    example: Any = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    plan: Callable[[str], Any] | None = None,
+) -> Quantized:
+    """The best quantized net for a budget of accuracy and of time.
+
+    It tries, from cheap to dear: five ways to choose ranges; corrected biases; blocks learned to
+    match the float net; and, where a budget is given and not met, the worst layers left wide. Every
+    fourth image, up to 256, is held out and judges the nets; the other images calibrate. The model
+    given does not change.
+
+    `data`: batches as for `calibrate`. Labels (N,) make accuracy the judge. `metric`: a function of
+    a net that returns a number, larger is better, which then judges. Otherwise the net with the
+    best SQNR is chosen. `budget`: how much may be lost, in units of the metric, points of accuracy,
+    points of agreement with the float net, or, where outputs are not classes, percent of relative
+    error; the cheapest net that meets it is the result. `time`: the seconds it may take; what does
+    not fit is left out, and learning stops between two steps. `bits`, `weight_bits`: as for the
+    pass `ptq`. `checkpoint`: a folder in which interrupted learning continues. `plan`: called with
+    a line for each rung, before the work starts. The result follows from the seed and from which
+    rungs ran.
+
+    Raises InputError where `transform` and `calibrate` do, for fewer than four images, a metric
+    that fails on the float net, an option out of range, and for a time that is too short for ranges
+    alone."""
+    started = clock.monotonic()
+    folder = _checked(time, budget, (bits, weight_bits), checkpoint)
+    with within(time):
+        try:
+            images = Split(data)
+            plain = rewrite(model, ["fuse"], example, target)[0].eval()
+            judge = Judge(plain, images.held, metric)
+            pace = _pace(plain, images, judge)
+        except OutOfTime as error:
+            raise InputError(
+                f"time={time:g} is too short to run the float model on the images"
+            ) from error
+    key = _key(plain, images, (bits, weight_bits, target, seed)) if folder else ""
+    options = (bits, weight_bits, target, example, seed, folder, key, progress)
+    maker = Maker(model, images, *options)
+    climb = _Climb(maker, judge, pace, budget, started + time)
+    one = arguments(plain, images.held[0].inputs)
+    climb.one = tuple(x[:1] if isinstance(x, Tensor) and x.dim() else x for x in one)
+    for line in climb.planned(time):
+        (plan or (lambda _: None))(line)
+    climb.ranges()
+    climb.better()
+    return climb.result(size_of(plain), clock.monotonic() - started)
+
+
+@dataclass
+class _Climb:
+    """One climb: what was tried so far, and the best net."""
+
+    maker: Maker
+    judge: Judge
+    pace: Pace
+    budget: float | None
+    end: float
+    one: tuple[Any, ...] = ()
+    rungs: list[Rung] = field(default_factory=list)
+    best: Rung | None = None
+    net: nn.Module | None = None
+    recipe: Recipe | None = None  # of the best net
+    cost: Costs | None = None  # of the best net
+    declined: list[Any] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.end - clock.monotonic()
+
+    @property
+    def met(self) -> bool:
+        lost = math.inf if self.best is None or self.best.score is None else self.best.score.lost
+        return self.budget is not None and lost <= self.budget
+
+    def planned(self, time: float) -> list[str]:
+        """What each rung should take. Raises InputError if the time is too short for the first."""
+        ranges = self.pace.of(Recipe("max")) + 4 * self.pace.judge
+        if ranges > self.left:
+            raise InputError(
+                f"time={time:g} is too short: choosing ranges alone takes about {ranges:.0f} s "
+                f"more with {self.pace.calibrating} images; give fewer images or more time"
+            )
+        kinds = {
+            "ranges": ranges,
+            "corrected biases": self.pace.of(Recipe("max", bias=True)),
+            **{f"learned, {n} steps a block": self.pace.of(Recipe("max", steps=n)) for n in STEPS},
+        }
+        if self.budget is not None:
+            kinds["each try with some layers wide"] = self.pace.of(Recipe("max", True, 0, ("",)))
+        lines = [f"{name}: about {seconds:.0f} s" for name, seconds in kinds.items()]
+        return [*lines, f"time left: {self.left:.0f} s"]
+
+    def ranges(self) -> None:
+        """The first rung, from which the others start. Raises InputError if the time runs out."""
+        base, self.declined = self.maker.placed()
+        if not quantizers_of(base):
+            hint = "; ".join(map(str, self.declined[:3]))
+            raise InputError(f"no layer of the model can run in integers: {hint}")
+        begun = clock.monotonic()
+        try:
+            with within(self.left):
+                for recipe in self.maker.ranged(base):
+                    self._judge(recipe, base, begun)
+                    begun = clock.monotonic()
+        except OutOfTime as error:
+            if self.best is None:
+                raise InputError("the time was too short for ranges alone") from error
+        if self.best is None:
+            raise CheckError(f"the metric failed on every net: {self.rungs[-1].note}")
+        assert self.recipe is not None
+        self.base, self.method = self.net, self.recipe.method
+
+    def better(self) -> None:
+        """The rungs above ranges, as far as budget and time allow."""
+        if self.met:
+            return
+        self._try(Recipe(self.method, bias=True))
+        fits = [n for n in STEPS if self._fits(Recipe(self.method, steps=n))]
+        # Without a budget only the longest learning that fits is worth its time.
+        for steps in fits if self.budget is not None else fits[-1:] or STEPS[:1]:
+            if not self.met:
+                self._try(Recipe(self.method, steps=steps))
+        if self.budget is not None and not self.met:
+            self._wider()
+
+    def _wider(self) -> None:
+        assert self.recipe is not None and isinstance(self.base, nn.Module)
+        start = self.recipe
+        layers = self.cost.placement.integer if self.cost else ()
+        if self.pace.looking * len(layers) > self.left:
+            seconds = self.pace.looking * len(layers)
+            note = f"not tried, {self.left:.0f} s are left"
+            self.rungs.append(Rung("the worst layers wide", seconds, note=note))
+            return
+        try:
+            with within(self.left):
+                worst = self.maker.worst(self.base)
+        except (OutOfTime, InputError) as error:
+            self.rungs.append(Rung("the worst layers wide", 0.0, note=str(error)))
+            return
+        for count in LEFT_WIDE:
+            if not self.met and count <= len(worst) // 2:
+                self._try(replace(start, wide=worst[:count]))
+
+    def _fits(self, recipe: Recipe) -> bool:
+        path = self.maker.checkpoint(recipe)
+        return self.pace.of(recipe) <= self.left or (path is not None and path.exists())
+
+    def _try(self, recipe: Recipe) -> None:
+        """Makes and judges one net, if it fits into the time that is left."""
+        expected = self.pace.of(recipe)
+        if not self._fits(recipe):
+            note = f"not tried, {self.left:.0f} s are left"
+            self.rungs.append(Rung(recipe.name, expected, note=note))
+            return
+        begun, note = clock.monotonic(), ""
+        try:
+            assert isinstance(self.base, nn.Module)
+            with within(self.left - 1.5 * self.pace.judge):
+                net = self.maker.start(recipe, self.base)
+                if recipe.steps:
+                    try:
+                        self.maker.learn(net, recipe)
+                    except OutOfTime:
+                        note = "stopped in time, some blocks are not learned"
+            net = self.maker.finish(net)
+            with within(self.left):
+                self._judge(recipe, net, begun, note)
+        except OutOfTime:
+            spent = clock.monotonic() - begun
+            self.rungs.append(Rung(recipe.name, expected, spent, note="stopped, no time was left"))
+        except InputError as error:  # not for a model of this kind, such as one of several inputs
+            self.rungs.append(Rung(recipe.name, expected, note=f"not possible: {error}"))
+
+    def _judge(self, recipe: Recipe, net: nn.Module, begun: float, note: str = "") -> None:
+        expected = self.pace.of(recipe)
+        try:
+            score = self.judge(net)
+        except Failed as error:
+            spent = clock.monotonic() - begun
+            self.rungs.append(
+                Rung(recipe.name, expected, spent, note=f"the metric failed: {error.why}")
+            )
+            return
+        cost = costs(net, self.one, self.declined)
+        seconds = clock.monotonic() - begun
+        rung = Rung(recipe.name, expected, seconds, score, cost.size, cost.latency, note)
+        self.rungs.append(rung)
+        if self._beats(rung):
+            self.best, self.recipe, self.cost = rung, recipe, cost
+            # The ranges of one net change from rung to rung.
+            self.net = net if recipe.bias or recipe.steps or recipe.wide else copy.deepcopy(net)
+
+    def _beats(self, rung: Rung) -> bool:
+        if self.best is None:
+            return True
+        new, old = rung.score, self.best.score
+        assert new is not None and old is not None
+        if new.measured is not None:
+            return (-new.lost, new.sqnr) > (-old.lost, old.sqnr)
+        return new.sqnr > old.sqnr
+
+    def result(self, size: int, seconds: float) -> Quantized:
+        assert self.best is not None and self.net is not None and self.cost is not None
+        notes = list(self._notes())
+        return Quantized(
+            self.net,
+            tuple(self.rungs),
+            self.best.name,
+            self.budget,
+            self.met if self.budget is not None else None,
+            self.judge.unit,
+            self.judge.right,
+            self.cost.placement,
+            (self.pace.calibrating, self.pace.held),
+            (size, self.cost.size),
+            seconds,
+            tuple(notes),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        values = {r.score.measured for r in self.rungs if r.score is not None}
+        if self.judge.metric is not None and values == {self.judge.right}:
+            yield "the metric is the same for every net, the float one too, so SQNR decided"
+        if self.budget is not None and not self.met:
+            yield (
+                "to lose less, train it quantization-aware: "
+                'repfx.transform(model, ["qarep", "repq"]) and a few epochs, see docs/training.md'
+            )
+
+
+def _checked(
+    time: float, budget: float | None, bits: tuple[int, int | None], folder: Any
+) -> Path | None:
+    """The folder for checkpoints, made. Raises InputError for an option out of range."""
+    for name, value in (("time", time), ("budget", 0.0 if budget is None else budget)):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise InputError(f"{name} is a number from 0, not {value!r}")
+    for count in bits:
+        if count is not None:
+            Grid(count)  # raises for an invalid number of bits
+    if place()[1] > 1:
+        raise InputError("quantize runs in one process, but this is one of several")
+    if folder is None:
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be a folder for checkpoints: {error.strerror}"
+        ) from error
+    return Path(folder)
+
+
+def _pace(plain: nn.Module, images: Split, judge: Judge) -> Pace:
+    """How fast the float net is here, from one batch held out, and the metric from one call."""
+    batch = images.held[0]
+    with in_eval(plain), torch.no_grad():
+        seconds = min(_timed(lambda: feed(plain, batch)) for _ in range(3))
+    judging = 0.0 if judge.metric is None else _timed(lambda: judge.metric(plain))  # type: ignore[misc]
+    return Pace(seconds / len(batch), len(images), images.out, judging)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begun = clock.perf_counter()
+    call()
+    return clock.perf_counter() - begun
+
+
+def _key(plain: nn.Module, images: Split, options: tuple[Any, ...]) -> str:
+    """Ten letters that differ for other nets, images and options."""
+    digest = hashlib.sha256(repr((options, len(images))).encode())
+    tensors = [*plain.state_dict().values(), *(x for b in images.held for x in b.tensors)]
+    for x in tensors:
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+__all__ = ["quantize"]
