@@ -22,7 +22,8 @@ from common import Results, command
 from torch import Tensor, nn
 
 import repfx
-from repfx.data.archive import Archive, by_channel, normalised
+from repfx.data.archive import Archive
+from repfx.data.preprocessing import Preprocessing
 from repfx.passes import Ptq
 from repfx.quant import METHODS
 
@@ -33,7 +34,7 @@ MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # as this net was trained
 def crops(path: Path, test: bool, each: int, seed: int = 0) -> list[Tensor]:
     """Batches of 32 crops, `each` of every photograph, whose shorter side becomes 224 to 320."""
     archive, random = Archive(path), np.random.default_rng(seed)
-    mean, std = by_channel(MEAN), by_channel(STD)
+    how = Preprocessing(SIDE, mean=MEAN, std=STD)
     found = []
     for name in archive.names:
         parts = PurePosixPath(name).parts
@@ -45,7 +46,7 @@ def crops(path: Path, test: bool, each: int, seed: int = 0) -> list[Tensor]:
             top, left = (int(v) for v in random.integers(0, side - SIDE + 1, 2))
             part = square[top : top + SIDE, left : left + SIDE]
             part = part[:, ::-1] if random.integers(2) else part
-            found.append(normalised(part, mean, std))
+            found.append(how(part))
     order = random.permutation(len(found))
     return list(torch.stack([found[i] for i in order]).split(32))
 

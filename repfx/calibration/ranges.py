@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from repfx.calibration.biases import IMAGES, correct_biases, input_of
 from repfx.calibration.feed import arguments, feed
 from repfx.data.batches import Batch, Batches
+from repfx.data.preprocessing import preprocessing_of
 from repfx.data.share import Share
 from repfx.errors import InputError, unknown
 from repfx.graph.effects import is_foreign
-from repfx.graph.inputs import note_inputs
+from repfx.graph.inputs import note_inputs, note_preprocessing
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.processes import agreed, gathered
@@ -69,6 +70,7 @@ def calibrate(
     shown = _keeping(shares, name, kept) if bias else (batch for _, batch in shares)
     scales = _scales(model, acts.values(), shown, method)
     share.check()
+    note_preprocessing(model, preprocessing_of(batches))
     for quant, scale in scales.items():
         quant.set_scale(scale.to(quant.scale))
     if bias:

@@ -27,8 +27,10 @@ from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run,
 from repfx.calibration.feed import device_of
 from repfx.calibration.segments import inputs_of, segments
 from repfx.data.batches import Batches
+from repfx.data.preprocessing import preprocessing_of
 from repfx.data.share import Share
 from repfx.errors import InputError, unknown
+from repfx.graph.inputs import note_preprocessing
 from repfx.processes import agreed, gathered
 from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
 
@@ -102,6 +104,7 @@ def reconstruct(
         plain = segments(_in_float(model), one, blocks)
         run = Run(model, net, plain, options, checkpoint)
         done = run.all(rows, Split.of(found), one, stages, progress)
+    note_preprocessing(model, preprocessing_of(batches))
     model.meta = {**getattr(model, "meta", {}), "reconstruct": tuple(done)}  # type: ignore[assignment]
     return model
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import repfx as api
-from repfx.cli.inputs import USUAL, example_for, random_input
+from repfx.cli.inputs import USUAL, example_for, random_input, usual_shape
 from repfx.cli.models import load_model
 from repfx.cli.options import Model, Trust, Weights, app, beside, err, named, out, say, whole
 from repfx.errors import InputError
@@ -253,7 +253,10 @@ def _print_findings(found: Sequence[findings.Finding], file: Path) -> None:
 @app.command()
 def bench(
     model: Model,
-    shape: Annotated[str, typer.Option(help=f"{SHAPE}.")] = USUAL,
+    shape: Annotated[
+        str | None,
+        typer.Option(help=f"{SHAPE}; by default what the model was transformed on, else {USUAL}."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each form.")] = 20,
     threads: Annotated[
@@ -266,8 +269,8 @@ def bench(
     trust_pickle: Trust = False,
 ) -> None:
     """Time a float model as written, merged, and INT8 in every installed runtime."""
-    x = random_input(shape, batch)
     net = load_model(model, weights, trust_pickle)
+    x = random_input(usual_shape(net) if shape is None else shape, batch)
     if _quantized(net):
         raise InputError("bench needs the float model: it quantizes a copy for each runtime itself")
     if threads:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from repfx.cli.options import whole
+from repfx.cli.options import numbers, pixels, whole
+from repfx.data.archive import both_sides
 from repfx.data.folders import Images
+from repfx.data.preprocessing import Preprocessing
 from repfx.errors import InputError
-from repfx.graph.inputs import noted_inputs
+from repfx.graph.inputs import noted_inputs, noted_preprocessing
 
 USUAL = "3,224,224"
+
+
+def preprocessing(model: object, **options: Any) -> Preprocessing:
+    """How images become inputs: as the model records, but for what the options say.
+
+    `options`: those of the command line by the names of `Preprocessing`; None is not given."""
+    own = noted_preprocessing(model) or Preprocessing()
+    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    for name in ("mean", "std"):
+        if name in given:
+            given[name] = numbers(name, given[name])
+    if "size" in given:
+        given["size"] = pixels(given["size"])
+    return replace(own, **given)
+
+
+def images(path: Path, how: Preprocessing, **options: Any) -> Images:
+    """The images of a folder, a zip or an array file as inputs."""
+    return Images(path, **vars(how), **options)
 
 
 def example_for(net: object, data: Path | None, shape: str | None) -> tuple[Tensor, ...]:
@@ -22,7 +45,7 @@ def example_for(net: object, data: Path | None, shape: str | None) -> tuple[Tens
     the sizes that the model was transformed or calibrated on, if it was saved with them, else one
     image of the usual size."""
     if data is not None:
-        return (real_input(data, shape),)
+        return (real_input(data, shape, noted_preprocessing(net)),)
     noted = noted_inputs(net)
     if shape is not None or not noted:
         return (random_input(USUAL if shape is None else shape, 2),)
@@ -36,6 +59,14 @@ def example_for(net: object, data: Path | None, shape: str | None) -> tuple[Tens
     )
 
 
+def usual_shape(net: object, how: Preprocessing | None = None) -> str:
+    """The shape of one input as `how` or the model records it, else the usual one."""
+    noted, how = noted_inputs(net), how or noted_preprocessing(net)
+    if how is not None and how.size is not None:
+        return ",".join(map(str, (how.channels, *both_sides(how.size))))
+    return ",".join(map(str, noted[0][1])) if len(noted) == 1 and noted[0][1] else USUAL
+
+
 def random_input(shape: str, batch: int) -> Tensor:
     """A random input (batch, *shape), the same at every call.
 
@@ -47,34 +78,32 @@ def random_input(shape: str, batch: int) -> Tensor:
         raise _too_large(shape, error) from error
 
 
-def real_input(data: Path, shape: str | None, most: int = 8) -> Tensor:
+def real_input(
+    data: Path, shape: str | None, own: Preprocessing | None = None, most: int = 8
+) -> Tensor:
     """Real inputs (N, *shape) with N up to `most`.
 
-    Images are resized and cropped around the centre to the shape. An array is used unchanged, and
-    gives the shape if there is none. Raises InputError where the data cannot be read or does not
-    have this shape."""
-    array = data.suffix.lower() == ".npy"
-    if shape is None and not array:
-        shape = USUAL
+    Images are prepared as the model records in `own`, but for a size that is given. An array is
+    used unchanged, and gives the shape if there is none. Raises InputError where the data cannot be
+    read or does not have this shape."""
+    array, how = data.suffix.lower() == ".npy", own or Preprocessing()
     dims = None if shape is None else whole("shape", shape)
-    if array or dims is None:
-        found = next(iter(Images(data).batches(most)))
-    elif len(dims) != 3 or dims[0] != 3:
-        raise InputError(f"{data} holds images, so --shape is 3,HEIGHT,WIDTH, not {shape}")
-    else:
-        side = max(dims[1:])
-        try:
-            found = next(iter(Images(data, size=side).batches(most)))
-        except (MemoryError, OverflowError) as error:
-            raise _too_large(shape, error) from error
-        top, left = ((side - d) // 2 for d in dims[1:])
-        found = found[:, :, top : top + dims[1], left : left + dims[2]].contiguous()
+    if dims is not None and not array:
+        if len(dims) != 3 or dims[0] != how.channels:
+            raise InputError(
+                f"{data} holds images, so --shape is {how.channels},HEIGHT,WIDTH, not {shape}"
+            )
+        how = replace(how, size=dims[1:])
+    try:
+        found = next(iter(images(data, how).batches(most)))
+    except (MemoryError, OverflowError) as error:
+        raise _too_large(shape, error) from error
     if dims is not None and tuple(found.shape[1:]) != dims:
         raise InputError(
             f"--shape is {shape}, but an input in {data} is {','.join(map(str, found.shape[1:]))}"
         )
-    images: Tensor = found
-    return images
+    inputs: Tensor = found
+    return inputs
 
 
 def _too_large(shape: str | None, error: BaseException) -> InputError:

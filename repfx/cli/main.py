@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
-from rich.table import Table
-from torch import nn
 
 import repfx as api
-from repfx.cli import deploy, pages
+from repfx.cli import deploy, pages, quantizing
 from repfx.cli.demo import demo as run_demo
 from repfx.cli.models import load_model
 from repfx.cli.options import (
     Batch,
-    Data,
-    Device,
-    Fit,
-    Mean,
     Model,
     Output,
-    Size,
     SkipBroken,
-    Std,
     Target,
     Trust,
     Weights,
     Workers,
     app,
     err,
-    numbers,
     out,
     pixels,
-    place,
     say,
+    show_report,
     split,
 )
-from repfx.data.folders import Images
-from repfx.errors import InputError, RepfxError, unknown
-from repfx.passes import Ptq
-from repfx.quant import METHODS
-from repfx.rewrite.results import Report
+from repfx.errors import InputError, RepfxError
 from repfx.training.recipe import OPTIMIZERS, PRESETS
 from repfx.training.tasks import TASKS, SuperResolution, data_of, task_of
 
@@ -71,131 +55,8 @@ def transform(
     """Run passes on a model and save the result."""
     result = api.transform(load_model(model, weights, trust_pickle), split(passes), target=target)
     api.save(result, output)
-    _print_report(result.meta["repfx"])
+    show_report(result.meta["repfx"])
     say(f"wrote {output}")
-
-
-@app.command()
-def quantize(
-    model: Model,
-    data: Data,
-    output: Output,
-    bits: Annotated[int, typer.Option(help="Bits of activations and of weights.")] = 8,
-    method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}: choose ranges only; repapq: also learn.")
-    ] = "repapq",
-    iterations: Annotated[
-        int, typer.Option(min=1, help="repapq: learning steps for each block.")
-    ] = 1000,
-    bias: Annotated[
-        bool, typer.Option("--bias", help="Without repapq: correct biases for rounding.")
-    ] = False,
-    keep: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Keep this many of the worst layers at 8 bits, or in float if --bits is 8."
-        ),
-    ] = 0,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="repapq: a file to resume from after an interruption.")
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="repapq: a folder for activations, to save memory."),
-    ] = None,
-    size: Size = "224",
-    fit: Fit = "crop",
-    batch: Batch = 32,
-    limit: Annotated[int, typer.Option(min=1, help="Use at most this many images.")] = 1024,
-    workers: Workers = 0,
-    mean: Mean = "0.485,0.456,0.406",
-    std: Std = "0.229,0.224,0.225",
-    skip_broken: SkipBroken = False,
-    device: Device = None,
-    target: Target = "tensorrt",
-    weights: Weights = None,
-    trust_pickle: Trust = False,
-) -> None:
-    """Merge, quantize and calibrate a model on images, and save it."""
-    images = Images(
-        data,
-        size=pixels(size),
-        fit=fit,
-        limit=limit,
-        mean=numbers("mean", mean),
-        std=numbers("std", std),
-        skip_broken=skip_broken,
-    )
-    _print_broken(images)
-    say(f"{len(images)} of {images.found} images")
-    batches = images.batches(batch, workers)
-    where = place(device)
-    loaded = load_model(model, weights, trust_pickle)
-    how = _Quantizing(bits, method, iterations, bias, keep, checkpoint, cache)
-    result, report = how.run(loaded, batches, where, target)
-    off = api.verify(loaded, result, next(iter(batches)))
-    api.save(result, output)
-    _print_report(report)
-    out.print(f"SQNR against the float model on the first batch: {off.sqnr:.1f} dB")
-    say(f"wrote {output}")
-
-
-@dataclass(frozen=True)
-class _Quantizing:
-    """The options of `quantize` that affect the result. Raises InputError for an unknown method."""
-
-    bits: int
-    method: str
-    iterations: int
-    bias: bool
-    keep: int
-    checkpoint: Path | None
-    cache: Path | None
-
-    def __post_init__(self) -> None:
-        if self.method not in (*METHODS, "repapq"):
-            raise unknown("method", self.method, (*METHODS, "repapq"))
-
-    @property
-    def learns(self) -> bool:
-        return self.method == "repapq"
-
-    def run(
-        self, model: Any, batches: Any, where: torch.device, target: str
-    ) -> tuple[nn.Module, Report]:
-        """The quantized model, on the CPU, and the report on merging it."""
-        ptq = Ptq(self.bits, weights="mse" if self.learns else "max")
-        if self.keep:
-            ptq = self._sparing_the_worst(ptq, model, batches, where, target)
-        merged = api.transform(model, [ptq, "qprep"] if self.learns else [ptq], target=target)
-        report: Report = merged.meta["repfx"]
-        result: nn.Module = merged.to(where)
-        if self.learns:
-            api.reconstruct(
-                result,
-                batches,
-                iterations=self.iterations,
-                checkpoint=self.checkpoint,
-                cache=self.cache,
-                progress=err.is_terminal,
-            )
-            result = api.transform(result, ["fuse"], target=target)
-        else:
-            api.calibrate(
-                result, batches, method=self.method, bias=self.bias, progress=err.is_terminal
-            )
-        return result.cpu(), report
-
-    def _sparing_the_worst(
-        self, ptq: Ptq, model: Any, batches: Any, where: torch.device, target: str
-    ) -> Ptq:
-        """The pass with the layers that lose the most accuracy kept wide."""
-        tried = api.transform(model, [ptq], target=target).to(where)
-        ranges = api.calibrate(tried, batches, method="mae" if self.learns else self.method)
-        lost = api.sensitivity(ranges, islice(batches, 4), progress=err.is_terminal)
-        names = lost.worst(self.keep)
-        say(f"kept wide: {', '.join(names)}")
-        return replace(ptq, wide=names, wide_bits=8 if self.bits < 8 else 32)
 
 
 @app.command()
@@ -323,19 +184,4 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-def _print_report(report: Report) -> None:
-    table = Table(title="what changed", title_justify="left")
-    for column in ("layer", "from", "MACs", "parameters", "error"):
-        table.add_column(column, overflow="fold")
-    for m in report.merged:
-        change = f"{m.macs_before:,.0f} → {m.macs_after:,.0f}"
-        params = f"{m.params_before:,} → {m.params_after:,}"
-        table.add_row(escape(m.into), f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
-    out.print(table) if report.merged else out.print("nothing to merge")
-    for line in report.compared:
-        say(f"compared: {line}")
-    for d in report.declined:
-        say(f"declined: {d}")
-
-
-__all__ = ["app", "deploy", "main", "pages"]
+__all__ = ["app", "deploy", "main", "pages", "quantizing"]

@@ -84,14 +84,7 @@ def _from_pickle(name: str, trust: bool) -> nn.Module:
 def _from_factory(name: str, weights: str | None, trust: bool) -> nn.Module:
     module_name, _, call = name.partition(":")
     attribute, args, kwargs = _call(name, call)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory: Any = _imported(module_name)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"cannot import {name}: {error}") from error
+    factory = _found(name, module_name, attribute)
     shown = name if name.endswith(")") else f"{name}()"
     try:
         model = factory(*args, **kwargs)
@@ -103,6 +96,26 @@ def _from_factory(name: str, weights: str | None, trust: bool) -> nn.Module:
         file, _, key = (weights, "", "") if os.path.exists(weights) else weights.partition("#")
         say(f"loaded {load_weights(model, file, key or None, trust)}")
     return model
+
+
+def imported(name: str) -> Any:
+    """The function that package.module:function names. Raises InputError if there is none."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise InputError(f"{name} is not package.module:function")
+    return _found(name, module_name, attribute)
+
+
+def _found(name: str, module_name: str, attribute: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = _imported(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"cannot import {name}: {error}") from error
+    return found
 
 
 def _call(name: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:

@@ -9,9 +9,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from repfx import __version__
 from repfx.errors import InputError
+from repfx.rewrite.results import Report
 
 app = typer.Typer(
     add_completion=False,
@@ -68,17 +71,35 @@ Device = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
-Mean = Annotated[str, typer.Option(help="Mean of each channel, for images scaled to 0..1.")]
-Std = Annotated[str, typer.Option(help="Standard deviation of each channel.")]
-Size = Annotated[str, typer.Option(help="Input size in pixels: 224, or 480x640 (height x width).")]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Mean of each channel; by default the model's record, else ImageNet's."),
+]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of each channel.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Input size in pixels: 224, or 480x640 (height x width); by default the model's "
+        "record, else 224."
+    ),
+]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
 ]
 Fit = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="crop: images fill the size and are cut; letterbox: they are whole, as in detection."
     ),
+]
+Crop = Annotated[
+    float | None,
+    typer.Option(help="The share of the resized image to keep, such as 0.875 for 224 of 256."),
+]
+Order = Annotated[str | None, typer.Option(help="Order of the channels: RGB or BGR.")]
+Peak = Annotated[
+    float | None,
+    typer.Option(help="The largest value of a pixel, before the mean is taken off: 1 or 255."),
 ]
 
 
@@ -180,3 +201,19 @@ def beside(model: str) -> Path:
         factory = model.partition(":")[2].partition("(")[0]
         return Path(factory.rpartition(".")[2])
     return Path(model).with_suffix("")
+
+
+def show_report(report: Report) -> None:
+    """Prints what merged, what did not and why, and what was compared."""
+    table = Table(title="what changed", title_justify="left")
+    for column in ("layer", "from", "MACs", "parameters", "error"):
+        table.add_column(column, overflow="fold")
+    for m in report.merged:
+        change = f"{m.macs_before:,.0f} → {m.macs_after:,.0f}"
+        params = f"{m.params_before:,} → {m.params_after:,}"
+        table.add_row(escape(m.into), f"{len(m.ops)} operators", change, params, f"{m.error:.0e}")
+    out.print(table) if report.merged else out.print("nothing to merge")
+    for line in report.compared:
+        say(f"compared: {line}")
+    for d in report.declined:
+        say(f"declined: {d}")

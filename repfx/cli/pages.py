@@ -10,12 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 import repfx as api
+from repfx.cli.inputs import images, preprocessing
 from repfx.cli.models import load_model
 from repfx.cli.options import (
+    Crop,
     Fit,
     Mean,
     Model,
+    Order,
     Output,
+    Peak,
     Size,
     Std,
     Target,
@@ -23,12 +27,9 @@ from repfx.cli.options import (
     Weights,
     app,
     err,
-    numbers,
     out,
-    pixels,
     split,
 )
-from repfx.data.folders import Images
 
 
 @app.command()
@@ -45,23 +46,25 @@ def report(
         str, typer.Option(help="The passes that make the deployed model, separated by commas.")
     ] = "fuse,ptq",
     json: Annotated[Path | None, typer.Option("--json", help="A file for the numbers.")] = None,
-    size: Size = "224",
-    fit: Fit = "crop",
-    mean: Mean = "0.485,0.456,0.406",
-    std: Std = "0.229,0.224,0.225",
+    size: Size = None,
+    fit: Fit = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    order: Order = None,
+    peak: Peak = None,
     target: Target = "tensorrt",
     weights: Weights = None,
     trust_pickle: Trust = False,
 ) -> None:
     """Write a page: what merges, what quantization costs each layer, and what to do about it."""
-    pictures = None
-    if data is not None:
-        a, b = numbers("mean", mean), numbers("std", std)
-        images = Images(data, size=pixels(size), fit=fit, limit=64, mean=a, std=b)
-        pictures = images.batches(16)
+    net = load_model(model, weights, trust_pickle)
+    given = {"size": size, "fit": fit, "crop": crop, "mean": mean, "std": std}
+    how = preprocessing(net, **given, order=order, peak=peak)
+    pictures = None if data is None else images(data, how, limit=64).batches(16)
     other = None if against is None else load_model(against, None, trust_pickle)
     found = api.report(
-        load_model(model, weights, trust_pickle),
+        net,
         output,
         data=pictures,
         against=other,

@@ -4,6 +4,7 @@ from repfx.data.batches import Batch, Batches
 from repfx.data.boxes import Boxes
 from repfx.data.folders import Images
 from repfx.data.images import Pictures
+from repfx.data.preprocessing import Preprocessing
 from repfx.data.super_resolution import Pairs
 
-__all__ = ["Batch", "Batches", "Boxes", "Images", "Pairs", "Pictures"]
+__all__ = ["Batch", "Batches", "Boxes", "Images", "Pairs", "Pictures", "Preprocessing"]

@@ -37,11 +37,14 @@ class Archive:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zip": None}
 
-    def pixels(self, name: str, channels: int = 3, size: Size | None = None) -> np.ndarray:
+    def pixels(
+        self, name: str, channels: int = 3, size: Size | None = None, crop: float = 1.0
+    ) -> np.ndarray:
         """One image as (H, W, channels), 0..255.
 
-        With `size`, it is resized in its proportions to cover it, and the centre is cropped."""
-        key = (name, channels, size)
+        With `size`, it is resized in its proportions to cover it, or more where `crop` is the share
+        that is to stay, and the centre is cropped."""
+        key = (name, channels, size, crop)
         if key not in self._decoded:
             found = self._decode(*key)
             if not self.cache:
@@ -49,7 +52,7 @@ class Archive:
             self._decoded[key] = found
         return self._decoded[key]
 
-    def _decode(self, name: str, channels: int, size: Size | None) -> np.ndarray:
+    def _decode(self, name: str, channels: int, size: Size | None, crop: float) -> np.ndarray:
         image = _pillow()
         try:
             with image.open(io.BytesIO(self.read(name))) as file:
@@ -60,7 +63,7 @@ class Archive:
             ) from error
         if size is not None:
             rows, columns = both_sides(size)
-            scale = max(columns / picture.width, rows / picture.height)
+            scale = max(columns / picture.width, rows / picture.height) / crop
             wide = max(columns, round(picture.width * scale))
             high = max(rows, round(picture.height * scale))
             left, top = (wide - columns) // 2, (high - rows) // 2
@@ -149,33 +152,12 @@ def upright(picture: Any) -> Any:
     return picture
 
 
-def normalised(pixels: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (H, W, C) in 0..255 -> (C, H, W): (pixels / 255 - mean) / std, these (C, 1, 1)."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - mean
-    ) / std
-
-
 def both_sides(size: Size) -> tuple[int, int]:
     """Height and width. Raises InputError for something else."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(v, int) and v > 0 for v in sides):
         raise InputError(f"size is (height, width) or the side of a square, not {size!r}")
     return sides
-
-
-def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and std as (C, 1, 1), for C = 1, gray, or 3, RGB.
-
-    Raises InputError for other numbers of channels, and for a std that is not above 0."""
-    if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise InputError(
-            f"mean and std have a value for each channel, 1 (gray) or 3 (RGB), not {len(mean)} and "
-            f"{len(std)}"
-        )
-    if not all(v > 0 for v in std):
-        raise InputError(f"std is above 0, not {', '.join(map(str, std))}")
-    return by_channel(mean), by_channel(std)
 
 
 def by_channel(values: tuple[float, ...]) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from repfx.data import coco
-from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides, normaliser
-from repfx.data.letterbox import corner, fitted, framed
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides
+from repfx.data.letterbox import corner, fitted, in_frame
+from repfx.data.preprocessing import Preprocessing
 from repfx.data.vision import torchvision
 from repfx.errors import InputError
 
@@ -54,7 +55,7 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.archive = Archive(path, cache)
         self.size = both_sides(size)
-        self.mean, self.std = normaliser(mean, std)
+        self.preprocessing = Preprocessing(size, "letterbox", mean=mean, std=std)
         self.seed = self.epoch = 0
         name = annotations or coco.find(Path(path))[0]
         found = coco.read(self.archive, name, classes, skip_broken)
@@ -85,7 +86,8 @@ class Boxes(Dataset[tuple[Tensor, Tensor]]):
         rows = torch.zeros(self.rows, 6, device="cpu")
         rows[:, 0] = -1
         rows[: len(boxes)] = boxes + torch.tensor([0, left, top, left, top, 0], device="cpu")
-        return framed(image, self.size, self.mean, self.std), rows
+        normalised = self.preprocessing(image.permute(1, 2, 0).numpy())
+        return in_frame(normalised, self.size), rows
 
     def _read(self, index: int) -> tuple[np.ndarray, Tensor]:
         """The pixels of an image, and its boxes within it. Raises InputError if they do not fit."""

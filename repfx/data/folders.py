@@ -10,30 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repfx.data.archive import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Archive,
-    Size,
-    both_sides,
-    normalised,
-    normaliser,
-)
-from repfx.data.letterbox import fitted, framed
-from repfx.errors import InputError, unknown
-
-FITS = ("crop", "letterbox")
+from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size
+from repfx.data.preprocessing import Preprocessing
+from repfx.errors import InputError
 
 
 class Images(Dataset[Tensor]):
     """Images (C, H, W) of a folder or zip and its subfolders, or the rows of a .npy file.
 
-    Images are resized in their proportions to `size`, (H, W) or the side of a square, scaled to
-    0..1 and normalised with `mean` and `std`. `fit`: "crop" fills the size and cuts off the rest,
-    "letterbox" shows the whole image and fills the rest with the mean colour. The rows of an array
-    (N, ...) are used unchanged. At most `limit` images are used, spread evenly over those found.
-    With `skip_broken` all of these are read once at the start, and damaged ones are left out and
-    listed in `broken`. `found`: how many there are.
+    `size`, `fit`, `crop`, `mean`, `std`, `order` and `peak`: see `Preprocessing`. The rows of an
+    array (N, ...) are used unchanged. At most `limit` images are used, spread evenly over those
+    found. With `skip_broken` all of these are read once at the start, and damaged ones are left out
+    and listed in `broken`. `found`: how many there are.
 
     Raises InputError if there is nothing to read and for an image that cannot be read. Raises
     MissingPart if images are read without pillow."""
@@ -47,13 +35,13 @@ class Images(Dataset[Tensor]):
         limit: int | None = 1024,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        crop: float = 1.0,
+        order: str = "RGB",
+        peak: float = 1.0,
         skip_broken: bool = False,
     ) -> None:
-        if fit not in FITS:
-            raise unknown("fit", fit, FITS)
-        self.path, self.size = Path(path), None if size is None else both_sides(size)
-        self.letterbox = fit == "letterbox"
-        self.mean, self.std = normaliser(mean, std)
+        how = Preprocessing(size, fit, crop, mean, std, order, peak)
+        self.path = Path(path)
         self.archive: Archive | None = None
         self.array: np.ndarray | None = None
         if not self.path.exists():
@@ -76,6 +64,7 @@ class Images(Dataset[Tensor]):
         if not count:
             raise InputError(f"the calibration set is empty: no image in {path}")
         self.found = count
+        self.how = how
         kept = count if limit is None else min(limit, count)
         self.rows = [i * count // kept for i in range(kept)]
         self.broken: tuple[str, ...] = ()
@@ -93,11 +82,12 @@ class Images(Dataset[Tensor]):
         if self.archive is None:
             assert self.array is not None
             return torch.from_numpy(np.array(self.array[row], dtype=np.float32))
-        name, channels = self.archive.names[row], len(self.mean)
-        if self.size is None or not self.letterbox:
-            return normalised(self.archive.pixels(name, channels, self.size), self.mean, self.std)
-        whole = torch.from_numpy(self.archive.pixels(name, channels)).permute(2, 0, 1)
-        return framed(fitted(whole, self.size), self.size, self.mean, self.std)
+        return self.how.of(self.archive, self.archive.names[row])
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images become inputs; None for an array, whose rows are inputs already."""
+        return None if self.archive is None else self.how
 
     def batches(self, batch: int = 32, workers: int = 0) -> DataLoader[Tensor]:
         """Batches of `batch` images, in order, read by `workers` processes."""

@@ -21,9 +21,8 @@ from repfx.data.archive import (
     Archive,
     Size,
     names_in,
-    normalised,
-    normaliser,
 )
+from repfx.data.preprocessing import Preprocessing
 from repfx.errors import InputError
 
 
@@ -36,6 +35,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     `augment` pads an image by `pad` pixels (by default an eighth of the shorter side), crops it at
     a random place and flips half of the images. `classes` sets the order of the labels. `limit`
     takes that many images, evenly over the classes. `cache` keeps decoded images in memory.
+    `preprocessing`: in place of size, mean and std.
 
     Raises InputError for a missing or damaged archive and if there is no class folder. Reading an
     image that is damaged raises InputError and names it. With `skip_broken` all images are read
@@ -56,15 +56,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         skip_broken: bool = False,
         limit: int | None = None,
         cache: bool = False,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
-        self.archive, self.part, self.augment, self.pad, self.size = (
-            Archive(path, cache),
-            part,
-            augment,
-            pad,
-            size,
-        )
-        self.mean, self.std = normaliser(mean, std)
+        self.archive, self.part, self.augment, self.pad = Archive(path, cache), part, augment, pad
+        self.preprocessing = preprocessing or Preprocessing(size, mean=mean, std=std)
         self.seed = self.epoch = 0
         inside = [PurePosixPath(n) for n in self.archive.names]
         under = [n.relative_to(part) for n in inside if n.is_relative_to(part)] if part else inside
@@ -87,7 +82,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.names = [str(PurePosixPath(part) / n) for n in labelled]
         self.broken: tuple[str, ...] = ()
         if skip_broken:
-            self.names, broken = self.archive.readable(self.names, len(mean), size)
+            how = self.preprocessing
+            self.names, broken = self.archive.readable(self.names, how.channels, how.size)
             self.broken = tuple(broken)
         depth = len(PurePosixPath(part).parts) if part else 0
         self.labels = [self.classes.index(PurePosixPath(n).parts[depth]) for n in self.names]
@@ -96,10 +92,12 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels = self.archive.pixels(self.names[index], len(self.mean), self.size)
-        if self.augment:
-            pixels = self._moved(pixels, np.random.default_rng((self.seed, self.epoch, index)))
-        return normalised(pixels, self.mean, self.std), self.labels[index]
+        how, name = self.preprocessing, self.names[index]
+        if not self.augment:
+            return how.of(self.archive, name), self.labels[index]
+        pixels = self.archive.pixels(name, how.channels, how.size, how.crop)
+        pixels = self._moved(pixels, np.random.default_rng((self.seed, self.epoch, index)))
+        return how(pixels), self.labels[index]
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Sets the seed and epoch that the augmentation follows from."""

@@ -22,12 +22,12 @@ def corner(image: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     return (size[0] - image.shape[-2]) // 2, (size[1] - image.shape[-1]) // 2
 
 
-def framed(image: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
-    """An image (C, h, w) in 0..255, normalised, in the middle of (C, H, W).
+def in_frame(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A normalised image (C, h, w) in the middle of (C, H, W).
 
     What is around it is 0, as a pixel of the mean colour is."""
     top, left = corner(image, size)
     made = torch.zeros(len(image), *size, device="cpu")
     h, w = image.shape[-2:]
-    made[:, top : top + h, left : left + w] = (image.float() / 255 - mean) / std
+    made[:, top : top + h, left : left + w] = image
     return made

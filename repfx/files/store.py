@@ -32,7 +32,7 @@ from repfx.files.allowed import (
     methods,
 )
 from repfx.graph.holders import is_holder
-from repfx.graph.inputs import KEY
+from repfx.graph.inputs import IMAGES, KEY, note_preprocessing, noted_preprocessing
 from repfx.graph.modes import TrainOnly
 from repfx.quant import FakeQuant, Grid
 
@@ -54,17 +54,27 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     A module of your own class that works in training only, such as stochastic depth, is saved as an
     identity, which it is in eval mode. Raises InputError if the model has any other module of your
     own class, or if the path cannot be written."""
+    tensors, text = _encoded(model)
+    write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raises InputError where `save` would refuse the model; writes nothing."""
+    _encoded(model)
+
+
+def _encoded(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a model, and everything else as JSON."""
     tensors: dict[str, Tensor] = {}
-    keys: dict[int, str] = {}
-    tree = _encode_module(model, "", tensors, keys, {})
+    tree = _encode_module(model, "", tensors, {}, {})
     meta = getattr(model, "meta", None)
-    inputs = meta.get(KEY) if isinstance(meta, dict) else None
-    text = json.dumps({"format": FORMAT, "model": tree, KEY: inputs})
+    noted = {k: meta.get(k) for k in (KEY, IMAGES)} if isinstance(meta, dict) else {}
+    text = json.dumps({"format": FORMAT, "model": tree, **noted})
     try:  # check that the file can be read again before it is written
         _decode_module(json.loads(text)["model"], tensors, {})
     except _UNREADABLE as error:
         raise InputError(f"cannot save: {error}") from error
-    write_whole(path, lambda part: save_file(tensors, part, metadata={"repfx": text}))
+    return tensors, text
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -87,8 +97,12 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             raise InputError(f"{path} has format {data['format']!r}; this version reads {FORMAT!r}")
         model = _decode_module(data["model"], tensors, {})
         _note_again(model, data.get(KEY))
+        meta = getattr(model, "meta", None)
+        if isinstance(meta, dict) and data.get(IMAGES):
+            meta[IMAGES] = data[IMAGES]
+            note_preprocessing(model, noted_preprocessing(model))  # raises for a strange record
         return model
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, InputError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -1,17 +1,23 @@
-"""The sizes of the inputs that a model was transformed or calibrated on, kept with the model.
+"""What a model's inputs are, kept with the model: their sizes, and how images become inputs.
 
-They stand in `model.meta["repfx_inputs"]`, a list of [dtype, size] without the batch, such as
-["float32", [3, 224, 224]]. `save` keeps them, so that a saved model can be lowered as it is."""
+The sizes on which it was transformed or calibrated stand in `model.meta["repfx_inputs"]`, a list of
+[dtype, size] without the batch, such as ["float32", [3, 224, 224]].
+`model.meta["repfx_preprocessing"]` is a record of `Preprocessing`. `save` keeps both, so that a
+saved model can be lowered and quantized as it is."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repfx.data.preprocessing import Preprocessing
+
 KEY = "repfx_inputs"  # a model may have a `meta` of its own
+IMAGES = "repfx_preprocessing"
 
 
 def note_inputs(model: nn.Module, given: Sequence[Any]) -> None:
@@ -29,3 +35,17 @@ def noted_inputs(model: object) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     meta = getattr(model, "meta", None)
     found = meta.get(KEY, ()) if isinstance(meta, dict) else ()
     return [(getattr(torch, kind), tuple(size)) for kind, size in found]
+
+
+def note_preprocessing(model: nn.Module, how: Preprocessing | None) -> None:
+    """Records how images become inputs of the model. None leaves what was recorded before."""
+    meta = getattr(model, "meta", None)
+    if how is not None and isinstance(meta, dict):
+        meta[IMAGES] = json.loads(how.json())
+
+
+def noted_preprocessing(model: object) -> Preprocessing | None:
+    """How images become inputs of the model, if that was recorded."""
+    meta = getattr(model, "meta", None)
+    found = meta.get(IMAGES) if isinstance(meta, dict) else None
+    return None if found is None else Preprocessing.read(found)

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from repfx.calibration.feed import arguments, feed
+from repfx.data.preprocessing import preprocessing_of
 from repfx.deadline import within
 from repfx.errors import CheckError, InputError, OutOfTime
+from repfx.graph.inputs import note_preprocessing, noted_preprocessing
 from repfx.ladder.costs import Costs, costs, size_of
 from repfx.ladder.images import Split
 from repfx.ladder.judge import Failed, Judge, Metric
@@ -61,11 +63,11 @@ def quantize(
     a net that returns a number, larger is better, which then judges. Otherwise the net with the
     best SQNR is chosen. `budget`: how much may be lost, in units of the metric, points of accuracy,
     points of agreement with the float net, or, where outputs are not classes, percent of relative
-    error; the cheapest net that meets it is the result. `time`: the seconds it may take; what does
-    not fit is left out, and learning stops between two steps. `bits`, `weight_bits`: as for the
-    pass `ptq`. `checkpoint`: a folder in which interrupted learning continues. `plan`: called with
-    a line for each rung, before the work starts. The result follows from the seed and from which
-    rungs ran.
+    error; the first net that meets it is the result. `time`: the seconds it may take; what does not
+    fit is left out, and learning stops between two steps. `bits`, `weight_bits`: as for the pass
+    `ptq`. `example`: as for `transform`, by default the first images. `checkpoint`: a folder in
+    which interrupted learning continues. `plan`: called with a line for each rung, before the work
+    starts. The result follows from the seed and from which rungs ran.
 
     Raises InputError where `transform` and `calibrate` do, for fewer than four images, a metric
     that fails on the float net, an option out of range, and for a time that is too short for ranges
@@ -75,6 +77,8 @@ def quantize(
     with within(time):
         try:
             images = Split(data)
+            if example is None:
+                example = images.first(2)[0].inputs
             plain = rewrite(model, ["fuse"], example, target)[0].eval()
             judge = Judge(plain, images.held, metric)
             pace = _pace(plain, images, judge)
@@ -92,7 +96,9 @@ def quantize(
         (plan or (lambda _: None))(line)
     climb.ranges()
     climb.better()
-    return climb.result(size_of(plain), clock.monotonic() - started)
+    found = climb.result(size_of(plain), clock.monotonic() - started)
+    note_preprocessing(found.model, preprocessing_of(data) or noted_preprocessing(model))
+    return found
 
 
 @dataclass
@@ -110,6 +116,7 @@ class _Climb:
     net: nn.Module | None = None
     recipe: Recipe | None = None  # of the best net
     cost: Costs | None = None  # of the best net
+    costs: dict[tuple[str, ...], Costs] = field(default_factory=dict)  # by the layers left wide
     declined: list[Any] = field(default_factory=list)
 
     @property
@@ -132,7 +139,10 @@ class _Climb:
         kinds = {
             "ranges": ranges,
             "corrected biases": self.pace.of(Recipe("max", bias=True)),
-            **{f"learned, {n} steps a block": self.pace.of(Recipe("max", steps=n)) for n in STEPS},
+            **{
+                f"learned, {n} steps for each block": self.pace.of(Recipe("max", steps=n))
+                for n in STEPS
+            },
         }
         if self.budget is not None:
             kinds["each try with some layers wide"] = self.pace.of(Recipe("max", True, 0, ("",)))
@@ -231,7 +241,8 @@ class _Climb:
                 Rung(recipe.name, expected, spent, note=f"the metric failed: {error.why}")
             )
             return
-        cost = costs(net, self.one, self.declined)
+        cost = self.costs.get(recipe.wide) or costs(net, self.one, self.declined)
+        self.costs[recipe.wide] = cost  # the same layers, whatever their ranges
         seconds = clock.monotonic() - begun
         rung = Rung(recipe.name, expected, seconds, score, cost.size, cost.latency, note)
         self.rungs.append(rung)

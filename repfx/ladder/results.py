@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class Placement:
 class Quantized:
     """The result of `quantize`. Prints as a table.
 
+    In the table, dB is the SQNR, and `same` how often both nets name the same class.
+
     `model`: the chosen net. `rungs`: all that was tried, and what was left out. `chosen`: the name
     of the rung the net is from. `met`: whether the budget was met, None without one. `unit`: what a
     loss is counted in. `right`: the float net's accuracy or metric, if there is one. `images`: how
@@ -87,12 +90,21 @@ class Quantized:
         whole["placement"] = asdict(self.placement)
         return json.dumps(_finite(whole), indent=1)
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes an HTML page with the table and with accuracy against latency, size and time.
+
+        Raises InputError for a path that cannot be written. Raises MissingPart without jinja2 and
+        plotly."""
+        from repfx.ladder.page import write  # plotly is slow to import
+
+        write(self, path)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=self._title(), title_justify="left")
         table.add_column("")
         table.add_column("how", overflow="fold")
-        heads = ("SQNR, dB", "agreement, %", *(["score"] if self.right is not None else []))
-        for head in (*heads, "lost", "MB", "latency", "seconds"):
+        heads = ("dB", "same, %", *(["score"] if self.right is not None else []))
+        for head in (*heads, "lost", "MB", "latency", "s"):
             table.add_column(head, justify="right")
         for r in self.rungs:
             if r.score is None:

@@ -40,11 +40,9 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        if self.steps:
-            text = f"learned, {self.steps} steps a block"
-        else:
-            text = f"{self.method} ranges" + (", biases corrected" if self.bias else "")
-        return text + (f", {len(self.wide)} layers wide" if self.wide else "")
+        ranges = self.method + (", biases corrected" if self.bias else "")
+        text = f"learned, {self.steps} steps" if self.steps else ranges
+        return text + (f", {len(self.wide)} wide" if self.wide else "")
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
         models=shown,
         graphs=graphs,
         charts=drawn,
-        figures=_inert(json.dumps(figures)),
-        numbers=_inert(as_json(tuple(models))),
+        figures=inert(json.dumps(figures)),
+        numbers=inert(as_json(tuple(models))),
         style=(page / "style.css").read_text(),
         script=(page / "report.js").read_text(),
         plotly=get_plotlyjs(),
@@ -63,7 +63,7 @@ def write(models: Sequence[Numbers], path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """The JSON with <, > and & escaped, so that it cannot close the HTML element around it."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

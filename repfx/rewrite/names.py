@@ -111,12 +111,9 @@ class Names:
             ):
                 return path
         scope = path or self.view.name(main).rpartition(".")[0]
-        if self._is_layer(main, scope) and all(
-            self._leads_to(n, removed)
-            for where, reads in self.reads.items()
-            for n in reads
-            if f"{where}.".startswith(f"{scope}.")
-        ):
+        reads = all(self._leads_to(n, removed) for n in self._under(scope, self.reads))
+        calls = all(n in removed for n in self._under(scope, self.calls))
+        if self._is_layer(main, scope) and reads and calls:
             return scope
         return free_path(self.module, f"{scope}.merged" if scope else "merged")
 
@@ -124,6 +121,11 @@ class Names:
         """Whether the node is the forward of the layer at `scope`, whose weight is computed."""
         classes = dict(node.meta.get("nn_module_stack", {}).values())
         return any(base in layers() for base in getattr(classes.get(scope), "__mro__", ()))
+
+    @staticmethod
+    def _under(scope: str, found: dict[str, list[fx.Node]]) -> list[fx.Node]:
+        """The nodes of the module at `scope` and of those inside it."""
+        return [n for where, ns in found.items() for n in ns if f"{where}.".startswith(f"{scope}.")]
 
     def _leads_to(self, node: fx.Node, removed: set[fx.Node]) -> bool:
         """Whether everything that is computed from a constant is removed."""

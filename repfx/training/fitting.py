@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from repfx.data.preprocessing import preprocessing_of
 from repfx.errors import InputError, MissingPart
+from repfx.graph.inputs import note_preprocessing
 from repfx.processes import joined, leave
 from repfx.quant import same_modes
 from repfx.training.history import History
@@ -122,6 +124,7 @@ def _fit(
     if isinstance(given, (str, os.PathLike)):
         given, found = data_of(task, given)
         valid = found if valid is None else valid
+    note_preprocessing(model, preprocessing_of(given))
     source = source_of(given, options.batch, options.workers)
     valid_source = None if valid is None else source_of(valid, options.batch, options.workers)
     accelerator = _accelerator(options.device, options.precision)

@@ -25,6 +25,7 @@ from repfx.capture.running import as_args, describe, run_eval
 from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.graph.effects import is_dead
+from repfx.graph.inputs import noted_preprocessing
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
 from repfx.lowering.onnx import finish, half, older, sizes, wide
@@ -37,6 +38,7 @@ from repfx.placement.formats import has_offset
 from repfx.quant import FakeQuant, Target, target_named
 
 OPSET = 20
+PREPROCESSING = "repfx.preprocessing"  # the name of its JSON in the metadata of the file
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def lower(
     file. Its inputs and outputs stay float32, and it is compared with the torch model rounded to
     float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From 21 on, weights of
     4 bits or fewer are int4, but not for TensorRT, which multiplies int8 by int8 only. `dynamic`:
-    the height and width of each input are dynamic too, and larger ones are compared as well.
+    the height and width of each input are dynamic too, and larger ones are compared as well. How
+    images become inputs, where the model records it, is JSON in the metadata `repfx.preprocessing`.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
     the model does not accept the example, the model fixes a size that `dynamic` frees, an output is
     not a tensor or the path cannot be written; CheckError where the file is not valid or a runtime
     does not compute what the model computes."""
-    form = _Form(target, opset, float16, dynamic)
+    form, images = _Form(target, opset, float16, dynamic), noted_preprocessing(model)
     args = _inputs(as_args(example, model) or ())
     bare = float16 and isinstance(model, nn.Module) and next(graphs(model), None) is None
     if bare or isinstance(model, torch.export.ExportedProgram):
@@ -95,6 +98,8 @@ def lower(
         float32 = ()
     model = reference(model, target, float16)
     proto = _export(model, args, form)
+    if images is not None:
+        onnx.helper.set_model_props(proto, {PREPROCESSING: images.json()})
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
