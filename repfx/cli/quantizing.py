@@ -45,7 +45,7 @@ from repfx.data.preprocessing import Preprocessing
 from repfx.errors import InputError, unknown
 from repfx.files.store import check_savable, write_whole
 from repfx.graph.inputs import note_preprocessing
-from repfx.ladder.quantize import TIME
+from repfx.ladder.climb import TIME
 from repfx.passes import Ptq
 from repfx.quant import METHODS
 
@@ -131,7 +131,12 @@ def quantize(
     """Quantize a model on images, as well as a budget and a time allow, and save it.
 
     -o net.pt saves the model, -o net.onnx writes the ONNX file of the target."""
-    ladder = {"budget": budget, "time": time, "labels": labels or None, "metric": metric}
+    ladder: dict[str, Any] = {
+        "budget": budget,
+        "time": time,
+        "labels": labels or None,
+        "metric": metric,
+    }
     ladder |= {"report": report, "json": json}
     method = _method(method, bool(iterations or cache or keep), ladder)
     where = place(device)

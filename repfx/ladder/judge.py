@@ -11,6 +11,7 @@ agreement; else the relative error of the output, 100 * 10^(-SQNR / 20), in perc
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ class Failed(Exception):
 class Judge:
     """Judges nets against the float net on the batches held out.
 
-    `right`: the float net's own score, accuracy or metric. `unit`: what a loss is counted in.
+    `right`: the float net's own score, accuracy or metric. `seconds`: how long that took. `unit`:
+    what a loss is counted in.
 
     Raises InputError for a float net whose outputs are no numbers or not finite, and for a metric
     that fails on it."""
@@ -55,10 +57,12 @@ class Judge:
         self.labels = [v for v in labels if v is not None]
         self.labelled = bool(labels) and len(self.labels) == len(labels)
         self.right: float | None = None
+        begun = time.perf_counter()
         try:
             self.right = self._measured(plain, self.truth)
         except Failed as error:
             raise InputError(f"the metric failed on the float model: {error.why}") from error
+        self.seconds = time.perf_counter() - begun
 
     @property
     def unit(self) -> str:

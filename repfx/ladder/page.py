@@ -6,18 +6,17 @@ import json
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from repfx.errors import MissingPart
 from repfx.files.store import write_whole
 
-if TYPE_CHECKING:
-    from repfx.ladder.results import Quantized, Rung
 
+def write(found: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the page of a `Quantized`.
 
-def write(found: Quantized, path: str | os.PathLike[str]) -> None:
-    """Writes the page. Raises InputError for a path that cannot be written, and MissingPart without
-    jinja2 and plotly."""
+    Raises InputError for a path that cannot be written, and MissingPart without jinja2 and plotly.
+    """
     try:
         from jinja2 import Environment
         from plotly.offline import get_plotlyjs
@@ -66,9 +65,9 @@ def write(found: Quantized, path: str | os.PathLike[str]) -> None:
     write_whole(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
-def _front(rungs: list[Rung], value: str) -> list[Rung]:
+def _front(rungs: list[Any], value: str) -> list[Any]:
     """The rungs that none beats in loss and in cost, by cost."""
-    found: list[Rung] = []
+    found: list[Any] = []
     for rung in sorted(rungs, key=lambda r: (getattr(r, value), r.score.lost if r.score else 0.0)):
         lost = rung.score.lost if rung.score else 0.0
         if not found or lost < (found[-1].score.lost if found[-1].score else 0.0):
