@@ -1,7 +1,8 @@
-"""The command line as a person meets it: real processes, exit codes, one readable paragraph."""
+"""The command line as a person meets it: exit codes, one readable paragraph, what is printed."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import nn
 
 import repfx
 from repfx.blocks import RepVGG
+from repfx.cli import main
 from repfx.cli.inputs import real_input
 from repfx.cli.models import load_model
 from repfx.cli.options import named, whole
@@ -36,6 +39,25 @@ def net():
     torch.manual_seed(0)
     blocks = RepVGG(3, 8, 3, padding=1), nn.ReLU(), RepVGG(8, 8, 3, padding=1), nn.ReLU()
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+class Own(nn.Module):
+    # Its own code picks by the entries of the data, which no graph can hold.
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > -1e9 else x
+
+def own():
+    return nn.Sequential(nn.Conv2d(3, 3, 3), Own()).eval()
+
+def scripted():
+    act = torch.jit.script(nn.Sequential(nn.ReLU()))
+    return nn.Sequential(nn.Conv2d(3, 3, 3), act, nn.Conv2d(3, 3, 3)).eval()
+
+def spread(model):
+    return float(model(torch.ones(2, 3, 16, 16)).abs().max())
 
 def no_convs():
     return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))
@@ -70,6 +92,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this process, which saves the seconds that imports take."""
+    out, err, paths = io.StringIO(), io.StringIO(), list(sys.path)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["repfx", *args])
+        with pytest.raises(SystemExit) as end:
+            main()
+    sys.path[:] = paths
+    code = end.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def run_alone(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own."""
     command = [sys.executable, "-c", "from repfx.cli import main; main()", *args]
     env = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(repfx.__file__).parent.parent)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=env)
@@ -198,6 +236,7 @@ def test_the_whole_path(folder: Path) -> None:
     assert done.returncode == 0 and (folder / "trusted.pt").exists()
 
 
+BUDGET, KEEP = ("--budget", "1"), ("--keep", "1")
 BAD = {
     "missing file": (["inspect", "none.pt"], 2, "no such file: none.pt"),
     "truncated file": (["inspect", "cut.pt"], 2, "damaged"),
@@ -227,7 +266,42 @@ BAD = {
     "unknown method": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "best"],
         2,
-        "unknown method 'best'; choose one of: entropy, mae, max, mse, percentile",
+        "unknown method 'best'; choose one of: auto, entropy, mae, max, mse, percentile, repapq",
+    ),
+    "an option of another method": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "mse", *BUDGET],
+        2,
+        "--budget is for --method auto, not for mse",
+    ),
+    "steps for the ladder": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--method", "auto", *KEEP],
+        2,
+        "--iterations, --cache and --keep are not for --method auto",
+    ),
+    "too little time": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--time", "0"],
+        2,
+        "time=0 is too short",
+    ),
+    "a metric that is not there": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--metric", "json:accuracy"],
+        2,
+        "cannot import json:accuracy",
+    ),
+    "no folder to write to": (
+        ["quantize", "net.pt", "--data", "data.npy", "-o", "none/x.pt"],
+        2,
+        "no such folder: none",
+    ),
+    "one mean, three stds": (
+        ["quantize", "net.pt", "--data", ".", "-o", "x.pt", "--mean", "0.5"],
+        2,
+        "mean and std have a value for each channel, 1 (gray) or 3 (RGB), not 1 and 3",
+    ),
+    "an order of channels": (
+        ["quantize", "net.pt", "--data", ".", "-o", "x.pt", "--order", "GRB"],
+        2,
+        "unknown order 'GRB'; choose one of: BGR, RGB",
     ),
     "unknown device": (
         ["quantize", "net.pt", "--data", "data.npy", "-o", "x.pt", "--device", "gpu"],
@@ -242,7 +316,7 @@ BAD = {
     "wrong input shape": (
         ["quantize", "net.pt", "--data", "wrong.npy", "-o", "x.pt"],
         2,
-        "(5, 8, 8)",
+        "5, 8, 8)",
     ),
     "empty calibration set": (
         ["quantize", "net.pt", "--data", "empty.npy", "-o", "x.pt"],
@@ -476,14 +550,14 @@ def test_a_malformed_file_is_named(folder: Path) -> None:
 
 
 def test_debug_shows_where(folder: Path) -> None:
-    done = run(folder, "inspect", "none.pt", "--debug")
+    done = run_alone(folder, "inspect", "none.pt", "--debug")
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
 def test_a_missing_part_is_named(folder: Path) -> None:
     (folder / "sklearn.py").write_text("raise ImportError('not installed')")
     try:
-        done = run(folder, "demo", "-o", "demo")
+        done = run_alone(folder, "demo", "-o", "demo")
     finally:
         (folder / "sklearn.py").unlink()
     assert done.returncode == 3 and "pip install repfx[demo]" in done.stderr
@@ -534,6 +608,57 @@ def test_a_folder_of_pictures(folder: Path) -> None:
     (pictures / "3.png").write_bytes(b"not a picture")
     done = run(folder, "quantize", "net.pt", "--data", "pictures", "--size", "16", "-o", "x.pt")
     assert done.returncode == 2 and "3.png is not a readable image" in done.stderr
+
+
+def test_quantize_by_default_climbs_and_writes_everything(folder: Path) -> None:
+    same = ("quantize", "net.pt", "--data", "data.npy")
+    done = run(folder, *same, "--json", "tried.json", "--report", "tried.html", "-o", "auto.pt")
+    assert done.returncode == 0, done.stderr
+    tried = json.loads((folder / "tried.json").read_text())
+    assert "12 of 12 images" in done.stdout and "9 images calibrated it, 3 judged it" in done.stdout
+    for rung in tried["rungs"]:
+        assert rung["name"] in done.stdout
+    assert "3 of 3 layers run in INT8" in done.stdout and tried["chosen"] in done.stdout
+    assert "what each way to quantize should take" in done.stdout.split("→")[0]
+    assert (folder / "tried.html").read_text().startswith("<!doctype html>")
+    assert isinstance(repfx.load(folder / "auto.pt"), nn.Module)
+    own = ("--metric", "mynet:spread", "--budget", "1000", "--target", "onnxruntime")
+    done = run(folder, *same, *own, "-o", "auto.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "meets the budget of 1000 of the metric" in done.stdout
+    assert len(onnx.load(folder / "auto.onnx").graph.node) > 5
+
+
+def test_what_cannot_be_saved_is_said_before_an_image_is_read(folder: Path) -> None:
+    broken = folder / "broken_images"
+    broken.mkdir()
+    for i in range(4):
+        (broken / f"{i}.png").write_bytes(b"not an image")
+    same = ("--data", "broken_images")
+    done = run(folder, "quantize", "mynet:own", *same, "-o", "own.pt")
+    assert done.returncode == 2 and "cannot save" in done.stderr, done.stderr
+    assert "own.onnx" in done.stderr and not (folder / "own.pt").exists()
+    done = run(folder, "quantize", "mynet:own", *same, "-o", "own.onnx")  # nor can it be exported
+    assert done.returncode == 2 and "cannot export" in done.stderr, done.stderr
+    done = run(folder, "quantize", "mynet:scripted", *same, "-o", "scripted.pt")
+    assert done.returncode == 2 and "scripted.onnx" in done.stderr, done.stderr
+    data = ("--data", "data.npy", "--budget", "100")
+    done = run(folder, "quantize", "mynet:scripted", *data, "-o", "scripted.onnx")
+    assert done.returncode == 0 and (folder / "scripted.onnx").exists(), done.stderr
+
+
+def test_labels_judge_by_the_folders_of_classes(folder: Path) -> None:
+    from PIL import Image
+
+    for label in range(4):
+        (folder / "classes" / str(label)).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng((label, i)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "classes" / str(label) / f"{i}.png")
+    args = ("--data", "classes", "--size", "16", "--labels", "--budget", "100", "-o", "labels.pt")
+    done = run(folder, "quantize", "net.pt", *args)
+    assert done.returncode == 0 and "points of accuracy; the float net has" in done.stdout
+    assert "16 of 16 images" in done.stdout
 
 
 def test_a_saved_model_is_never_taken_for_a_pickle(tmp_path: Path) -> None:

@@ -259,6 +259,31 @@ def test_functional_convolution_keeps_its_name() -> None:
     assert set(result.state_dict()) == {"0.weight", "0.bias"}
 
 
+class PadsItself(nn.Conv2d):
+    """A convolution that has the module of its padding inside, as TensorFlow's `same` is written."""
+
+    def __init__(self, inputs: int, outputs: int, pads: nn.Module) -> None:
+        super().__init__(inputs, outputs, 3, 2, bias=False)
+        self.pads = pads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.pads(x), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("pads", [nn.ZeroPad2d((0, 1, 0, 1)), nn.ReflectionPad2d(1), nn.ReLU()])
+@pytest.mark.parametrize("given", [True, False])
+def test_what_a_layer_calls_inside_stays_when_the_layer_merges(
+    pads: nn.Module, given: bool
+) -> None:
+    layers = [PadsItself(3, 8, pads), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    model = randomise(nn.Sequential(*layers).eval())
+    x = torch.randn(2, 3, 20, 20)
+    merged = repfx.transform(model, ["fuse"], example=x if given else None)
+    assert len(merged.meta["repfx"].merged) == 1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    assert repfx.verify(model, merged, torch.randn(3, 3, 21, 17)).relative < 1e-5
+
+
 def test_a_weight_expression_is_folded() -> None:
     class Expressed(nn.Module):
         def __init__(self) -> None:

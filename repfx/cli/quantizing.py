@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -218,11 +219,13 @@ class _Wanted:
         """Raises InputError if the result could not be written."""
         if not self.output.absolute().parent.is_dir():
             raise InputError(f"no such folder: {self.output.parent}")
-        tried = api.transform(net, [Ptq(bits)], example=example, target=self.target)
         if self.onnx:
+            plain = api.transform(net, ["fuse"], example=example, target=self.target)
+            with TemporaryDirectory() as folder:
+                api.lower(plain, Path(folder) / "net.onnx", example=example, target=self.target)
             return
         try:
-            check_savable(tried)
+            check_savable(api.transform(net, [Ptq(bits)], example=example, target=self.target))
         except InputError as error:
             raise InputError(
                 f"{error}. With -o {self.output.with_suffix('.onnx')} the ONNX file is written "
