@@ -260,7 +260,7 @@ def test_functional_convolution_keeps_its_name() -> None:
 
 
 class PadsItself(nn.Conv2d):
-    """A convolution that has the module of its padding inside, as TensorFlow's `same` is written."""
+    """A convolution with the module of its padding inside, as TensorFlow's `same` is written."""
 
     def __init__(self, inputs: int, outputs: int, pads: nn.Module) -> None:
         super().__init__(inputs, outputs, 3, 2, bias=False)
