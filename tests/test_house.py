@@ -21,7 +21,7 @@ import repfx
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "tolerances"},
-    {"processes", "deadline"},
+    {"processes", "deadline", "memory"},
     {"algebra", "quant", "blocks", "data"},
     {"graph"},
     {"files"},

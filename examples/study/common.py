@@ -57,7 +57,15 @@ def mini(
             ]
             inputs = width
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-    return net.to(memory_format=torch.channels_last)  # halves the time of a step on a CPU
+    return images_last(net)
+
+
+def images_last(net: nn.Module) -> nn.Module:
+    """Weights of convolutions in channels-last memory, which halves a step's time on a CPU."""
+    for weight in net.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 def pictures(path: Path, limit: int | None = None) -> tuple[Pictures, Pictures]:

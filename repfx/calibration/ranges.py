@@ -21,6 +21,7 @@ from repfx.graph.effects import is_foreign
 from repfx.graph.inputs import note_inputs, note_preprocessing
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
+from repfx.memory import memory_kept
 from repfx.processes import agreed, gathered
 from repfx.quant import (
     METHODS,
@@ -111,6 +112,7 @@ def _seen(
     with (
         torch.no_grad(),
         in_eval(model),
+        memory_kept(),
         _writing_in_place(in_place),
         in_float(weights),
         observing(quants, observer) as seen,

@@ -31,6 +31,7 @@ from repfx.data.preprocessing import preprocessing_of
 from repfx.data.share import Share
 from repfx.errors import InputError, unknown
 from repfx.graph.inputs import note_preprocessing
+from repfx.memory import memory_kept
 from repfx.processes import agreed, gathered
 from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
 
@@ -91,7 +92,7 @@ def reconstruct(
     inputs = [str(n.target) for n in inputs_of(model)]
     if not quantizers_of(model):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    with torch.inference_mode(False), torch.enable_grad(), in_eval(model):
+    with torch.inference_mode(False), torch.enable_grad(), in_eval(model), memory_kept():
         found: list[tuple[int, int]] = []
         share = Share(given)
         with agreed():
