@@ -618,7 +618,7 @@ def test_quantize_by_default_climbs_and_writes_everything(folder: Path) -> None:
     assert "12 of 12 images" in done.stdout and "9 images calibrated it, 3 judged it" in done.stdout
     for rung in tried["rungs"]:
         assert rung["name"] in done.stdout
-    assert "3 of 3 layers run in INT8" in done.stdout and tried["chosen"] in done.stdout
+    assert "3 of 3 layers run in integers" in done.stdout and tried["chosen"] in done.stdout
     assert "what each way to quantize should take" in done.stdout.split("→")[0]
     assert (folder / "tried.html").read_text().startswith("<!doctype html>")
     assert isinstance(repfx.load(folder / "auto.pt"), nn.Module)
@@ -627,6 +627,12 @@ def test_quantize_by_default_climbs_and_writes_everything(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "meets the budget of 1000 of the metric" in done.stdout
     assert len(onnx.load(folder / "auto.onnx").graph.node) > 5
+
+
+def test_with_no_option_but_the_target(folder: Path) -> None:
+    done = run(folder, "quantize", "net.pt", "--data", "data.npy", "--target", "openvino")
+    assert done.returncode == 0 and "wrote net-int8.pt" in done.stdout, done.stderr
+    assert (folder / "net-int8.pt").exists()
 
 
 def test_what_cannot_be_saved_is_said_before_an_image_is_read(folder: Path) -> None:

@@ -93,6 +93,17 @@ def test_images_that_do_not_fit_are_read_again(room: int, monkeypatch: pytest.Mo
     assert torch.equal(a, b) and len(reads) == (3 if room == 0 else 1)
 
 
+def test_data_that_changes_is_an_error_where_it_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = torch.utils.data.DataLoader(list(images(40)), 8, shuffle=True)
+    held = torch.cat([b.tensor for b in Split(loader).held])  # kept: what was read first counts
+    assert len(held) == 10
+    monkeypatch.setattr("repfx.ladder.images.ROOM", 0)
+    with pytest.raises(repfx.InputError, match="shuffle=True"):
+        repfx.quantize(net(), loader)
+
+
 def test_an_iterator_is_read_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repfx.ladder.images.ROOM", 0)
     found = repfx.quantize(net(), iter(batches()))

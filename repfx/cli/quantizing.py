@@ -25,7 +25,6 @@ from repfx.cli.options import (
     Mean,
     Model,
     Order,
-    Output,
     Peak,
     Size,
     SkipBroken,
@@ -35,6 +34,7 @@ from repfx.cli.options import (
     Weights,
     Workers,
     app,
+    beside,
     err,
     out,
     place,
@@ -57,7 +57,15 @@ AUTO, LEARNED = "auto", "repapq"
 def quantize(
     model: Model,
     data: Data,
-    output: Output,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The file to write, net.pt or net.onnx; by default MODEL-int8.pt, or int6 and so "
+            "on, beside the model.",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +152,8 @@ def quantize(
     net = load_model(model, weights, trust_pickle)
     given = {"size": size, "fit": fit, "crop": crop, "mean": mean, "std": std}
     how = preprocessing(net, **given, order=order, peak=peak)
+    if output is None:
+        output = beside(model).with_name(f"{beside(model).name}-int{bits}.pt")
     wanted = _Wanted(output, target)
     array = data.suffix.lower() == ".npy"
     if not array:  # what cannot be written is said before the first image is read

@@ -4,7 +4,7 @@ Every fourth image is held out, up to 256. The rest calibrates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from operator import length_hint
 from typing import Any
 
@@ -46,10 +46,19 @@ class Split:
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        parts: Iterable[Batch | None] = (
-            self.kept if self.kept is not None else (rest for rest, _ in self._parts())
-        )
-        return (batch for batch in parts if batch is not None)
+        return iter(self.kept) if self.kept is not None else self._again()
+
+    def _again(self) -> Iterator[Batch]:
+        """Reads the images again. Raises InputError if others would be held out now."""
+        held = iter(self.held)
+        for rest, out in self._parts():
+            if out is not None and not _same(out, next(held, None)):
+                raise InputError(
+                    "the data gives other images each time it is read, so images held out would "
+                    "calibrate: leave out shuffle=True and augmentation"
+                )
+            if rest is not None:
+                yield rest
 
     def __length_hint__(self) -> int:
         return len(self.kept) if self.kept is not None else length_hint(self.source)
@@ -78,6 +87,10 @@ class Split:
             held &= out + held.cumsum(0) <= MOST
             seen, out = seen + count, out + int(held.sum())
             yield _rows(batch, ~held), _rows(batch, held)
+
+
+def _same(a: Batch, b: Batch | None) -> bool:
+    return b is not None and all(map(torch.equal, a.tensors, b.tensors))
 
 
 def _rows(batch: Batch, wanted: Tensor) -> Batch | None:

@@ -124,8 +124,8 @@ class Quantized:
         """What was done, in sentences."""
         count, every = len(self.placement.integer), len(self.placement.floats)
         found = [
-            f"{count} of {count + every} layers run in INT8; {self.sizes[0] / 1e6:.2f} MB of "
-            f"weights became {self.sizes[1] / 1e6:.2f} MB",
+            f"{count} of {count + every} layers run in integers; {self.sizes[0] / 1e6:.3g} MB of "
+            f"weights became {self.sizes[1] / 1e6:.3g} MB",
             *(f"in float: {d}" for d in self.placement.floats),
             f"{self.images[0]} images calibrated it, {self.images[1]} judged it, in "
             f"{self.seconds:.0f} s",
