@@ -1038,3 +1038,51 @@ def test_a_function_of_ones_own_is_not_looked_into() -> None:
     x = image().requires_grad_()
     result(x).sum().backward()
     assert x.grad is not None and float(x.grad.abs().sum()) > 0
+
+
+class Sum(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.add(a, b)
+
+
+class Gate(nn.Module):
+    """A leaf with a tensor of its own and a choice that the data makes, which must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if x.sum() > 1e9 else x
+
+
+class Branches(nn.Module):
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(3, 8, 1)
+        self.sum, self.norm, self.last = Sum(), nn.BatchNorm2d(8), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.sum(self.one(x), self.two(x))))
+
+
+class Tracer(fx.Tracer):
+    """Leaves the modules of unknown classes whole, as converters from other formats do."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return not isinstance(m, Branches)
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), Gate()], ids=["known", "by data"])
+def test_leaves_of_a_given_graph_are_entered(last: nn.Module, tmp_path: Path) -> None:
+    net = randomise(Branches(last).eval())
+    graph = fx.GraphModule(net, Tracer().trace(net))
+    merged = repfx.transform(graph, ["fuse"])
+    assert len(merged.meta["repfx"].merged) == 1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    x = torch.randn(2, 3, 9, 11)
+    assert repfx.verify(graph, merged, x).relative < 1e-6
+    if isinstance(last, Gate):
+        return  # stays as code of its own, which cannot be saved
+    repfx.save(merged, tmp_path / "net.pt")
+    assert repfx.verify(merged, repfx.load(tmp_path / "net.pt"), x).relative == 0

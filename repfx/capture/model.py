@@ -40,6 +40,7 @@ from repfx.capture.running import (
 from repfx.capture.structures import tensors_in
 from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, is_mode
 from repfx.errors import Declined, InputError
+from repfx.graph.effects import is_foreign
 from repfx.graph.guards import facts_of, holds, is_guard
 from repfx.graph.modes import TrainOnly
 from repfx.graph.traits import Trait
@@ -175,7 +176,7 @@ def is_read_inside(model: nn.Module, path: str) -> bool:
 def _capture(
     module: nn.Module, path: str, example: tuple[Any, ...] | None, expected: Any, captured: Captured
 ) -> nn.Module:
-    if isinstance(module, fx.GraphModule):
+    if isinstance(module, fx.GraphModule) and not (example is not None and _has_leaves(module)):
         normalise(module.graph)
         module.recompile()
         if example is not None:
@@ -201,6 +202,12 @@ def _capture(
     elif BRANCHES in reason:
         return _eval_graph(module, example, expected, captured)
     return module
+
+
+def _has_leaves(graph: fx.GraphModule) -> bool:
+    """Whether it calls modules of unknown classes, which its tracer left whole."""
+    called = (n for n in graph.graph.nodes if n.op == "call_module")
+    return any(is_foreign(graph.get_submodule(str(n.target))) for n in called)
 
 
 def _attempt(

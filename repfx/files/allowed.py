@@ -60,6 +60,14 @@ def class_name(module: nn.Module, path: str) -> str:
     )
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a module can be saved, as far as its class goes."""
+    try:
+        return bool(class_name(module, ""))
+    except (InputError, ValueError):
+        return False
+
+
 def class_named(name: str) -> type[nn.Module]:
     if name in _OWN:
         return _OWN[name]

@@ -29,6 +29,7 @@ from repfx.files.allowed import (
     class_named,
     function_name,
     function_named,
+    is_known,
     methods,
 )
 from repfx.graph.holders import is_holder
@@ -148,6 +149,7 @@ def _encode_module(
     tensors: dict[str, Tensor],
     keys: dict[int, str],
     seen: dict[int, str],
+    unused: frozenset[int] = frozenset(),
 ) -> dict[str, Any]:
     if id(module) in seen:
         return {"same": seen[id(module)]}
@@ -158,8 +160,9 @@ def _encode_module(
             "Remove them first; for spectral_norm that is torch.nn.utils.remove_spectral_norm or "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if isinstance(module, TrainOnly) and not module.training:
-        return {"class": "torch.nn.Identity", "training": False}
+    idle = id(module) in unused and not is_known(module)
+    if idle or (isinstance(module, TrainOnly) and not module.training):
+        return {"class": "torch.nn.Identity", "training": module.training}
     out: dict[str, Any] = {
         "class": class_name(module, path),
         "training": module.training,
@@ -174,6 +177,7 @@ def _encode_module(
     if isinstance(module, fx.GraphModule):
         out["graph"] = _encode_graph(module.graph)
         out["name"] = type(module).__name__
+        unused = _unused(module)
     elif not is_holder(module):
         attributes = {
             k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k != "meta"
@@ -186,10 +190,25 @@ def _encode_module(
         k: _encode_tensor(v, f"{path}.{k}".lstrip("."), tensors, keys) for k, v in plain.items()
     }
     out["children"] = {
-        k: None if m is None else _encode_module(m, f"{path}.{k}".lstrip("."), tensors, keys, seen)
+        k: None
+        if m is None
+        else _encode_module(m, f"{path}.{k}".lstrip("."), tensors, keys, seen, unused)
         for k, m in module._modules.items()
     }
     return out
+
+
+def _unused(graph: fx.GraphModule) -> frozenset[int]:
+    """The ids of modules that hold no tensor and that the graph does not reach.
+
+    Such as the layer of someone else's class whose operators were traced."""
+    reached = [str(n.target) for n in graph.graph.nodes if n.op in ("call_module", "get_attr")]
+    return frozenset(
+        id(m)
+        for name, m in graph.named_modules(remove_duplicate=False)
+        if not any(True for _ in (*m.parameters(), *m.buffers()))
+        and not any(f"{path}.".startswith(f"{name}.") for path in reached)
+    )
 
 
 def _decode_module(
