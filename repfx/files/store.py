@@ -154,12 +154,7 @@ def _encode_module(
     if id(module) in seen:
         return {"same": seen[id(module)]}
     seen[id(module)] = path
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise InputError(
-            f"cannot save {path or 'the model'}: it has forward hooks, which are code of your own. "
-            "Remove them first; for spectral_norm that is torch.nn.utils.remove_spectral_norm or "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
+    _refuse_hooks(module, path)
     idle = id(module) in unused and not is_known(module)
     if idle or (isinstance(module, TrainOnly) and not module.training):
         return {"class": "torch.nn.Identity", "training": module.training}
@@ -196,6 +191,15 @@ def _encode_module(
         for k, m in module._modules.items()
     }
     return out
+
+
+def _refuse_hooks(module: nn.Module, path: str) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise InputError(
+            f"cannot save {path or 'the model'}: it has forward hooks, which are code of your own. "
+            "Remove them first; for spectral_norm that is torch.nn.utils.remove_spectral_norm or "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
 
 
 def _unused(graph: fx.GraphModule) -> frozenset[int]:

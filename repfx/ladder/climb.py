@@ -6,7 +6,6 @@ far as the time allows, with every layer in integers."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repfx.calibration.feed import arguments, feed
 from repfx.data.preprocessing import preprocessing_of
@@ -26,24 +25,25 @@ from repfx.errors import CheckError, InputError, OutOfTime
 from repfx.graph.inputs import note_preprocessing, noted_preprocessing
 from repfx.ladder.costs import Costs, costs, size_of
 from repfx.ladder.images import Split
-from repfx.ladder.judge import Failed, Judge, Metric
+from repfx.ladder.judge import ACCURACY, Failed, Judge, Metric
 from repfx.ladder.results import Quantized, Rung
 from repfx.ladder.rungs import LEFT_WIDE, STEPS, Maker, Pace, Recipe
 from repfx.memory import memory_kept
 from repfx.processes import place
-from repfx.quant import Grid, in_eval, quantizers_of
+from repfx.quant import METHODS, Grid, in_eval, quantizers_of
 from repfx.rewrite.runner import rewrite
 
 TIME = 600.0
 
 
 @memory_kept()
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module | torch.export.ExportedProgram,
     data: Iterable[Any],
     *,
     target: str = "tensorrt",
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     budget: float | None = None,
     time: float = TIME,
     bits: int = 8,
@@ -58,24 +58,30 @@ def quantize(
 
     It tries, from cheap to dear: five ways to choose ranges; corrected biases; blocks learned to
     match the float net; and, where a budget is given and not met, the worst layers left wide. Every
-    fourth image, up to 256, is held out and judges the nets; the other images calibrate. The model
-    given does not change.
+    fourth image is held out, and up to 256 of these, spread over all, judge the nets; the other
+    three of four calibrate. The model given does not change.
 
-    `data`: batches as for `calibrate`. Labels (N,) make accuracy the judge. `metric`: a function of
-    a net that returns a number, larger is better, which then judges. Otherwise the net with the
-    best SQNR is chosen. `budget`: how much may be lost, in units of the metric, points of accuracy,
-    points of agreement with the float net, or, where outputs are not classes, percent of relative
-    error; the first net that meets it is the result. `time`: the seconds it may take; what does not
-    fit is left out, and learning stops between two steps. `bits`, `weight_bits`: as for the pass
-    `ptq`. `example`: as for `transform`, by default the first images. `checkpoint`: a folder in
-    which interrupted learning continues. `plan`: called with a line for each rung, before the work
-    starts. The result follows from the seed and from which rungs ran.
+    `data`: batches as for `calibrate`. If its images have labels (N,), accuracy judges. `metric`: a
+    function of a net that returns a number, larger is better, which then judges; each call gets
+    another net. "accuracy" demands labels. Otherwise the net with the best SQNR is chosen.
+    `budget`: how much may be lost, in units of the metric, points of accuracy, points of agreement
+    with the float net, or, where outputs are not classes, percent of relative error. The climb ends
+    with the first step that meets it. `time`: the seconds it may take; what does not fit is left
+    out, and learning stops in time. A metric and the reading of one batch are not interrupted.
+    `bits`, `weight_bits`: as for the pass `ptq`. `example`: as for `transform`, by default the
+    first images. `checkpoint`: a folder in which interrupted learning continues. `plan`: called
+    with a line for each step, before the work starts. The result follows from the seed and from
+    which steps ran.
 
-    Raises InputError where `transform` and `calibrate` do, for fewer than four images, a metric
-    that fails on the float net, an option out of range, and for a time that is too short for ranges
-    alone."""
+    Raises InputError where `transform` and `calibrate` do, for a model that is quantized already,
+    fewer than four images, a metric that fails on the float net, an option out of range, and for a
+    time that is too short for ranges alone."""
     started = clock.monotonic()
-    folder = _checked(time, budget, (bits, weight_bits), checkpoint)
+    folder = _checked(time, budget, (bits, weight_bits), seed, checkpoint)
+    if metric is not None and metric != ACCURACY and not callable(metric):
+        raise InputError(f"metric is a function of a net, or {ACCURACY!r}, not {metric!r}")
+    if isinstance(model, nn.Module) and quantizers_of(model):
+        raise InputError("the model is quantized already: give the float model")
     with within(time):
         try:
             images = Split(data)
@@ -86,14 +92,12 @@ def quantize(
             pace = _pace(plain, images, judge)
         except OutOfTime as error:
             raise InputError(
-                f"time={time:g} is too short to run the float model on the images"
+                f"time={time:g} is too short to read the images and to run the float model on them"
             ) from error
     key = _key(plain, images, (bits, weight_bits, target, seed)) if folder else ""
-    options = (bits, weight_bits, target, example, seed, folder, key, progress)
-    maker = Maker(model, images, *options)
+    maker = Maker(model, images, bits, weight_bits, target, example, seed, folder, key, progress)
     climb = _Climb(maker, judge, pace, budget, started + time)
-    one = arguments(plain, images.held[0].inputs)
-    climb.one = tuple(x[:1] if isinstance(x, Tensor) and x.dim() else x for x in one)
+    climb.one = arguments(plain, images.one().inputs)
     for line in climb.planned(time):
         (plan or (lambda _: None))(line)
     climb.ranges()
@@ -116,14 +120,15 @@ class _Climb:
     rungs: list[Rung] = field(default_factory=list)
     best: Rung | None = None
     net: nn.Module | None = None
-    recipe: Recipe | None = None  # of the best net
+    base: nn.Module | None = None  # the best net with ranges alone, from which the others start
+    recipe: Recipe = field(default_factory=lambda: Recipe("max"))  # of the best net
     cost: Costs | None = None  # of the best net
     costs: dict[tuple[str, ...], Costs] = field(default_factory=dict)  # by the layers left wide
     declined: list[Any] = field(default_factory=list)
 
     @property
     def left(self) -> float:
-        return self.end - clock.monotonic()
+        return max(0.0, self.end - clock.monotonic())
 
     @property
     def met(self) -> bool:
@@ -131,7 +136,7 @@ class _Climb:
         return self.budget is not None and lost <= self.budget
 
     def planned(self, time: float) -> list[str]:
-        """What each rung should take. Raises InputError if the time is too short for the first."""
+        """What each step should take. Raises InputError if the time is too short for the first."""
         ranges = self.pace.of(Recipe("max")) + 4 * self.pace.judge
         if ranges > self.left:
             raise InputError(
@@ -152,52 +157,68 @@ class _Climb:
         return [*lines, f"time left: {self.left:.0f} s"]
 
     def ranges(self) -> None:
-        """The first rung, from which the others start. Raises InputError if the time runs out."""
+        """The first step, from which the others start. Raises InputError if the time runs out."""
+        begun = clock.monotonic()
         base, self.declined = self.maker.placed()
         if not quantizers_of(base):
             hint = "; ".join(map(str, self.declined[:3]))
             raise InputError(f"no layer of the model can run in integers: {hint}")
+        self.pace = replace(self.pace, making=clock.monotonic() - begun)
+        todo = list(METHODS)
         begun = clock.monotonic()
         try:
             with within(self.left):
-                for recipe in self.maker.ranged(base):
-                    self._judge(recipe, base, begun)
+                for recipe, net in self.maker.ranged(base):
+                    self._judge(recipe, net, begun)
+                    todo.remove(recipe.method)
                     begun = clock.monotonic()
         except OutOfTime as error:
             if self.best is None:
                 raise InputError("the time was too short for ranges alone") from error
+            for method in todo:
+                self.rungs.append(Rung(method, self.pace.judge, note="not tried, no time is left"))
         if self.best is None:
             raise CheckError(f"the metric failed on every net: {self.rungs[-1].note}")
-        assert self.recipe is not None
-        self.base, self.method = self.net, self.recipe.method
+        self.base = self.net
 
     def better(self) -> None:
-        """The rungs above ranges, as far as budget and time allow."""
+        """The steps above ranges, as far as budget and time allow."""
         if self.met:
             return
-        self._try(Recipe(self.method, bias=True))
-        fits = [n for n in STEPS if self._fits(Recipe(self.method, steps=n))]
-        # Without a budget only the longest learning that fits is worth its time.
-        for steps in fits if self.budget is not None else fits[-1:] or STEPS[:1]:
-            if not self.met:
-                self._try(Recipe(self.method, steps=steps))
+        method = self.recipe.method
+        self._try(Recipe(method, bias=True))
+        fewest, *more = (Recipe(method, steps=n) for n in STEPS)
+        if not self.met:
+            self._try(fewest)  # it also tells how long learning takes here
+        fits = [r for r in more if self._fits(r)]
+        for recipe in more:
+            # Without a budget only the longest learning that fits is worth its time.
+            if not self.met and (self.budget is not None or recipe in fits[-1:] or not fits):
+                self._try(recipe)
+            elif not self.met and recipe not in fits:
+                self._left_out(recipe)
         if self.budget is not None and not self.met:
             self._wider()
 
+    @property
+    def _widening(self) -> float:
+        """The seconds that finding the worst layers and one try without them should take."""
+        layers = len(self.cost.placement.integer) if self.cost else 0
+        return self.pace.looking * layers + self.pace.of(Recipe("max", True, 0, ("",)))
+
     def _wider(self) -> None:
-        assert self.recipe is not None and isinstance(self.base, nn.Module)
-        start = self.recipe
-        layers = self.cost.placement.integer if self.cost else ()
-        if self.pace.looking * len(layers) > self.left:
-            seconds = self.pace.looking * len(layers)
+        assert self.base is not None
+        if self._widening > self.left:
             note = f"not tried, {self.left:.0f} s are left"
-            self.rungs.append(Rung("the worst layers wide", seconds, note=note))
+            self.rungs.append(Rung("the worst layers wide", self._widening, note=note))
             return
+        start = self.recipe if self._fits(replace(self.recipe, wide=("",))) else None
+        start = start or Recipe(self.recipe.method, bias=True)
         try:
             with within(self.left):
                 worst = self.maker.worst(self.base)
         except (OutOfTime, InputError) as error:
-            self.rungs.append(Rung("the worst layers wide", 0.0, note=str(error)))
+            self.rungs.append(Rung("the worst layers wide", self._widening, note=str(error)))
             return
         for count in LEFT_WIDE:
             if not self.met and count <= len(worst) // 2:
@@ -205,19 +226,28 @@ class _Climb:
 
     def _fits(self, recipe: Recipe) -> bool:
         path = self.maker.checkpoint(recipe)
-        return self.pace.of(recipe) <= self.left or (path is not None and path.exists())
+        started = path is not None and path.exists()
+        return self.pace.of(recipe) + self._spared(recipe) <= self.left or started
+
+    def _spared(self, recipe: Recipe) -> float:
+        """The seconds to leave for what comes after a recipe: wide layers, where they may help."""
+        return self._widening if self.budget is not None and recipe.steps else 0.0
+
+    def _left_out(self, recipe: Recipe) -> None:
+        note = f"not tried, {self.left:.0f} s are left"
+        self.rungs.append(Rung(recipe.name, self.pace.of(recipe), note=note))
 
     def _try(self, recipe: Recipe) -> None:
         """Makes and judges one net, if it fits into the time that is left."""
+        assert self.base is not None
         expected = self.pace.of(recipe)
         if not self._fits(recipe):
-            note = f"not tried, {self.left:.0f} s are left"
-            self.rungs.append(Rung(recipe.name, expected, note=note))
+            self._left_out(recipe)
             return
         begun, note = clock.monotonic(), ""
+        spared = self._spared(recipe) + 1.5 * self.pace.judge + self.pace.making
         try:
-            assert isinstance(self.base, nn.Module)
-            with within(self.left - 1.5 * self.pace.judge):
+            with within(self.left - min(spared, self.left / 2)):
                 net = self.maker.start(recipe, self.base)
                 if recipe.steps:
                     try:
@@ -225,46 +255,48 @@ class _Climb:
                     except OutOfTime:
                         note = "stopped in time, some blocks are not learned"
             net = self.maker.finish(net)
+            if recipe.steps and not note:
+                took = (clock.monotonic() - begun) / max(expected - self.pace.judge, 1e-9)
+                self.pace = replace(self.pace, slow=max(0.1, took * self.pace.slow))
             with within(self.left):
                 self._judge(recipe, net, begun, note)
         except OutOfTime:
             spent = clock.monotonic() - begun
             self.rungs.append(Rung(recipe.name, expected, spent, note="stopped, no time was left"))
         except InputError as error:  # not for a model of this kind, such as one of several inputs
+            path = self.maker.checkpoint(recipe)
+            if path is not None and path.exists() and recipe.steps:
+                raise
             self.rungs.append(Rung(recipe.name, expected, note=f"not possible: {error}"))
 
     def _judge(self, recipe: Recipe, net: nn.Module, begun: float, note: str = "") -> None:
-        expected = self.pace.of(recipe)
+        expected, judging = self.pace.of(recipe), clock.monotonic()
         try:
             score = self.judge(net)
         except Failed as error:
-            spent = clock.monotonic() - begun
-            self.rungs.append(
-                Rung(recipe.name, expected, spent, note=f"the metric failed: {error.why}")
-            )
+            spent, why = clock.monotonic() - begun, f"the metric failed: {error.why}"
+            self.rungs.append(Rung(recipe.name, expected, spent, note=why))
             return
-        cost = self.costs.get(recipe.wide) or costs(net, self.one, self.declined)
+        took = clock.monotonic() - judging
+        self.pace = replace(self.pace, judge=max(took, self.pace.judge / 2))
+        cost = self.costs.get(recipe.wide)
+        cost = cost or costs(net, self.one, self.declined, recipe.wide)
         self.costs[recipe.wide] = cost  # the same layers, whatever their ranges
         seconds = clock.monotonic() - begun
         rung = Rung(recipe.name, expected, seconds, score, cost.size, cost.latency, note)
         self.rungs.append(rung)
-        if self._beats(rung):
-            self.best, self.recipe, self.cost = rung, recipe, cost
-            # The ranges of one net change from rung to rung.
-            self.net = net if recipe.bias or recipe.steps or recipe.wide else copy.deepcopy(net)
+        if self.best is None or self._order(rung) > self._order(self.best):
+            self.best, self.net, self.recipe, self.cost = rung, net, recipe, cost
 
-    def _beats(self, rung: Rung) -> bool:
-        if self.best is None:
-            return True
-        new, old = rung.score, self.best.score
-        assert new is not None and old is not None
-        if new.measured is not None:
-            return (-new.lost, new.sqnr) > (-old.lost, old.sqnr)
-        return new.sqnr > old.sqnr
+    def _order(self, rung: Rung) -> tuple[float, float]:
+        """What makes a net the better one: less lost where that was asked for, else its SQNR."""
+        score = rung.score
+        assert score is not None
+        asked = self.budget is not None or score.measured is not None
+        return (-score.lost if asked else 0.0, score.sqnr)
 
     def result(self, size: int, seconds: float) -> Quantized:
         assert self.best is not None and self.net is not None and self.cost is not None
-        notes = list(self._notes())
         return Quantized(
             self.net,
             tuple(self.rungs),
@@ -274,10 +306,10 @@ class _Climb:
             self.judge.unit,
             self.judge.right,
             self.cost.placement,
-            (self.pace.calibrating, self.pace.held),
+            (self.pace.calibrating, self.judge.images),
             (size, self.cost.size),
             seconds,
-            tuple(notes),
+            (*self.judge.notes, *self._notes()),
         )
 
     def _notes(self) -> Iterator[str]:
@@ -292,12 +324,14 @@ class _Climb:
 
 
 def _checked(
-    time: float, budget: float | None, bits: tuple[int, int | None], folder: Any
+    time: float, budget: float | None, bits: tuple[int, int | None], seed: int, folder: Any
 ) -> Path | None:
     """The folder for checkpoints, made. Raises InputError for an option out of range."""
     for name, value in (("time", time), ("budget", 0.0 if budget is None else budget)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise InputError(f"{name} is a number from 0, not {value!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is a whole number from 0, not {seed!r}")
     for count in bits:
         if count is not None:
             Grid(count)  # raises for an invalid number of bits
@@ -319,8 +353,9 @@ def _pace(plain: nn.Module, images: Split, judge: Judge) -> Pace:
     batch = images.held[0]
     with in_eval(plain), torch.no_grad():
         seconds = min(_timed(lambda: feed(plain, batch)) for _ in range(3))
-    judging = 0.0 if judge.metric is None else judge.seconds
-    return Pace(seconds / len(batch), len(images), images.out, judging)
+    image = seconds / len(batch)
+    metric = judge.seconds if judge.metric is not None else 0.0
+    return Pace(image, len(images), 2 * images.out * image + metric)
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -331,9 +366,8 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def _key(plain: nn.Module, images: Split, options: tuple[Any, ...]) -> str:
     """Ten letters that differ for other nets, images and options."""
-    digest = hashlib.sha256(repr((options, len(images))).encode())
-    tensors = [*plain.state_dict().values(), *(x for b in images.held for x in b.tensors)]
-    for x in tensors:
+    digest = hashlib.sha256(repr((options, images.digest)).encode())
+    for x in plain.state_dict().values():
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]
 

@@ -4,12 +4,13 @@ latency = (float MACs + integer MACs / 4) / all MACs      1 is the float net"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.calibration.biases import weight_quantizer
@@ -18,11 +19,18 @@ from repfx.errors import Declined
 from repfx.graph.calls import Layer
 from repfx.graph.run_node import Interpreter
 from repfx.graph.view import GraphView
+from repfx.graph.vocabulary import kind_of
 from repfx.ladder.results import Placement
 from repfx.quant import FakeQuant, in_eval, quantizers_of
 
 FASTER = 4  # integer multiply-accumulates in the time of one in float
 UNSAID = "the target has no integers for it here"
+UNTRACED = "it is an operator without integers, or in code that was not traced"
+LOSES = "it is one of those that lose most"
+LAYERS = (
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear),
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,19 @@ class Costs:
     latency: float | None
 
 
-def costs(net: nn.Module, args: tuple[Any, ...], declined: Iterable[Declined]) -> Costs:
-    """The costs of a net. `args`: one image, which tells the sizes. `declined`: the reasons."""
-    why = {d.where: d for d in declined}
+def costs(
+    net: nn.Module,
+    args: tuple[Any, ...],
+    declined: Iterable[Declined],
+    wide: Collection[str] = (),
+) -> Costs:
+    """The costs of a net.
+
+    `args`: one image, which tells the sizes. `declined`: why layers stay in float. `wide`: the
+    layers that were left wide."""
+    why = {d.where: d for d in declined} | {name: Declined(name, LOSES) for name in wide}
     integer: list[str] = []
-    floats: list[Declined] = []
+    floats: list[str] = []
     macs = {True: 0, False: 0}
     whole = isinstance(net, fx.GraphModule)
     for path, graph in graphs(net):
@@ -47,19 +63,32 @@ def costs(net: nn.Module, args: tuple[Any, ...], declined: Iterable[Declined]) -
         for node in view.nodes:
             layer = view.layer(node)
             if layer is None:
+                products = node.target is F.scaled_dot_product_attention
+                whole &= not products and kind_of(node).name != "product of matrices"
                 continue
             quant = weight_quantizer(view, layer)
-            name = prefix + _name(node, layer, quant)
-            if quant is not None:
-                integer.append(name)
-            else:
-                floats.append(why.get(name) or Declined(name, UNSAID))
+            (floats if quant is None else integer).append(prefix + _name(node, layer, quant))
             own = _macs(view, layer, sizes)
             whole &= own is not None
             macs[quant is not None] += own or 0
+    others = _others(net, {*integer, *floats})
+    whole &= not others
     total = sum(macs.values())
     latency = (macs[False] + macs[True] / FASTER) / total if whole and total else None
-    return Costs(Placement(tuple(integer), tuple(floats)), size_of(net), latency)
+    left = [why.get(name) or Declined(name, UNSAID) for name in floats]
+    left += [why.get(name) or Declined(name, UNTRACED) for name in others]
+    wider = tuple(name for name in integer if name in wide)
+    return Costs(Placement(tuple(integer), tuple(left), wider), size_of(net), latency)
+
+
+def _others(net: nn.Module, known: Collection[str]) -> list[str]:
+    """The layers that are in no graph: they run inside code that was not traced, or as one operator
+    of several layers, such as an LSTM."""
+    return [
+        name
+        for name, m in net.named_modules()
+        if isinstance(m, LAYERS) and name not in known and any(p.dim() > 1 for p in m.parameters())
+    ]
 
 
 def size_of(net: nn.Module) -> int:

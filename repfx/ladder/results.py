@@ -47,10 +47,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which layers run in integers, and which stay in float and why."""
+    """Which layers run in integers, and which stay in float and why.
+
+    `wide`: those in integers that were left at 8 bits."""
 
     integer: tuple[str, ...]
     floats: tuple[Declined, ...]
+    wide: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Quantized:
             f"{count} of {count + every} layers run in integers; {self.sizes[0] / 1e6:.3g} MB of "
             f"weights became {self.sizes[1] / 1e6:.3g} MB",
             *(f"in float: {d}" for d in self.placement.floats),
+            *(f"left at 8 bits: {name}" for name in self.placement.wide),
             f"{self.images[0]} images calibrated it, {self.images[1]} judged it, in "
             f"{self.seconds:.0f} s",
             *self.notes,
@@ -142,7 +146,8 @@ class Quantized:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    known = value is not None and value != -math.inf
+    return f"{value:.{digits}f}" if known else "–"
 
 
 def _finite(value: Any) -> Any:

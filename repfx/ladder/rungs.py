@@ -8,6 +8,7 @@ wide       the layers that lose most left wide, which costs speed"""
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from repfx.calibration.ranges import calibrate, ranges
 from repfx.errors import Declined
 from repfx.ladder.images import Split
 from repfx.passes import Ptq
-from repfx.quant import Affine
+from repfx.quant import Affine, quantizers_of
 from repfx.rewrite.runner import rewrite
 
-STEPS = (50, 200, 1000)  # of learning for each block
+STEPS = (25, 100, 400, 1600)  # of learning for each block
 IMAGES = 32  # in a step of learning
 LEFT_WIDE = (1, 2, 4, 8, 16)
 LOOKED_AT = 16  # images that tell which layers lose most
@@ -49,24 +50,20 @@ class Recipe:
 class Pace:
     """Seconds an image takes in the float net, and how many images there are of each kind.
 
-    `judging`: seconds of the caller's metric. `slow`: how much longer learning takes than expected,
-    as far as it was tried."""
+    `judge`: seconds to judge a net, with the caller's metric. `making`: seconds to put quantizers
+    in. `slow`: how much longer learning takes than expected, as far as it was tried."""
 
     image: float
     calibrating: int
-    held: int
-    judging: float = 0.0
+    judge: float
+    making: float = 0.0
     slow: float = 1.0
-
-    @property
-    def judge(self) -> float:
-        return 2 * self.held * self.image + self.judging
 
     def of(self, recipe: Recipe) -> float:
         """The seconds that a rung should take, for planning; no promise."""
         seconds = self.judge
         if recipe.wide:
-            seconds += self.image * (2 * self.calibrating + 512)
+            seconds += self.making + self.image * (2 * self.calibrating + 512)
         if recipe.steps:
             learned = self.image * (5 * IMAGES * recipe.steps + 8 * self.calibrating)
             return seconds + self.slow * learned
@@ -90,7 +87,7 @@ class Maker:
     example: Any
     seed: int
     folder: Path | None
-    key: str  # of the net and the images, in the names of checkpoints
+    key: str  # of the net, the images and the options, in the names of checkpoints
     progress: bool
 
     def placed(
@@ -103,13 +100,16 @@ class Maker:
         net, report = rewrite(self.net, passes, self.example, self.target)
         return net.eval(), report.declined
 
-    def ranged(self, base: nn.Module) -> Iterable[Recipe]:
-        """Sets the ranges of `base` by each method in turn, from one pass over the images."""
+    def ranged(self, base: nn.Module) -> Iterable[tuple[Recipe, nn.Module]]:
+        """The net with the ranges of each method, from one pass over the images."""
         found = ranges(base, self.images)
+        paths = {quant: path for path, quant in quantizers_of(base).items()}
         for method, scales in found.items():
+            net = copy.deepcopy(base)
+            quants = quantizers_of(net)
             for quant, scale in scales.items():
-                quant.set_scale(scale.to(quant.scale))
-            yield Recipe(method)
+                quants[paths[quant]].set_scale(scale.to(quant.scale))
+            yield Recipe(method), net
 
     def start(self, recipe: Recipe, base: nn.Module) -> nn.Module:
         """The net of a recipe before it is learned. `base`: the calibrated net of no wide layers.
@@ -148,7 +148,8 @@ class Maker:
     def checkpoint(self, recipe: Recipe) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / f"{self.key}-{recipe.steps}-{len(recipe.wide)}.ck"
+        own = hashlib.sha256(repr(recipe).encode()).hexdigest()[:6]
+        return self.folder / f"{self.key}-{own}.ck"
 
     def worst(self, base: nn.Module) -> tuple[str, ...]:
         """The layers of a calibrated net, those that lose most first."""
