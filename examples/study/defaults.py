@@ -8,8 +8,9 @@ Every tool gets the same merged net and the same 512 images without labels; ours
 was trained. What a tool makes runs where the tool means it to: ONNX Runtime's in ONNX Runtime,
 NNCF's in OpenVINO, the others in their own simulation. Ours is compared with each in the same
 place; for ONNX Runtime also with the target of CPUs with VNNI, whose range of weights is the one
-that ONNX Runtime's own quantizer uses on any CPU. The score is top-1 (CIFAR-10), AP (digits on textures), PSNR (Set5) or, for the pretrained
-net, agreement with float on photographs; the images that judge are none of those 512."""
+that ONNX Runtime's own quantizer uses on any CPU. The score is top-1 (CIFAR-10), AP (digits on
+textures), PSNR (Set5) or, for the pretrained net, agreement with float on photographs; the images
+that judge are none of those 512."""
 
 from __future__ import annotations
 
