@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -665,6 +666,48 @@ def test_labels_judge_by_the_folders_of_classes(folder: Path) -> None:
     done = run(folder, "quantize", "net.pt", *args)
     assert done.returncode == 0 and "points of accuracy; the float net has" in done.stdout
     assert "16 of 16 images" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--bits", "4", "-o", "four.onnx"], "4 bits"),
+        (["--report", "nowhere/a.html"], "no such folder: nowhere"),
+        (["--json", "nowhere/a.json"], "no such folder: nowhere"),
+        (["--bias"], "--bias is for a method of ranges"),
+    ],
+)
+def test_what_cannot_be_written_is_said_first(
+    options: list[str], text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repfx.quantize", lambda *args, **kwargs: pytest.fail("it worked"))
+    done = run(folder, "quantize", "net.pt", "--data", "data.npy", *options)
+    assert done.returncode == 2 and text in done.stderr, done.stderr
+
+
+def test_labels_come_from_the_part_to_validate_on_and_need_classes(folder: Path) -> None:
+    from PIL import Image
+
+    root = folder / "parts"
+    for part, labels in (("train", "abcd"), ("val", "abcd")):
+        for label in labels:
+            (root / part / label).mkdir(parents=True)
+            for i in range(2 if part == "val" else 3):
+                Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(root / part / label / f"{i}.png")
+    args = ("--size", "16", "--labels", "--budget", "100", "-o", "labels.pt")
+    done = run(folder, "quantize", "net.pt", "--data", "parts", *args)
+    assert done.returncode == 0 and "8 of 8 images" in done.stdout, done.stderr
+    (folder / "around").mkdir()
+    shutil.move(root / "val", folder / "around" / "mine")
+    done = run(folder, "quantize", "net.pt", "--data", "around", *args)
+    assert done.returncode == 2 and "one class folder, mine" in done.stderr
+    (root / "train" / "e").mkdir()
+    Image.new("RGB", (16, 16)).save(root / "train" / "e" / "0.png")
+    Image.new("RGB", (16, 16)).save(root / "train" / "e" / "1.png")
+    Image.new("RGB", (16, 16)).save(root / "train" / "e" / "2.png")
+    Image.new("RGB", (16, 16)).save(root / "train" / "e" / "3.png")
+    done = run(folder, "quantize", "net.pt", "--data", "parts", *args)
+    assert done.returncode == 2 and "labels are from 0 to 3" in done.stderr, done.stderr
 
 
 def test_a_saved_model_is_never_taken_for_a_pickle(tmp_path: Path) -> None:

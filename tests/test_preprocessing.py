@@ -91,6 +91,7 @@ def test_gray_images_have_one_channel(folder: Path) -> None:
         ({"order": "GRB"}, "unknown order"),
         ({"crop": 0.0}, "crop is a share"),
         ({"crop": 1.5}, "crop is a share"),
+        ({"crop": 0.5, "fit": "letterbox"}, "crop is for fit=crop"),
         ({"peak": 0.0}, "peak is"),
         ({"peak": float("inf")}, "peak is"),
     ],
@@ -105,6 +106,42 @@ def test_it_is_found_behind_loaders_and_subsets(folder: Path) -> None:
     for data in (found, DataLoader(found, 2), DataLoader(Subset(found, [0, 1]), 2)):
         assert preprocessing_of(data) == HOW
     assert preprocessing_of([torch.zeros(2, 3, 4, 4)]) is None
+
+
+def test_other_code_around_a_data_set_is_not_trusted(folder: Path) -> None:
+    class Flipped(torch.utils.data.Dataset[torch.Tensor]):
+        def __init__(self, dataset: Images) -> None:
+            self.dataset = dataset
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return self.dataset[i].flip(0)
+
+    found = images(folder, HOW)
+    assert preprocessing_of(Flipped(found)) is None
+    assert preprocessing_of(DataLoader(found, 2, collate_fn=torch.stack)) is None
+
+
+def test_a_record_of_another_size_is_forgotten() -> None:
+    made = repfx.transform(net(), ["ptq"])
+    note_preprocessing(made, HOW)
+    repfx.calibrate(made, [torch.randn(2, 3, 24, 32)])
+    assert noted_preprocessing(made) == HOW
+    repfx.calibrate(made, [torch.randn(2, 3, 20, 20)])
+    assert noted_preprocessing(made) is None
+
+
+def test_a_file_of_another_size_says_so(tmp_path: Path) -> None:
+    made = repfx.transform(net(), [])
+    note_preprocessing(made, HOW)
+    repfx.lower(made, tmp_path / "a.onnx", example=torch.randn(2, 3, 40, 48))
+    (entry,) = onnx.load(tmp_path / "a.onnx").metadata_props
+    assert json.loads(entry.value)["size"] == [40, 48]
+    assert noted_preprocessing(made) == HOW
+
+
+def test_augmented_images_are_no_letterboxes(folder: Path) -> None:
+    with pytest.raises(repfx.InputError, match="fit=crop"):
+        Pictures(folder, preprocessing=Preprocessing(16, fit="letterbox"), augment=True)
 
 
 def test_an_array_has_none(tmp_path: Path) -> None:

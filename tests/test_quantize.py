@@ -98,7 +98,7 @@ def test_images_that_do_not_fit_are_read_again(room: int, monkeypatch: pytest.Mo
 def test_data_that_changes_is_an_error_where_it_is_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loader = torch.utils.data.DataLoader(list(images(40)), 8, shuffle=True)
+    loader: Any = torch.utils.data.DataLoader(list(images(40)), 8, shuffle=True)
     held = torch.cat([b.tensor for b in Split(loader).held])  # kept: what was read first counts
     assert len(held) == 10
     monkeypatch.setattr("repfx.ladder.images.ROOM", 0)

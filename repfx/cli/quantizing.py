@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,14 +42,15 @@ from repfx.cli.options import (
     say,
     show_report,
 )
-from repfx.data.images import Pictures
+from repfx.data.images import Pictures, validation_part
 from repfx.data.preprocessing import Preprocessing
-from repfx.errors import InputError, unknown
+from repfx.errors import InputError, MissingPart, unknown
 from repfx.files.store import check_savable, write_whole
 from repfx.graph.inputs import note_preprocessing
 from repfx.ladder.climb import TIME
+from repfx.ladder.judge import ACCURACY
 from repfx.passes import Ptq
-from repfx.quant import METHODS
+from repfx.quant import METHODS, FakeQuant
 
 AUTO, LEARNED = "auto", "repapq"
 
@@ -148,13 +150,15 @@ def quantize(
     }
     ladder |= {"report": report, "json": json}
     method = _method(method, bool(iterations or cache or keep), ladder)
+    if method == AUTO and bias:
+        raise InputError("--bias is for a method of ranges; --method auto tries it anyway")
     where = place(device)
     net = load_model(model, weights, trust_pickle)
     given = {"size": size, "fit": fit, "crop": crop, "mean": mean, "std": std}
     how = preprocessing(net, **given, order=order, peak=peak)
     if output is None:
         output = beside(model).with_name(f"{beside(model).name}-int{bits}.pt")
-    wanted = _Wanted(output, target)
+    wanted = _Wanted(output, target, report, json)
     array = data.suffix.lower() == ".npy"
     if not array:  # what cannot be written is said before the first image is read
         wanted.check(net, bits, random_input(usual_shape(net, how), 2))
@@ -166,24 +170,21 @@ def quantize(
         say(f"left out: {name}")
     say(f"{len(found)} of {getattr(found, 'found', len(found))} images")
     batches = torch.utils.data.DataLoader(found, batch, num_workers=workers)
+    result: api.Quantized | None = None
     if method == AUTO:
-        judge = None if metric is None else imported(metric)
+        judge = imported(metric) if metric is not None else ACCURACY if labels else None
         settings: dict[str, Any] = {"budget": budget, "time": TIME if time is None else time}
         settings |= {"bits": bits, "seed": seed}
         settings |= {"metric": judge, "target": target, "checkpoint": checkpoint}
         result = _auto(net, batches, where, settings)
         out.print(result)
-        if json is not None:
-            write_whole(json, lambda part: Path(part).write_text(result.json() + "\n"))
-        if report is not None:
-            result.write(report)
-            say(f"wrote {report}")
         quantized = result.model.cpu()
     else:
         chosen = _Chosen(bits, method, iterations or 1000, bias, keep, checkpoint, cache)
         quantized = chosen.run(net, batches, where, target)
     note_preprocessing(quantized, None if array else how)
-    wanted.write(quantized, next(iter(batches))[0][:2] if labels else next(iter(batches))[:2])
+    first = next(iter(batches))
+    wanted.write(quantized, (first[0] if labels else first)[:2], result)
 
 
 def _method(method: str | None, learning: bool, ladder: dict[str, Any]) -> str:
@@ -201,7 +202,17 @@ def _method(method: str | None, learning: bool, ladder: dict[str, Any]) -> str:
 
 
 def _labelled(path: Path, how: Preprocessing, **options: Any) -> Pictures:
-    return Pictures(path, preprocessing=how, **options)
+    """The images of class folders, those to validate on where there are some.
+
+    Raises InputError for a single class, which is a folder around the class folders."""
+    part = validation_part(path)
+    found = Pictures(path, "" if part is None else part or "train", preprocessing=how, **options)
+    if len(found.classes) < 2:
+        raise InputError(
+            f"{path} has one class folder, {found.classes[0]}: give the folder that holds the "
+            "folders of all classes"
+        )
+    return found
 
 
 def _auto(net: Any, batches: Any, where: torch.device, settings: dict[str, Any]) -> api.Quantized:
@@ -216,39 +227,53 @@ def _auto(net: Any, batches: Any, where: torch.device, settings: dict[str, Any])
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The file to write: a model, or an ONNX file for the target."""
+    """The files to write: a model, or an ONNX file for the target, and what was tried."""
 
     output: Path
     target: str
-
-    @property
-    def onnx(self) -> bool:
-        return self.output.suffix.lower() == ".onnx"
+    report: Path | None
+    json: Path | None
 
     def check(self, net: Any, bits: int, example: Tensor) -> None:
-        """Raises InputError if the result could not be written."""
-        if not self.output.absolute().parent.is_dir():
-            raise InputError(f"no such folder: {self.output.parent}")
+        """Raises InputError if the result could not be written, MissingPart without the page's."""
+        for file in (self.output, self.report, self.json):
+            if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+                raise InputError(f"no such folder: {file if file.is_dir() else file.parent}")
+        if self.report is not None and not all(map(find_spec, ("jinja2", "plotly"))):
+            raise MissingPart("the page needs jinja2 and plotly: pip install repfx[report]")
+        same: dict[str, Any] = {"example": example, "target": self.target}
+        tried = api.transform(net, [Ptq(bits)], **same)
         if self.onnx:
-            plain = api.transform(net, ["fuse"], example=example, target=self.target)
+            if any(isinstance(m, FakeQuant) for m in tried.modules()):
+                api.calibrate(tried, [example])
             with TemporaryDirectory() as folder:
-                api.lower(plain, Path(folder) / "net.onnx", example=example, target=self.target)
+                api.lower(tried, Path(folder) / "net.onnx", **same)
             return
         try:
-            check_savable(api.transform(net, [Ptq(bits)], example=example, target=self.target))
+            check_savable(tried)
         except InputError as error:
             raise InputError(
                 f"{error}. With -o {self.output.with_suffix('.onnx')} the ONNX file is written "
                 "directly, which needs no saved model"
             ) from error
 
-    def write(self, net: nn.Module, example: Tensor) -> None:
+    @property
+    def onnx(self) -> bool:
+        return self.output.suffix.lower() == ".onnx"
+
+    def write(self, net: nn.Module, example: Tensor, result: api.Quantized | None) -> None:
         if self.onnx:
             made = api.lower(net, self.output, example=example, target=self.target)
             say(f"ONNX Runtime against torch: {made.parity}")
         else:
             api.save(net, self.output)
         say(f"wrote {self.output} ({self.output.stat().st_size / 1e6:.2f} MB)")
+        if result is not None and self.json is not None:
+            text = result.json() + "\n"
+            write_whole(self.json, lambda part: Path(part).write_text(text))
+        if result is not None and self.report is not None:
+            result.write(self.report)
+            say(f"wrote {self.report}")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.archive, self.part, self.augment, self.pad = Archive(path, cache), part, augment, pad
         self.preprocessing = preprocessing or Preprocessing(size, mean=mean, std=std)
+        if augment and self.preprocessing.fit != "crop":
+            raise InputError("augment crops images, so it needs a preprocessing of fit=crop")
         self.seed = self.epoch = 0
         inside = [PurePosixPath(n) for n in self.archive.names]
         under = [n.relative_to(part) for n in inside if n.is_relative_to(part)] if part else inside

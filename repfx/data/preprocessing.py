@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from repfx.data.archive import IMAGENET_MEAN, IMAGENET_STD, Archive, Size, both_sides, by_channel
 from repfx.data.letterbox import fitted, in_frame
@@ -62,6 +63,8 @@ class Preprocessing:
             raise InputError(f"std is above 0, not {', '.join(map(str, self.std))}")
         if self.size is not None:
             object.__setattr__(self, "size", both_sides(self.size))
+        if self.fit == "letterbox" and self.crop != 1:
+            raise InputError("crop is for fit=crop: a letterbox shows the whole image")
         if not 0 < self.crop <= 1:
             raise InputError(f"crop is a share of the image, above 0 and up to 1, not {self.crop}")
         if not (math.isfinite(self.peak) and self.peak > 0):
@@ -98,11 +101,13 @@ class Preprocessing:
 
 
 def preprocessing_of(data: Any) -> Preprocessing | None:
-    """That of a data set, of a DataLoader of one, or of a subset; None where there is none."""
-    seen = 0
-    while data is not None and seen < 8:
-        found = getattr(data, "preprocessing", None)
-        if isinstance(found, Preprocessing):
-            return found
-        data, seen = getattr(data, "dataset", None), seen + 1
-    return None
+    """That of a data set, of a DataLoader of one, or of a subset; None where there is none.
+
+    None, too, where other code may change what the data set gives: a wrapper around it, or a
+    `collate_fn` of the caller."""
+    while isinstance(data, (DataLoader, Subset)):
+        if isinstance(data, DataLoader) and data.collate_fn is not default_collate:
+            return None
+        data = data.dataset
+    found = getattr(data, "preprocessing", None)
+    return found if isinstance(found, Preprocessing) else None

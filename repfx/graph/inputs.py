@@ -38,10 +38,20 @@ def noted_inputs(model: object) -> list[tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def note_preprocessing(model: nn.Module, how: Preprocessing | None) -> None:
-    """Records how images become inputs of the model. None leaves what was recorded before."""
+    """Records how images become inputs of the model.
+
+    None, for data that does not say, leaves what was recorded before, unless it has another size
+    than the inputs that are noted now."""
     meta = getattr(model, "meta", None)
-    if how is not None and isinstance(meta, dict):
+    if not isinstance(meta, dict):
+        return
+    if how is not None:
         meta[IMAGES] = json.loads(how.json())
+        return
+    before, noted = noted_preprocessing(model), noted_inputs(model)
+    sizes = [size[1:] for _, size in noted if len(size) == 3]
+    if before is not None and before.size is not None and sizes and before.size not in sizes:
+        del meta[IMAGES]
 
 
 def noted_preprocessing(model: object) -> Preprocessing | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def lower(
     model = reference(model, target, float16)
     proto = _export(model, args, form)
     if images is not None:
+        if images.size is not None and args and args[0].dim() == 4:
+            images = replace(images, size=(args[0].shape[2], args[0].shape[3]))
         onnx.helper.set_model_props(proto, {PREPROCESSING: images.json()})
     try:
         onnx.checker.check_model(proto, full_check=True)
