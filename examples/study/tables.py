@@ -86,6 +86,33 @@ def detection() -> None:
         print(table(lost, lambda r: r["way"], lambda r: r["variant"], "lost", 2))
 
 
+def strategies() -> None:
+    """(b): the accuracy of each strategy at its own best rate, and at every rate that was tried."""
+
+    def name(r: dict[str, Any]) -> str:
+        return f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip()
+
+    found = rows("strategies")
+    first = min((r["seed"] for r in found), default=0)
+    tried = [r for r in found if r["bits"] == 4 and r["seed"] == first]
+    best = {
+        key: max((r for r in tried if name(r) == key), key=lambda r: float(r["top1"]))["lr"]
+        for key in dict.fromkeys(map(name, tried))
+    }
+    kept = [r for r in found if r["bits"] == 32 or r["lr"] == best.get(name(r))]
+    print("\n(b) each at its best rate\n" + table(kept, name, bits_of, "top1"))
+    print("\n(b) rates, 4 bits, one seed\n" + table(tried, name, lambda r: f"{r['lr']:g}", "top1"))
+
+
+def defaults() -> None:
+    """(j): what every tool makes of every net by default."""
+    found = [r for r in rows("defaults") if "score" in r]
+    for value, digits in (("score", 2), ("sqnr", 2), ("seconds", 0)):
+        some = [r for r in found if value in r]
+        print(f"\n(j) {value}\n")
+        print(table(some, lambda r: r["tool"], lambda r: r["net"], value, digits))
+
+
 def main() -> None:
     variants = sorted(rows("variants"), key=lambda r: (not r.get("per_channel", True), -r["bits"]))
     order = ["S0", "Eq6", "S1", "S2", "S3", "S4"]
@@ -94,16 +121,7 @@ def main() -> None:
         some = [r for r in variants if r["size"] == size]
         print(f"(a) {size}\n" + table(some, lambda r: r["variant"], bits_of, "top1") + "\n")
         print("drops\n" + drops(some) + "\n")
-    found = rows("strategies")
-    print(
-        "\n(b)\n"
-        + table(
-            found,
-            lambda r: f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip(),
-            bits_of,
-            "top1",
-        )
-    )
+    strategies()
     found = rows("sr")
     for name in ("set5", "set14"):
         print(
@@ -141,6 +159,7 @@ def main() -> None:
     found = rows("pretrained")
     for value in ("agree", "sqnr"):
         print(f"\n(i) {value}\n" + table(found, lambda r: r["way"], lambda r, v=value: v, value))
+    defaults()
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ class Maker:
     key: str  # of the net, the images and the options, in the names of checkpoints
     progress: bool
 
+    @property
+    def few(self) -> int:
+        """The fewer bits of activations and weights."""
+        return min(self.bits, self.weight_bits or self.bits)
+
     def placed(
         self, wide: tuple[str, ...] = (), affine: bool = False
     ) -> tuple[nn.Module, list[Declined]]:
@@ -115,7 +120,7 @@ class Maker:
         """The net of a recipe before it is learned. `base`: the calibrated net of no wide layers.
 
         Learning below 8 bits has the affines of RepAPQ."""
-        affine = recipe.steps > 0 and self.bits < 8
+        affine = recipe.steps > 0 and self.few < 8
         if not recipe.wide and not affine:
             net = copy.deepcopy(base)
         else:
@@ -134,6 +139,7 @@ class Maker:
             stage=0.0,
             iterations=recipe.steps,
             batch=IMAGES,
+            lr=1e-4 if self.few >= 8 else 1e-3,  # a few steps must move weights by large steps
             seed=self.seed,
             checkpoint=self.checkpoint(recipe),
             progress=self.progress,
