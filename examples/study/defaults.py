@@ -30,8 +30,10 @@ from torch.utils.data import DataLoader
 import repfx
 from repfx.blocks import ECB, OREPA, MobileOne, QARepVGG, RepVGG
 from repfx.data import Pairs
+from repfx.data.vision import torchvision
 from repfx.training import SuperResolution
 
+torchvision()  # beside a CPU build of torch, before a tool imports it
 OTHERS = {
     "onnxruntime": ("onnxruntime minmax",),
     "onnxruntime-vnni": (),
