@@ -18,7 +18,7 @@ from repfx.blocks import RepVGG
 from repfx.ladder import climb
 from repfx.ladder.images import Split
 from repfx.ladder.judge import Judge
-from repfx.quant import quantizers_of
+from repfx.quant import Affine, quantizers_of
 from repfx.testing import randomise
 
 
@@ -588,9 +588,11 @@ def test_other_images_do_not_meet_the_checkpoint_of_these(tmp_path: Path) -> Non
     x = images()
     repfx.quantize(net(), [x], checkpoint=tmp_path)
     other = x.clone()
-    other[0] += 1  # an image that calibrates
+    other[0] *= 0.5  # an image that calibrates, and that sets no range
+    before = {p.name.partition("-")[0] for p in tmp_path.iterdir()}
     found = repfx.quantize(net(), [other], checkpoint=tmp_path)
     assert all(r.score is not None for r in found.rungs)
+    assert len({p.name.partition("-")[0] for p in tmp_path.iterdir()} - before) == 1
     for file in tmp_path.iterdir():
         file.write_bytes(b"cut")
     with pytest.raises(repfx.InputError, match="damaged"):
@@ -608,3 +610,22 @@ def test_outputs_that_do_not_fit_are_computed_again(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("repfx.ladder.judge.ROOM", 0)
     again = repfx.quantize(net(), batches(), budget=100.0)
     assert [r.score for r in kept.rungs] == [r.score for r in again.rungs]
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight_bits", "lr", "affine"),
+    [(8, None, 1e-4, False), (4, None, 1e-3, True), (8, 4, 1e-3, True)],
+)
+def test_few_bits_are_learned_by_larger_steps_and_with_affines(
+    bits: int, weight_bits: int | None, lr: float, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, bool]] = []
+
+    def reconstruct(model: nn.Module, data: Any, **options: Any) -> nn.Module:
+        asked.append((options["lr"], any(isinstance(m, Affine) for m in model.modules())))
+        return repfx.reconstruct(model, data, **options)
+
+    monkeypatch.setattr("repfx.ladder.rungs.reconstruct", reconstruct)
+    found = repfx.quantize(net(), batches(), bits=bits, weight_bits=weight_bits)
+    assert asked == [(lr, affine)] * 2
+    assert not any(isinstance(m, Affine) for m in found.model.modules())
