@@ -87,11 +87,14 @@ def detection() -> None:
 
 
 def strategies() -> None:
-    """(b): the accuracy of each strategy at its own best rate, and at every rate that was tried."""
+    """(b): the accuracy of each strategy at its own best rate, and at every rate that was tried.
+
+    `one_rate` was made by an earlier form of the study, at one rate."""
 
     def name(r: dict[str, Any]) -> str:
         return f"{r['net']}, {r['strategy']} {r.get('mode', '')}".strip()
 
+    print("\n(b) one rate\n" + table(rows("one_rate"), name, bits_of, "top1"))
     found = rows("strategies")
     first = min((r["seed"] for r in found), default=0)
     tried = [r for r in found if r["bits"] == 4 and r["seed"] == first]
