@@ -130,7 +130,10 @@ def quantize(
     order: Order = None,
     peak: Peak = None,
     batch: Batch = 32,
-    limit: Annotated[int, typer.Option(min=1, help="Use at most this many images.")] = 512,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use at most this many images, else 512, by one method 1024."),
+    ] = None,
     workers: Workers = 0,
     seed: int = 0,
     skip_broken: SkipBroken = False,
@@ -163,7 +166,8 @@ def quantize(
     if not array:  # what cannot be written is said before the first image is read
         wanted.check(net, bits, random_input(usual_shape(net, how), 2))
     kind: Callable[..., Any] = _labelled if labels else images
-    found = kind(data, how, limit=limit, skip_broken=skip_broken)
+    most = limit or (512 if method == AUTO else 1024)
+    found = kind(data, how, limit=most, skip_broken=skip_broken)
     if array:
         wanted.check(net, bits, torch.stack([found[0], found[0]]))
     for name in found.broken:
