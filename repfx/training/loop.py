@@ -307,7 +307,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(found["scaler"])
         # repfx 0.1 wrote neither the loss of the first step nor faults.
         self.epoch, self.step, self.loss, self.samples, self.seconds = found["at"][:5]
-        later = found["at"][5:] or [math.nan, False]
+        later = [*found["at"][5:], *(math.nan, False)[len(found["at"]) - 5 :]]
         self.first = later[0]
         self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
         self.seen = Seen(self.rows[-1].faults if self.rows else (), bool(later[1]))
