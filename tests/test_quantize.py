@@ -629,3 +629,16 @@ def test_few_bits_are_learned_by_larger_steps_and_with_affines(
     found = repfx.quantize(net(), batches(), bits=bits, weight_bits=weight_bits)
     assert asked == [(lr, affine)] * 2
     assert not any(isinstance(m, Affine) for m in found.model.modules())
+
+
+def test_the_latency_of_a_net_that_takes_no_single_image_is_unknown() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.reshape(-1, 2, *x.shape[1:]).mean(1))
+
+    found = repfx.quantize(Pairs().eval(), [images(64)], budget=100.0)
+    assert found.rungs[0].latency is None and found.placement.integer == ("conv",)

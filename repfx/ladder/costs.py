@@ -127,13 +127,16 @@ def _macs(view: GraphView, layer: Layer, sizes: dict[fx.Node, tuple[int, ...]]) 
 
 
 class _Sizes(Interpreter):
-    """The shape of every value in a graph, from one run."""
+    """The shape of every value in a graph, from one run; none where it does not run."""
 
     def of(self, args: tuple[Any, ...]) -> dict[fx.Node, tuple[int, ...]]:
         self.found: dict[fx.Node, tuple[int, ...]] = {}
         assert isinstance(self.module, nn.Module)
-        with torch.no_grad(), in_eval(self.module):
-            self.run(*args)
+        try:
+            with torch.no_grad(), in_eval(self.module):
+                self.run(*args)
+        except Exception:  # such as a net that takes batches of one size only
+            return {}
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
