@@ -9,7 +9,7 @@ was trained. What a tool makes runs where the tool means it to: ONNX Runtime's i
 NNCF's in OpenVINO, the others in their own simulation. Ours is compared with each in the same
 place; for ONNX Runtime also with the target of CPUs with VNNI, whose range of weights is the one
 that ONNX Runtime's own quantizer uses on any CPU. The score is top-1 (CIFAR-10), AP (digits on
-textures), PSNR (Set5) or, for the pretrained net, agreement with float on photographs; the images
+textures), PSNR (the middles of Set5 and Set14) or, for the pretrained net, agreement with float on photographs; the images
 that judge are none of those 512."""
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 from common import Accuracy, Results, calibration, command, mini, pictures, trained
 from peers import PEERS, in_runtime
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import repfx
 from repfx.blocks import ECB, OREPA, MobileOne, QARepVGG, RepVGG
@@ -106,16 +105,25 @@ def super_resolution(args: Any, name: str) -> Net:
     same: dict[str, Any] = {"epochs": 40, "preset": "ecbsr", "batch": 32, "schedule": "cosine"}
     task = "super-resolution"
     net = trained(args.runs, "sr-ecb-40", lambda: ECBSR(ECB), task, train, 0, **same)
-    test = DataLoader(Pairs(args.sr, "test/set5"), 1)
     batches = [torch.stack([train[i][0] for i in range(at, at + 32)]) for at in range(0, COUNT, 32)]
+    # Files for a runtime have one size: the middle 32 x 32 of every test image.
+    pairs = [p for part in ("set5", "set14") for p in Pairs(args.sr, f"test/{part}")]
+    test = (
+        torch.stack([_middle(low, 32) for low, _ in pairs]),
+        torch.stack([_middle(high, 64) for _, high in pairs]),
+    )
 
     def psnr(model: nn.Module) -> float:
         metric = SuperResolution().metric()
-        for pair in test:
-            metric.update(model.eval(), pair)
+        metric.update(model.eval(), test)
         return float(metric.compute()["psnr"])
 
-    return Net(net, batches, psnr, lambda: (low for low, _ in test))
+    return Net(net, batches, psnr, lambda: [test[0]])
+
+
+def _middle(image: Tensor, side: int) -> Tensor:
+    top, left = ((n - side) // 2 for n in image.shape[-2:])
+    return image[..., top : top + side, left : left + side]
 
 
 def pretrained(args: Any, name: str) -> Net:
