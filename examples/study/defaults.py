@@ -9,7 +9,8 @@ was trained. What a tool makes runs where the tool means it to: ONNX Runtime's i
 NNCF's in OpenVINO, the others in their own simulation. Ours is compared with each in the same
 place; for ONNX Runtime also with the target of CPUs with VNNI, whose range of weights is the one
 that ONNX Runtime's own quantizer uses on any CPU. The score is top-1 (CIFAR-10), AP (digits on
-textures), PSNR (the middles of Set5 and Set14) or, for the pretrained net, agreement with float on photographs; the images
+textures), PSNR (the middles of Set5 and Set14) or, for the pretrained net, agreement with float on
+photographs; the images
 that judge are none of those 512."""
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def cifar(args: Any, name: str) -> Net:
         "repvgg": lambda: mini(RepVGG),
         "qarepvgg": lambda: mini(QARepVGG),
         "orepa": lambda: mini(OREPA),
-        "mobileone": lambda: mini(MobileOne),
+        "mobileone": lambda: mini(MobileOne, branches=2),
         "ac-resnet": ac_resnet,
     }
     train, test = pictures(args.data)
@@ -107,7 +108,8 @@ def super_resolution(args: Any, name: str) -> Net:
     net = trained(args.runs, "sr-ecb-40", lambda: ECBSR(ECB), task, train, 0, **same)
     batches = [torch.stack([train[i][0] for i in range(at, at + 32)]) for at in range(0, COUNT, 32)]
     # Files for a runtime have one size: the middle 32 x 32 of every test image.
-    pairs = [p for part in ("set5", "set14") for p in Pairs(args.sr, f"test/{part}")]
+    sets = [Pairs(args.sr, f"test/{part}") for part in ("set5", "set14")]
+    pairs = [one[i] for one in sets for i in range(len(one))]
     test = (
         torch.stack([_middle(low, 32) for low, _ in pairs]),
         torch.stack([_middle(high, 64) for _, high in pairs]),
