@@ -1,8 +1,8 @@
 """The cost of post-training quantization: python examples/bench_ptq.py
 
 1. the speed of calibration relative to plain forward passes of the merged net over the same images
-   (4 096 for the mini net, 64 for resnet18): medians and quartiles over rounds in which each runs
-   once;
+   (4 096 for the mini net, 64 and 32 for resnet18): medians and quartiles over rounds in which each
+   runs once;
 2. the time of `reconstruct` with its defaults;
 3. peak memory for 256 and for 4 096 images."""
 
@@ -58,6 +58,7 @@ def resnet18() -> nn.Module:
 NETS: dict[str, Any] = {
     "mini": (mini, (128, 3, 32, 32), 32),
     "resnet18": (resnet18, (8, 3, 128, 128), 8),
+    "resnet18, 224": (resnet18, (8, 3, 224, 224), 4),
 }
 
 
@@ -132,15 +133,19 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--speed", action="store_true", help="only 1.")
     args = parser.parse_args()
     console = Console(width=150)
     table = Table(title="speed of calibrate, relative to plain forward passes")
     for column in ("net", "threads", *METHODS):
         table.add_column(column, justify="right")
-    for name in NETS:
+    for name in args.nets:
         for threads in args.threads:
             table.add_row(name, str(threads), *throughput(name, threads, args.rounds))
     console.print(table)
+    if args.speed:
+        return
 
     make, shape, _ = NETS["mini"]
     model = repfx.transform(make(), ["ptq(bits=6, weights=mse)", "qprep"])
