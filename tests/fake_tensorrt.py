@@ -11,7 +11,6 @@ import ast
 import ctypes
 import enum
 import json
-import os
 import signal
 import types
 from dataclasses import dataclass, field
@@ -290,7 +289,7 @@ def make(version: str) -> Fake:
             monitor.phase_start("Building", None, 3)
             for step in range(3):
                 if fake.build == "interrupt" and step == 1:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)  # to this thread, so at once
                 if not monitor.step_complete("Building", step):
                     note(("stopped", step))
                     monitor.phase_finish("Building")

@@ -23,7 +23,7 @@ from torch import nn
 
 import repfx
 from repfx.blocks import RepVGG
-from repfx.cli import main
+from repfx.cli import main, options
 from repfx.cli.inputs import real_input
 from repfx.cli.models import load_model
 from repfx.cli.options import named, whole
@@ -96,7 +96,8 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in this process, which saves the seconds that imports take."""
     out, err, paths = io.StringIO(), io.StringIO(), list(sys.path)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setenv("COLUMNS", "200")
+        for console in (options.out, options.err):  # they read COLUMNS when they are made
+            patch.setattr(console, "_width", 200)
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["repfx", *args])
         with pytest.raises(SystemExit) as end:
