@@ -116,13 +116,13 @@ def run_alone(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_whole_path(folder: Path) -> None:
-    done = run_alone(folder, "inspect", "mynet:net")
+    done = run(folder, "inspect", "mynet:net")
     assert (
         done.returncode == 0
         and "2 blocks merge" in done.stdout
         and "conv 3x3, 3 → 8" in done.stdout
     )
-    done = run_alone(
+    done = run(
         folder,
         "transform",
         "mynet:net",
@@ -135,21 +135,21 @@ def test_the_whole_path(folder: Path) -> None:
     )
     assert done.returncode == 0 and "wrote fused.pt" in done.stdout
     six = ["--bits", "6", "--iterations", "5", "--keep", "1"]
-    done = run_alone(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int6.pt", *six)
+    done = run(folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int6.pt", *six)
     assert done.returncode == 0 and "kept wide: " in done.stdout, done.stderr
-    done = run_alone(
+    done = run(
         folder, "quantize", "fused.pt", "--data", "data.npy", "-o", "int8.pt", "--method", "mse"
     )
     assert done.returncode == 0 and "SQNR against the float model" in done.stdout
-    done = run_alone(folder, "lower", "int8.pt", "--onnx", "--data", "data.npy", "-o", "int8.onnx")
+    done = run(folder, "lower", "int8.pt", "--onnx", "--data", "data.npy", "-o", "int8.onnx")
     assert (
         done.returncode == 0
         and "codes differ on equal inputs" in done.stdout
         and (folder / "int8.onnx").exists()
     )
-    done = run_alone(folder, "lint", "int8.onnx")
+    done = run(folder, "lint", "int8.onnx")
     assert done.returncode == 0 and "optimization profile" in done.stdout, done.stderr
-    done = run_alone(
+    done = run(
         folder,
         "lower",
         "int8.pt",
@@ -168,7 +168,7 @@ def test_the_whole_path(folder: Path) -> None:
     )
     assert "trtexec --onnx=int8.onnx" in done.stderr and "16x3x16x16" in done.stderr, done.stderr
     for target in ("openvino", "onnxruntime"):
-        done = run_alone(
+        done = run(
             folder,
             "quantize",
             "fused.pt",
@@ -182,12 +182,10 @@ def test_the_whole_path(folder: Path) -> None:
             target,
         )
         assert done.returncode == 0, done.stderr
-    done = run_alone(folder, "lint", "cpu.onnx")
+    done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 2 and "cpu.onnx" in done.stderr
     old = ["--opset", "13", "--dynamic"]
-    done = run_alone(
-        folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml", *old
-    )
+    done = run(folder, "lower", "cpu.pt", "--openvino", "--shape", "3,16,16", "-o", "cpu.xml", *old)
     assert done.returncode == 0 and "OpenVINO against torch" in done.stdout, done.stderr
     assert re.search(r"OpenVINO: (\d+) of \1 layers run in integers\n", done.stdout), done.stdout
     assert not re.search(r" Q\d\d ", done.stdout), done.stdout
@@ -200,22 +198,22 @@ def test_the_whole_path(folder: Path) -> None:
         folder / "cpu.onnx"
     ) == (3, 0, 0)
     (folder / "same.onnx").write_bytes((folder / "cpu.pt").read_bytes())
-    done = run_alone(folder, "lower", "same.onnx", "--onnx")
+    done = run(folder, "lower", "same.onnx", "--onnx")
     assert done.returncode == 2 and "would be written over the model" in done.stderr
-    done = run_alone(folder, "lower", "cpu.pt", "--trt", "--dynamic", "-o", "cpu.engine")
+    done = run(folder, "lower", "cpu.pt", "--trt", "--dynamic", "-o", "cpu.engine")
     assert done.returncode == 2 and "for one height and width: leave out --dynamic" in done.stderr
-    done = run_alone(folder, "lint", "cpu.onnx")
+    done = run(folder, "lint", "cpu.onnx")
     assert done.returncode == 1 and "Q02" in done.stdout  # uint8 is for CPUs
-    done = run_alone(folder, "lint", "cpu.onnx", "--select", "Q24", "--json")
+    done = run(folder, "lint", "cpu.onnx", "--select", "Q24", "--json")
     assert done.returncode == 0 and {f["rule"] for f in json.loads(done.stdout)} == {"Q24"}
-    done = run_alone(folder, "lint", "cpu.onnx", "--select", "Q99")
+    done = run(folder, "lint", "cpu.onnx", "--select", "Q99")
     assert done.returncode == 2 and "unknown rule 'Q99'" in done.stderr
-    done = run_alone(folder, "lint", "--explain", "Q08")
+    done = run(folder, "lint", "--explain", "Q08")
     assert done.returncode == 0 and "its parser rejects int32" in done.stdout
-    assert run_alone(folder, "lint").returncode == 2
-    done = run_alone(folder, "lint", "cpu.onnx", "--target", "onnxruntime")
+    assert run(folder, "lint").returncode == 2
+    done = run(folder, "lint", "cpu.onnx", "--target", "onnxruntime")
     assert done.returncode == 0 and "nothing found" in done.stdout, done.stdout
-    done = run_alone(
+    done = run(
         folder, "bench", "net.pt", "--shape", "3,16,16", "--rounds", "2", "--json", "bench.json"
     )
     assert done.returncode == 0 and "INT8" in done.stdout, done.stderr
@@ -234,9 +232,9 @@ def test_the_whole_path(folder: Path) -> None:
     assert all(0 < r["fastest"] <= r["median"] <= r["slowest"] for r in rows)
     layers = {r["runtime"]: r["kernels"] for r in rows if r["form"] == "INT8"}
     assert {(k["integers"] > 1, len(k["floats"])) for k in layers.values()} == {(True, 0)}, layers
-    done = run_alone(folder, "inspect", "net.pt")
+    done = run(folder, "inspect", "net.pt")
     assert done.returncode == 0
-    done = run_alone(folder, "transform", "pickled.pt", "--trust-pickle", "-o", "trusted.pt")
+    done = run(folder, "transform", "pickled.pt", "--trust-pickle", "-o", "trusted.pt")
     assert done.returncode == 0 and (folder / "trusted.pt").exists()
 
 

@@ -5,6 +5,8 @@ instruction set.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,34 @@ def test_names_of_instruction_sets() -> None:
     assert [isa.name for isa in chosen("openvino", "AVX2,SSE41")] == ["AVX2", "SSE41"]
     with pytest.raises(repfx.InputError, match=r"unknown instruction set 'AVX9'.*SSE41"):
         chosen("openvino", "AVX9")
+
+
+INTERRUPTED = """
+import gc, signal, sys
+from repfx.lowering.runtimes.layers import kernels
+from repfx.lowering.runtimes.run import session, write_ir
+
+a, b = session("openvino", sys.argv[1]), session("openvino", sys.argv[1])
+kernels("openvino", sys.argv[1])
+write_ir(sys.argv[1], sys.argv[1] + ".xml")
+del a  # in the order in which they were made
+gc.collect()
+del b
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_openvino_has_run_is_no_segmentation_fault(tmp_path: Path) -> None:
+    net = repfx.transform(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), [])
+    repfx.lower(net, tmp_path / "net.onnx", example=torch.randn(1, 3, 8, 8))
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "net.onnx")]
+    env = {**os.environ, "PYTHONPATH": str(Path(repfx.__file__).parent.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 
 def test_a_process_that_fails_says_why() -> None:

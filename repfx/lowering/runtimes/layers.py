@@ -16,6 +16,7 @@ import onnxruntime
 
 from repfx.errors import unknown
 from repfx.lowering.runtimes.run import openvino_module
+from repfx.lowering.runtimes.sessions import openvino_core
 
 _WHOLE = {
     "QLinearConv",
@@ -90,7 +91,8 @@ def _in_onnxruntime(path: Path) -> Kernels:
 
 
 def _in_openvino(path: Path) -> Kernels:
-    core = openvino_module().Core()
+    openvino_module()  # raises where it is not installed
+    core = openvino_core()
     compiled = core.compile_model(
         core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repfx.errors import InputError, MissingPart, unknown
-from repfx.lowering.runtimes.sessions import SESSIONS
+from repfx.lowering.runtimes.sessions import SESSIONS, openvino_core
 
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
 Model = str | os.PathLike[str] | onnx.ModelProto
@@ -32,9 +32,8 @@ def write_ir(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     openvino = openvino_module()
     part = goal.with_name(f".{goal.stem}.part.xml")
     try:
-        openvino.save_model(
-            openvino.Core().read_model(str(model)), str(part), compress_to_fp16=False
-        )
+        read = openvino_core().read_model(str(model))
+        openvino.save_model(read, str(part), compress_to_fp16=False)
         os.replace(part.with_suffix(".bin"), goal.with_suffix(".bin"))
         os.replace(part, goal)
     except (OSError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,21 @@ def in_onnxruntime(model: str | bytes, optimize: bool = True, threads: int | Non
     return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-def in_openvino(model: str | bytes, optimize: bool = True, threads: int | None = None) -> Run:
-    """A session on the CPU, which runs float layers in float32 and always optimizes."""
+@cache
+def openvino_core() -> Any:
+    """The one core of this process, which is never freed.
+
+    Each core of OpenVINO 2026.4 sets up a stack for signals. If two are freed in the order in which
+    they were made, the stack that is left is no longer in memory, and Ctrl-C ends the process with
+    a segmentation fault."""
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def in_openvino(model: str | bytes, optimize: bool = True, threads: int | None = None) -> Run:
+    """A session on the CPU, which runs float layers in float32 and always optimizes."""
+    core = openvino_core()
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
