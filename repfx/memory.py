@@ -1,7 +1,7 @@
 """Keeps freed memory in the process during long work, instead of mapping it anew for each batch.
 
 glibc gives a large buffer back to the system when it is freed, and every page of the next one has
-to be mapped and cleared again. In `reconstruct` that took almost a third of the time."""
+to be mapped and cleared again. In `reconstruct` that took a quarter of the time."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ import repfx
 from repfx.blocks import ECB, OREPA, MobileOne, QARepVGG, RepVGG
 from repfx.data import Pairs
 from repfx.data.vision import torchvision
+from repfx.passes import Ptq
 from repfx.training import SuperResolution
 
 torchvision()  # beside a CPU build of torch, before a tool imports it
@@ -170,11 +171,22 @@ def ours(target: str, args: Any, net: nn.Module, batches: list[Tensor], folder: 
     return in_runtime(file.onnx, target.partition("-")[0])
 
 
+def few(bits: int, lr: float, net: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    """Weights of 4 bits, learned block by block at one rate."""
+    passes = [Ptq(bits, 4, weights="mse"), "qprep"]
+    model = repfx.transform(net, passes, example=batches[0][:2])
+    repfx.calibrate(model, batches, method="mse")
+    same: dict[str, Any] = {"iterations": 400, "batch": 32, "loss": "mse", "stage": 0.0}
+    repfx.reconstruct(model, batches, lr=lr, **same)
+    return repfx.transform(model, ["fuse"])
+
+
 def main() -> None:
     parser = command(__doc__, "defaults")
     parser.add_argument("--sr", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--time", type=float, default=600.0)
+    parser.add_argument("--few", action="store_true", help="only weights of 4 bits, at two rates")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = Results(args.results)
@@ -183,6 +195,11 @@ def main() -> None:
         merged = repfx.transform(given.net, ["fuse"], example=given.batches[0][:2])
         if not results.has(net=name, tool="float"):
             results.add(net=name, tool="float", score=round(given.score(given.net), 2))
+        if args.few:
+            for bits, lr in ((8, 1e-4), (8, 1e-3), (4, 1e-4), (4, 1e-3)):
+                run = partial(few, bits, lr, given.net)
+                try_one(results, given, name, f"W4A{bits}, lr {lr:g}", run)
+            continue
         for target, others in OTHERS.items():
             tools: dict[str, Any] = {f"repfx {target}": partial(ours, target, args, given.net)}
             tools |= {other: partial(PEERS[other], merged) for other in others if other in PEERS}

@@ -21,7 +21,6 @@ from repfx.graph.effects import is_foreign
 from repfx.graph.inputs import note_inputs, note_preprocessing
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.memory import memory_kept
 from repfx.processes import agreed, gathered
 from repfx.quant import (
     METHODS,
@@ -112,7 +111,6 @@ def _seen(
     with (
         torch.no_grad(),
         in_eval(model),
-        memory_kept(),
         _writing_in_place(in_place),
         in_float(weights),
         observing(quants, observer) as seen,

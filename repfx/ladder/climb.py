@@ -28,7 +28,6 @@ from repfx.ladder.images import Split
 from repfx.ladder.judge import ACCURACY, Failed, Judge, Metric
 from repfx.ladder.results import Quantized, Rung
 from repfx.ladder.rungs import LEFT_WIDE, STEPS, Maker, Pace, Recipe
-from repfx.memory import memory_kept
 from repfx.processes import place
 from repfx.quant import METHODS, Grid, in_eval, quantizers_of
 from repfx.rewrite.runner import rewrite
@@ -36,7 +35,6 @@ from repfx.rewrite.runner import rewrite
 TIME = 600.0
 
 
-@memory_kept()
 @torch.inference_mode(False)
 def quantize(
     model: nn.Module | torch.export.ExportedProgram,

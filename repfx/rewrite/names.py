@@ -111,8 +111,8 @@ class Names:
             ):
                 return path
         scope = path or self.view.name(main).rpartition(".")[0]
-        reads = all(self._leads_to(n, removed) for n in self._under(scope, self.reads))
-        calls = all(n in removed for n in self._under(scope, self.calls))
+        reads = all(self._leads_to(n, removed) for n in self._inside(scope, self.reads))
+        calls = all(n in removed for n in self._inside(scope, self.calls))
         if self._is_layer(main, scope) and reads and calls:
             return scope
         return free_path(self.module, f"{scope}.merged" if scope else "merged")
@@ -123,7 +123,7 @@ class Names:
         return any(base in layers() for base in getattr(classes.get(scope), "__mro__", ()))
 
     @staticmethod
-    def _under(scope: str, found: dict[str, list[fx.Node]]) -> list[fx.Node]:
+    def _inside(scope: str, found: dict[str, list[fx.Node]]) -> list[fx.Node]:
         """The nodes of the module at `scope` and of those inside it."""
         return [n for where, ns in found.items() for n in ns if f"{where}.".startswith(f"{scope}.")]
 
