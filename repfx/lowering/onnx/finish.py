@@ -130,13 +130,13 @@ def _begins(index: Index, node: onnx.NodeProto) -> list[bool] | None:
 
 
 def wider_kernels(proto: onnx.ModelProto) -> None:
-    """Strided 1x1 convolutions of a value that a concatenation reads, too, get a kernel of two.
+    """Strided 1x1 convolutions of a number of channels that 16 does not divide get one more tap.
 
-    The new taps are zero. OpenVINO's integer kernels for AVX2 first gather the pixels that such a
-    convolution reads, 16 channels at a time. If the pixels lie inside a concatenation, and have 8
-    channels more than a multiple of 16, the last 8 are written over the next pixel, where another
-    thread may be first. Kernels of other sizes do not gather."""
-    index = Index(proto)
+    The new tap is zero. OpenVINO's integer kernels for SSE4.1 and AVX2 first gather the pixels that
+    such a convolution reads, a whole register of channels at a time. What is left over of the last
+    register is written over the next pixel, where another thread may have been first. Kernels of
+    other sizes do not gather."""
+    index, found = Index(proto), dict[str, onnx.TensorProto]()
     for node in proto.graph.node:
         kernel = attribute(node, "kernel_shape", [])
         strides = attribute(node, "strides", [1] * len(kernel))
@@ -144,31 +144,31 @@ def wider_kernels(proto: onnx.ModelProto) -> None:
             continue
         x, weight = (index.made.get(name) for name in node.input[:2])
         codes = None if weight is None else index.tensors.get(weight.input[0])
-        if x is None or x.op_type != DQ or weight is None or codes is None:
+        if x is None or x.op_type != DQ or codes is None:
             continue
-        alone = len(index.users[weight.output[0]]) == len(index.users[codes.name]) == 1
-        joined = any(
-            reader.op_type == "Concat"
-            for twin in index.users[x.input[0]]
-            if twin.op_type == DQ
-            for reader in index.users[twin.output[0]]
-        )
-        if alone and joined and codes.dims[1] % 16 and attribute(node, "group", 1) == 1:
-            _widen_kernel(node, codes, len(kernel))
-            names = (codes.name, weight.output[0])
-            for info in [i for i in proto.graph.value_info if i.name in names]:
-                proto.graph.value_info.remove(info)
+        if codes.dims[1] % 16 and attribute(node, "group", 1) == 1:
+            found[codes.name] = codes
+    for codes in found.values():
+        values = onnx.numpy_helper.to_array(codes)
+        grown = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, 1)])
+        codes.CopyFrom(onnx.numpy_helper.from_array(grown, codes.name))
+        stale = {codes.name}
+        for dq in index.users[codes.name]:
+            stale.add(dq.output[0])
+            for node in index.users[dq.output[0]]:  # more than one if the layer is shared
+                _wider(node, values.ndim - 2)
+        for info in [i for i in proto.graph.value_info if i.name in stale]:
+            proto.graph.value_info.remove(info)
 
 
-def _widen_kernel(node: onnx.NodeProto, codes: onnx.TensorProto, axes: int) -> None:
-    """Adds a tap of zeros at the end of each axis of a convolution, and padding for it."""
-    values = onnx.numpy_helper.to_array(codes)
-    grown = np.pad(values, [(0, 0), (0, 0), *[(0, 1)] * axes])
-    codes.CopyFrom(onnx.numpy_helper.from_array(grown, codes.name))
+def _wider(node: onnx.NodeProto, axes: int) -> None:
+    """Makes room for another tap at the end of a 1x1 convolution's last axis."""
     pads = attribute(node, "pads", [0] * 2 * axes)
     _drop(node, "kernel_shape", "pads")
-    ends = [*pads[:axes], *(p + 1 for p in pads[axes:])]
-    for name, numbers in (("kernel_shape", [2] * axes), ("pads", ends)):
+    for name, numbers in (
+        ("kernel_shape", [*[1] * (axes - 1), 2]),
+        ("pads", [*pads[:-1], pads[-1] + 1]),
+    ):
         node.attribute.append(onnx.helper.make_attribute(name, numbers))
 
 
