@@ -164,6 +164,7 @@ def test_names_of_instruction_sets() -> None:
 
 INTERRUPTED = """
 import gc, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from repfx.lowering.runtimes.layers import kernels
 from repfx.lowering.runtimes.run import session, write_ir
 
