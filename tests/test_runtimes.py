@@ -452,6 +452,34 @@ def test_a_strided_1x1_convolution_on_a_skip(width: int, tmp_path: Path) -> None
     assert_steady(int8, file, x)
 
 
+class Bottleneck(nn.Module):
+    """ResNet as first published: only strided 1x1 convolutions read the input of a stage."""
+
+    def __init__(self, signed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.down = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 1, 2)
+        self.into, self.mid = nn.Conv2d(16, 16, 1, 2), nn.Conv2d(16, 32, 3, padding=1)
+        self.last, self.signed = nn.Conv2d(32, 8, 1), signed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x if self.signed else torch.relu(x)
+        return self.last(torch.relu(self.mid(torch.relu(self.into(x))) + self.down(x)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("target", ["openvino", "openvino-vnni"])
+def test_openvino_does_not_move_a_stride(target: str, signed: bool, tmp_path: Path) -> None:
+    """It would run the layers in float."""
+    if target != "openvino" and not has_vnni("openvino"):
+        pytest.skip("this CPU has no VNNI")
+    _, file = made(Bottleneck(signed), torch.randn(2, 3, 18, 18), target, tmp_path)
+    found = kernels("openvino", file)
+    assert (found.integers, found.layers) == (5, 5), found
+    assert kernel_sizes(file) == [[3, 3], [1, 2], [3, 3], [1, 2], [1, 1]]
+
+
 def test_a_strided_1x1_convolution_that_runs_twice(tmp_path: Path) -> None:
     net, x = Residual(12, shared=True), torch.randn(2, 3, 12, 12)
     int8, file = made(net, x, "openvino", tmp_path)

@@ -129,24 +129,22 @@ def _begins(index: Index, node: onnx.NodeProto) -> list[bool] | None:
     return found
 
 
-def wider_kernels(proto: onnx.ModelProto) -> None:
-    """Strided 1x1 convolutions of a number of channels that 16 does not divide get one more tap.
+def wider_kernels(proto: onnx.ModelProto, gathering: bool) -> None:
+    """Strided 1x1 convolutions that OpenVINO runs wrongly or in float get one more tap, a zero.
 
-    The new tap is zero. OpenVINO's integer kernels for SSE4.1 and AVX2 first gather the pixels that
-    such a convolution reads, a whole register of channels at a time. What is left over of the last
-    register is written over the next pixel, where another thread may have been first. Kernels of
-    other sizes do not gather."""
+    If nothing else reads a value, OpenVINO moves their stride up to where the codes are, and the
+    layers run in float. `gathering`: the file is also for SSE4.1 and AVX2, whose integer kernels
+    first gather the pixels that are read, a whole register of channels at a time. What is left over
+    of the last register (16 does not divide the channels) is written over the next pixel, where
+    another thread may have been first. Kernels of other sizes do neither."""
     index, found = Index(proto), dict[str, onnx.TensorProto]()
-    for node in proto.graph.node:
-        kernel = attribute(node, "kernel_shape", [])
-        strides = attribute(node, "strides", [1] * len(kernel))
-        if node.op_type != "Conv" or set(kernel) != {1} or set(strides) == {1}:
-            continue
+    for node in filter(_skips, proto.graph.node):
         x, weight = (index.made.get(name) for name in node.input[:2])
         codes = None if weight is None else index.tensors.get(weight.input[0])
         if x is None or x.op_type != DQ or codes is None:
             continue
-        if codes.dims[1] % 16 and attribute(node, "group", 1) == 1:
+        moved = all(_skips(n) for d in index.users[x.input[0]] for n in index.users[d.output[0]])
+        if moved or (gathering and codes.dims[1] % 16 and attribute(node, "group", 1) == 1):
             found[codes.name] = codes
     for codes in found.values():
         values = onnx.numpy_helper.to_array(codes)
@@ -159,6 +157,16 @@ def wider_kernels(proto: onnx.ModelProto) -> None:
                 _wider(node, values.ndim - 2)
         for info in [i for i in proto.graph.value_info if i.name in stale]:
             proto.graph.value_info.remove(info)
+
+
+def _skips(node: onnx.NodeProto) -> bool:
+    """Whether it is a 1x1 convolution that leaves pixels out."""
+    kernel = attribute(node, "kernel_shape", [])
+    return (
+        node.op_type == "Conv"
+        and set(kernel) == {1}
+        and set(attribute(node, "strides", [1] * len(kernel))) != {1}
+    )
 
 
 def _wider(node: onnx.NodeProto, axes: int) -> None:

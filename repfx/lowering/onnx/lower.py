@@ -271,8 +271,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
     proto = export(symbolic, given, form.opset, form.dynamic)
     finish.round_once(proto)
     finish.exact_averages(proto)
-    if formats.runtime == "openvino" and formats.reduced:
-        finish.wider_kernels(proto)
+    if formats.runtime == "openvino":
+        finish.wider_kernels(proto, gathering=formats.reduced)
     if formats.between == "all":
         finish.keep_in_float(proto, every=form.float16)
     if form.float16:
