@@ -474,7 +474,7 @@ def test_openvino_does_not_move_a_stride(target: str, signed: bool, tmp_path: Pa
     """It would run the layers in float."""
     if target != "openvino" and not has_vnni("openvino"):
         pytest.skip("this CPU has no VNNI")
-    _, file = made(Bottleneck(signed), torch.randn(2, 3, 18, 18), target, tmp_path)
+    _, file = made(Bottleneck(signed), torch.randn(2, 3, 19, 19), target, tmp_path)
     found = kernels("openvino", file)
     assert (found.integers, found.layers) == (5, 5), found
     assert kernel_sizes(file) == [[3, 3], [1, 2], [3, 3], [1, 2], [1, 1]]
