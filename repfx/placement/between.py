@@ -2,7 +2,6 @@
 
 conv + skip    ->   conv + Q(skip)         the convolution and the sum become one kernel
 mean(x)        ->   mean(Q(x))             an average pool between quantized layers
-Q(max(x))      ->   max(Q(x))              the same values; the layer before writes integers
 
 Only if the target asks for it:
 
@@ -18,8 +17,7 @@ a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and ta
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx
@@ -32,9 +30,8 @@ from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
 from repfx.placement.formats import pads_average
+from repfx.placement.moved import Joint, Place, is_divided, moved_up, origins, takes_quantizer
 from repfx.quant import Target
-
-Place = tuple[fx.Node, fx.Node, fx.Node]  # the reader, the value, the layer that sets its bits
 
 
 def spell_out(module: fx.GraphModule, target: Target) -> None:
@@ -69,33 +66,34 @@ def find_places(
     `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
     layer. `inner`: another graph reads on in what this one returns."""
     owner = inside or {}
-    others = _skips_and_averages(view, layers)
-    if target.offset == "joined":
-        others = _without_padded(view, layers, others)
+    others = _without_padded(view, layers, _skips_and_averages(view, layers), target)
     if target.between == "all":
         others += _stretches(view, convolutions, inner)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
+    others = _without_padded(view, layers, others + _averages_within(view, others), target)
     others = [
         (n, x, layer)
         for n, x, layer in others
-        if not (view.writes.changed(x) or view.writes.through(n, x) or _is_quantized(view, x))
-        and _has_values(x)
-        and not view.is_size(x)
+        if takes_quantizer(view, x) and not view.writes.through(n, x)
     ]
+    joint: Joint = {}
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless
-        found = _before_moves(view, found, owner)
+        found, joint = moved_up(view, found, owner, target)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
-    return found, _origins(view, found)
+    return found, origins(view, found, joint)
 
 
 def _without_padded(
-    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
+    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place], target: Target
 ) -> list[Place]:
     """Leaves out padded averages of signed values that layers read, too.
 
-    Such an average needs another integer format than the layers, so it stays in float."""
+    Such an average needs another integer format than the layers, so it stays in float, if the
+    target has two formats for signed values."""
+    if target.offset != "joined":
+        return others
     padded = {node for node, _, _ in others if pads_average(view.ops[node])}
     read = [*layers.values(), *(value for node, value, _ in others if node not in padded)]
     shared = {moved_from(view, value) for value in read}
@@ -119,6 +117,13 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
         if layer is not None and value is not None:
             found.append((node, value, layer))
     return found
+
+
+def _averages_within(view: GraphView, others: list[Place]) -> list[Place]:
+    """The inputs of averages that are rounded themselves, as those in concatenations are."""
+    rounded = {value: layer for _, value, layer in others}
+    means = ((node, _averaged(view, node)) for node in view.nodes if node in rounded)
+    return [(node, value, rounded[node]) for node, value in means if value is not None]
 
 
 def _joined(
@@ -163,84 +168,6 @@ def _joined(
     return found
 
 
-def _before_moves(
-    view: GraphView, places: list[Place], owner: Mapping[fx.Node, fx.Node]
-) -> list[Place]:
-    """The places, with each quantizer after a pure move of values shifted in front of the move.
-
-    This is done only if the moved value has no other readers. TensorRT moves no DequantizeLinear
-    across a resize, and OpenVINO only across some, so the layer after a resize keeps a quantizer of
-    its own, with the same scale."""
-    readers: dict[fx.Node, list[Place]] = {}
-    for place in places:
-        readers.setdefault(place[1], []).append(place)
-    for node in reversed(view.nodes):
-        ends = _ends(view, node)
-        if not ends:
-            continue
-        (value,) = view.data_inputs(node)
-        mine = [place for end in ends for place in readers.get(end, ())]
-        quantized = {(reader, v) for reader, v, _ in mine}
-        alone = all((owner.get(u, u), end) in quantized for end in ends for u in end.users)
-        movable = not (
-            _is_divided(view, value) or view.writes.changed(value) or _is_quantized(view, value)
-        )
-        if mine and alone and movable and not any(view.writes.changed(end) for end in ends):
-            if view.kind(node).name != "resize":
-                for end in ends:
-                    readers.pop(end, None)
-            readers.setdefault(value, []).extend((node, value, layer) for _, _, layer in mine)
-    return [place for some in readers.values() for place in some]
-
-
-def _ends(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """The outputs that together carry all values of a node's one input: the node, or its pieces.
-
-    Empty for a dropout, which scales in training; for a reshape, which costs nothing; and for a
-    slice, whose range may be smaller than that of the whole."""
-    if len(view.data_inputs(node)) != 1 or not moves(view, node):
-        return []
-    if isinstance(view.ops[node], Sum):
-        pieces = list(node.users) if _is_divided(view, node) else []
-        return (
-            pieces if len(pieces) > 1 and all(p.target is operator.getitem for p in pieces) else []
-        )
-    return [] if view.traits(node) & (Trait.SAME | Trait.RESHAPES) else [node]
-
-
-def _is_divided(view: GraphView, node: fx.Node) -> bool:
-    """Whether the node returns several tensors."""
-    return getattr(view.ops[node], "pieces", None) is not None
-
-
-def _origins(view: GraphView, places: Iterable[Place]) -> dict[fx.Node, fx.Node]:
-    """For each value the one that it got its integers from; a move of integers keeps them."""
-    pairs = {(reader, value) for reader, value, _ in places}
-    whole: dict[fx.Node, fx.Node] = {}  # for a value that moves integers: where they were made
-    for node in view.nodes:
-        inputs = view.data_inputs(node)
-        if len(inputs) == 1 and moves(view, node):
-            if (node, inputs[0]) in pairs:
-                whole[node] = whole.get(inputs[0], inputs[0])
-            elif inputs[0] in whole:
-                whole[node] = whole[inputs[0]]
-    return {value: whole.get(value, value) for _, value in pairs}
-
-
-def _has_values(value: fx.Node) -> bool:
-    """Whether it is one tensor with floats in it, and not a pool's values with their indices.
-
-    Some pyramids begin with a value of 0 channels."""
-    dtype, shape = value.meta.get("dtype"), value.meta.get("shape")
-    if shape is None:
-        return not any(user.target is operator.getitem for user in value.users)
-    return (dtype is None or dtype.is_floating_point) and 0 not in shape
-
-
-def _is_quantized(view: GraphView, value: fx.Node) -> bool:
-    return view.quantizer(value) is not None
-
-
 def _stretches(view: GraphView, convolutions: Collection[fx.Node], inner: bool) -> list[Place]:
     """The outputs of convolutions, and what the integer operators after them read and return.
 
@@ -261,7 +188,7 @@ def _stretches(view: GraphView, convolutions: Collection[fx.Node], inner: bool) 
             continue
         if inner or all(reader.op != "output" for reader in value.users):
             layer[value] = source
-            if not _is_divided(view, value):  # the pieces are handled one by one
+            if not is_divided(view, value):  # the pieces are handled one by one
                 found += [(reader, value, source) for reader in value.users]
     return found
 

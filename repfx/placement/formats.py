@@ -11,10 +11,10 @@ from __future__ import annotations
 from torch import fx
 
 from repfx.algebra import Geometry
-from repfx.graph.moves import joined, joins, moves, readers
+from repfx.graph.moves import joined, joins, moved_from, moves, readers
 from repfx.graph.ops import Map, Op
 from repfx.graph.view import GraphView
-from repfx.quant import Grid, Target
+from repfx.quant import FakeQuant, Grid, Target
 
 TRANSPOSED = "transposed convolutions stay in float: few runtimes have them in integers"
 VNNI = 'target="openvino-vnni" quantizes it, for CPUs with VNNI'
@@ -26,11 +26,21 @@ def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -
         return False
     if target.offset == "all":
         return True
+    if any(joins(view, n) and len(_quantizers(view, n)) == 1 for n in readers(view, rounding)):
+        return True  # one scale for all of the concatenation
     pooled = any(moves(view, n) for n in rounding.users)
     if not pooled and joined(view, view.data_inputs(rounding)[0]) is None:
         return False
     # A part of a larger concatenation stays in float there.
     return not all(joins(view, n) or pads_average(view.ops[n]) for n in readers(view, rounding))
+
+
+def _quantizers(view: GraphView, value: fx.Node) -> set[FakeQuant | None]:
+    """The quantizers of the values that are joined; None for those without one."""
+    source = moved_from(view, value)
+    if not joins(view, source):
+        return {view.quantizer(source)}
+    return {quant for part in view.data_inputs(source) for quant in _quantizers(view, part)}
 
 
 def pads_average(op: Op) -> bool:
