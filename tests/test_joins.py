@@ -229,7 +229,7 @@ class Transition(nn.Module):
         self.last = nn.BatchNorm2d(16)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(self.stem(x), 2)
+        x = F.avg_pool2d(F.leaky_relu(self.stem(x)), 2)
         for step in self.steps:
             x = torch.cat([x, step(x)], 1)
         return self.head(torch.relu(self.last(x))).mean((2, 3))
