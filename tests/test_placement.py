@@ -144,6 +144,7 @@ class Neck(Ended):
         return F.pixel_shuffle(self.up(torch.cat([x, y], 1)), 2)
 
 
+CPUS = ["onnxruntime", "openvino"]
 NETS = [Fire, Split, Gate, Clip, Dense, Neck]
 
 
@@ -212,13 +213,16 @@ class Rounded(torch.fx.Interpreter):
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
 def test_what_moves_integers_changes_none(target: str) -> None:
-    """A quantizer after a chunk or a resize rounds to the grid of the one before it."""
+    """A quantizer after a chunk or a resize rounds to the grid of the one before it.
+
+    In OpenVINO there is one after a resize that is concatenated."""
     for kind in (Split, Neck):
         _, model, x = made(kind, target)
         repfx.calibrate(model, [x], method="mse")
         run = Rounded(model)
         run.run(x)
-        assert (run.again > 0) == (target == "onnxruntime") and not run.changed
+        assert (run.again > 0) == (target in {Split: ["onnxruntime"], Neck: CPUS}[kind])
+        assert not run.changed
 
 
 @pytest.mark.parametrize("kind", [Fire, Split, Dense, Neck])
@@ -239,11 +243,11 @@ def test_joins_stand_between_integers(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs", "whole"), [(Fire, 1, 2), (Split, 2, 0), (Dense, 6, 2), (Neck, 2, 0)]
+    ("kind", "inputs", "whole"), [(Fire, 1, 2), (Split, 4, 0), (Dense, 6, 2), (Neck, 2, 0)]
 )
 def test_no_value_is_written_in_float_and_in_integers(kind: Any, inputs: int, whole: int) -> None:
     """In OpenVINO a concatenation that a layer reads is rounded, and the runtime moves that to what
-    goes in. What goes in is rounded before if a layer reads it, too; so is all before a norm.
+    goes in. All that goes in is rounded before if a layer reads some of it, or a norm reads all.
     """
     _, model, _ = made(kind, "openvino")
     joins = [n for n in model.graph.nodes if n.target is torch.cat]

@@ -66,12 +66,14 @@ def find_places(
     `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
     layer. `inner`: another graph reads on in what this one returns."""
     owner = inside or {}
-    others = _without_padded(view, layers, _skips_and_averages(view, layers), target)
+    others = _skips_and_averages(view, layers)
     if target.between == "all":
         others += _stretches(view, convolutions, inner)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
-    others = _without_padded(view, layers, others + _averages_within(view, others), target)
+    others += _averages_within(view, others)
+    if target.offset == "joined":
+        others = _without_float_averages(view, layers, others)
     others = [
         (n, x, layer)
         for n, x, layer in others
@@ -85,24 +87,31 @@ def find_places(
     return found, origins(view, found, joint)
 
 
-def _without_padded(
-    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place], target: Target
+def _without_float_averages(
+    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
 ) -> list[Place]:
-    """Leaves out padded averages of signed values that layers read, too.
+    """Leaves out averages that OpenVINO gets wrong if their inputs are integers.
 
-    Such an average needs another integer format than the layers, so it stays in float, if the
-    target has two formats for signed values."""
-    if target.offset != "joined":
-        return others
+    A padded average of signed values needs another integer format than a layer that reads them,
+    too. An average that several nodes read must be rounded for all: OpenVINO returns integers, also
+    to those that read it unrounded."""
     padded = {node for node, _, _ in others if pads_average(view.ops[node])}
     read = [*layers.values(), *(value for node, value, _ in others if node not in padded)]
     shared = {moved_from(view, value) for value in read}
-    signed = {
-        n
-        for n, x, _ in others
-        if n in padded and moved_from(view, x) in shared and not non_negative(view, x)
-    }
-    return [place for place in others if place[0] not in signed]
+    rounded = {*layers.items(), *((node, value) for node, value, _ in others)}
+
+    def whole(value: fx.Node) -> bool:
+        users = [user for user in value.users if not view.is_size(user) and user.op != "output"]
+        return all(
+            (user, value) in rounded or (moves(view, user) and whole(user)) for user in users
+        )
+
+    def stays_float(node: fx.Node, value: fx.Node) -> bool:
+        if node in padded and moved_from(view, value) in shared and not non_negative(view, value):
+            return True
+        return Trait.AVERAGES in view.traits(node) and len(node.users) > 1 and not whole(node)
+
+    return [place for place in others if not stays_float(*place[:2])]
 
 
 def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Place]:
