@@ -371,6 +371,39 @@ def test_grouped_3d_convolutions_of_signed_values(tmp_path: Path) -> None:
         assert not [d for d in full.meta["repfx"].declined if "halves the weights" in d.reason]
 
 
+class Grouped(nn.Module):
+    """A grouped convolution with this many channels in and out of a group."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, groups * inputs, 3, padding=1)
+        self.grouped = nn.Conv2d(groups * inputs, groups * outputs, 3, padding=1, groups=groups)
+        self.last = nn.Conv2d(groups * outputs, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.grouped(F.leaky_relu(self.stem(x))))
+
+
+UNFIT = [(2, 6, 6), (4, 2, 4), (8, 1, 2), (4, 4, 6)]
+FIT = [(2, 12, 12), (3, 4, 4), (6, 1, 1), (1, 6, 6)]
+
+
+@pytest.mark.parametrize("shape", [*UNFIT, *FIT])
+def test_grouped_convolutions_on_old_processors(
+    shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """On SSE4.1 the integer kernels write past the groups, unless 4 divides their channels."""
+    torch.manual_seed(0)
+    net, x = Grouped(*shape).eval(), torch.randn(2, 3, 9, 9)
+    int8, file = made(net, x, "openvino", tmp_path)
+    declined = [d.where for d in int8.meta["repfx"].declined if "4 does not divide" in d.reason]
+    assert declined == (["grouped"] if shape in UNFIT else [])
+    oldest = next(isa for isa in isas("openvino") if isa.name == "SSE41")
+    assert deployed(int8, file, x, "openvino", oldest).agrees
+    full: Any = repfx.transform(net, ["ptq"], example=x, target="openvino-vnni")
+    assert not full.meta["repfx"].declined
+
+
 def test_an_emulator_on_which_numpy_does_not_start_is_not_offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

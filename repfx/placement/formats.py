@@ -50,14 +50,22 @@ def pads_average(op: Op) -> bool:
     return op.geometry(Geometry.identity(1, op.space[0])).pads
 
 
-def why_float(geometry: Geometry | None, signed: bool, target: Target) -> str:
+def why_float(geometry: Geometry, signed: bool, target: Target) -> str:
     """Why a layer of this geometry stays in float; empty if it does not.
 
     `signed`: whether the layer reads signed values."""
-    grouped = geometry is not None and geometry.groups > 1 and len(geometry.axes) == 3
-    if target.runtime == "openvino" and target.reduced and grouped and signed:
+    g = geometry
+    if target.runtime != "openvino" or not target.reduced or g.groups == 1:
+        return ""
+    if signed and len(g.axes) == 3:
         return (
             "on CPUs without VNNI, OpenVINO halves the weights of grouped 3-D convolutions "
             "that read signed values"
+        )
+    widths = g.inputs // g.groups, g.outputs // g.groups
+    if widths != (1, 1) and any(width % 4 for width in widths):
+        return (
+            "on CPUs without AVX2, OpenVINO crashes on grouped convolutions in integers "
+            "if 4 does not divide the channels of a group"
         )
     return ""
