@@ -360,7 +360,7 @@ def test_grouped_3d_convolutions_of_signed_values(tmp_path: Path) -> None:
     """
     x = torch.randn(2, 4, 6, 6, 6)
     net = nn.Sequential(
-        nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=2)
+        nn.Conv3d(4, 8, 1), nn.Conv3d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv3d(8, 8, 3, groups=2)
     ).eval()
     for spec in ("ptq", "repq(bn=frozen)"):
         model: Any = repfx.transform(net, [spec], example=x, target="openvino")
@@ -381,7 +381,7 @@ class Grouped(nn.Module):
         self.last = nn.Conv2d(groups * outputs, 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.grouped(F.leaky_relu(self.stem(x))))
+        return self.last(torch.relu(self.grouped(F.leaky_relu(self.stem(x)))))
 
 
 UNFIT = [(2, 6, 6), (4, 2, 4), (8, 1, 2), (4, 4, 6)]
