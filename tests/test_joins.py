@@ -173,35 +173,32 @@ def uses(int8: Any) -> dict[str, int]:
     return {n: acts.count(n) for n in acts}
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("act", [F.relu, F.silu, F.leaky_relu])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_file_is_what_the_model_computes(
-    kind: type[Net], act: Any, target: str, tmp_path: Path
-) -> None:
-    net, int8, x = made(kind, act, target)
-    assert repfx.verify(net, int8, x).sqnr > 20
-    if kind is Tabled and act is F.relu and target == "openvino":
-        # OpenVINO 2026.4 reads the batch from the first convolution, and then loses its bias.
-        with pytest.raises(CheckError, match="OpenVINO does not compute what the model computes"):
-            repfx.lower(int8, tmp_path / "int8.onnx", example=x, target=target)
-        return
-    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target=target)
-    assert found.parity.agrees
-    assert not [f for f in repfx.lint(found.onnx, target) if f.severity in "EW"]
-
-
 @pytest.mark.parametrize("act", [F.relu, F.silu])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_shares_a_scale(kind: type[Net], act: Any, tmp_path: Path) -> None:
-    _, int8, x = made(kind, act, "openvino")
+    net, int8, x = made(kind, act, "openvino")
     signs = kind is Tabled and act is F.relu  # the table has negative values
     assert max(uses(int8).values()) == (1 if signs else max(kind.shared, 1))
     assert max(uses(made(kind, act, "tensorrt")[1]).values()) == 1
+    assert repfx.verify(net, int8, x).sqnr > 20
+    if signs:
+        # OpenVINO 2026.4 reads the batch from the first convolution, and then loses its bias.
+        with pytest.raises(CheckError, match="OpenVINO does not compute what the model computes"):
+            repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino")
+        return
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino")
+    assert found.parity.agrees
+    assert not [f for f in repfx.lint(found.onnx, "openvino") if f.severity in "EW"]
     if kind.shared and kind is not Tabled:
-        file = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino").onnx
-        assert kernels("openvino", file) == Kernels(kind.layers, ())
-        assert roundings(file) <= kind.roundings
+        assert kernels("openvino", found.onnx) == Kernels(kind.layers, ())
+        assert roundings(found.onnx) <= kind.roundings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnxruntime_computes_what_the_model_computes(kind: type[Net], tmp_path: Path) -> None:
+    _, int8, x = made(kind, F.silu, "onnxruntime")
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="onnxruntime")
+    assert found.parity.agrees
 
 
 def compiled(file: Path) -> Any:
