@@ -15,8 +15,8 @@ def moves(view: GraphView, node: fx.Node) -> bool:
 
 
 def joins(view: GraphView, node: fx.Node) -> bool:
-    """Whether the node is a concatenation, along the channels or another axis."""
-    return Trait.JOINS in view.traits(node)
+    """Whether the node is a concatenation along any axis; one of a single value is a move."""
+    return view.traits(node) & (Trait.JOINS | Trait.MOVES) == Trait.JOINS
 
 
 def moved_from(view: GraphView, value: fx.Node) -> fx.Node:

@@ -13,6 +13,7 @@ from torch import fx
 from repfx.algebra import Geometry
 from repfx.graph.moves import joined, joins, moved_from, moves, readers
 from repfx.graph.ops import Map, Op
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant, Grid, Target
 
@@ -28,7 +29,7 @@ def has_offset(rounding: fx.Node, grid: Grid, view: GraphView, target: Target) -
         return True
     if any(joins(view, n) and len(_quantizers(view, n)) == 1 for n in readers(view, rounding)):
         return True  # one scale for all of the concatenation
-    pooled = any(moves(view, n) for n in rounding.users)
+    pooled = any(moves(view, n) and Trait.JOINS not in view.traits(n) for n in rounding.users)
     if not pooled and joined(view, view.data_inputs(rounding)[0]) is None:
         return False
     # A part of a larger concatenation stays in float there.

@@ -118,11 +118,11 @@ def _takes_one_scale(
 ) -> bool:
     """Whether a concatenation and its inputs can share a quantizer, and saves rounding by it.
 
-    One of the inputs is rounded for it already, all have the same number format, and what reads it
-    takes any zero point."""
+    One of the inputs is rounded for it already, none is a constant, all have the same number
+    format, and what reads it takes any zero point."""
     inputs = view.data_inputs(node)
     alike = len({non_negative(view, value) for value in (node, *inputs)}) == 1
-    fits = all(view.varies(value) for value in inputs)
+    fits = isinstance(view.ops[node], Sum) and all(view.varies(value) for value in inputs)
     padded = any(pads_average(view.ops[reader]) for reader, _, _ in readers[node])
     return _joins_rounded(view, node, readers) and alike and fits and not padded
 
