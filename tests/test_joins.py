@@ -201,6 +201,22 @@ def test_onnxruntime_computes_what_the_model_computes(kind: type[Net], tmp_path:
     assert found.parity.agrees
 
 
+class Fixed(Tabled):
+    """The part is a weight, for this batch only."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__(act)
+        self.table = nn.Parameter(torch.randn(4, 4, 16, 16))
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.cat([self.act(self.a(x)), x, self.table], 1)
+
+
+def test_a_weight_that_is_concatenated_is_rounded_with_the_rest() -> None:
+    _, int8, _ = made(Fixed, F.silu, "openvino")
+    assert max(uses(int8).values()) == 1  # after the concatenation
+
+
 def compiled(file: Path) -> Any:
     """The graph that OpenVINO makes of a file."""
     core = openvino_core()
