@@ -116,8 +116,8 @@ def test_what_targets_promise_of_weights() -> None:
             )
             layers = [m for m in model.modules() if hasattr(m, "of_weight") and m.of_weight]
             reach[target, spec] = [m.grid.high for m in layers]
-    # Each channel of a depthwise layer adds no neighbours; that with two outputs a channel does, and
-    # in OpenVINO it crashes on SSE4.1.
+    # Each channel of a depthwise layer adds no neighbours. That with two outputs a channel does,
+    # and in OpenVINO it crashes on SSE4.1.
     reduced = {"openvino": [64, 127], "onnxruntime": [64, 127, 64]}
     for (target, spec), found in reach.items():
         assert found == reduced.get(target, [127] * 3), (target, spec)
