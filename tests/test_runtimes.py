@@ -405,6 +405,29 @@ def test_grouped_convolutions_on_old_processors(
     assert not full.meta["repfx"].declined
 
 
+class Beside(nn.Module):
+    """A layer in float and a concatenation read the output of a convolution."""
+
+    def __init__(self, bias: str) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 12, 3, bias=bias != "none"), nn.Conv2d(12, 12, 1)
+        self.deep, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(24, 8, 1)
+        if self.stem.bias is not None and bias == "zeros":
+            nn.init.zeros_(self.stem.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.last(torch.cat([y, self.deep(torch.relu(self.wide(y)))], 1))
+
+
+@pytest.mark.parametrize("bias", ["none", "zeros", "some"])
+def test_a_scale_is_not_lost_beside_a_layer_in_float(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Beside(bias), torch.randn(2, 3, 16, 16)
+    int8, file = made(net, x, "openvino", tmp_path, "ptq(wide=wide, wide_bits=32)")
+    assert deployed(int8, file, x, "openvino").sqnr > 100
+
+
 def test_an_emulator_on_which_numpy_does_not_start_is_not_offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,29 @@ def wider_kernels(proto: onnx.ModelProto, gathering: bool) -> None:
             proto.graph.value_info.remove(info)
 
 
+def kept_scales(proto: onnx.ModelProto) -> None:
+    """Quantized convolutions without a bias that several nodes read get one, of 1e-30.
+
+    If a layer in float reads what such a convolution returns, and a quantized concatenation, too,
+    OpenVINO loses its scale on the way to the concatenation. With a bias it does not, unless that
+    is zero. The number changes no value."""
+    index = Index(proto)
+    for node in proto.graph.node:
+        weight = index.made.get(node.input[1]) if node.op_type == "Conv" else None
+        codes = None if weight is None else index.tensors.get(weight.input[0])
+        if codes is None or len(index.users[node.output[0]]) < 2:
+            continue
+        given = index.value(node.input[2]) if len(node.input) > 2 else np.zeros(1)
+        if given is None or given.any():
+            continue
+        bias = np.zeros(codes.dims[0], np.float32)
+        bias[0] = 1e-30
+        name = f"{node.output[0]}.bias"
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(bias, name))
+        node.input[2:] = [name]
+    drop_unread(proto)
+
+
 def _skips(node: onnx.NodeProto) -> bool:
     """Whether it is a 1x1 convolution that leaves pixels out."""
     kernel = attribute(node, "kernel_shape", [])

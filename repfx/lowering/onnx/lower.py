@@ -273,6 +273,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
     finish.exact_averages(proto)
     if formats.runtime == "openvino":
         finish.wider_kernels(proto, gathering=formats.reduced)
+        if not form.float16:
+            finish.kept_scales(proto)
     if formats.between == "all":
         finish.keep_in_float(proto, every=form.float16)
     if form.float16:
