@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,6 +257,14 @@ def test_an_average_that_is_concatenated_runs_in_integers(tmp_path: Path) -> Non
     found = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target="openvino")
     assert found.parity.agrees
     assert precisions(found.onnx, "Pooling") == {"i8"}
+    # The first concatenation is of one value, so it makes nothing unsigned.
+    constants = {t.name: t for t in onnx.load(found.onnx).graph.initializer}
+    signed = [
+        constants[n.input[2]].data_type == onnx.TensorProto.INT8
+        for n in onnx.load(found.onnx).graph.node
+        if n.op_type == "QuantizeLinear" and n.input[1].startswith(("avg_pool", "cat"))
+    ]
+    assert len(signed) == 4 and all(signed)
 
 
 class Averaged(nn.Module):

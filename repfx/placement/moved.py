@@ -46,8 +46,9 @@ def moved_up(
         mine = [place for end in ends for place in readers.get(end, ())]
         quantized = {(reader, v) for reader, v, _ in mine}
         alone = all((owner.get(u, u), end) in quantized for end in ends for u in end.users)
-        movable = all(takes_quantizer(view, v) and not is_divided(view, v) for v in values)
-        if not (mine and alone and movable) or any(view.writes.changed(end) for end in ends):
+        if not (mine and alone) or any(view.writes.changed(end) for end in ends):
+            continue
+        if not all(takes_quantizer(view, v) and not is_divided(view, v) for v in values):
             continue
         if joins(view, node):
             if target.between != "joins" or not _takes_one_scale(view, node, readers):
