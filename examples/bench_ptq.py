@@ -1,8 +1,8 @@
 """The cost of post-training quantization: python examples/bench_ptq.py
 
 1. the speed of calibration relative to plain forward passes of the merged net over the same images
-   (4 096 for the mini net, 64 and 32 for resnet18): medians and quartiles over rounds in which each
-   runs once;
+   (4 096 for the mini net, 64 and 256 for resnet18): medians and quartiles over rounds in which
+   each runs once;
 2. the time of `reconstruct` with its defaults;
 3. peak memory for 256 and for 4 096 images;
 4. with `--system` only this: the time of `reconstruct` on a resnet18 at 224 x 224 that is the
@@ -62,7 +62,7 @@ def resnet18() -> nn.Module:
 NETS: dict[str, Any] = {
     "mini": (mini, (128, 3, 32, 32), 32),
     "resnet18": (resnet18, (8, 3, 128, 128), 8),
-    "resnet18, 224": (resnet18, (8, 3, 224, 224), 4),
+    "resnet18, 224": (resnet18, (32, 3, 224, 224), 8),  # batches as in `repfx quantize`
 }
 
 

@@ -37,7 +37,9 @@ class Ptq(Pass):
     `per_channel`: one weight scale per output channel, else one per tensor. `weights`: how weight
     ranges are chosen, max, mse or mae. `wide`: one or more layers, by name or pattern ("head.*"),
     that get `wide_bits` instead; 32 leaves them in float. If several layers read a value, it gets
-    the largest number of bits among them."""
+    the largest number of bits among them. `unsigned`: inputs of the model that are never negative,
+    by name or pattern, such as images from 0 to 1. A target with unsigned codes then has 255 steps
+    for them and not 127, enough for an image of 8 bits to lose nothing; `calibrate` checks it."""
 
     name: ClassVar[str] = "ptq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
@@ -50,6 +52,7 @@ class Ptq(Pass):
     weights: str = "max"
     wide: str | tuple[str, ...] = ()
     wide_bits: int = 8
+    unsigned: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for bits in (
@@ -64,7 +67,7 @@ class Ptq(Pass):
 
     def run(self, work: Work) -> Result:
         spell_out(work.module, work.target)
-        view = work.view()
+        view = work.view(self.unsigned)
         quantizers = Quantizers(work, view, self._layers(view), self._rounding())
         weights: dict[Any, fx.Node] = {}  # quantized weights; layers may share one
         for layer in quantizers:

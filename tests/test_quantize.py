@@ -337,6 +337,27 @@ def test_several_inputs_are_quantized_and_what_is_not_possible_is_said() -> None
     notes = [r.note for r in found.rungs if r.name.endswith("biases corrected")]
     assert len(notes) == 1 and "one input" in notes[0]
     assert found.rung.score is not None and found.rung.score.sqnr > 20
+    assert _signed(found) == [True, True]
+    given = [{"x": images(8, 1), "y": images(8, 2).abs()} for _ in range(3)]
+    assert _signed(repfx.quantize(Two().eval(), given, target="onnxruntime")) == [True, False]
+
+
+def _signed(found: repfx.Quantized) -> list[bool]:
+    quants = quantizers_of(found.model)
+    return [quants[f"{name}.input_quant"].grid.signed for name in "ab"]
+
+
+def test_images_from_0_on_are_unsigned_where_the_target_has_such_codes() -> None:
+    given, below = [x.abs() for x in batches()], batches()[0].abs()
+    below[7, 2, 3, 3] = -1e-3  # in an image that is held out
+    for target, data, signed in (
+        ("openvino", given, False),
+        ("openvino", [*given, below], True),
+        ("tensorrt", given, True),
+    ):
+        found = repfx.quantize(net(), data, target=target, budget=100)
+        first = next(n for n in found.model.graph.nodes if n.op == "call_module")  # type: ignore[union-attr]
+        assert found.model.get_submodule(first.target).grid.signed == signed  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

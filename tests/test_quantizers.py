@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import repfx
 from repfx.graph.functional import value_of
-from repfx.passes import IntegerLayer, Pass, Promise, Quantizers, Result, Rounding, Stage, Work
+from repfx.passes import IntegerLayer, Pass, Promise, Ptq, Quantizers, Result, Rounding, Stage, Work
 from repfx.placement.quantizers import FLOAT
 from repfx.quant import quantizers_of
 
@@ -138,3 +139,74 @@ def test_repq_can_leave_its_ends_in_float() -> None:
     deployed = repfx.transform(model.eval(), ["fuse"], example=X)
     assert set(quantizers_of(deployed)) == set(quantizers_of(model))
     assert repfx.verify(model, deployed, X).relative < 1e-6
+
+
+class Skip(nn.Module):
+    """A convolution around which its input goes, as in super-resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(x)))
+
+
+class Sliced(nn.Module):
+    """Pixels of every other row and column become channels (space to depth)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        return self.a(torch.cat(parts, 1))
+
+
+BYTES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+BYTES[0, 0, 0, 0] = 1
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("make", [Skip, Sliced])
+def test_an_unsigned_input_has_every_step_of_its_image(
+    make: type[nn.Module], target: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = make().eval()
+    model = repfx.transform(net, ["ptq(unsigned=x)"], example=BYTES, target=target)
+    repfx.calibrate(model, [BYTES])
+    first = quantizers_of(model)["a.input_quant"]
+    assert first.grid.signed == (target == "tensorrt")  # it has no unsigned INT8
+    if target != "tensorrt":
+        torch.testing.assert_close(first(BYTES), BYTES, rtol=0, atol=1e-7)
+        signed = repfx.transform(net, ["ptq"], example=BYTES, target=target)
+        repfx.calibrate(signed, [BYTES])
+        gain = repfx.verify(net, model, BYTES).sqnr - repfx.verify(net, signed, BYTES).sqnr
+        assert gain > 0.5
+    repfx.save(model, tmp_path / "unsigned.pt")
+    again = repfx.load(tmp_path / "unsigned.pt")
+    assert quantizers_of(again)["a.input_quant"].grid == first.grid
+    repfx.lower(again, tmp_path / "unsigned.onnx", example=BYTES, target=target)  # compares codes
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize("reload", [False, True])
+def test_an_unsigned_input_with_a_negative_number_is_an_error(
+    method: str, reload: bool, tmp_path: Path
+) -> None:
+    model: nn.Module = repfx.transform(
+        Skip().eval(), [Ptq(unsigned="*")], example=X, target="onnxruntime"
+    )
+    if reload:
+        repfx.save(model, tmp_path / "unsigned.pt")
+        model = repfx.load(tmp_path / "unsigned.pt")
+    with pytest.raises(repfx.InputError, match="never negative, with `unsigned`, but has -"):
+        repfx.calibrate(model, [BYTES, X], method=method)
+    assert not any(q.calibrated for q in quantizers_of(model, of_weight=False).values())
+
+
+def test_an_unsigned_input_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(repfx.InputError, match=r"unknown input 'image'; choose one of: x$"):
+        repfx.transform(Skip().eval(), ["ptq(unsigned=image)"], example=X)

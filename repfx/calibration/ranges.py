@@ -54,8 +54,9 @@ def calibrate(
     `repfx.data.share`) and get the same scales, those that one process would set.
 
     Raises InputError for an unknown method, if there is no image, for a batch that the model does
-    not take or that gives NaN, for a model without quantizers and, with `bias`, for a model that
-    was not traced whole or has several inputs. After an error either all scales are set or
+    not take or that gives NaN, for a negative number in an input that `ptq` was told has none, for
+    a model without quantizers and, with `bias`, for a model that was not traced whole or has
+    several inputs. After an error either all scales are set or
     none."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -102,10 +103,11 @@ def _seen(
     """What each quantizer that runs sees, while the model runs in float."""
     views = [GraphView(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
     positive = _of_non_negative(views)
+    told = _of_unsigned_inputs(quants, positive, views)
     in_place = _activations(views[0]) if isinstance(model, fx.GraphModule) else []
 
     def observer(quant: FakeQuant) -> Observer:
-        return Observer(quant.grid, histogram, non_negative=quant in positive)
+        return Observer(quant.grid, histogram, quant in positive, checked=quant in told)
 
     weights = quantizers_of(model, of_weight=True).values()
     with (
@@ -159,6 +161,16 @@ def _of_non_negative(views: Iterable[GraphView]) -> set[FakeQuant]:
                     view, node.all_input_nodes[0]
                 )
     return {quant for quant, positive in reads.items() if positive}
+
+
+def _of_unsigned_inputs(
+    quants: Iterable[FakeQuant], positive: set[FakeQuant], views: Iterable[GraphView]
+) -> set[FakeQuant]:
+    """The quantizers that are unsigned because the inputs of the graph were said to be."""
+    unsure = {quant for quant in quants if not quant.grid.signed} - positive
+    if not unsure:
+        return unsure
+    return unsure & _of_non_negative(GraphView(view.module, ("*",)) for view in views)
 
 
 def _activations(view: GraphView) -> list[Any]:

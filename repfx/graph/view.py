@@ -6,7 +6,8 @@ other nodes has dominators: d dominates v if every path from the input to v pass
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.errors import unknown
 from repfx.graph.calls import Layer, call_of, layer_of
 from repfx.graph.effects import Writes, writes
 from repfx.graph.modes import Mode
@@ -25,13 +27,17 @@ from repfx.quant import FakeQuant
 
 
 class GraphView:
-    """A view of one GraphModule. The graph must not change while the view is in use."""
+    """A view of one GraphModule. The graph must not change while the view is in use.
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    `unsigned`: patterns of the names of inputs that are never negative. Raises InputError for one
+    that matches no input."""
+
+    def __init__(self, module: fx.GraphModule, unsigned: Iterable[str] = ()) -> None:
         self.module = module
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(module.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._unsigned = self._inputs(unsigned)
         # A cache for `repfx.rewrite.kernel_of`: what it found out about (source, padding).
         self.own_padding: dict[tuple[fx.Node, fx.Node], bool] = {}
         self._tensors: dict[Ref, Tensor] = {}
@@ -159,6 +165,8 @@ class GraphView:
         """The traits of the value of a node, from its operator and from its Op."""
         called = call_of(node, self.module_of(node))
         found = Trait.NONE if called is None else called.traits
+        if node in self._unsigned:
+            found |= Trait.NON_NEGATIVE
         op = self.ops.get(node)
         if isinstance(op, Map) and op.kind in ("identity", "dropout"):
             found |= Trait.SAME | Trait.MOVES | Trait.KEEPS_SIGN
@@ -181,6 +189,16 @@ class GraphView:
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, or None."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _inputs(self, patterns: Iterable[str]) -> set[fx.Node]:
+        inputs = {str(n.target): n for n in self.nodes if n.op == "placeholder"}
+        found: set[str] = set()
+        for pattern in patterns:
+            names = fnmatch.filter(inputs, pattern)
+            if not names and pattern != "*":
+                raise unknown("input", pattern, inputs)
+            found.update(names)
+        return {inputs[name] for name in found}
 
     def _classify(self, node: fx.Node) -> None:
         if node.op == "get_attr":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from repfx.calibration.feed import arguments, feed
 from repfx.data.preprocessing import preprocessing_of
@@ -66,7 +66,8 @@ def quantize(
     with the float net, or, where outputs are not classes, percent of relative error. The climb ends
     with the first step that meets it. `time`: the seconds it may take; what does not fit is left
     out, and learning stops in time. A metric and the reading of one batch are not interrupted.
-    `bits`, `weight_bits`: as for the pass `ptq`. `example`: as for `transform`, by default the
+    `bits`, `weight_bits`: as for the pass `ptq`. Inputs of which no image has a negative number are
+    `unsigned`. `example`: as for `transform`, by default the
     first images. `checkpoint`: a folder in which interrupted learning continues. `plan`: called
     with a line for each step, before the work starts. The result follows from the seed and from
     which steps ran.
@@ -93,7 +94,10 @@ def quantize(
                 f"time={time:g} is too short to read the images and to run the float model on them"
             ) from error
     key = _key(plain, images, (bits, weight_bits, target, seed)) if folder else ""
-    maker = Maker(model, images, bits, weight_bits, target, example, seed, folder, key, progress)
+    unsigned = _unsigned(plain, images)
+    maker = Maker(
+        model, images, bits, weight_bits, target, example, seed, folder, key, progress, unsigned
+    )
     climb = _Climb(maker, judge, pace, budget, started + time)
     climb.one = arguments(plain, images.one().inputs)
     for line in climb.planned(time):
@@ -344,6 +348,15 @@ def _checked(
             f"{folder} cannot be a folder for checkpoints: {error.strerror}"
         ) from error
     return Path(folder)
+
+
+def _unsigned(plain: nn.Module, images: Split) -> tuple[str, ...]:
+    """The inputs of which no image has a negative number."""
+    if not isinstance(plain, fx.GraphModule):
+        return ()
+    inputs = [str(node.target) for node in plain.graph.nodes if node.op == "placeholder"]
+    least = {name or inputs[0]: value for name, value in images.least.items()}
+    return tuple(name for name in inputs if least.get(name, -1.0) >= 0)
 
 
 def _pace(plain: nn.Module, images: Split, judge: Judge) -> Pace:

@@ -5,6 +5,7 @@ Every fourth image is held out. Of these, 256 judge, spread over all; the rest c
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from operator import length_hint
 from typing import Any
@@ -23,13 +24,14 @@ ROOM = 2**30  # bytes of images that are kept, so that they are not read again
 class Split:
     """The batches of one source, split. `held`: the batches to judge by. Iterating gives the rest.
 
-    `digest`: of all images, in their order. Raises InputError for fewer than four images, for one
+    `digest`: of all images, in their order. `least`: the smallest number of each input, by its
+    name, or by "" where batches are tensors. Raises InputError for fewer than four images, for one
     with NaN, for a dict of tensors of different lengths, and where `Batches` does. Iterating raises
     it if the source gives other images than the first time."""
 
     def __init__(self, given: Any) -> None:
         self.source = Batches(given, "data", finite=True)
-        self.images = 0
+        self.images, self.least = 0, dict[str, float]()
         self._stride = 1  # of the images held out, every so many judge
         held: list[tuple[int, Batch]] = []  # each one image, with its place among those held out
         kept: list[Batch] = []
@@ -38,8 +40,10 @@ class Split:
         room = float("inf") if isinstance(given, Iterator) else float(ROOM)
         for rest, out in self._parts():
             for part in (rest, *(one for _, one in out)):
-                for x in part.tensors if part is not None else ():
+                for name, x in _named(part):
                     digest.update(_bytes(x))
+                    least = -math.inf if x.is_complex() else float(x.min())
+                    self.least[name] = min(self.least.get(name, math.inf), least)
             held += [(at, one) for at, one in out if at % self._stride == 0]
             while len(held) > MOST:
                 self._stride *= 2
@@ -113,6 +117,14 @@ class Split:
             out = [(int(p) // EVERY, _rows(batch, place == p)) for p in place[held]]
             seen += count
             yield (None if held.all() else _rows(batch, ~held)), out
+
+
+def _named(batch: Batch | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch that are not empty, each with the name of its input."""
+    inputs = {} if batch is None else batch.inputs
+    for name, x in inputs.items() if isinstance(inputs, Mapping) else (("", inputs),):
+        if isinstance(x, Tensor) and x.numel():
+            yield name, x
 
 
 def _rows(batch: Batch, wanted: Tensor) -> Batch:

@@ -89,6 +89,7 @@ class Maker:
     folder: Path | None
     key: str  # of the net, the images and the options, in the names of checkpoints
     progress: bool
+    unsigned: tuple[str, ...] = ()  # the inputs that are never negative
 
     @property
     def few(self) -> int:
@@ -100,7 +101,13 @@ class Maker:
     ) -> tuple[nn.Module, list[Declined]]:
         """The net with quantizers that have no scales yet, and what was declined."""
         wider = 8 if self.bits < 8 else 32  # 32 is float
-        ptq = Ptq(self.bits, self.weight_bits, weights="mse", wide=wide, wide_bits=wider)
+        ptq = Ptq(
+            *(self.bits, self.weight_bits),
+            weights="mse",
+            wide=wide,
+            wide_bits=wider,
+            unsigned=self.unsigned,
+        )
         passes: list[Any] = [ptq, "qprep"] if affine else [ptq]
         net, report = rewrite(self.net, passes, self.example, self.target)
         return net.eval(), report.declined

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.errors import unknown
+from repfx.errors import InputError, unknown
 from repfx.processes import agreed, gathered
 from repfx.quant.grid import Grid
 from repfx.quant.histogram import BINS, Counted, Histogram, raised
@@ -30,11 +30,17 @@ class Observer:
     """Sees batches of values for one quantizer and computes its scale.
 
     The method `max` needs no `histogram`. With `non_negative` the caller promises that no value is
-    below zero, so minima need not be computed.
+    below zero, so minima need not be computed. `checked`: a value below zero is an error.
     """
 
-    def __init__(self, grid: Grid, histogram: bool = True, non_negative: bool = False) -> None:
-        self.grid = grid
+    def __init__(
+        self,
+        grid: Grid,
+        histogram: bool = True,
+        non_negative: bool = False,
+        checked: bool = False,
+    ) -> None:
+        self.grid, self.checked = grid, checked
         self.two_sided = grid.signed and not non_negative
         self.histogram = Histogram(self.two_sided) if histogram or grid.is_sign else None
         self.amax = 0.0
@@ -43,7 +49,8 @@ class Observer:
     def see(self, x: Tensor) -> None:
         """Adds a batch of any shape. Raises InputError if it holds NaN or infinity.
 
-        Minus infinity is an error only if negative values count."""
+        Minus infinity is an error only if negative values count. If `checked`, raises it for a
+        value below zero, too."""
         x = x.detach() if x.is_floating_point() else x.detach().float()
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
@@ -51,10 +58,12 @@ class Observer:
         if not size:
             return
         self.seen += size
+        values = x.as_strided((size,), (1,))  # in memory order
+        if self.checked:
+            _check_unsigned(values)
         if self.histogram is not None:
             self.histogram.add(x)
             return
-        values = x.as_strided((size,), (1,))  # in memory order
         if self.two_sided:
             low, high = torch.aminmax(values)
             self.amax = raised(self.amax, -low, high)
@@ -92,6 +101,15 @@ class Observer:
             if self.grid.is_sign and self.amax:
                 return (middles * counts).sum().div(self.seen).float()
             return torch.tensor(METHODS[method](middles, counts, self) if self.amax else 0.0)
+
+
+def _check_unsigned(values: Tensor) -> None:
+    least = float(values.amin())
+    if least < 0:
+        raise InputError(
+            f"an input was said to be never negative, with `unsigned`, but has {least:g}: leave "
+            "that out, or give images from 0 on"
+        )
 
 
 def together(observers: Iterable[Observer]) -> None:

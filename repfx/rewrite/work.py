@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -61,9 +61,9 @@ class Work:
             on_reach()
         return self._module
 
-    def view(self) -> GraphView:
-        """A snapshot of the graph as it is now."""
-        return GraphView(self.module)
+    def view(self, unsigned: str | Iterable[str] = ()) -> GraphView:
+        """A snapshot of the graph as it is now. `unsigned`: see `GraphView`."""
+        return GraphView(self.module, (unsigned,) if isinstance(unsigned, str) else unsigned)
 
     def merge(self, name: str, accept: Accept | None = None) -> Result:
         """Merges every region that costs no more merged and that `accept` takes.
