@@ -208,11 +208,11 @@ def test_learning_beats_ranges_on_other_pictures(options: dict[str, Any]) -> Non
 
 
 def test_the_stage_term_is_of_frozen_blocks_and_lambda_0_is_without() -> None:
-    x = pictures()
+    x, paper = pictures(), {"loss": "mae", "stage": 1.0}
 
     def learned(**options: Any) -> dict[str, Tensor]:
         model = quantized()
-        repfx.reconstruct(model, [x], iterations=40, batch=16, **options)
+        repfx.reconstruct(model, [x], iterations=40, batch=16, **{**paper, **options})
         return dict(model.state_dict())
 
     without, alone = (
@@ -255,7 +255,7 @@ def test_the_stage_term_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_adaround_keeps_steps_and_settles_weights_on_codes(rounding: str) -> None:
     model = quantized(affine=False)
     before = {n: m.scale.clone() for n, m in layers(model, FakeQuant).items() if m.of_weight}
-    repfx.reconstruct(model, [pictures()], iterations=30, rounding=rounding)
+    repfx.reconstruct(model, [pictures()], iterations=30, loss="mae", rounding=rounding)
     for name, scale in before.items():
         weight, quant = model.get_parameter(name.replace("_quant", "")), model.get_submodule(name)
         settled = torch.allclose(weight, quant(weight), rtol=0, atol=1e-6)

@@ -62,7 +62,7 @@ def quantized(net: nn.Module, images: list[Tensor], train: Any, task: Any) -> di
         model: nn.Module = repfx.transform(net, ["fuse", "ptq"], example=example)
         found[method] = repfx.calibrate(model, images, method=method)
     model = repfx.transform(net, [Ptq(weights="mse"), "qprep"], example=example)
-    repfx.reconstruct(model, images, iterations=200)
+    repfx.reconstruct(model, images, iterations=200, loss="mae", stage=1.0)
     found["RepAPQ"] = repfx.transform(model, ["fuse"])
     for bn in ("running", "estimate"):
         model = repfx.transform(net, [RepQ(bn=bn)], example=example)

@@ -15,6 +15,7 @@ import repfx
 from repfx.blocks.frame import ConvNorm, Frame
 from repfx.data import Pictures
 
+REPAPQ: dict[str, Any] = {"loss": "mae", "stage": 1.0, "batch": 64}  # reconstruct as in the paper
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Accuracy, Results, calibration, command, pictures, plain, trained
+from common import REPAPQ, Accuracy, Results, calibration, command, pictures, plain, trained
 from onnxruntime.quantization import CalibrationMethod
 from peers import in_runtime, nncf, onnxruntime
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def ours(
     passes, options = OURS[method]
     model: Any = repfx.transform(net, passes, target=runtime)
     if "qprep" in passes:
-        repfx.reconstruct(model, batches, iterations=iterations)
+        repfx.reconstruct(model, batches, iterations=iterations, **REPAPQ)
         model = repfx.transform(model, ["fuse"], target=runtime)
     else:
         repfx.calibrate(model, batches, **options)

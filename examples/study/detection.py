@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Results, command, trained
+from common import REPAPQ, Results, command, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -88,7 +88,7 @@ def ways(net: nn.Module, data: Data, args: Any, of: dict[str, Any]) -> dict[str,
     def learned(bits: int, paper: bool) -> Any:
         passes = [Ptq(bits=bits, weights="mse"), *(["qprep"] if paper else [])]
         model = repfx.transform(net, passes, example=example)
-        how: dict[str, Any] = {} if paper else {"loss": "mse", "stage": 0.0}
+        how: dict[str, Any] = REPAPQ if paper else {"loss": "mse", "stage": 0.0, "batch": 64}
         repfx.reconstruct(model, data.images, iterations=args.iterations, seed=seed, **how)
         return repfx.transform(model, ["fuse"])
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 import torch
-from common import Accuracy, Results, calibration, command, pictures, trained
+from common import REPAPQ, Accuracy, Results, calibration, command, pictures, trained
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -137,7 +137,7 @@ def ours(
     seed: int, iterations: int, net: nn.Module, batches: list[Tensor], folder: Path
 ) -> nn.Module:
     model = repfx.transform(net, [Ptq(weights="mse"), "qprep"], target="onnxruntime")
-    repfx.reconstruct(model, batches, iterations=iterations, seed=seed)
+    repfx.reconstruct(model, batches, iterations=iterations, seed=seed, **REPAPQ)
     model = repfx.transform(model, ["fuse"], target="onnxruntime")
     return in_runtime(
         repfx.lower(model, folder / "ours.onnx", example=batches[0], target="onnxruntime").onnx

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Results, command
+from common import REPAPQ, Results, command
 from torch import Tensor, nn
 
 import repfx
@@ -77,7 +77,7 @@ def ways(net: nn.Module, batches: list[Tensor], iterations: int) -> dict[str, Ca
     def learned(bits: int) -> Any:
         passes = [Ptq(bits=bits, weights="mse"), "qprep"]
         model = repfx.transform(net, passes, example=batches[0])
-        repfx.reconstruct(model, batches, iterations=iterations)
+        repfx.reconstruct(model, batches, iterations=iterations, **REPAPQ)
         return repfx.transform(model, ["fuse"])
 
     found: dict[str, Callable[[], Any]] = {}

@@ -29,9 +29,10 @@ LEARNED: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"loss": "mse", "rounding": "adaround", "drop": 0.5, "stage": 0.0},
     ),
     "block mse": ([], {"loss": "mse", "stage": 0.0}),
-    "block mae": ([], {"stage": 0.0}),
-    "block mae, qprep": (["qprep"], {"stage": 0.0}),
-    "repapq": (["qprep"], {}),
+    "block mae": ([], {"loss": "mae", "stage": 0.0}),
+    "block mae, qprep": (["qprep"], {"loss": "mae", "stage": 0.0}),
+    "repapq": (["qprep"], {"loss": "mae", "stage": 1.0}),
+    "block mse, qprep": (["qprep"], {"loss": "mse", "stage": 0.0}),
 }
 
 
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64, help="images in a step of learning")
     parser.add_argument("--pictures", type=int, default=1024)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -104,7 +106,12 @@ def main() -> None:
             quantized = repfx.transform(net, [Ptq(bits, weight_bits, weights="mse"), *passes])
             if method in LEARNED:
                 repfx.reconstruct(
-                    quantized, batches, iterations=args.iterations, seed=seed, **options
+                    quantized,
+                    batches,
+                    iterations=args.iterations,
+                    seed=seed,
+                    batch=args.batch,
+                    **options,
                 )
                 quantized = repfx.transform(quantized, ["fuse"])
             else:

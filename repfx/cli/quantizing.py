@@ -308,6 +308,8 @@ class _Chosen:
             api.reconstruct(
                 result,
                 batches,
+                loss="mae",
+                stage=1.0,
                 iterations=self.iterations,
                 checkpoint=self.checkpoint,
                 cache=self.cache,

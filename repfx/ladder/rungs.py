@@ -142,8 +142,6 @@ class Maker:
         reconstruct(
             net,
             self.images,
-            loss="mse",
-            stage=0.0,
             iterations=recipe.steps,
             batch=IMAGES,
             lr=1e-4 if self.few >= 8 else 1e-3,  # a few steps must move weights by large steps
