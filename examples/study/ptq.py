@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=200)
+    every = (*RANGES, *LEARNED)
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--batch", type=int, default=64, help="images in a step of learning")
     parser.add_argument("--pictures", type=int, default=1024)
     args = parser.parse_args()
@@ -98,7 +100,7 @@ def main() -> None:
         if not results.has(net=name, seed=seed, method="float"):
             results.add(net=name, seed=seed, method="float", top1=accuracy(net))
         same = {"net": name, "seed": seed, "bits": bits, "weight_bits": weight_bits}
-        for method in (*RANGES, *LEARNED):
+        for method in args.methods:
             if results.has(**same, method=method):
                 continue
             start = time.perf_counter()
@@ -117,7 +119,8 @@ def main() -> None:
             else:
                 repfx.calibrate(quantized, batches, method=method)
             seconds = time.perf_counter() - start
-            results.add(**same, method=method, top1=accuracy(quantized), seconds=round(seconds, 1))
+            row = {"top1": accuracy(quantized), "seconds": round(seconds, 1)}
+            results.add(**same, method=method, **row)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,7 @@ def reconstruct(
     `calibrate`; a dict names the model's inputs; all images are used.
 
     `loss`: mse or mae. `stage`: lambda; 0 ignores the rest of the stage. RepAPQ is `loss="mae",
-    stage=1.0`, which takes half as long again and gains nothing over the defaults in our studies.
-    `reading`: "last" compares the output of the stage, "all" takes the mean over all following
+    stage=1.0`; in our studies more steps gain more than the time it takes. `reading`: "last" compares the output of the stage, "all" takes the mean over all following
     blocks in it. `rounding`:
     straight, or adaround, which leaves the weight steps fixed. `drop`: share of activations left in
     float at random (QDrop; 0.5 in that paper). `iterations`: steps of Adam per block, on `batch`
