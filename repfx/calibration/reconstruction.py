@@ -64,12 +64,12 @@ def reconstruct(
     `calibrate`; a dict names the model's inputs; all images are used.
 
     `loss`: mse or mae. `stage`: lambda; 0 ignores the rest of the stage. RepAPQ is `loss="mae",
-    stage=1.0`; in our studies more steps gain more than the time it takes. `reading`: "last" compares the output of the stage, "all" takes the mean over all following
-    blocks in it. `rounding`:
-    straight, or adaround, which leaves the weight steps fixed. `drop`: share of activations left in
-    float at random (QDrop; 0.5 in that paper). `iterations`: steps of Adam per block, on `batch`
-    images each. The learning rates fall to 0 on a cosine: `lr` for weights and biases, `lr_scale`
-    for ln(step), `lr_affine` for affines.
+    stage=1.0`; in our studies more steps gain more than the time it takes. `reading`: "last"
+    compares the output of the stage, "all" takes the mean over all following blocks in it.
+    `rounding`: straight, or adaround, which leaves the weight steps fixed. `drop`: share of
+    activations left in float at random (QDrop; 0.5 in that paper). `iterations`: steps of Adam per
+    block, on `batch` images each. The learning rates fall to 0 on a cosine: `lr` for weights and
+    biases, `lr_scale` for ln(step), `lr_affine` for affines.
 
     `blocks`: the names of the values at which blocks end; `stages`: those at which stages end, too.
     By default a block ends where a single quantized value carries everything (or a few, if more
