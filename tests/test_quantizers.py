@@ -210,3 +210,26 @@ def test_an_unsigned_input_with_a_negative_number_is_an_error(
 def test_an_unsigned_input_that_is_not_there_is_an_error() -> None:
     with pytest.raises(repfx.InputError, match=r"unknown input 'image'; choose one of: x$"):
         repfx.transform(Skip().eval(), ["ptq(unsigned=image)"], example=X)
+
+
+class Doubtful(nn.Module):
+    """Its own code looks at data, so it stays as it is, and what it calls is traced on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x - 1) if float(x.sum()) > -1e9 else x
+
+
+def test_an_unsigned_input_is_one_of_the_whole_model() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Doubtful()).eval()
+    model = repfx.transform(net, [Ptq(unsigned="*")], example=BYTES, target="onnxruntime")
+    grids = {path: q.grid for path, q in quantizers_of(model, of_weight=False).items()}
+    assert not grids["0.input_quant"].signed
+    others = [g.signed for path, g in grids.items() if path != "0.input_quant"]
+    assert others and all(others)
+    assert repfx.quantize(net, [BYTES], target="onnxruntime").rung.score is not None
+    with pytest.raises(repfx.InputError, match="unsigned: the model is not one graph"):
+        repfx.transform(Doubtful().eval(), ["ptq(unsigned=x)"], example=BYTES)

@@ -20,7 +20,7 @@ from repfx.quant import FakeQuant, Target, target_named
 from repfx.rewrite.contract import Pass, Promise, Stage, resolve
 from repfx.rewrite.judge import Judge, disturbed
 from repfx.rewrite.results import Report, Result
-from repfx.rewrite.work import Work
+from repfx.rewrite.work import Part, Work
 from repfx.tolerances import KEPT, KEPT_WIDE, MERGED
 
 
@@ -129,9 +129,16 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target, judge: Jud
         for p in passes:
             promised = _Promised(p, captured, module, judge)
             inner = is_read_inside(captured.model, path)
-            result = promised.run(Work(module, formats, promised.reached, inner))
+            part = _part(captured.model, path)
+            result = promised.run(Work(module, formats, promised.reached, inner, part))
             report.results.append(_prefixed(result, path))
     return report
+
+
+def _part(model: nn.Module, path: str) -> Part:
+    if not path:
+        return ""
+    return "of a graph" if isinstance(model, fx.GraphModule) else "of code"
 
 
 class _Promised:

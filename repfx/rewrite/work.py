@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx, nn
 
+from repfx.errors import InputError
 from repfx.graph.edit import (
     drop_unreferenced,
     free_path,
@@ -30,6 +32,9 @@ from repfx.rewrite.results import Merged, Result
 from repfx.rewrite.slide import explained, plan_slides
 from repfx.rewrite.weights import InFloat64
 
+# What a graph is: the whole model, a part of the model's graph, or a part of code not traced.
+Part = Literal["", "of a graph", "of code"]
+
 
 class Work:
     """One GraphModule being rewritten, with the target that decides the number formats.
@@ -44,11 +49,13 @@ class Work:
         target: Target,
         on_reach: Callable[[], None] | None = None,
         inner: bool = False,
+        part: Part = "",
     ) -> None:
         self._module = module
         self._on_reach = on_reach
         self.target = target
         self.inner = inner  # whether another graph reads on in what this one returns
+        self.part = part
         self.inserted: list[str] = []  # paths of new layers
         self._paths: dict[nn.Module, str] = {}
         self._device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
@@ -62,7 +69,17 @@ class Work:
         return self._module
 
     def view(self, unsigned: str | Iterable[str] = ()) -> GraphView:
-        """A snapshot of the graph as it is now. `unsigned`: see `GraphView`."""
+        """A snapshot of the graph as it is now.
+
+        `unsigned`: see `GraphView`. It is about the inputs of the model, so it says nothing of a
+        graph within the model's. Raises InputError where there is no graph of the model."""
+        if unsigned and self.part == "of code":
+            raise InputError(
+                "unsigned: the model is not one graph, so it is not known where its inputs go; "
+                "leave unsigned out, or see repfx.inspect for what was not traced"
+            )
+        if self.part:
+            return GraphView(self.module)
         return GraphView(self.module, (unsigned,) if isinstance(unsigned, str) else unsigned)
 
     def merge(self, name: str, accept: Accept | None = None) -> Result:
