@@ -104,6 +104,7 @@ def test_a_state_dict_with_learned_scales_still_loads() -> None:
 def test_reconstruction_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     path = shutil.copy(SAVED / "reconstruct.ck", tmp_path / "reconstruct.ck")
     same = {"iterations": 3, "batch": 2, "rounding": "adaround", "drop": 0.5, "checkpoint": path}
+    same |= {"loss": "mae", "stage": 1.0}  # the defaults of 0.1.0
     with pytest.raises(repfx.InputError, match="a checkpoint of another run"):
         repfx.reconstruct(repfx.load(SAVED / "qprep.pt"), [X + 1], **same)
     model = repfx.reconstruct(repfx.load(SAVED / "qprep.pt"), [X], **same)

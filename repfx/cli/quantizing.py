@@ -310,6 +310,7 @@ class _Chosen:
                 batches,
                 loss="mae",
                 stage=1.0,
+                batch=64,
                 iterations=self.iterations,
                 checkpoint=self.checkpoint,
                 cache=self.cache,
