@@ -292,6 +292,21 @@ def test_learning_that_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch
     assert found.rungs[-1].score is None and "not tried" in found.rungs[-1].note
 
 
+def test_a_slow_start_does_not_rule_out_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work on the machine ends after the first measurement."""
+    image, calls = climb._image, list[float]()
+
+    def slow(*args: Any) -> float:
+        calls.append(image(*args) * (1e6 if not calls else 1))
+        return calls[-1]
+
+    monkeypatch.setattr(climb, "_image", slow)
+    monkeypatch.setattr(climb._Climb, "planned", lambda *_: [])
+    found = repfx.quantize(net(), batches(), time=120)
+    assert len(calls) == 2 and calls[0] > 100 * calls[1]
+    assert [r.score is not None for r in found.rungs if r.name.startswith("learned")] == [True] * 2
+
+
 def test_an_interrupted_climb_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = repfx.quantize(net(), batches(), checkpoint=tmp_path / "a")
     blocks = 0
