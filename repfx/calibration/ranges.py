@@ -56,8 +56,7 @@ def calibrate(
     Raises InputError for an unknown method, if there is no image, for a batch that the model does
     not take or that gives NaN, for a negative number in an input that `ptq` was told has none, for
     a model without quantizers and, with `bias`, for a model that was not traced whole or has
-    several inputs. After an error either all scales are set or
-    none."""
+    several inputs. After an error either all scales are set or none."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     kept: list[tuple[int, Batch]] = []

@@ -67,21 +67,17 @@ def quantize(
     with the float net, or, where outputs are not classes, percent of relative error. The climb ends
     with the first step that meets it. `time`: the seconds it may take; what does not fit is left
     out, and learning stops in time. A metric and the reading of one batch are not interrupted.
-    `bits`, `weight_bits`: as for the pass `ptq`. Inputs of which no image has a negative number are
-    `unsigned`. `example`: as for `transform`, by default the
-    first images. `checkpoint`: a folder in which interrupted learning continues. `plan`: called
-    with a line for each step, before the work starts. The result follows from the seed and from
-    which steps ran.
+    `bits`, `weight_bits`: as for the pass `ptq`, which is told that an input is `unsigned` where no
+    image has a negative number. `example`: as for `transform`, by default the first images.
+    `checkpoint`: a folder in which interrupted learning continues. `plan`: called with a line for
+    each step, before the work starts. The result follows from the seed and from which steps ran.
 
     Raises InputError where `transform` and `calibrate` do, for a model that is quantized already,
     fewer than four images, a metric that fails on the float net, an option out of range, and for a
     time that is too short for ranges alone."""
     started = clock.monotonic()
     folder = _checked(time, budget, (bits, weight_bits), seed, checkpoint)
-    if metric is not None and metric != ACCURACY and not callable(metric):
-        raise InputError(f"metric is a function of a net, or {ACCURACY!r}, not {metric!r}")
-    if isinstance(model, nn.Module) and quantizers_of(model):
-        raise InputError("the model is quantized already: give the float model")
+    _check_model(model, metric)
     with within(time):
         try:
             images = Split(data)
@@ -95,10 +91,8 @@ def quantize(
                 f"time={time:g} is too short to read the images and to run the float model on them"
             ) from error
     key = _key(plain, images, (bits, weight_bits, target, seed)) if folder else ""
-    unsigned = _unsigned(plain, images)
-    maker = Maker(
-        model, images, bits, weight_bits, target, example, seed, folder, key, progress, unsigned
-    )
+    same = (target, example, seed, folder, key, progress)
+    maker = Maker(model, images, bits, weight_bits, *same, _unsigned(plain, images))
     climb = _Climb(maker, judge, pace, budget, started + time)
     climb.one = arguments(plain, images.one().inputs)
     for line in climb.planned(time):
@@ -328,6 +322,13 @@ class _Climb:
                 "to lose less, train it quantization-aware: "
                 'repfx.transform(model, ["qarep", "repq"]) and a few epochs, see docs/training.md'
             )
+
+
+def _check_model(model: Any, metric: Metric | str | None) -> None:
+    if metric is not None and metric != ACCURACY and not callable(metric):
+        raise InputError(f"metric is a function of a net, or {ACCURACY!r}, not {metric!r}")
+    if isinstance(model, nn.Module) and quantizers_of(model):
+        raise InputError("the model is quantized already: give the float model")
 
 
 def _checked(

@@ -89,7 +89,7 @@ class Maker:
     folder: Path | None
     key: str  # of the net, the images and the options, in the names of checkpoints
     progress: bool
-    unsigned: tuple[str, ...] = ()  # the inputs that are never negative
+    unsigned: tuple[str, ...]  # the inputs that are never negative
 
     @property
     def few(self) -> int:
