@@ -5,7 +5,8 @@
 RepVGG and QARepVGG blocks are trained in float on scikit-learn's digits, then by `repq` from that
 checkpoint: 8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of
 the batch norms. A cell has the accuracy on the test images before and after training, the number of
-faults that the history names, and `stopped` where `fit` raised an error. The last column is the
+faults that the history names for the last epoch, the grids of the finished model with dead
+channels, and `stopped` where `fit` raised an error. The last column is the
 float model, trained on at the same rate. Rows go to a file of JSON lines, and a run resumes where
 the last one stopped."""
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.blocks import QARepVGG, RepVGG
+from repfx.training.watch import watching
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 BITS = (8, 4, 2)
@@ -89,22 +91,27 @@ def row(
         history = train(model, given, epochs=epochs, lr=case["lr"], optimizer=case["optimizer"])
     except repfx.RepfxError as error:
         return {**case, "before": before, "stopped": str(error)}
+    with watching(model) as seen:
+        after = accuracy(model, test)
     finite = all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
     return {
         **case,
         "before": before,
-        "after": accuracy(model, test),
+        "after": after,
         "losses": [e.loss for e in history],
         "finite": finite,
         "faults": list(history[-1].faults),
+        "dead": sorted(seen.anew),
     }
 
 
 def cell(r: dict[str, Any]) -> str:
     if "stopped" in r:
         return "stopped"
-    faults = f", {len(r['faults'])} faults" if r["faults"] else ""
-    return f"{r['before']:.2f} → {r['after']:.2f}{faults}" + ("" if r["finite"] else ", not finite")
+    said = f"{r['before']:.2f} → {r['after']:.2f}"
+    said += f", {len(r['faults'])} faults" if r["faults"] else ""
+    said += f", {len(r['dead'])} with dead channels" if r["dead"] else ""
+    return said + ("" if r["finite"] else ", not finite")
 
 
 def table(found: list[dict[str, Any]]) -> Table:

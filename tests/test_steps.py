@@ -17,7 +17,7 @@ from repfx.errors import CheckError
 from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 from repfx.training import fit
-from repfx.training.watch import Seen, equal, fault_of, ruined, watching
+from repfx.training.watch import Seen, equal, fault_of, revive, ruined, watching
 
 
 def task(n: int = 128) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_grid(grid: Grid, scale: Any, x: Tensor, fault: str
 
 
 def test_the_history_and_the_log_name_useless_grids(tmp_path: Path) -> None:
-    model, log = broken(), tmp_path / "log"
+    model, log = broken(1e4), tmp_path / "log"
     options: dict[str, Any] = {"progress": False, "device": "cpu", "batch": 64, "step_lr": 0.0}
     history = fit(model, "classification", task(64), epochs=1, lr=1e-4, log=log, **options)
     (fault,) = history[-1].faults
@@ -203,12 +203,54 @@ class Worse:
         return None
 
 
-def broken() -> Any:
-    """A net with three dead channels."""
+def broken(by: float = 1e-4) -> Any:
+    """A net with three channels that are cut off, or dead."""
     model = quantized()
     scale = quantizers_of(model)["2.main.conv.weight_quant"]
-    scale.set_scale(scale.scale * torch.tensor([1e4] * 3 + [1.0] * 5))
+    scale.set_scale(scale.scale * torch.tensor([by] * 3 + [1.0] * 5))
     return model
+
+
+def test_a_dead_channel_comes_back(tmp_path: Path) -> None:
+    """The epoch's row names it; the next epoch begins with a step that fits, as does a resumed run.
+
+    Steps that are alive, and those of weights that are 0, are left alone."""
+    name, log = "2.main.conv.weight_quant", tmp_path / "log"
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "step_lr": 0.0, "lr": 1e-6}
+    options |= {"checkpoint": tmp_path / "ck", "schedule": "constant", "log": log}
+    model = broken(1e4)
+    before = quantizers_of(model)[name].step.clone()
+    first = fit(model, "classification", task(), epochs=1, **options)
+    assert first[0].faults[0].startswith(f"{name} rounds all of 3 of 8 channels to 0: ")
+    after = quantizers_of(model)[name].step.detach()
+    assert torch.equal(before[3:], after[3:])
+    assert bool((after[:3] < before[:3] / 1e3).all() and (after[:3] > before[:3] / 1e5).all())
+    again = fit(broken(1e4), "classification", task(), epochs=2, **options)
+    assert again.resumed == 2 and not again[1].faults
+    whole = fit(broken(1e4), "classification", task(), epochs=2, **options | {"resume": False})
+    assert whole[0].faults and not whole[1].faults and again[1].loss == whole[1].loss
+
+
+def test_what_brings_a_channel_back() -> None:
+    """Only a step with which something is not 0, and the mean of those the processes have seen."""
+    quant = FakeQuant(Grid(8, axis=0), torch.tensor([1.0, 1.0, 1.0]), learned=True)
+    nn.init.constant_(quant.log_ratio, 0.5)
+    x = torch.tensor([[0.1, -0.2], [0.0, 0.0], [3.0, 4.0]])
+    with watching(nn.Sequential(quant)) as seen:
+        quant(x)
+    assert list(seen.anew) == ["0"] and seen.anew["0"][1:].tolist() == [0.0, 0.0]
+    other = Seen(anew={"0": torch.tensor([0.01, 0.02, 0.0])})
+    mean, kept = (float(seen.anew["0"][0]) + 0.01) / 2, math.exp(0.5)
+    revive(nn.Sequential(quant), [seen, Seen(), other])
+    assert quant.step.tolist() == pytest.approx([mean, 0.02, kept])
+    unsigned = FakeQuant(Grid(8, signed=False), torch.tensor(1.0), learned=True)
+    with watching(nn.Sequential(unsigned)) as seen:
+        unsigned(-torch.rand(4) - 0.1)
+    assert seen.faults and not seen.anew["0"].any()
+    fixed = FakeQuant(Grid(8, axis=0), torch.ones(3))  # not learned
+    with watching(nn.Sequential(fixed)) as seen:
+        fixed(x)
+    assert seen.faults and not seen.anew
 
 
 def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> None:
@@ -221,7 +263,7 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
         fit(broken(), goal, task(), epochs=9, **options)
     said = str(found.value)
     assert said.startswith("stopped after epoch 2: the loss was ")
-    assert "in the last two epochs; 2.main.conv.weight_quant rounds all of 3 of 8 channels" in said
+    assert "in the last two epochs; 2.main.conv.weight_quant cuts off 38% of the values" in said
     assert said.endswith(f"the last checkpoint is {ck}") and goal.steps == 4
     first = float(said.split("was ")[1].split(" ")[0])
     with pytest.raises(CheckError, match=f"stopped after epoch 2: the loss was {first:.3g} in"):

@@ -85,6 +85,13 @@ class FakeQuant(nn.Module):
                 self.log_ratio.zero_()
         self.calibrated = True
 
+    def renew_steps(self, steps: Tensor) -> None:
+        """Sets those learned steps in place for which `steps` is above 0, and leaves the others."""
+        with torch.no_grad():
+            new = steps.to(self.scale) > 0
+            self.scale.copy_(torch.where(new, steps.to(self.scale), self.scale))
+            self.log_ratio.masked_fill_(new, 0.0)
+
     def complete(self, state: dict[str, Any], prefix: str) -> None:
         """Brings a state dict by repfx 0.1, which learned the scale itself, to today's form."""
         name = f"{prefix}scale"

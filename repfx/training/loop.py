@@ -35,7 +35,7 @@ from repfx.training.recipe import Recipe, optimizer_of
 from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
-from repfx.training.watch import HINT, Seen, ruined, watching
+from repfx.training.watch import HINT, Seen, revive, ruined, watching
 
 KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
@@ -176,6 +176,7 @@ class Run:
         faults = dict.fromkeys(line for other in others for line in other.faults)
         self.before = self.seen
         self.seen = Seen(tuple(faults), all(other.constant for other in others))
+        revive(self.model, others)
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:

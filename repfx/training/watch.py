@@ -7,20 +7,22 @@ unused      no integer value uses more than a sixteenth of the grid
 constant    the model gives each of sixteen samples or more the same output
 
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
-model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both."""
+model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both.
+
+A dead channel with a learned step is brought back: its step is chosen anew, from the values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from repfx.quant import FakeQuant, quantizers_of
+from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 
 SATURATED = 1 / 4
 UNUSED = 1 / 16
@@ -31,10 +33,22 @@ HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bit
 
 @dataclass
 class Seen:
-    """What was wrong with the grids, a line each, and whether the model was constant."""
+    """What was wrong with the grids, a line each, and whether the model was constant.
+
+    `anew`: by the quantizer's name, the steps that dead channels should have, 0 for the others."""
 
     faults: tuple[str, ...] = ()
     constant: bool = False
+    anew: dict[str, Tensor] = field(default_factory=dict)
+
+
+def revive(model: nn.Module, seen: list[Seen]) -> None:
+    """Gives dead channels the steps that were seen to fit: the mean of those seen by processes."""
+    quants = quantizers_of(model)
+    for name in dict.fromkeys(name for one in seen for name in one.anew):
+        found = torch.stack([one.anew[name] for one in seen if name in one.anew])
+        fits = found.sum(0) / (found > 0).sum(0).clamp(min=1)
+        quants[name].renew_steps(fits)
 
 
 def ruined(now: Seen, before: Seen, losses: list[float]) -> str:
@@ -58,12 +72,17 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
 
     What is yielded is filled at the end. Without a model it stays empty."""
     found: dict[str, str] = {}
+    anew: dict[str, Tensor] = {}
     constant: list[int] = []  # of each call, the samples that are equal, 0 if they are not
 
     def look(name: str, quant: FakeQuant, x: Tensor) -> None:
-        fault = fault_of(quant, x) if quant.calibrated and quant.on else ""
+        if not (quant.calibrated and quant.on):
+            return
+        fault = fault_of(quant, x)
         if fault:
             found[name] = f"{name} {fault}: {HINT}"
+        if quant.learned and dead(quant.grid, quant.step, x).any():
+            anew[name] = fitting(quant, x).cpu()
 
     hooks = [
         quant.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args[0]))
@@ -82,7 +101,7 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-        seen.faults = tuple(found.values())
+        seen.faults, seen.anew = tuple(found.values()), anew
         seen.constant = sum(constant) >= SAMPLES and all(constant)
 
 
@@ -102,18 +121,32 @@ def _equal(rows: Tensor) -> bool:
 
 
 @torch.no_grad()
+def dead(grid: Grid, step: Tensor, x: Tensor) -> Tensor:
+    """Whether all codes of x, or of each of its channels, are 0 though x is not: () or (C,)."""
+    codes = grid.codes(x, step)
+    if grid.axis is None:
+        return x.any() & ~codes.any()
+    rows, values = (t.movedim(grid.axis, 0).flatten(1) for t in (codes, x))
+    return values.any(1) & ~rows.any(1)
+
+
+@torch.no_grad()
+def fitting(quant: FakeQuant, x: Tensor) -> Tensor:
+    """The steps that bring the dead channels of x back, 0 for the others: () or (C,)."""
+    x, grid = x.float(), quant.grid
+    fits = search_scale(x, grid, 2.0)
+    back = dead(grid, quant.step.float(), x) & ~dead(grid, fits, x)
+    return torch.where(back, fits, torch.zeros_like(fits))
+
+
+@torch.no_grad()
 def fault_of(quant: FakeQuant, x: Tensor) -> str:
     """What is wrong with a quantizer that rounds x, in words; empty if nothing is."""
     grid = quant.grid
-    codes = quant.codes(x)
-    if grid.axis is None:
-        if codes.numel() and not codes.any() and x.any():
-            return "rounds every value to 0"
-    else:
-        rows, values = (t.movedim(grid.axis, 0).flatten(1) for t in (codes, x))
-        dead = int((~rows.any(1) & values.any(1)).sum())
-        if dead:
-            return f"rounds all of {dead} of {len(rows)} channels to 0"
+    codes, lost = quant.codes(x), dead(grid, quant.step, x)
+    if lost.any():
+        channels = f"all of {int(lost.sum())} of {len(lost)} channels" if lost.dim() else ""
+        return f"rounds {channels or 'every value'} to 0"
     over = x / grid.along(quant.step, x)
     beyond = (over > 1.25 * grid.high + 0.5) | (over < 1.25 * grid.low - 0.5)
     if not grid.signed:
