@@ -231,6 +231,27 @@ def test_a_dead_channel_comes_back(tmp_path: Path) -> None:
     assert whole[0].faults and not whole[1].faults and again[1].loss == whole[1].loss
 
 
+def test_a_channel_that_is_dead_in_eval_mode_only_comes_back() -> None:
+    """Its norm's running variance is far from that of the batches, which `batch` takes."""
+    model: Any = repfx.transform(net(), [RepQ(bn="batch")], example=task()[0][:2])
+    norms = [m for m in model.modules() if hasattr(m, "running_var")]
+    name = "2.main.conv.weight_quant"
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "lr": 1e-6, "epochs": 1}
+    fit(model, "classification", task(), **options)  # sets the steps
+    before = quantizers_of(model)[name].step.clone()
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.running_var[:2] = 1e9
+    for ema in (0.9, None):
+        row = fit(model, "classification", task(), valid=task(), ema=ema, **options)[0]
+        said = [line for line in row.faults if line.startswith(name)]
+        after = quantizers_of(model)[name].step.detach()
+        assert bool((after[:2] < before[:2] / 100).all()) == bool(said) == (ema is None)
+    with watching(model) as seen, torch.no_grad():
+        model.eval()(task()[0])
+    assert not seen.of_dead()
+
+
 def test_what_brings_a_channel_back() -> None:
     """Only a step with which something is not 0, and the mean of those the processes have seen."""
     quant = FakeQuant(Grid(8, axis=0), torch.tensor([1.0, 1.0, 1.0]), learned=True)

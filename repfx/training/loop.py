@@ -172,11 +172,7 @@ class Run:
             if every and (before + self.step) % every == 0 and self.step < len(steps):
                 self.save()
             done()
-        others: list[Seen] = gathered(seen)
-        faults = dict.fromkeys(line for other in others for line in other.faults)
-        self.before = self.seen
-        self.seen = Seen(tuple(faults), all(other.constant for other in others))
-        revive(self.model, others)
+        self.before, self.seen = self.seen, revive(self.model, gathered(seen))
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
@@ -218,7 +214,10 @@ class Run:
         return found
 
     def score(self, valid: Source) -> dict[str, float]:
-        """The task's metrics on this data, in eval mode; with `ema`, those of the average."""
+        """The task's metrics on this data, in eval mode; with `ema`, those of the average.
+
+        Some channels are dead in eval mode only, where norms have other statistics: its first batch
+        brings them back, too."""
         metric = self.task.metric()
         if metric is None:
             return {}
@@ -230,9 +229,15 @@ class Run:
         batches = [rows[at : at + valid.batch] for at in range(0, len(rows), valid.batch)]
         self.model.eval()
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.on(self.model)
+        look = self.model if self.ema is None else None
         with torch.no_grad(), self.accelerator.autocast(), averaged:
             for batch in valid.reader(batches, self.options.seed, 0):
-                metric.update(self.model, self.to_device(batch))
+                with watching(look) as seen:
+                    metric.update(self.model, self.to_device(batch))
+                if look is not None:
+                    again = revive(self.model, gathered(seen)).of_dead()
+                    self.seen.faults = (*dict.fromkeys(self.seen.faults + again),)
+                look = None
         return {name: float(value) for name, value in metric.compute().items()}
 
     def share_statistics(self) -> None:

@@ -41,14 +41,23 @@ class Seen:
     constant: bool = False
     anew: dict[str, Tensor] = field(default_factory=dict)
 
+    def of_dead(self) -> tuple[str, ...]:
+        """The faults of quantizers with dead channels."""
+        return tuple(line for line in self.faults if line.split(" ")[0] in self.anew)
 
-def revive(model: nn.Module, seen: list[Seen]) -> None:
-    """Gives dead channels the steps that were seen to fit: the mean of those seen by processes."""
+
+def revive(model: nn.Module, seen: list[Seen]) -> Seen:
+    """Gives dead channels the steps that were seen to fit, their mean over processes.
+
+    Returns what the processes have seen together."""
     quants = quantizers_of(model)
+    anew: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for one in seen for name in one.anew):
         found = torch.stack([one.anew[name] for one in seen if name in one.anew])
-        fits = found.sum(0) / (found > 0).sum(0).clamp(min=1)
-        quants[name].renew_steps(fits)
+        anew[name] = found.sum(0) / (found > 0).sum(0).clamp(min=1)
+        quants[name].renew_steps(anew[name])
+    faults = dict.fromkeys(line for one in seen for line in one.faults)
+    return Seen(tuple(faults), all(one.constant for one in seen), anew)
 
 
 def ruined(now: Seen, before: Seen, losses: list[float]) -> str:
