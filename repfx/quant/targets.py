@@ -36,8 +36,9 @@ class Target:
     unsigned ones, and loses their scale when it does so at a concatenation.)
 
     `between`: what runs in integers between layers, provided that its inputs are quantized.
-    `sums`: averages, and sums that follow a convolution. `joins`: concatenations and products too.
-    `all`: everything. The operators of such a runtime take integers to integers only, so the output
+    `stored`: averages, and sums that follow a convolution; sums and concatenations are rounded
+    where a kernel writes them for an operator that is no layer. `joins`: averages, such sums,
+    concatenations and products. `all`: everything. The operators of such a runtime take integers to integers only, so the output
     of a convolution is rounded at once, and so are the sums and products between convolutions.
 
     `reduced`: whether weights use half of their range only, for CPUs without VNNI.
@@ -47,7 +48,7 @@ class Target:
     runtime: str
     unsigned_after_relu: bool
     offset: Literal["none", "joined", "all"]
-    between: Literal["sums", "joins", "all"]
+    between: Literal["stored", "joins", "all"]
     reduced: bool = False
 
     def weight(
@@ -79,7 +80,7 @@ class Target:
         return Grid(bits, signed, full=signed)
 
 
-_TRT = Target("tensorrt", "tensorrt", unsigned_after_relu=False, offset="none", between="sums")
+_TRT = Target("tensorrt", "tensorrt", unsigned_after_relu=False, offset="none", between="stored")
 _ORT = Target(
     "onnxruntime-vnni", "onnxruntime", unsigned_after_relu=True, offset="all", between="all"
 )
