@@ -73,7 +73,7 @@ def find_places(
         others += _stretches(view, convolutions, inner)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
-    stored = _stored(view, layers, others) if target.between == "stored" else []
+    stored = _stored(view, layers, others, owner) if target.between == "stored" else []
     others += stored
     others += _averages_within(view, others)
     if target.offset == "joined":
@@ -133,25 +133,32 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
 
 
 def _stored(
-    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
+    view: GraphView,
+    layers: Mapping[fx.Node, fx.Node],
+    others: list[Place],
+    owner: Mapping[fx.Node, fx.Node],
 ) -> list[Place]:
     """What is written to memory for readers that are no layers, but on the way to some.
 
-    A concatenation of what layers have made, unless it is only moved before a layer reads it, with
-    all other readers of its parts, as each part is written once. The sum of a convolution and a skip, if its one reader is a move, an average or a
-    norm, which no kernel of a convolution takes in."""
+    A concatenation of channels, unless it is only moved before a layer reads it, with other readers
+    of its parts, as each part is written once. Tokens may differ too much for one scale. And the
+    sum of a convolution and a skip that one move reads, such as a permutation."""
     rounded = {*layers.items(), *((node, value) for node, value, _ in others)}
     sums = {_given(view, n) for n, _, _ in others if getattr(view.ops[n], "kind", "") == "add"}
     ahead, behind = _ahead(view, layers), _behind(view, layers)
     found: list[Place] = []
 
     def read(value: fx.Node) -> list[Place]:
-        readers = [reader for reader in value.users if not view.is_size(reader)]
-        return [(reader, value, ahead[value]) for reader in readers] if value in ahead else []
+        if value not in ahead or value in owner:
+            return []
+        readers = (owner.get(user, user) for user in value.users if not view.is_size(user))
+        return [(reader, value, ahead[value]) for reader in dict.fromkeys(readers)]
 
     moved: set[fx.Node] = set()  # values that a quantizer after them rounds
     for node in reversed(view.nodes):
         places = read(node)
+        if not places:
+            continue
         if all(place[:2] in rounded or place[0] in moved for place in places):
             moved |= {node} if moves(view, node) or joins(view, node) else set()
             continue
