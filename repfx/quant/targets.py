@@ -36,10 +36,10 @@ class Target:
     unsigned ones, and loses their scale when it does so at a concatenation.)
 
     `between`: what runs in integers between layers, provided that its inputs are quantized.
-    `stored`: averages, and sums that follow a convolution; sums and concatenations are rounded
-    where a kernel writes them for an operator that is no layer. `joins`: averages, such sums,
-    concatenations and products. `all`: everything. The operators of such a runtime take integers to integers only, so the output
-    of a convolution is rounded at once, and so are the sums and products between convolutions.
+    `stored`: averages, sums that follow a convolution, and what a kernel writes to memory for an
+    operator that is no layer. `joins`: averages, such sums, concatenations and products. `all`:
+    everything. The operators of such a runtime take integers to integers only, so the output of a
+    convolution is rounded at once, and so are the sums and products between convolutions.
 
     `reduced`: whether weights use half of their range only, for CPUs without VNNI.
     """
