@@ -516,11 +516,8 @@ class Odd(nn.Module):
 
 
 REFUSED = {
-    r"outputs of an ONNX file must be tensors, but the model gives 5": lambda y: (y, 5),
-    r"outputs of an ONNX file must be tensors, but the model gives 8": lambda y: {
-        "y": y,
-        "n": y.shape[0],
-    },
+    r"outputs of an ONNX file must be tensors, but the model gives 5j": lambda y: (y, 5j),
+    r"the model gives no tensor, but \(5, 'a'\)": lambda y: (5, "a"),
     r"cannot export the model: .*No ONNX function found for .*linalg_svd": torch.linalg.svdvals,
     r"cannot export the model: .*data-dependent": lambda y: y if y.sum() > 0 else -y,
     r"cannot export the model: it computes with a fixed batch size": lambda y: y.view(8, -1),
@@ -537,6 +534,28 @@ def test_what_cannot_be_exported_says_why_in_one_line(said: str, tmp_path: Path)
         and len(message) < 500
         and not re.search("step|Next|more information|TORCH_LOGS", message)
     )
+
+
+@pytest.mark.parametrize("passes", [["fuse"], ["ptq"]])
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda y: (7, y, "a", [None, True, y * 2]),
+        lambda y: {"n": y.shape[0], "height": y.shape[2] - 1, "y": y, "twice": (y * 2, 0.5)},
+    ],
+)
+def test_numbers_and_texts_beside_tensors_are_left_out(
+    then: Callable[[Tensor], object], passes: list[str], tmp_path: Path
+) -> None:
+    """As None is. The tensors keep their order."""
+    x = pictures()
+    model = repfx.transform(Odd(then).eval(), passes, example=x)
+    if passes == ["ptq"]:
+        repfx.calibrate(model, [x])
+    found = repfx.lower(model, tmp_path / "model.onnx", example=x)
+    assert found.parity.agrees
+    y, twice = session("onnxruntime", found.onnx)([x[:2]])
+    assert len(y) == 2 and torch.equal(torch.as_tensor(twice), 2 * torch.as_tensor(y))
 
 
 def test_nan_in_the_example_or_on_the_way(tmp_path: Path) -> None:

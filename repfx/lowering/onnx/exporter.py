@@ -11,6 +11,7 @@ import warnings
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, TensorArgument
 
 from repfx.errors import InputError
 from repfx.lowering.onnx import finish, older, sizes
@@ -30,6 +31,7 @@ def export(
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, args, dynamic_shapes=sizes.free(args, dynamic))
+            _leave_out_numbers(exported)
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=max(opset, older.WRITTEN), verbose=False
             )
@@ -51,6 +53,16 @@ def export(
     sizes.name(proto, args, dynamic)
     older.to_opset(proto, opset)
     return proto
+
+
+def _leave_out_numbers(exported: torch.export.ExportedProgram) -> None:
+    """Replaces numbers and texts among the outputs by None, which the exporter leaves out."""
+    output = next(node for node in exported.graph.nodes if node.op == "output")
+    values = list(output.args[0])
+    for i, spec in enumerate(exported.graph_signature.output_specs):
+        if not isinstance(spec.arg, TensorArgument):
+            spec.arg, values[i] = ConstantArgument("", None), None
+    output.args = (tuple(values),)
 
 
 def _why(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from repfx.capture.model import capture, graphs
 from repfx.capture.running import as_args, describe, run_eval
@@ -78,11 +79,12 @@ def lower(
     4 bits or fewer are int4, but not for TensorRT, which multiplies int8 by int8 only. `dynamic`:
     the height and width of each input are dynamic too, and larger ones are compared as well. How
     images become inputs, where the model records it, is JSON in the metadata `repfx.preprocessing`.
+    Numbers and texts that the model returns beside tensors are not in the file.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
-    the model does not accept the example, the model fixes a size that `dynamic` frees, an output is
-    not a tensor or the path cannot be written; CheckError where the file is not valid or a runtime
-    does not compute what the model computes."""
+    the model does not accept the example, the model fixes a size that `dynamic` frees, it returns
+    no tensor or something unknown, or the path cannot be written; CheckError where the file is not
+    valid or a runtime does not compute what the model computes."""
     form, images = _Form(target, opset, float16, dynamic), noted_preprocessing(model)
     args = _inputs(as_args(example, model) or ())
     bare = float16 and isinstance(model, nn.Module) and next(graphs(model), None) is None
@@ -163,11 +165,14 @@ def _check_outputs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise InputError(
             f"the model does not accept the example {describe(args)}: {error}"
         ) from error
-    for leaf in torch.utils._pytree.tree_leaves(result):
-        if not (leaf is None or isinstance(leaf, Tensor)):
+    leaves = tree_leaves(result)
+    for leaf in leaves:
+        if not (leaf is None or isinstance(leaf, (Tensor, int, float, str))):
             raise InputError(
                 f"outputs of an ONNX file must be tensors, but the model gives {repr(leaf)[:60]}"
             )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise InputError(f"the model gives no tensor, but {repr(result)[:60]}")
 
 
 class _Activation(nn.Module):
