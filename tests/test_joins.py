@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import CheckError
-from repfx.graph.moves import moved_from
 from repfx.graph.view import GraphView
 from repfx.lowering.runtimes.layers import Kernels, kernels
 from repfx.lowering.runtimes.sessions import openvino_core
@@ -312,61 +311,28 @@ def precisions(file: Path, kind: str) -> set[str]:
     return {str(i["runtimePrecision"].value) for i in infos if str(i["layerType"].value) == kind}
 
 
-class Stored(nn.Module):
-    """Stages of a dense block, whose concatenations batch norms read, and an average between.
+class Ranges(nn.Module):
+    """A batch norm evens out the ranges of what is concatenated, as in CoordConv or with images."""
 
-    Or, with `split`, one that a convolution reads too, and one of tokens."""
-
-    def __init__(self, split: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.split = split
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.steps = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1))
-            for n in (8, 12, 16)
-        )
-        self.beside, self.norm = nn.Conv2d(12, 4, 1), nn.BatchNorm2d(20)
-        self.head = nn.Linear(20, 5)
+        self.stem, self.beside = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(16, momentum=None), nn.Conv2d(16, 8, 3)
+        self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [F.avg_pool2d(self.stem(x), 2)]
-        for step in self.steps:
-            parts.append(step(torch.cat(parts, 1)))
-        if self.split:
-            parts[-1] = parts[-1] + self.beside(torch.cat(parts[:2], 1))
-        x = self.norm(torch.cat(parts, 1))
-        if self.split:  # tokens: (N, 20, 64)
-            x = x.flatten(2)
-            x = torch.cat([x.mean(2, keepdim=True), x], 2).transpose(1, 2)
-            return self.head(F.layer_norm(x, (20,)))[:, 0]
-        return self.head(torch.relu(x).mean((2, 3)))
+        y = torch.relu(self.stem(x))
+        y = torch.cat([y, 200 * self.beside(y)], 1)
+        return self.head(torch.relu(self.last(torch.relu(self.norm(y)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_tensorrt_stores_concatenations_in_integers(split: bool, tmp_path: Path) -> None:
-    """Norms read them, from parts with one scale. Tokens are left in float."""
+def test_tensorrt_reads_concatenations_before_norms_in_float() -> None:
+    """One scale for parts of different ranges would cost 30 dB."""
     torch.manual_seed(0)
-    net, x = randomise(Stored(split).eval()), torch.randn(4, 3, 16, 16)
-    int8: Any = repfx.transform(net, ["ptq"], example=x)
-    repfx.calibrate(int8, [x])
-    assert repfx.verify(net, int8, x).sqnr > 20
-    view = GraphView(int8)
-    for node in int8.graph.nodes:
-        if node.target is not torch.cat or len(node.args[0]) == 1:
-            continue
-        if all(view.quantizer(reader) is not None for reader in node.users):
-            assert split  # for the layer beside
-        elif len(node.meta["shape"]) == 4:
-            made = [moved_from(view, part) for part in node.args[0]]
-            assert all(view.quantizer(part) is not None for part in made), node
-            assert len({view.quantizer(part) for part in made}) == 1, node
-        else:
-            assert all(view.quantizer(part) is None for part in node.args[0]), node
-    if not split:
-        assert max(uses(int8).values()) == 4  # of three steps and the pool, each rounded once
-    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x)
-    assert found.parity.agrees
-    assert not [f for f in repfx.lint(found.onnx) if f.severity in "EW"]
+    net, x = Ranges(), torch.randn(8, 3, 32, 32)
+    net.train()(x)
+    int8: Any = repfx.transform(net.eval(), ["ptq"], example=x)
+    assert repfx.verify(net, repfx.calibrate(int8, [x]), x).sqnr > 35
 
 
 class Staged(nn.Module):
@@ -375,8 +341,8 @@ class Staged(nn.Module):
     def __init__(self, alone: bool) -> None:
         super().__init__()
         self.alone = alone
-        self.one, self.two, self.down = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
         self.one = nn.Conv2d(3, 8, 3, padding=1)
+        self.two, self.down = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x)

@@ -7,8 +7,7 @@ Only if the target asks for it:
 
 cat(a, b)      ->   cat(Q(a), Q(b))        if every path from it leads into a layer
 x * gate       ->   Q(x) * gate            if another node reads Q(x): one value instead of two
-permute(sum)   ->   permute(Q(sum))        a sum as above, which its kernel writes to memory
-norm(cat)      ->   norm(Q(cat))           the same for a concatenation
+norm(permute(sum))  ->  norm(permute(Q(sum)))  a sum as above, which its kernel writes to memory
 
 Some targets have operators from integers to integers, but none from integers to float. They need
 every value in between quantized:
@@ -25,7 +24,7 @@ import torch
 from torch import fx
 
 from repfx.graph.effects import writes
-from repfx.graph.moves import joined, joins, moved_from, moves
+from repfx.graph.moves import joined, moved_from, moves
 from repfx.graph.ops import Sum
 from repfx.graph.signs import non_negative
 from repfx.graph.traits import Trait
@@ -73,8 +72,8 @@ def find_places(
         others += _stretches(view, convolutions, inner)
     elif target.between == "joins":
         others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
-    stored = _stored(view, layers, others, owner) if target.between == "stored" else []
-    others += stored
+    elif target.between == "sums":
+        others += _moved_sums(view, layers, others)
     others += _averages_within(view, others)
     if target.offset == "joined":
         others = _without_float_averages(view, layers, others)
@@ -86,7 +85,7 @@ def find_places(
     joint: Joint = {}
     found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless
-        found, joint = moved_up(view, found, owner, target, {value for _, value, _ in stored})
+        found, joint = moved_up(view, found, owner, target)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
     return found, origins(view, found, joint)
 
@@ -132,52 +131,23 @@ def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Pl
     return found
 
 
-def _stored(
-    view: GraphView,
-    layers: Mapping[fx.Node, fx.Node],
-    others: list[Place],
-    owner: Mapping[fx.Node, fx.Node],
+def _moved_sums(
+    view: GraphView, layers: Mapping[fx.Node, fx.Node], others: list[Place]
 ) -> list[Place]:
-    """What is written to memory for readers that are no layers, but on the way to some.
+    """The sums of convolutions and skips that are permuted, which ends their kernel, for one norm.
 
-    A concatenation of channels, unless it is only moved before a layer reads it, with other readers
-    of its parts, as each part is written once. Tokens may differ too much for one scale. And the
-    sum of a convolution and a skip that one move reads, such as a permutation."""
-    rounded = {*layers.items(), *((node, value) for node, value, _ in others)}
-    sums = {_given(view, n) for n, _, _ in others if getattr(view.ops[n], "kind", "") == "add"}
-    ahead, behind = _ahead(view, layers), _behind(view, layers)
+    Only where every path from them leads into a layer."""
     found: list[Place] = []
-
-    def read(value: fx.Node) -> list[Place]:
-        if value not in ahead or value in owner:
-            return []
-        readers = (owner.get(user, user) for user in value.users if not view.is_size(user))
-        return [(reader, value, ahead[value]) for reader in dict.fromkeys(readers)]
-
-    moved: set[fx.Node] = set()  # values that a quantizer after them rounds
-    for node in reversed(view.nodes):
-        places = read(node)
-        if not places:
-            continue
-        if all(place[:2] in rounded or place[0] in moved for place in places):
-            moved |= {node} if moves(view, node) or joins(view, node) else set()
-            continue
-        if any(place[:2] in rounded for place in places):
-            continue
-        if _joins_channels(view, node) and node in behind:
-            found += places
-            for value in view.data_inputs(node):
-                if value not in layers:  # what reads a layer may be in its kernel
-                    found += [place for place in read(value) if place[:2] not in rounded]
-        elif node in sums and len(places) == 1 and moves(view, places[0][0]):
-            found += places
+    ahead = _ahead(view, layers)
+    for node, _, layer in others:
+        value = end = _given(view, node)
+        while len(end.users) == 1 and moves(view, next(iter(end.users))):
+            (end,) = end.users
+        after = [view.kind(user).name for user in end.users]
+        sums = isinstance(view.ops[node], Sum) and value in ahead
+        if sums and end is not value and after == ["norm"]:
+            found.append((next(iter(value.users)), value, layer))
     return found
-
-
-def _joins_channels(view: GraphView, node: fx.Node) -> bool:
-    """Whether it concatenates channels of images: (N, C, H, W)."""
-    shape = node.meta.get("shape") or ()
-    return joins(view, node) and isinstance(view.ops[node], Sum) and len(shape) > 3
 
 
 def _ahead(view: GraphView, layers: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -187,15 +157,6 @@ def _ahead(view: GraphView, layers: Collection[fx.Node]) -> dict[fx.Node, fx.Nod
         goals = [u if u in layers else found.get(u) for u in node.users]
         if goals and goals[0] is not None and None not in goals:
             found[node] = goals[0]
-    return found
-
-
-def _behind(view: GraphView, layers: Collection[fx.Node]) -> set[fx.Node]:
-    """Layers, and the values that come from one. The inputs of the model are in float anyway."""
-    found: set[fx.Node] = set()
-    for node in view.nodes:
-        if node in layers or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
     return found
 
 
@@ -217,12 +178,16 @@ def _joined(
     whole = {joined(view, value) for value in rounded}
     made = {moved_from(view, value) for value in rounded}
     found: list[Place] = []
-    ahead, behind = _ahead(view, layers), _behind(view, layers)
+    ahead = _ahead(view, layers)
+    # The values that come from a layer; the model's inputs are in float anyway.
+    behind: set[fx.Node] = set()
+    for node in view.nodes:
+        if node in layers or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
     for node in reversed(view.nodes):
         if node not in ahead:
             continue
-        goal = ahead[node]
-        op = view.ops[node]
+        goal, op = ahead[node], view.ops[node]
         if node in whole:
             whole |= {joined(view, value) for value in view.data_inputs(node)}
             found += [
@@ -231,12 +196,10 @@ def _joined(
                 if value in behind and moved_from(view, value) in made
             ]
             continue
-        side_by_side = isinstance(op, Sum) and op.kind == "concat" and node in behind
-        if side_by_side or Trait.PRODUCT in view.traits(node):
+        joins = isinstance(op, Sum) and op.kind == "concat" and node in behind
+        if joins or Trait.PRODUCT in view.traits(node):
             found += [
-                (node, value, goal)
-                for value in view.data_inputs(node)
-                if side_by_side or value in rounded
+                (node, value, goal) for value in view.data_inputs(node) if joins or value in rounded
             ]
     return found
 

@@ -85,12 +85,15 @@ class FakeQuant(nn.Module):
                 self.log_ratio.zero_()
         self.calibrated = True
 
-    def renew_steps(self, steps: Tensor) -> None:
-        """Sets those learned steps in place for which `steps` is above 0, and leaves the others."""
+    def renew_steps(self, steps: Tensor) -> Tensor:
+        """Sets those learned steps in place for which `steps` is above 0, and leaves the others.
+
+        Returns their `log_ratio`, NaN for the others."""
         with torch.no_grad():
-            new = steps.to(self.scale) > 0
-            self.scale.copy_(torch.where(new, steps.to(self.scale), self.scale))
-            self.log_ratio.masked_fill_(new, 0.0)
+            steps = steps.to(self.scale)
+            ratio = torch.where(steps > 0, (steps / self.scale).log(), math.nan)
+            self.log_ratio.copy_(torch.where(ratio.isnan(), self.log_ratio, ratio))
+        return ratio
 
     def complete(self, state: dict[str, Any], prefix: str) -> None:
         """Brings a state dict by repfx 0.1, which learned the scale itself, to today's form."""

@@ -36,10 +36,10 @@ class Target:
     unsigned ones, and loses their scale when it does so at a concatenation.)
 
     `between`: what runs in integers between layers, provided that its inputs are quantized.
-    `stored`: averages, sums that follow a convolution, and what a kernel writes to memory for an
-    operator that is no layer. `joins`: averages, such sums, concatenations and products. `all`:
-    everything. The operators of such a runtime take integers to integers only, so the output of a
-    convolution is rounded at once, and so are the sums and products between convolutions.
+    `sums`: averages, and sums that follow a convolution, also if they are permuted for a norm.
+    `joins`: averages, sums that follow a convolution, concatenations and products.
+    `all`: everything. The operators of such a runtime take integers to integers only, so the output
+    of a convolution is rounded at once, and so are the sums and products between convolutions.
 
     `reduced`: whether weights use half of their range only, for CPUs without VNNI.
     """
@@ -48,7 +48,7 @@ class Target:
     runtime: str
     unsigned_after_relu: bool
     offset: Literal["none", "joined", "all"]
-    between: Literal["stored", "joins", "all"]
+    between: Literal["sums", "joins", "all"]
     reduced: bool = False
 
     def weight(
@@ -80,7 +80,7 @@ class Target:
         return Grid(bits, signed, full=signed)
 
 
-_TRT = Target("tensorrt", "tensorrt", unsigned_after_relu=False, offset="none", between="stored")
+_TRT = Target("tensorrt", "tensorrt", unsigned_after_relu=False, offset="none", between="sums")
 _ORT = Target(
     "onnxruntime-vnni", "onnxruntime", unsigned_after_relu=True, offset="all", between="all"
 )

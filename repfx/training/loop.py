@@ -172,7 +172,8 @@ class Run:
             if every and (before + self.step) % every == 0 and self.step < len(steps):
                 self.save()
             done()
-        self.before, self.seen = self.seen, revive(self.model, gathered(seen))
+        average = None if self.ema is None else self.ema.values
+        self.before, self.seen = self.seen, revive(self.model, gathered(seen), average)
         self.share_statistics()
 
     def train_step(self, reader: Any, weights: list[float]) -> float:
@@ -216,8 +217,8 @@ class Run:
     def score(self, valid: Source) -> dict[str, float]:
         """The task's metrics on this data, in eval mode; with `ema`, those of the average.
 
-        Some channels are dead in eval mode only, where norms have other statistics: its first batch
-        brings them back, too."""
+        Some channels are dead in eval mode only, where norms have other statistics. In the last
+        epoch its first batch brings them back, too."""
         metric = self.task.metric()
         if metric is None:
             return {}
@@ -229,7 +230,8 @@ class Run:
         batches = [rows[at : at + valid.batch] for at in range(0, len(rows), valid.batch)]
         self.model.eval()
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.on(self.model)
-        look = self.model if self.ema is None else None
+        last = self.epoch == self.rules.epochs - 1
+        look = self.model if last and self.ema is None else None
         with torch.no_grad(), self.accelerator.autocast(), averaged:
             for batch in valid.reader(batches, self.options.seed, 0):
                 with watching(look) as seen:

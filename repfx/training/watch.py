@@ -9,11 +9,12 @@ constant    the model gives each of sixteen samples or more the same output
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
 model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both.
 
-A dead channel with a learned step is brought back: its step is chosen anew, from the values."""
+A dead channel of a weight is brought back: its learned step is chosen anew, from its values. An
+activation may be dead in one batch only, so it is named and left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,8 @@ HINT = "a lower learning rate (lr=, or step_lr= for the steps alone) or more bit
 class Seen:
     """What was wrong with the grids, a line each, and whether the model was constant.
 
-    `anew`: by the quantizer's name, the steps that dead channels should have, 0 for the others."""
+    `anew`: by the quantizer's name, the steps that dead channels of weights should have, 0 for the
+    others."""
 
     faults: tuple[str, ...] = ()
     constant: bool = False
@@ -46,16 +48,21 @@ class Seen:
         return tuple(line for line in self.faults if line.split(" ")[0] in self.anew)
 
 
-def revive(model: nn.Module, seen: list[Seen]) -> Seen:
+def revive(model: nn.Module, seen: list[Seen], average: Mapping[str, Tensor] | None = None) -> Seen:
     """Gives dead channels the steps that were seen to fit, their mean over processes.
 
-    Returns what the processes have seen together."""
+    `average`: averaged parameters by name, which get these steps, too. Returns what the processes
+    have seen together."""
     quants = quantizers_of(model)
     anew: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for one in seen for name in one.anew):
         found = torch.stack([one.anew[name] for one in seen if name in one.anew])
         anew[name] = found.sum(0) / (found > 0).sum(0).clamp(min=1)
-        quants[name].renew_steps(anew[name])
+        ratio = quants[name].renew_steps(anew[name])
+        if average is not None:
+            average[f"{name}.log_ratio"].copy_(
+                torch.where(ratio.isnan(), average[f"{name}.log_ratio"], ratio)
+            )
     faults = dict.fromkeys(line for one in seen for line in one.faults)
     return Seen(tuple(faults), all(one.constant for one in seen), anew)
 
@@ -90,8 +97,11 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
         fault = fault_of(quant, x)
         if fault:
             found[name] = f"{name} {fault}: {HINT}"
-        if quant.learned and dead(quant.grid, quant.step, x).any():
-            anew[name] = fitting(quant, x).cpu()
+        if quant.learned and quant.of_weight:
+            fits = fitting(quant, x).cpu()
+            # One that several calls share is dead only if it is in each of them.
+            both = (fits > 0) & (anew.get(name, fits) > 0)
+            anew[name] = torch.where(both, torch.maximum(fits, anew.get(name, fits)), 0.0)
 
     hooks = [
         quant.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args[0]))
@@ -110,7 +120,8 @@ def watching(model: nn.Module | None) -> Iterator[Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-        seen.faults, seen.anew = tuple(found.values()), anew
+        seen.faults = tuple(found.values())
+        seen.anew = {name: steps for name, steps in anew.items() if steps.any()}
         seen.constant = sum(constant) >= SAMPLES and all(constant)
 
 
@@ -143,9 +154,11 @@ def dead(grid: Grid, step: Tensor, x: Tensor) -> Tensor:
 def fitting(quant: FakeQuant, x: Tensor) -> Tensor:
     """The steps that bring the dead channels of x back, 0 for the others: () or (C,)."""
     x, grid = x.float(), quant.grid
+    gone = dead(grid, quant.step.float(), x)
+    if not gone.any():
+        return torch.zeros_like(gone, dtype=torch.float32)
     fits = search_scale(x, grid, 2.0)
-    back = dead(grid, quant.step.float(), x) & ~dead(grid, fits, x)
-    return torch.where(back, fits, torch.zeros_like(fits))
+    return torch.where(gone & ~dead(grid, fits, x), fits, 0.0)
 
 
 @torch.no_grad()

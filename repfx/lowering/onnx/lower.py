@@ -11,6 +11,7 @@ run in ONNX Runtime and compared with the torch model before a file is written."
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,8 @@ def _check_outputs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
         ) from error
     leaves = tree_leaves(result)
     for leaf in leaves:
-        if not (leaf is None or isinstance(leaf, (Tensor, int, float, str))):
+        known = leaf is None or isinstance(leaf, (Tensor, int, float, str))
+        if not known or (isinstance(leaf, float) and math.isnan(leaf)):
             raise InputError(
                 f"outputs of an ONNX file must be tensors, but the model gives {repr(leaf)[:60]}"
             )
