@@ -338,9 +338,9 @@ def test_tensorrt_reads_concatenations_before_norms_in_float() -> None:
 class Staged(nn.Module):
     """A block whose sum is permuted for a norm over channels, as between stages of ConvNeXt."""
 
-    def __init__(self, alone: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.alone = alone
+        self.kind = kind
         self.one = nn.Conv2d(3, 8, 3, padding=1)
         self.two, self.down = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
 
@@ -348,18 +348,27 @@ class Staged(nn.Module):
         y = self.one(x)
         z = y + self.two(torch.relu(y))
         tokens = z.permute(0, 2, 3, 1)
-        norm = F.layer_norm(tokens, (8,)).permute(0, 3, 1, 2)
-        return self.down(norm) if self.alone else self.down(norm) + torch.tanh(z)
+        if self.kind == "no norm":
+            tokens = tokens.sigmoid()
+        else:
+            tokens = F.layer_norm(tokens, (8,))
+        if self.kind == "at the end":
+            return tokens
+        y = self.down(tokens.permute(0, 3, 1, 2))
+        return y + torch.tanh(z) if self.kind == "read twice" else y
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_tensorrt_stores_a_sum_that_is_moved(alone: bool) -> None:
-    """If nothing else reads it."""
+@pytest.mark.parametrize("kind", ["alone", "read twice", "no norm", "at the end"])
+def test_tensorrt_stores_a_sum_that_is_permuted_for_a_norm(kind: str, tmp_path: Path) -> None:
+    """If nothing else reads it, and a layer follows."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
     for target in ("tensorrt", "openvino"):
-        int8: Any = repfx.transform(Staged(alone).eval(), ["ptq"], example=x, target=target)
+        int8: Any = repfx.transform(Staged(kind).eval(), ["ptq"], example=x, target=target)
         view = GraphView(int8)
         first = next(n for n in int8.graph.nodes if n.target == "permute")
         rounded = view.quantizer(first.args[0]) is not None
-        assert rounded == (alone and target == "tensorrt")
+        assert rounded == (kind == "alone" and target == "tensorrt")
+    int8 = repfx.calibrate(repfx.transform(Staged(kind).eval(), ["ptq"], example=x), [x])
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x)
+    assert found.parity.agrees and not [f for f in repfx.lint(found.onnx) if f.severity in "EW"]
