@@ -203,6 +203,35 @@ def test_onnxruntime_computes_what_the_model_computes(kind: type[Net], tmp_path:
     assert found.parity.agrees
 
 
+class Uneven(Cross):
+    """The first of two values that share a quantizer is a hundredth of the other."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__(act)
+        with torch.no_grad():
+            self.a.weight[:4] /= 100  # type: ignore[index, operator]
+            self.a.bias[:4] /= 100  # type: ignore[index, operator]
+
+
+def test_training_sets_a_shared_step_from_all_values() -> None:
+    """In the first forward pass, whose backward pass works; later ones leave the scale alone."""
+    torch.manual_seed(0)
+    net, x = Uneven(F.relu).eval(), torch.randn(4, 3, 32, 32)
+    net(x)
+    int8: Any = repfx.transform(net, ["repq"], example=x, target="openvino").train()
+    (shared,) = (n for n, times in uses(int8).items() if times == Uneven.shared)
+    quant = int8.get_submodule(shared)
+    int8(x).square().mean().backward()
+    assert quant.log_ratio.grad is not None and quant.more == 0
+    first = quant.scale.clone()
+    int8(100 * x)
+    assert torch.equal(quant.scale, first)
+    ready: Any = repfx.transform(net, ["ptq"], example=x, target="openvino")
+    repfx.calibrate(ready, [x], method="mse")
+    (same,) = (n for n, times in uses(ready).items() if times == Uneven.shared)
+    assert float(first) == pytest.approx(float(ready.get_submodule(same).scale), rel=0.3)
+
+
 class Fixed(Tabled):
     """The part is a weight, for this batch only."""
 

@@ -204,6 +204,8 @@ class Quantizers:
         if value not in self._rounded or changed:
             if made not in self._quants or changed:
                 self._quants[made] = FakeQuant(self._grids[made], learned=self.how.learned)
+            else:
+                self._quants[made].more += 1
             self._rounded[value] = self.work.insert(
                 before, self.now(value), f"{path}.input_quant", self._quants[made]
             )

@@ -51,13 +51,15 @@ class FakeQuant(nn.Module):
 
     `learned`: `log_ratio`, of the same shape, is a parameter, and the step is scale
     exp(log_ratio). A scale that is not set yet is then set in training, from the first value seen,
-    to the smallest squared error (MinError)."""
+    to the smallest squared error (MinError); if `more` values share it, to the largest of theirs.
+    """
 
     is_graph_leaf = True
     scale: Tensor
     # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
     on: bool = True
     observer: Any = None
+    more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
 
     def __init__(
         self,
@@ -83,7 +85,17 @@ class FakeQuant(nn.Module):
             self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
             if self.learned:
                 self.log_ratio.zero_()
-        self.calibrated = True
+        self.calibrated, self.more = True, 0
+
+    def _begin(self, x: Tensor) -> None:
+        """Sets the scale from the first values that are seen in training."""
+        scale = search_scale(x.detach(), self.grid, 2.0).to(self.scale)
+        more = self.more
+        if not self.calibrated:
+            self.set_scale(scale)
+        else:  # not in place, as the backward pass of the call before needs the other scale
+            self.scale, more = torch.maximum(scale, self.scale), more - 1
+        self.more = more
 
     def renew_steps(self, steps: Tensor) -> Tensor:
         """Sets those learned steps in place for which `steps` is above 0, and leaves the others.
@@ -124,8 +136,8 @@ class FakeQuant(nn.Module):
             return x
         if not self.on:
             return x
-        if self.learned and self.training and not self.calibrated:
-            self.set_scale(search_scale(x.detach(), self.grid, 2.0).to(self.scale))
+        if self.learned and self.training and (self.more or not self.calibrated):
+            self._begin(x)
         if not self.calibrated:
             if not self.training and warns.get():
                 warnings.warn(Unset(UNSET), stacklevel=2)
@@ -157,6 +169,7 @@ class FakeQuant(nn.Module):
         self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = _is_set(self.scale)
+        self.more = 0 if self.calibrated else self.more
 
 
 def _is_set(scale: Tensor) -> bool:
