@@ -315,6 +315,12 @@ def float_weight_behind_an_if() -> onnx.ModelProto:
     return d.model(d.gemm(d.fq(d.branch("x", lambda inner, x: inner.op("Relu", x)))))
 
 
+@breaks("Q10", ".WW.")
+def a_cast_between_dq_and_the_layer() -> onnx.ModelProto:
+    d = Draft()
+    return d.model(d.conv(d.op("Cast", d.fq("x"), to=onnx.TensorProto.FLOAT)))
+
+
 @breaks("Q11", "W...")
 def q_before_relu() -> onnx.ModelProto:
     d = Draft()

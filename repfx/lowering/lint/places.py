@@ -78,6 +78,13 @@ def both_or_neither(index: Index) -> Iterator[Hit]:
                 f"the {has} is quantized, but the {lacks} is not",
                 _NOT_ONNXRUNTIME if exempt else None,
             )
+        elif x is not None and _is_cast(index.maker(layer.x, MOVES)):
+            yield Hit(
+                layer.node,
+                "a Cast stands between its DequantizeLinear and it",
+                {ONNXRUNTIME: "W", OPENVINO: "W"},
+                "dequantize to the type that the layer reads",
+            )
 
 
 @rule("Q11", {TENSORRT: "W"}, "quantize after the activation, not before")
@@ -268,6 +275,10 @@ def pools(index: Index) -> Iterator[Hit]:
                     f"{node.op_type} runs in float: Q stands after it, and other layers "
                     "read the float output",
                 )
+
+
+def _is_cast(node: NodeProto | None) -> bool:
+    return node is not None and node.op_type == "Cast"
 
 
 def _spatial_mean(index: Index, node: NodeProto) -> bool:

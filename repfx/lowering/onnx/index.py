@@ -114,10 +114,11 @@ class Index:
         return self.made.get(self.source(name, through))
 
     def dq(self, name: str) -> NodeProto | None:
-        """The DequantizeLinear that feeds the tensor, directly or past nodes that only move values.
+        """The DequantizeLinear that feeds the tensor, directly or past moves and casts of values.
 
-        Every input of a Concat must have one; the first is returned."""
-        name = self.source(name, MOVES)
+        TensorRT runs a layer behind such a cast in INT8. Every input of a Concat must have one; the
+        first is returned."""
+        name = self.source(name, {*MOVES, "Cast"})
         if name not in self._dqs:
             self._dqs[name] = None  # ends the search where the graph has a cycle
             node = self.made.get(name)
