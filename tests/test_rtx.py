@@ -230,6 +230,7 @@ DOES: dict[str, str | int] = {
     "Q10 float_activation": 0,
     "Q10 float_weight_of_a_transposed_convolution": 0,
     "Q10 float_weight_behind_an_if": 0,
+    "Q10 a_cast_between_dq_and_the_layer": 1,
     "Q11 q_before_relu": 1,
     "Q11 q_between_batch_norm_and_relu": 1,
     "Q12 lone_batch_norm": 1,
