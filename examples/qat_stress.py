@@ -103,7 +103,7 @@ def row(
         "losses": [float(torch.stack(losses).mean()), *(e.loss for e in history)],
         "finite": finite,
         "faults": list(history[-1].faults),
-        "dead": sorted(seen.anew),
+        "dead": [line.split(" ")[0] for line in seen.faults if " to 0: " in line],
     }
 
 

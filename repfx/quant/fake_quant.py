@@ -56,10 +56,10 @@ class FakeQuant(nn.Module):
 
     is_graph_leaf = True
     scale: Tensor
+    more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
     # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
     on: bool = True
     observer: Any = None
-    more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class FakeQuant(nn.Module):
         """Sets the scale from the first values that are seen in training."""
         scale = search_scale(x.detach(), self.grid, 2.0).to(self.scale)
         more = self.more
-        if not self.calibrated:
+        if self.calibrated:  # not in place, as the backward pass of the call before needs its scale
+            self.scale, self.more = torch.maximum(scale, self.scale), more - 1
+        else:
             self.set_scale(scale)
-        else:  # not in place, as the backward pass of the call before needs the other scale
-            self.scale, more = torch.maximum(scale, self.scale), more - 1
-        self.more = more
+            self.more = more
 
     def renew_steps(self, steps: Tensor) -> Tensor:
         """Sets those learned steps in place for which `steps` is above 0, and leaves the others.

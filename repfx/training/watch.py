@@ -141,9 +141,8 @@ def _equal(rows: Tensor) -> bool:
 
 
 @torch.no_grad()
-def dead(grid: Grid, step: Tensor, x: Tensor) -> Tensor:
+def dead(grid: Grid, codes: Tensor, x: Tensor) -> Tensor:
     """Whether all codes of x, or of each of its channels, are 0 though x is not: () or (C,)."""
-    codes = grid.codes(x, step)
     if grid.axis is None:
         return x.any() & ~codes.any()
     rows, values = (t.movedim(grid.axis, 0).flatten(1) for t in (codes, x))
@@ -154,18 +153,19 @@ def dead(grid: Grid, step: Tensor, x: Tensor) -> Tensor:
 def fitting(quant: FakeQuant, x: Tensor) -> Tensor:
     """The steps that bring the dead channels of x back, 0 for the others: () or (C,)."""
     x, grid = x.float(), quant.grid
-    gone = dead(grid, quant.step.float(), x)
+    gone = dead(grid, quant.codes(x), x)
     if not gone.any():
         return torch.zeros_like(gone, dtype=torch.float32)
     fits = search_scale(x, grid, 2.0)
-    return torch.where(gone & ~dead(grid, fits, x), fits, 0.0)
+    return torch.where(gone & ~dead(grid, grid.codes(x, fits), x), fits, 0.0)
 
 
 @torch.no_grad()
 def fault_of(quant: FakeQuant, x: Tensor) -> str:
     """What is wrong with a quantizer that rounds x, in words; empty if nothing is."""
     grid = quant.grid
-    codes, lost = quant.codes(x), dead(grid, quant.step, x)
+    codes = quant.codes(x)
+    lost = dead(grid, codes, x)
     if lost.any():
         channels = f"all of {int(lost.sum())} of {len(lost)} channels" if lost.dim() else ""
         return f"rounds {channels or 'every value'} to 0"
