@@ -312,7 +312,25 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
         fit(broken(), goal, task(), epochs=9, **options)
     assert goal.steps == 6  # the second epoch once more
     sound = Worse()  # a loss that grows does not stop a run whose grids are sound
-    fit(quantized(), sound, task(), epochs=3, **options | {"checkpoint": None})
+    rows = fit(quantized(), sound, task(), epochs=3, **options | {"checkpoint": None})
+    assert not rows[0].faults and not rows[1].faults  # it may fall below its start later
+    (line,) = rows[2].faults
+    assert line.startswith("the loss was ") and f" and is {rows[2].loss:.3g} in the last" in line
+
+
+def test_a_run_that_goes_on_forgets_that_its_loss_had_risen(tmp_path: Path) -> None:
+    """What was said at the end of a run is no useless grid of the run that goes on from there."""
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "step_lr": 0.0, "lr": 1e-4}
+    options |= {"checkpoint": tmp_path / "ck", "schedule": "constant"}
+    goal = Worse()
+    (line,) = fit(quantized(), goal, task(), epochs=1, **options)[-1].faults
+    assert line.startswith("the loss was ")
+    content = torch.load(tmp_path / "ck")
+    content["model"]["2.main.conv.weight_quant.scale"][:3] *= 1e-4
+    torch.save(content, tmp_path / "ck")
+    rows = fit(quantized(), goal, task(), epochs=2, **options)
+    assert rows.resumed == 2 and rows[1].loss > rows[0].loss
+    assert "2.main.conv.weight_quant cuts off" in rows[1].faults[0]
 
 
 @pytest.mark.parametrize(
@@ -327,15 +345,18 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
         (("a",), ("a",), [-1.6, -1.1, -1.1], True),
         (("a",), ("a",), [math.nan, 1.3, 1.3], False),  # a checkpoint without a first loss
         (("a",), ("a",), [1.0, 1.3], False),
+        (("a", "b"), ("a", "b"), [1.0, 1.01, 1.01], True),  # two of three grids
+        (("a", "b"), ("a",), [1.0, 1.01, 1.01], False),
+        (("a", "b"), ("a", "b"), [1.0, 1.01, 0.99], False),
     ],
 )
 def test_when_a_run_is_ruined(
     now: tuple[str, ...], before: tuple[str, ...], losses: list[float], stops: bool
 ) -> None:
-    assert bool(ruined(Seen(now), Seen(before), losses)) == stops
+    assert bool(ruined(Seen(now), Seen(before), losses, 3)) == stops
     same = Seen((), constant=True)
-    assert ruined(same, same, losses) and not ruined(same, Seen(), losses)
-    assert ruined(Seen(("a",), constant=True), Seen(), losses)
+    assert ruined(same, same, losses, 3) and not ruined(same, Seen(), losses, 3)
+    assert ruined(Seen(("a",), constant=True), Seen(), losses, 3)
 
 
 def test_what_is_constant() -> None:

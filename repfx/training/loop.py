@@ -35,7 +35,7 @@ from repfx.training.recipe import Recipe, optimizer_of
 from repfx.training.regularise import CustomL2
 from repfx.training.shuffle import Source
 from repfx.training.tasks import Task
-from repfx.training.watch import HINT, Seen, revive, ruined, watching
+from repfx.training.watch import HINT, Seen, revive, risen, ruined, watching
 
 KIND = "repfx.fit"  # marks its checkpoints
 STATE = ("optimizer", "ema", "scaler", "random", "at", "rows", "run")
@@ -118,7 +118,9 @@ class Run:
         metrics = {} if valid is None else self.score(valid)
         seconds = self.seconds + time.perf_counter() - start
         loss = self.loss / self.samples
-        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, self.seen.faults)
+        last = self.epoch == self.rules.epochs - 1
+        said = self.seen.faults + (risen(self.first, loss) if last else ())
+        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, said)
         self.rows.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0
@@ -127,7 +129,7 @@ class Run:
     def stop_if_ruined(self) -> None:
         """Raises CheckError if it makes no sense to go on (see `watch`). The log has its row."""
         losses = [self.first, *(row.loss for row in self.rows[-2:])]
-        why = ruined(self.seen, self.before, losses)
+        why = ruined(self.seen, self.before, losses, len(quantizers_of(self.model)))
         if why and self.options.guard:
             said = "; ".join((why, *self.seen.faults))
             hint = "" if self.seen.faults else f": {HINT}"
@@ -318,5 +320,7 @@ class Run:
         later = [*found["at"][5:], *(math.nan, False)[len(found["at"]) - 5 :]]
         self.first = later[0]
         self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
-        self.seen = Seen(self.rows[-1].faults if self.rows else (), bool(later[1]))
+        said = self.rows[-1].faults if self.rows else ()
+        ended = risen(self.first, self.rows[-1].loss) if self.rows else ()
+        self.seen = Seen(tuple(line for line in said if line not in ended), bool(later[1]))
         set_random_state(found["random"][self.rank])

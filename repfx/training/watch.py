@@ -7,7 +7,8 @@ unused      no integer value uses more than a sixteenth of the grid
 constant    the model gives each of sixteen samples or more the same output
 
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
-model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both.
+model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both. A loss
+that a high learning rate has raised may fall below its start later, so that is said at the end.
 
 A dead channel of a weight is brought back: its learned step is chosen anew, from its values. An
 activation may be dead in one batch only, so it is named and left alone."""
@@ -67,19 +68,38 @@ def revive(model: nn.Module, seen: list[Seen], average: Mapping[str, Tensor] | N
     return Seen(tuple(faults), all(one.constant for one in seen), anew)
 
 
-def ruined(now: Seen, before: Seen, losses: list[float]) -> str:
+def ruined(now: Seen, before: Seen, losses: list[float], grids: int) -> str:
     """Why a run has no sense any more, in words; empty if it has.
 
     `now`, `before`: what was seen in the last two epochs. `losses`: of the first step, and the
-    means of these epochs.
+    means of these epochs. `grids`: how many quantizers the model has. If more than half of them are
+    useless, any loss above that of the first step is too high; else one a quarter above it.
     """
     if now.constant and (before.constant or now.faults):
         return "the model gives every sample the same output"
-    worse = len(losses) == 3 and min(losses[1:]) > losses[0] + WORSE * abs(losses[0])
-    if now.faults and before.faults and worse:
-        said = " and ".join(f"{loss:.3g}" for loss in losses[1:])
-        return f"the loss was {losses[0]:.3g} in the first step and {said} in the last two epochs"
+    useless = min(len(now.faults), len(before.faults))
+    if useless and len(losses) == 3:
+        most = 2 * useless > grids
+        if min(losses[1:]) > losses[0] if most else worse(losses[0], min(losses[1:])):
+            said = " and ".join(f"{loss:.3g}" for loss in losses[1:])
+            return (
+                f"the loss was {losses[0]:.3g} in the first step and {said} in the last two epochs"
+            )
     return ""
+
+
+def worse(first: float, loss: float) -> bool:
+    """Whether a loss is above that of the first step by more than two batches may differ."""
+    return loss > first + WORSE * abs(first)
+
+
+def risen(first: float, loss: float) -> tuple[str, ...]:
+    """A line for a run that ends above the loss of its first step; none for the others."""
+    if not worse(first, loss):
+        return ()
+    return (
+        f"the loss was {first:.3g} in the first step and is {loss:.3g} in the last epoch: {HINT}",
+    )
 
 
 @contextmanager
