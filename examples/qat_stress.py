@@ -1,6 +1,6 @@
 """Does quantization-aware training survive any learning rate? A table of 168 short runs.
 
-    python examples/qat_stress.py [--epochs 3] [--out qat_stress.jsonl]
+    python examples/qat_stress.py [--epochs 6] [--out qat_stress.jsonl]
 
 RepVGG and QARepVGG blocks are trained in float on scikit-learn's digits, then by `repq` from that
 checkpoint: 8, 4 and 2 bits, SGD and AdamW, learning rates from 1e-4 to 1e-1, in each mode of
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("qat_stress.jsonl"))
     args = parser.parse_args()
     args.out.touch()

@@ -17,7 +17,8 @@ from repfx.errors import CheckError
 from repfx.passes import RepQ
 from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
 from repfx.training import fit
-from repfx.training.watch import Seen, equal, fault_of, revive, ruined, watching
+from repfx.training.history import Epoch
+from repfx.training.watch import Seen, equal, fault_of, revive, risen, ruined, watching
 
 
 def task(n: int = 128) -> tuple[Tensor, Tensor]:
@@ -316,6 +317,8 @@ def test_a_run_that_only_got_worse_with_bad_grids_is_stopped(tmp_path: Path) -> 
     assert not rows[0].faults and not rows[1].faults  # it may fall below its start later
     (line,) = rows[2].faults
     assert line.startswith("the loss was ") and f" and is {rows[2].loss:.3g} in the last" in line
+    with pytest.raises(CheckError, match=r"stopped after epoch 4: .* goes on rising: "):
+        fit(quantized(), Worse(), task(), epochs=9, **options | {"checkpoint": None})
 
 
 def test_a_run_that_goes_on_forgets_that_its_loss_had_risen(tmp_path: Path) -> None:
@@ -353,10 +356,44 @@ def test_a_run_that_goes_on_forgets_that_its_loss_had_risen(tmp_path: Path) -> N
 def test_when_a_run_is_ruined(
     now: tuple[str, ...], before: tuple[str, ...], losses: list[float], stops: bool
 ) -> None:
-    assert bool(ruined(Seen(now), Seen(before), losses, 3)) == stops
+    first, *means = losses
+    rows = epochs(means)
+    assert bool(ruined(Seen(now), Seen(before), first, rows, 3)) == stops
     same = Seen((), constant=True)
-    assert ruined(same, same, losses, 3) and not ruined(same, Seen(), losses, 3)
-    assert ruined(Seen(("a",), constant=True), Seen(), losses, 3)
+    assert ruined(same, same, first, rows, 3) and not ruined(same, Seen(), first, rows, 3)
+    assert ruined(Seen(("a",), constant=True), Seen(), first, rows, 3)
+
+
+def epochs(losses: list[float], rates: list[float] | None = None) -> list[Epoch]:
+    pairs = zip(losses, rates or [0.1] * len(losses), strict=True)
+    return [Epoch(i, loss, rate, 0.0) for i, (loss, rate) in enumerate(pairs, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rates", "stops", "said"),
+    [
+        ([1.0, 0.8, 0.9, 1.0, 1.1], None, True, "0.8 in epoch 1 and is 1.1"),
+        ([1.0, 0.8, 0.9, 1.0, 1.1], [0.4, 0.3, 0.2, 0.1], True, "0.8 in epoch 1"),
+        ([1.0, 0.8, 0.9, 1.0, 1.1], [0.1, 0.2, 0.3, 0.4], False, "0.8 in epoch 1"),  # warmup
+        ([1.0, 0.5, 0.6, 0.7, 0.8], None, False, "0.5 in epoch 1 and is 0.8"),  # below its start
+        ([1.0, 1.1, 1.2, 1.3, 1.34], None, False, "1 in the first step and is 1.34"),
+        # Not in each epoch.
+        ([1.0, 1.0, 1.3, 1.25, 1.4], None, False, "1 in the first step and is 1.4"),
+        ([1.0, 1.5, 1.6, 1.7], None, False, "1 in the first step"),  # for two epochs
+        ([1.0, 1.7, 1.5, 1.3, 1.2], None, False, ""),
+        ([1e-3, 1e-6, 1e-4, 2e-4], None, False, ""),  # little of what it was, though 200 times more
+        ([math.nan, 0.8, 0.9, 1.0, 1.1], None, False, ""),
+    ],
+)
+def test_a_loss_that_rises(
+    losses: list[float], rates: list[float] | None, stops: bool, said: str
+) -> None:
+    first, *means = losses
+    rows = epochs(means, rates)
+    why = ruined(Seen(), Seen(), first, rows, 3)
+    assert bool(why) == stops and (not why or why.endswith("goes on rising: 0.8, 0.9, 1, 1.1"))
+    line = "".join(risen(first, rows))
+    assert bool(line) == bool(said) and said in line
 
 
 def test_what_is_constant() -> None:

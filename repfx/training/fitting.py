@@ -107,8 +107,10 @@ def fit(
     finite. With `guard` it does so, too, if two epochs in a row end with a model that gives every
     sample the same output, or with useless quantizers and a loss a quarter above that of the first
     step (any loss above it, if more than half of the quantizers are useless), or one with both
-    faults; the last checkpoint stays. A run that ends with such a loss says so in the `faults` of
-    its last epoch. Raises MissingPart if accelerate or torchmetrics is missing.
+    faults; and if the loss, above that of the first step, has risen for three epochs, by a quarter
+    of the first, while the rate has not. The last checkpoint stays. A run whose loss ends a quarter
+    above its least says so in the `faults` of its last epoch. Raises MissingPart if accelerate or
+    torchmetrics is missing.
     """
     said = dict(locals())  # the parameters have the same names as the fields
     rules = recipe(preset, {f.name: said[f.name] for f in fields(Recipe)})

@@ -18,7 +18,7 @@ class Epoch:
 
     `loss`: mean training loss. `lr`: the last learning rate. `seconds`: time, with validation.
     `metrics`: those on the validation data. `faults`: quantizers whose grid training has made
-    useless, and in the last epoch a loss that ends above that of the first step, in words.
+    useless, and in the last epoch a loss that ends above its least, in words.
     """
 
     epoch: int

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,10 @@ class Run:
         metrics = {} if valid is None else self.score(valid)
         seconds = self.seconds + time.perf_counter() - start
         loss = self.loss / self.samples
-        last = self.epoch == self.rules.epochs - 1
-        said = self.seen.faults + (risen(self.first, loss) if last else ())
-        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, said)
+        row = Epoch(self.epoch + 1, loss, self.lr, seconds, metrics, self.seen.faults)
+        if self.epoch == self.rules.epochs - 1:
+            said = row.faults + risen(self.first, [*self.rows, row])
+            row = replace(row, faults=said)
         self.rows.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss, self.samples, self.seconds = 0.0, 0, 0.0
@@ -128,8 +129,8 @@ class Run:
 
     def stop_if_ruined(self) -> None:
         """Raises CheckError if it makes no sense to go on (see `watch`). The log has its row."""
-        losses = [self.first, *(row.loss for row in self.rows[-2:])]
-        why = ruined(self.seen, self.before, losses, len(quantizers_of(self.model)))
+        grids = len(quantizers_of(self.model))
+        why = ruined(self.seen, self.before, self.first, self.rows, grids)
         if why and self.options.guard:
             said = "; ".join((why, *self.seen.faults))
             hint = "" if self.seen.faults else f": {HINT}"
@@ -321,6 +322,6 @@ class Run:
         self.first = later[0]
         self.rows = [Epoch(*row[:5], *map(tuple, row[5:])) for row in found["rows"]]
         said = self.rows[-1].faults if self.rows else ()
-        ended = risen(self.first, self.rows[-1].loss) if self.rows else ()
+        ended = risen(self.first, self.rows)
         self.seen = Seen(tuple(line for line in said if line not in ended), bool(later[1]))
         set_random_state(found["random"][self.rank])

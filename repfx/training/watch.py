@@ -8,16 +8,18 @@ constant    the model gives each of sixteen samples or more the same output
 
 A net with such a grid goes on training and has lost accuracy for good, without a word. A constant
 model has lost all of it. One epoch may be chance, so a run is ruined after two, or by both. A loss
-that a high learning rate has raised may fall below its start later, so that is said at the end.
+that a high learning rate has raised may still fall below its start, so it stops a run only if it
+goes on rising; else it is said at the end.
 
 A dead channel of a weight is brought back: its learned step is chosen anew, from its values. An
 activation may be dead in one batch only, so it is named and left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repfx.quant import FakeQuant, Grid, quantizers_of, search_scale
+from repfx.training.history import Epoch
 
 SATURATED = 1 / 4
 UNUSED = 1 / 16
@@ -68,38 +71,48 @@ def revive(model: nn.Module, seen: list[Seen], average: Mapping[str, Tensor] | N
     return Seen(tuple(faults), all(one.constant for one in seen), anew)
 
 
-def ruined(now: Seen, before: Seen, losses: list[float], grids: int) -> str:
+def ruined(now: Seen, before: Seen, first: float, rows: Sequence[Epoch], grids: int) -> str:
     """Why a run has no sense any more, in words; empty if it has.
 
-    `now`, `before`: what was seen in the last two epochs. `losses`: of the first step, and the
-    means of these epochs. `grids`: how many quantizers the model has. If more than half of them are
-    useless, any loss above that of the first step is too high; else one a quarter above it.
-    """
+    `now`, `before`: what was seen in the last two epochs. `first`: the loss of the first step.
+    `grids`: how many quantizers the model has. If more than half of them are useless, any loss
+    above the first is too high; else one a quarter above it. Sound grids or not, a loss is too high
+    if it is above the first and has risen for three epochs, by a quarter of the first, though the
+    learning rate has not."""
     if now.constant and (before.constant or now.faults):
         return "the model gives every sample the same output"
+    losses = [row.loss for row in rows]
     useless = min(len(now.faults), len(before.faults))
-    if useless and len(losses) == 3:
-        most = 2 * useless > grids
-        if min(losses[1:]) > losses[0] if most else worse(losses[0], min(losses[1:])):
-            said = " and ".join(f"{loss:.3g}" for loss in losses[1:])
-            return (
-                f"the loss was {losses[0]:.3g} in the first step and {said} in the last two epochs"
-            )
+    if useless and len(rows) > 1:
+        least = min(losses[-2:])
+        if least > first if 2 * useless > grids else worse(first, least, first):
+            said = " and ".join(f"{loss:.3g}" for loss in losses[-2:])
+            return f"the loss was {first:.3g} in the first step and {said} in the last two epochs"
+    pairs = list(pairwise(rows[-4:]))
+    rises = len(pairs) == 3 and all(b.loss > a.loss and b.lr <= a.lr for a, b in pairs)
+    if rises and losses[-1] > first and worse(losses[-4], losses[-1], first):
+        said = ", ".join(f"{loss:.3g}" for loss in losses[-4:])
+        return f"the loss was {first:.3g} in the first step and goes on rising: {said}"
     return ""
 
 
-def worse(first: float, loss: float) -> bool:
-    """Whether a loss is above that of the first step by more than two batches may differ."""
-    return loss > first + WORSE * abs(first)
+def worse(least: float, loss: float, first: float) -> bool:
+    """Whether a loss is above another by more than two batches may differ."""
+    return loss > least + WORSE * abs(first)
 
 
-def risen(first: float, loss: float) -> tuple[str, ...]:
-    """A line for a run that ends above the loss of its first step; none for the others."""
-    if not worse(first, loss):
+def risen(first: float, rows: Sequence[Epoch]) -> tuple[str, ...]:
+    """A line for a run that ends above its least loss, be it of the first step or an epoch."""
+    if not rows:
         return ()
-    return (
-        f"the loss was {first:.3g} in the first step and is {loss:.3g} in the last epoch: {HINT}",
+    said, least = min(
+        [("the first step", first), *((f"epoch {row.epoch}", row.loss) for row in rows)],
+        key=lambda pair: pair[1],
     )
+    loss = rows[-1].loss
+    if not worse(least, loss, first):
+        return ()
+    return (f"the loss was {least:.3g} in {said} and is {loss:.3g} in the last epoch: {HINT}",)
 
 
 @contextmanager
