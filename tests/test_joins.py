@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import CheckError
+from repfx.graph.moves import moved_from
 from repfx.graph.view import GraphView
 from repfx.lowering.runtimes.layers import Kernels, kernels
 from repfx.lowering.runtimes.sessions import openvino_core
-from repfx.quant import FakeQuant
+from repfx.passes import Ptq
+from repfx.quant import FakeQuant, quantizers_of
 from repfx.testing import randomise
 
 pytest.importorskip("openvino")
@@ -341,27 +343,130 @@ def precisions(file: Path, kind: str) -> set[str]:
 
 
 class Ranges(nn.Module):
-    """A batch norm evens out the ranges of what is concatenated, as in CoordConv or with images."""
+    """A batch norm evens out the ranges of what is concatenated: `by` is how far they are apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, by: float) -> None:
         super().__init__()
-        self.stem, self.beside = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.by = by
+        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(3, 8, 3, 2, 1)
         self.norm, self.last = nn.BatchNorm2d(16, momentum=None), nn.Conv2d(16, 8, 3)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.stem(x))
-        y = torch.cat([y, 200 * self.beside(y)], 1)
+        y = torch.cat([torch.relu(self.one(x)), self.by * self.two(x)], 1)
         return self.head(torch.relu(self.last(torch.relu(self.norm(y)))).mean((2, 3)))
 
 
-def test_tensorrt_reads_concatenations_before_norms_in_float() -> None:
-    """One scale for parts of different ranges would cost 30 dB."""
+@pytest.mark.parametrize("by", [1.0, 200.0])
+@pytest.mark.parametrize("saved", [False, True])
+def test_tensorrt_stores_concatenations_before_norms(
+    by: float, saved: bool, tmp_path: Path
+) -> None:
+    """With one scale for the parts, unless the calibrated ranges differ: it would cost 35 dB."""
     torch.manual_seed(0)
-    net, x = Ranges(), torch.randn(8, 3, 32, 32)
+    net, x = Ranges(by), torch.randn(8, 3, 32, 32)
     net.train()(x)
     int8: Any = repfx.transform(net.eval(), ["ptq"], example=x)
-    assert repfx.verify(net, repfx.calibrate(int8, [x]), x).sqnr > 35
+    if saved:
+        repfx.save(int8, tmp_path / "int8.pt")
+        int8 = repfx.load(tmp_path / "int8.pt")
+    first = quantizers_of(int8, of_weight=False)
+    (name,) = (path for path, quant in first.items() if quant.optional)
+    repfx.calibrate(int8, [x])
+    assert repfx.verify(net, int8, x).sqnr > 45
+    kept = quantizers_of(int8, of_weight=False)
+    assert list(kept) == [path for path in first if path != name or by == 1]
+    assert (f"{name}.scale" in int8.state_dict()) == (by == 1)
+    assert not any(quant.optional for quant in kept.values())
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x)
+    assert found.parity.agrees
+    assert not [f for f in repfx.lint(found.onnx) if f.severity in "EW"]
+    repfx.calibrate(int8, [x * 9])  # other ranges do not change what stays
+    assert list(quantizers_of(int8, of_weight=False)) == list(kept)
+
+
+def test_who_has_no_quantizers_that_may_go() -> None:
+    """Other targets, training, and learning without a calibration before."""
+    torch.manual_seed(0)
+    net, x = Ranges(1.0), torch.randn(8, 3, 16, 16)
+    net.train()(x)
+    for target in ("openvino", "onnxruntime"):
+        int8 = repfx.transform(net.eval(), ["ptq"], example=x, target=target)
+        assert not any(quant.optional for quant in quantizers_of(int8).values())
+    trained = repfx.transform(net, ["repq"], example=x)
+    assert not any(quant.optional for quant in quantizers_of(trained).values())
+    int8 = repfx.transform(net, ["ptq"], example=x)
+    before = quantizers_of(int8)
+    repfx.reconstruct(int8, [x], iterations=1, batch=8, progress=False)
+    after = quantizers_of(int8)
+    assert [path for path in before if path not in after] == [
+        p for p in before if before[p].optional
+    ]
+    assert len(before) == len(after) + 1 and all(quant.calibrated for quant in after.values())
+
+
+class DenseBlock(nn.Module):
+    """Stages whose concatenations batch norms read, an average before, and a head in float.
+
+    `read`: a layer reads one of the concatenations, too; or a part is a table."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read, self.stem = read, nn.Conv2d(3, 8, 3, padding=1)
+        self.steps = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1))
+            for n in (8, 12, 16)
+        )
+        self.beside, self.norm = nn.Conv2d(12, 4, 1), nn.BatchNorm2d(20)
+        self.table = nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.avg_pool2d(torch.relu(self.stem(x)), 2)]
+        for step in self.steps:
+            parts.append(step(torch.cat(parts, 1)))
+        if self.read == "by a layer":
+            parts[-1] = parts[-1] + self.beside(torch.cat(parts[:2], 1))
+        if self.read == "with a table":
+            parts[-1] = self.table.expand(x.shape[0], -1, -1, -1)
+        return self.head(torch.relu(self.norm(torch.cat(parts, 1))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("read", ["by norms", "by a layer", "with a table"])
+@pytest.mark.parametrize("wide", [(), "head"])
+def test_each_part_of_a_dense_block_is_stored_once(
+    read: str, wide: str | tuple[str, ...], tmp_path: Path
+) -> None:
+    """Those that only norms read, all with one scale; the average before reads integers, too."""
+    torch.manual_seed(0)
+    net, x = randomise(DenseBlock(read).eval()), torch.randn(4, 3, 16, 16)
+    int8: Any = repfx.transform(net, [Ptq(wide=wide, wide_bits=32)], example=x)
+    optional = {q for q in quantizers_of(int8).values() if q.optional}
+    assert len(optional) == (0 if read == "by a layer" else 2)
+    view = GraphView(int8)
+    for node in int8.graph.nodes if optional else ():
+        if node.target is torch.cat:
+            made = [moved_from(view, part) for part in node.args[0]]
+            shared = {view.quantizer(part) for part in made}
+            assert len(shared) == 1 and shared <= optional
+    if optional:
+        assert max(uses(int8).values()) == 4  # of three steps and the pool, each rounded once
+    repfx.calibrate(int8, [x])
+    assert repfx.verify(net, int8, x).sqnr > 20
+    found = repfx.lower(int8, tmp_path / "int8.onnx", example=x)
+    assert found.parity.agrees
+    said = {f.rule for f in repfx.lint(found.onnx) if f.severity in "EW"}
+    assert said == ({"Q20"} if wide else set())  # the head in float
+
+
+def test_a_norm_that_gives_nothing_reads_any_range() -> None:
+    """Its gammas are 0, so there is no signal that noise could spoil."""
+    torch.manual_seed(0)
+    net, x = Ranges(200.0), torch.randn(8, 3, 16, 16)
+    net.train()(x)
+    nn.init.zeros_(net.norm.weight)
+    int8 = repfx.calibrate(repfx.transform(net.eval(), ["ptq"], example=x), [x])
+    assert repfx.verify(net, int8, x).sqnr > 30
 
 
 class Staged(nn.Module):

@@ -1,6 +1,6 @@
 """After training: ranges from data, bias correction, learned rounding, sensitivity of layers.
 
-Nothing here changes a graph."""
+Nothing here changes a graph, except that the first scales decide which optional quantizers stay."""
 
 from repfx.calibration.biases import correct_biases
 from repfx.calibration.ranges import calibrate

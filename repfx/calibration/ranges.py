@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from repfx.calibration.biases import IMAGES, correct_biases, input_of
 from repfx.calibration.feed import arguments, feed
+from repfx.calibration.optional import set_scales
 from repfx.data.batches import Batch, Batches
 from repfx.data.preprocessing import preprocessing_of
 from repfx.data.share import Share
@@ -48,7 +49,9 @@ def calibrate(
     DataLoader of (image, label), or of dicts of keyword arguments (see the table in
     `repfx.data.Batches`). The ranges are those of the unquantized model in eval mode. Memory does
     not grow with the number of batches. `method`: max, percentile, mse, mae or entropy. `bias`:
-    also corrects the biases with the first 128 images (see `correct_biases`).
+    also corrects the biases with the first 128 images (see `correct_biases`). Quantizers that only
+    save memory traffic are taken out of the graph if their ranges would cost too much accuracy (see
+    `repfx.calibration.optional`).
 
     With several processes (`torchrun`) all must call it. They share the images (see
     `repfx.data.share`) and get the same scales, those that one process would set.
@@ -71,8 +74,7 @@ def calibrate(
     scales = _scales(model, acts.values(), shown, method)
     share.check()
     note_preprocessing(model, preprocessing_of(batches))
-    for quant, scale in scales.items():
-        quant.set_scale(scale.to(quant.scale))
+    set_scales(model, scales)
     if bias:
         every = sorted((pair for pairs in gathered(kept) for pair in pairs), key=lambda p: p[0])
         correct_biases(model, [batch for _, batch in every])

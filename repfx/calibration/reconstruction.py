@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from repfx.calibration.activations import Rows
 from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run, Split
 from repfx.calibration.feed import device_of
+from repfx.calibration.optional import leave_out
 from repfx.calibration.segments import inputs_of, segments
 from repfx.data.batches import Batches
 from repfx.data.preprocessing import preprocessing_of
@@ -93,6 +94,7 @@ def reconstruct(
     inputs = [str(n.target) for n in inputs_of(model)]
     if not quantizers_of(model):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
+    leave_out(model, {quant for quant in quantizers_of(model).values() if quant.optional})
     with torch.inference_mode(False), torch.enable_grad(), in_eval(model), memory_kept():
         found: list[tuple[int, int]] = []
         share = Share(given)

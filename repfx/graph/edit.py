@@ -181,6 +181,17 @@ def references(graph: fx.Graph) -> set[str]:
     return {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
 
 
+def take_out(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Removes calls of layers with one input. What read them reads that input."""
+    before = references(module.graph)
+    for node in nodes:
+        (value,) = node.all_input_nodes
+        node.replace_all_uses_with(value)
+        module.graph.erase_node(node)
+    drop_unreferenced(module, before, [])
+    module.recompile()
+
+
 def drop_unreferenced(
     module: fx.GraphModule, before: set[str], replaced: Iterable[nn.Module]
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from repfx.calibration import reconstruct, sensitivity
+from repfx.calibration.optional import set_scales
 from repfx.calibration.ranges import calibrate, ranges
 from repfx.errors import Declined
 from repfx.ladder.images import Split
@@ -119,8 +120,7 @@ class Maker:
         for method, scales in found.items():
             net = copy.deepcopy(base)
             quants = quantizers_of(net)
-            for quant, scale in scales.items():
-                quants[paths[quant]].set_scale(scale.to(quant.scale))
+            set_scales(net, {quants[paths[quant]]: scale for quant, scale in scales.items()})
             yield Recipe(method), net
 
     def start(self, recipe: Recipe, base: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ Only if the target asks for it:
 cat(a, b)      ->   cat(Q(a), Q(b))        if every path from it leads into a layer
 x * gate       ->   Q(x) * gate            if another node reads Q(x): one value instead of two
 norm(permute(sum))  ->  norm(permute(Q(sum)))  a sum as above, which its kernel writes to memory
+norm(cat(a, b))  ->  norm(cat(Q(a), Q(b)))  if calibration finds it fine (`stored`)
 
 Some targets have operators from integers to integers, but none from integers to float. They need
 every value in between quantized:
@@ -19,6 +20,7 @@ a * b          ->   Q(Q(a) * Q(b))         sums, products, concatenations and ta
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -32,6 +34,7 @@ from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
 from repfx.placement.formats import pads_average
 from repfx.placement.moved import Joint, Place, is_divided, moved_up, origins, takes_quantizer
+from repfx.placement.stored import before_norms
 from repfx.quant import Target
 
 
@@ -53,41 +56,83 @@ def spell_out(module: fx.GraphModule, target: Target) -> None:
         module.graph.erase_node(node)
 
 
-def find_places(
-    view: GraphView,
-    layers: Mapping[fx.Node, fx.Node],
-    convolutions: Collection[fx.Node],
-    target: Target,
-    inside: Mapping[fx.Node, fx.Node] | None = None,
-    inner: bool = False,
-) -> tuple[list[Place], dict[fx.Node, fx.Node]]:
-    """Every place for a quantizer, in order, and for each value the value whose quantizer it uses.
+@dataclass(frozen=True)
+class Layers:
+    """The layers to be quantized: `inputs` maps each to its input.
 
-    That is mostly the value itself. `layers` maps each layer to be quantized to its input;
     `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
-    layer. `inner`: another graph reads on in what this one returns."""
-    owner = inside or {}
-    others = _skips_and_averages(view, layers)
+    layer."""
+
+    inputs: Mapping[fx.Node, fx.Node]
+    convolutions: Collection[fx.Node]
+    inside: Mapping[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Every place for a quantizer, in order.
+
+    `origins` has for each value the value whose quantizer it uses, mostly the value itself. Those
+    in `optional` are worth their rounding only if it turns out to be fine (see `before_norms`)."""
+
+    all: list[Place]
+    origins: dict[fx.Node, fx.Node]
+    optional: frozenset[fx.Node] = frozenset()
+
+
+def find_places(
+    view: GraphView, layers: Layers, target: Target, inner: bool = False, optional: bool = False
+) -> Places:
+    """Finds the places. `inner`: another graph reads on in what this one returns.
+
+    `optional`: also those that are left only if their rounding turns out to be fine."""
+    inputs = layers.inputs
+    others = _skips_and_averages(view, inputs)
     if target.between == "all":
-        others += _stretches(view, convolutions, inner)
+        others += _stretches(view, layers.convolutions, inner)
     elif target.between == "joins":
-        others += _joined(view, layers, {*layers.values(), *(value for _, value, _ in others)})
+        others += _joined(view, inputs, {*inputs.values(), *(value for _, value, _ in others)})
     elif target.between == "sums":
-        others += _moved_sums(view, layers, others)
-    others += _averages_within(view, others)
+        others += _moved_sums(view, inputs, others)
+    plain = _placed(view, layers, target, others)
+    stored = before_norms(view, inputs, target) if optional else []
+    if not stored:
+        return plain
+    more = _placed(view, layers, target, others + stored, {value for _, value, _ in stored})
+    needed = {more.origins.get(value) for _, value, _ in plain.all}
+    new = [place for place in more.all if place not in set(plain.all)]
+    if needed & {more.origins[value] for _, value, _ in new} or len(new) + len(plain.all) > len(
+        more.all
+    ):
+        return plain
+    return replace(more, optional=frozenset(more.origins[value] for _, value, _ in new))
+
+
+def _placed(
+    view: GraphView,
+    layers: Layers,
+    target: Target,
+    others: list[Place],
+    stored: Collection[fx.Node] = (),
+) -> Places:
+    """The places at layers and `others`, moved to where their values are made."""
+    others = others + _averages_within(view, others)
     if target.offset == "joined":
-        others = _without_float_averages(view, layers, others)
+        others = _without_float_averages(view, layers.inputs, others)
     others = [
         (n, x, layer)
         for n, x, layer in others
         if takes_quantizer(view, x) and not view.writes.through(n, x)
     ]
     joint: Joint = {}
-    found = [*((n, x, n) for n, x in layers.items()), *(p for p in others if p[0] not in owner)]
+    found = [
+        *((n, x, n) for n, x in layers.inputs.items()),
+        *(p for p in others if p[0] not in layers.inside),
+    ]
     if target.between != "all":  # with "all", moved values are quantized again, which is harmless
-        found, joint = moved_up(view, found, owner, target)
+        found, joint = moved_up(view, found, layers.inside, target, stored)
     found = sorted(dict.fromkeys(found), key=lambda place: view.index[place[0]])
-    return found, origins(view, found, joint)
+    return Places(found, origins(view, found, joint))
 
 
 def _without_float_averages(

@@ -3,14 +3,14 @@
 Q(max(x))               ->   max(Q(x))
 Q(cat(a, b)), Q(a)      ->   cat(Q(a), Q(b)), Q(a)      one scale for all three
 
-The second only for a target that rounds the inputs of a concatenation, and only if a layer reads
-one of them, too. With two scales a kernel of its own would bring that input to the scale of the
-concatenation, and round it twice."""
+The second for a target that rounds the inputs of a concatenation, and only if a layer reads one of
+them, too. With two scales a kernel of its own would bring that input to the scale of the
+concatenation, and round it twice. And for a concatenation that is to be stored in integers."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import fx
 
@@ -27,13 +27,18 @@ Joint = dict[fx.Node, Sequence[fx.Node]]  # concatenations, and the values that 
 
 
 def moved_up(
-    view: GraphView, places: Iterable[Place], owner: Mapping[fx.Node, fx.Node], target: Target
+    view: GraphView,
+    places: Iterable[Place],
+    owner: Mapping[fx.Node, fx.Node],
+    target: Target,
+    stored: Collection[fx.Node] = (),
 ) -> tuple[list[Place], Joint]:
     """The places, with quantizers moved in front of moves and concatenations.
 
     A quantizer stays where the moved value has other readers. TensorRT moves no DequantizeLinear
     across a resize, and OpenVINO only across some, so the layer after a resize keeps a quantizer of
-    its own, with the same scale. `owner` maps nodes that become part of a layer to that layer.
+    its own, with the same scale. `owner` maps nodes that become part of a layer to that layer;
+    `stored` are concatenations to be stored in integers.
 
     Also returns the concatenations whose inputs are rounded in place of the whole."""
     readers: dict[fx.Node, list[Place]] = {}
@@ -51,7 +56,9 @@ def moved_up(
         if not all(takes_quantizer(view, v) and not is_divided(view, v) for v in values):
             continue
         if joins(view, node):
-            if target.between != "joins" or not _takes_one_scale(view, node, readers):
+            padded = any(pads_average(view.ops[reader]) for reader, _, _ in mine)
+            saves = target.between == "joins" and _joins_rounded(view, node, readers)
+            if padded or not (node in stored or (saves and takes_one_scale(view, node, target))):
                 continue
             joint[node] = values
         if view.kind(node).name != "resize":
@@ -114,18 +121,13 @@ def _has_values(value: fx.Node) -> bool:
     return (dtype is None or dtype.is_floating_point) and 0 not in shape
 
 
-def _takes_one_scale(
-    view: GraphView, node: fx.Node, readers: Mapping[fx.Node, Sequence[Place]]
-) -> bool:
-    """Whether a concatenation and its inputs can share a quantizer, and saves rounding by it.
+def takes_one_scale(view: GraphView, node: fx.Node, target: Target) -> bool:
+    """Whether a concatenation and its inputs can share a quantizer.
 
-    One of the inputs is rounded for it already, none is a constant, all have the same number
-    format, and what reads it takes any zero point."""
+    None of them is a constant, and all have the same number format."""
     inputs = view.data_inputs(node)
-    alike = len({non_negative(view, value) for value in (node, *inputs)}) == 1
-    fits = isinstance(view.ops[node], Sum) and all(view.varies(value) for value in inputs)
-    padded = any(pads_average(view.ops[reader]) for reader, _, _ in readers[node])
-    return _joins_rounded(view, node, readers) and alike and fits and not padded
+    alike = len({target.activation(8, non_negative(view, v)) for v in (node, *inputs)}) == 1
+    return isinstance(view.ops[node], Sum) and alike and all(view.varies(v) for v in inputs)
 
 
 def _joins_rounded(

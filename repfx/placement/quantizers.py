@@ -22,7 +22,7 @@ from repfx.errors import Declined, unknown
 from repfx.graph.functional import call_layer
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
-from repfx.placement.between import find_places
+from repfx.placement.between import Layers, find_places
 from repfx.placement.formats import VNNI, why_float
 from repfx.quant import FakeQuant, Grid, Target, search_scale
 
@@ -101,6 +101,7 @@ class Quantizers:
         }
         self._values: dict[fx.Node, list[fx.Node]] = {}  # by reader: the values it reads quantized
         self._origin: dict[fx.Node, fx.Node] = {}  # by such a value: where its integers are made
+        self._optional: frozenset[fx.Node] = frozenset()  # of those
         self._grids = self._find()
         self._quants: dict[fx.Node, FakeQuant] = {}  # by where the integers are made
         self._rounded: dict[fx.Node, fx.Node] = {}  # by value: the call that quantizes it
@@ -184,11 +185,13 @@ class Quantizers:
             node for node, layer in self._integer.items() if layer.geometry.source_axis != -1
         }
         inside = {n: layer.node for layer in self.layers.values() for n in layer.inside}
-        places, self._origin = find_places(
-            self.view, sources, convolutions, self.work.target, inside, self.work.inner
+        layers = Layers(sources, convolutions, inside)
+        places = find_places(
+            self.view, layers, self.work.target, self.work.inner, optional=not self.how.learned
         )
+        self._origin, self._optional = places.origins, places.optional
         bits: dict[fx.Node, int] = {}
-        for reader, value, wants in places:
+        for reader, value, wants in places.all:
             self._values.setdefault(reader, []).append(value)
             made = self._origin[value]
             bits[made] = max(bits.get(made, 1), self.layers[wants].bits)
@@ -204,6 +207,8 @@ class Quantizers:
         if value not in self._rounded or changed:
             if made not in self._quants or changed:
                 self._quants[made] = FakeQuant(self._grids[made], learned=self.how.learned)
+                if made in self._optional:
+                    self._quants[made].optional = True
             else:
                 self._quants[made].more += 1
             self._rounded[value] = self.work.insert(

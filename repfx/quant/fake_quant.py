@@ -56,6 +56,8 @@ class FakeQuant(nn.Module):
 
     is_graph_leaf = True
     scale: Tensor
+    # Whether calibration may find that the model is better off without it.
+    optional: bool = False
     more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
     # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
     on: bool = True
