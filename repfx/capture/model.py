@@ -408,7 +408,7 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
 
 def _is_random(node: fx.Node) -> bool:
     """Whether it draws random numbers in eval mode, too. A dropout may ask for the mode."""
-    if Trait.RANDOM not in kind_of(node).traits:
+    if not kind_of(node).traits & (Trait.RANDOM | Trait.UNSET):
         return False
     return not any(is_mode(n) for n in node.all_input_nodes)
 

@@ -194,10 +194,19 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"its Python reads the entries of a tensor ({name.strip('_')})")
         if level is Depends.SIZES:
             for t in given:
-                self._fix(self.node_of(t))
+                self._fix(t)
 
-    def _fix(self, node: fx.Node) -> None:
-        """Records as facts all sizes that a value is computed from."""
+    def _fix(self, tensor: Tensor) -> None:
+        """Records as a fact the number that a tensor holds, as in `mask.all()`.
+
+        Of a larger one, all sizes that it is computed from."""
+        node = self.node_of(tensor)
+        if tensor.numel() == 1:
+            self.paused += 1
+            value = tensor.item()
+            self.paused -= 1
+            self.fact_of(node, "==", value)
+            return
         seen, todo = {node}, [node]
         while todo:
             at = todo.pop()

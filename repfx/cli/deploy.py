@@ -127,6 +127,11 @@ def lower(
     )
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
+    if artifact.batch is not None:
+        say(
+            f"it takes {artifact.batch} at a time only, as the model computes with a fixed batch "
+            "size; x.shape[0], or -1 in a view, would leave it free"
+        )
     if artifact.float32:
         some = ", ".join(artifact.float32[:3]) + (", ..." if len(artifact.float32) > 3 else "")
         say(f"in float32, since float16 does not hold their numbers: {some}")

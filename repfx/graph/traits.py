@@ -19,7 +19,8 @@ class Trait(Flag):
     NONE = 0
     LAYER = auto()  # a convolution or linear layer: it has a weight
     FRESH = auto()  # new memory, not shared with any input
-    RANDOM = auto()  # random or uninitialised values
+    RANDOM = auto()  # random values
+    UNSET = auto()  # memory whose values are still to be written
     NON_NEGATIVE = auto()  # no entry is negative
     KEEPS_SIGN = auto()  # no entry is negative unless an entry of an input is
     SAME = auto()  # the input itself, in eval mode

@@ -208,7 +208,7 @@ class GraphView:
             self._modes.add(node)
         elif node.op in ("call_function", "call_method") and not writes(node):
             fixed = all(n in self._constants for n in node.all_input_nodes)
-            if fixed and Trait.RANDOM not in kind_of(node).traits:
+            if fixed and not kind_of(node).traits & (Trait.RANDOM | Trait.UNSET):
                 self._constants.add(node)
 
     def _op(self, node: fx.Node) -> Op:

@@ -384,10 +384,10 @@ OTHERS = (
     Kind(
         "random", T.RANDOM,
         "rand rand_like randn randn_like randint randint_like randperm normal bernoulli poisson "
-        "multinomial binomial empty empty_like empty_strided new_empty gumbel_softmax rrelu "
-        "uniform exponential cauchy geometric log_normal random fractional_max_pool2d "
-        "fractional_max_pool3d",
+        "multinomial binomial gumbel_softmax rrelu uniform exponential cauchy geometric log_normal "
+        "random fractional_max_pool2d fractional_max_pool3d",
     ),
+    Kind("empty", T.UNSET | T.FRESH, "empty empty_like empty_strided new_empty new_empty_strided"),
     Kind("size", T.MEASURES, "size dim ndimension numel nelement is_floating_point"),
     Kind("attribute", when=traits.attribute, also=(getattr,)),
     Kind("guard", also=[holds]),

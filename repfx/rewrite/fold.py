@@ -80,7 +80,10 @@ def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:
     if weight.op == "get_attr" or not _is_program(module, weight):
         return None
     nodes = _ancestors(module, [n for n in (weight, bias) if isinstance(n, fx.Node)])
-    return _Program(layer, quant, weight, bias, _evaluate(module, nodes))
+    values = _evaluate(module, nodes)
+    if values[weight].dim() < 2:  # F.linear also takes a vector, which no layer has
+        return None
+    return _Program(layer, quant, weight, bias, values)
 
 
 def _fold(module: fx.GraphModule, p: _Program, replaced: list[nn.Module]) -> Merged:

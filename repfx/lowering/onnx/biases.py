@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from repfx.capture.model import graphs
 from repfx.graph.moves import moves
+from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant
 
@@ -104,13 +105,16 @@ def _large_enough(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Ten
 
 
 def _quantizer(view: GraphView, value: fx.Node | None) -> FakeQuant | None:
-    """The quantizer of a value, past operators that only move values; None where there is none."""
+    """The quantizer of a value, past moves, pads and max pools, which runtimes do on its integers.
+
+    None where there is none."""
     while value is not None:
         module = view.modules.get(str(value.target)) if value.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module
         inputs = view.data_inputs(value)
-        if len(inputs) != 1 or not moves(view, value):
+        traits = view.traits(value)
+        if len(inputs) != 1 or not (moves(view, value) or traits & (Trait.PADS | Trait.MAXIMUM)):
             return None
         (value,) = inputs
     return None

@@ -16,21 +16,30 @@ from torch.export.graph_signature import ConstantArgument, TensorArgument
 from repfx.errors import InputError
 from repfx.lowering.onnx import finish, older, sizes
 
+FIXED = (
+    "it computes with a fixed batch size; x.shape[0], or -1 in a view, would leave the batch "
+    "dynamic"
+)
+
+
+class FixedBatch(InputError):
+    """The model computes with the batch size of its example."""
+
 
 def export(
-    model: nn.Module, args: tuple[Tensor, ...], opset: int, dynamic: bool
+    model: nn.Module, args: tuple[Tensor, ...], opset: int, free: sizes.Free
 ) -> onnx.ModelProto:
-    """The graph of a model with a dynamic batch and, where `dynamic`, dynamic sizes (`sizes`).
+    """The graph of a model, with the sizes dynamic that are `free` (see `sizes`).
 
-    Raises InputError where the exporter fails, an operator has no form in the opset or the model
-    fixes a size."""
+    Raises FixedBatch where the model fixes the batch, and InputError where the exporter fails, an
+    operator has no form in the opset or the model fixes another size."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, args, dynamic_shapes=sizes.free(args, dynamic))
+            exported = torch.export.export(model, args, dynamic_shapes=sizes.free(args, free))
             _leave_out_numbers(exported)
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=max(opset, older.WRITTEN), verbose=False
@@ -43,14 +52,16 @@ def export(
             if any(p.dtype == torch.float16 for p in (*model.parameters(), *args))
             else ""
         )
-        kind += " with dynamic sizes" if dynamic else ""
-        raise InputError(f"torch.onnx cannot export the model{kind}: {_why(error)}") from error
+        kind += " with dynamic sizes" if free == "all" else ""
+        why = _why(error)
+        fault = FixedBatch if why == FIXED else InputError
+        raise fault(f"torch.onnx cannot export the model{kind}: {why}") from error
     finally:
         quiet.setLevel(level)
     assert program is not None
     proto = program.model_proto
     finish.name_codes(proto)
-    sizes.name(proto, args, dynamic)
+    sizes.name(proto, args, free)
     older.to_opset(proto, opset)
     return proto
 
@@ -71,10 +82,7 @@ def _why(error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if "specialized it to be a constant" in str(cause):
-        return (
-            "it computes with a fixed batch size; x.shape[0], or -1 in a view, would leave "
-            "the batch dynamic"
-        )
+        return FIXED
     said = [
         re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)
     ]

@@ -33,7 +33,7 @@ from repfx.graph.vocabulary import kind_of
 from repfx.lowering.onnx import finish, half, older, sizes, wide
 from repfx.lowering.onnx.biases import IntegerBias, WrittenBias
 from repfx.lowering.onnx.check import How, checked, reference
-from repfx.lowering.onnx.exporter import export
+from repfx.lowering.onnx.exporter import FixedBatch, export
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.run import installed
 from repfx.placement.formats import has_offset
@@ -50,12 +50,14 @@ class Artifact:
     `onnx`: the file. `parity`: how it compares with the torch model on the example in ONNX Runtime.
     `there`: the same in the target's own runtime, where that is a different one and is installed;
     None otherwise. `float32`: the operators of a float16 file that stay in float32, because float16
-    does not hold their numbers."""
+    does not hold their numbers. `batch`: the number of images that the file takes, where the model
+    fixes it; None: any."""
 
     onnx: Path
     parity: Parity
     there: Parity | None = None
     float32: tuple[str, ...] = ()
+    batch: int | None = None
 
 
 def lower(
@@ -73,7 +75,8 @@ def lower(
     A model without quantizers gives a float file.
 
     `example`: a tensor (N, ...), a tuple of them, or a dict of them by the names of the arguments,
-    without NaN. The first dimension of each is dynamic in the file. `target`: the one the model was
+    without NaN. The first dimension of each is dynamic in the file; where the model computes with
+    its size, it is that of the example (`Artifact.batch`). `target`: the one the model was
     quantized for. `float16`: scales, biases and layers that are not quantized are float16 in the
     file. Its inputs and outputs stay float32, and it is compared with the torch model rounded to
     float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From 21 on, weights of
@@ -118,7 +121,8 @@ def lower(
     if dynamic:
         sizes.check(model, args, lambda other: checked("onnxruntime", model, proto, other, how))
     write_whole(path, lambda part: onnx.save(proto, part))
-    return Artifact(Path(path), parity, there, float32)
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+    return Artifact(Path(path), parity, there, float32, batch)
 
 
 @dataclass(frozen=True)
@@ -270,12 +274,21 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
     """The ONNX graph of the model, exported from a copy whose quantizers are symbolic."""
     formats = target_named(form.target)
     symbolic = _symbolic(model, formats)
-    given = tuple((torch.cat([a, a]) if a.shape[0] == 1 else a).cpu().contiguous() for a in args)
+    two = tuple(torch.cat([a, a]) if a.shape[0] == 1 else a for a in args)
+    given = tuple(a.cpu().contiguous() for a in two)
     if form.float16:
         half.in_half(symbolic)
         _cast(symbolic)
         given = _in_half(symbolic, given)
-    proto = export(symbolic, given, form.opset, form.dynamic)
+    try:
+        if any(len(a) == 1 for a in args):  # torch.export takes a size of 1 for fixed
+            _check_two(model, two)
+        proto = export(symbolic, given, form.opset, "all" if form.dynamic else "batch")
+    except FixedBatch:
+        if form.dynamic:
+            raise
+        given = tuple(new[: len(a)] for new, a in zip(given, args, strict=True))
+        proto = export(symbolic, given, form.opset, "none")
     finish.round_once(proto)
     finish.exact_averages(proto)
     if formats.runtime == "openvino":
@@ -293,6 +306,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
         }
         finish.narrow(proto, {n for n, m in quants.items() if m.grid.bits <= 4})
     return proto
+
+
+def _check_two(model: nn.Module, args: tuple[Tensor, ...]) -> None:
+    try:
+        run_eval(model, args)
+    except Exception as error:
+        raise FixedBatch(f"the model takes batches of one size only: {error}") from error
 
 
 def _in_half(model: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Sizes that are dynamic in a file: the batch, and with `dynamic` all after the channels.
+"""Sizes that are dynamic in a file: none, the batch, or all, with those after the channels.
 
 torch.export records what a model requires of its sizes, but the file does not: a model that pools
 to 4 x 4 is exported as one that divides by 4. So a file with dynamic sizes is also compared with
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -23,8 +23,14 @@ NAMES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")
 _STEPS = ((64, 64, 64), (1, 3, 5))
 
 
-def free(args: tuple[Tensor, ...], dynamic: bool) -> tuple[dict[int, Any], ...]:
+Free = Literal["none", "batch", "all"]
+
+
+def free(args: tuple[Tensor, ...], which: Free) -> tuple[dict[int, Any], ...] | None:
     """The dynamic dimensions of each input for torch.export. Raises InputError for a size of 1."""
+    if which == "none":
+        return None
+    dynamic = which == "all"
     batch, auto = torch.export.Dim("batch"), torch.export.Dim.AUTO
     for i, a in enumerate(args):
         for d, name in _sizes(a, dynamic).items():
@@ -36,14 +42,16 @@ def free(args: tuple[Tensor, ...], dynamic: bool) -> tuple[dict[int, Any], ...]:
     return tuple({0: batch, **dict.fromkeys(_sizes(a, dynamic), auto)} for a in args)
 
 
-def name(proto: onnx.ModelProto, args: tuple[Tensor, ...], dynamic: bool) -> None:
+def name(proto: onnx.ModelProto, args: tuple[Tensor, ...], which: Free) -> None:
     """Names the dynamic dimensions batch, height and width.
 
     Where those of a second input may differ, they are height_2 and width_2. Raises InputError where
     the model fixes one."""
+    if which == "none":
+        return
     names: dict[str, str] = {}
     for i, (info, a) in enumerate(zip(proto.graph.input, args, strict=True)):
-        for d, word in {0: "batch", **_sizes(a, dynamic)}.items():
+        for d, word in {0: "batch", **_sizes(a, which == "all")}.items():
             symbol = info.type.tensor_type.shape.dim[d].dim_param
             if d > 0 and (symbol.isdigit() or not symbol):
                 raise InputError(
