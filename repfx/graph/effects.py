@@ -64,8 +64,18 @@ class Writes:
         return len(readers) > 1 and any(self._before(value, w) for w in self.of.get(value, ()))
 
     def through(self, node: fx.Node, value: fx.Node) -> bool:
-        """Whether the node overwrites memory of others through this value, a view of it."""
-        return value in self.by.get(node, ()) and self._may_alias(value)
+        """Whether the node overwrites memory of others through this value, a view of it.
+
+        Memory that only this value reads, as after a stochastic depth, is not that of others."""
+        if value not in self.by.get(node, ()):
+            return False
+        while self._may_alias(value):
+            near = self._shared(value)
+            readers = [u for n in near for u in n.users if Trait.MEASURES not in kind_of(u).traits]
+            if len(near) != 1 or near[0].op in ("placeholder", "get_attr") or readers != [value]:
+                return True
+            (value,) = near
+        return False
 
     def may_write(self, node: fx.Node) -> bool:
         """Whether the node may overwrite its first argument: fresh memory that only it reads."""

@@ -58,25 +58,36 @@ def round_once(proto: onnx.ModelProto) -> None:
     stood between two calls of a quantizer, such as a dropout."""
     index = Index(proto)
     instead: dict[str, str] = {}
-    gone: set[str] = set()
+    gone: set[int] = set()
+
+    def now(name: str) -> str:
+        while name in instead:
+            name = instead[name]
+        return name
+
     for dq in index.dequantizes:  # in order, so that the first of a row of pairs stays
         q = index.made.get(dq.input[0])
         first = index.made.get(q.input[0]) if q is not None and q.op_type == Q else None
-        if q is None or first is None or first.op_type != DQ:
+        if q is None or first is None or first.op_type != DQ or q.output[0] in index.outputs:
             continue
-        read = [index.users[q.output[0]], index.users[dq.output[0]]]
-        plain = index.outputs.isdisjoint((q.output[0], dq.output[0])) and not any(
-            captured(node) for node in (*read[0], *read[1])
-        )
-        if plain and _same_constants(index, first, q) and _same_constants(index, q, dq):
-            instead[dq.output[0]] = instead.get(q.input[0], q.input[0])
-            gone |= {dq.output[0]} | ({q.output[0]} if len(read[0]) == 1 else set())
+        read = [index.users[node.output[0]] for node in (q, dq, first)]
+        inner = any(captured(node) for readers in read for node in readers)
+        if inner or not (_same_constants(index, first, q) and _same_constants(index, q, dq)):
+            continue
+        kept, name = now(q.input[0]), dq.output[0]
+        if name not in index.outputs:
+            instead[name] = kept
+        elif kept not in index.outputs and id(first) not in gone:
+            first.output[0] = instead[kept] = name  # an output of the model keeps its name
+        else:
+            continue
+        gone |= {id(dq)} | ({id(q)} if len(read[0]) == 1 else set())
     for node in proto.graph.node:
         for i, name in enumerate(node.input):
-            node.input[i] = instead.get(name, name)
-    kept = [node for node in proto.graph.node if gone.isdisjoint(node.output)]
+            node.input[i] = now(name)
+    kept_nodes = [node for node in proto.graph.node if id(node) not in gone]
     del proto.graph.node[:]
-    proto.graph.node.extend(kept)
+    proto.graph.node.extend(kept_nodes)
     drop_unread(proto)
 
 
