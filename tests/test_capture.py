@@ -293,3 +293,79 @@ def test_pieces_are_iterated_over(chunks: int) -> None:
     assert isinstance(merged, fx.GraphModule)
     assert repfx.verify(model, merged, x).relative < 1e-6
     assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+
+
+class Measures(nn.Module):
+    """Its Python reads numbers out of tensors that are computed from sizes alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.body, self.head = how, block(4, 4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        n, _, height, width = x.shape
+        if self.how == "a mask":
+            mask = torch.ones(n, height, width, dtype=torch.bool)
+            return self.head(x if mask.all() else x * mask[:, None])
+        shapes = torch.empty(1, 2, dtype=torch.long)
+        shapes[0, 0], shapes[0, 1] = height, width
+        if self.how == "a check":
+            if (shapes[:, 0] * shapes[:, 1]).sum() != x.flatten(2).shape[2]:
+                raise ValueError("the sizes are wrong")
+            return self.head(x)
+        if self.how == "a number":
+            return self.head(x) * int(shapes.sum())
+        if self.how == "data in new memory":
+            held = torch.empty_like(x).copy_(x)
+            return self.head(x) if held.mean() > 0 else x
+        return self.head(x) * float(torch.tensor([n, height])[0])  # "the batch"
+
+
+FREE = {"a mask": (True, True), "a check": (True, True), "a number": (True, False)}
+FREE |= {"the batch": (False, True), "data in new memory": (True, True)}
+
+
+@pytest.mark.parametrize("how", FREE)
+def test_what_is_read_of_tensors_of_sizes_is_checked(how: str) -> None:
+    """Not the sizes themselves: `mask.all()` is true whatever they are."""
+    model, x = randomise(Measures(how).eval()), image()
+    result = repfx.transform(model, ["fuse"], example=x)
+    assert bool(result.meta["repfx"].untraced) == (how == "data in new memory")
+    for other, same in zip((image()[:1], image()[:, :, :7]), FREE[how], strict=True):
+        if same:
+            assert_same(model, result, other, 1e-5)
+        else:
+            with pytest.raises(repfx.InputError, match="transform the model again"):
+                result(other)
+
+
+class Vector(nn.Module):
+    """F.linear with a vector, as detectors have that read distances from a distribution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.norm = how, nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.steps, self.up = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(1))
+        self.register_buffer("fixed", torch.arange(8.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().mean((2, 3)).softmax(1)
+        if self.how == "computed":
+            return F.linear(x, torch.cat([-self.up.abs(), self.steps[1:7] * 2, self.up]))
+        return F.linear(x, self.steps if self.how == "learned" else self.fixed)
+
+
+@pytest.mark.parametrize("how", ["learned", "fixed", "computed"])
+@pytest.mark.parametrize("passes", [["fuse"], ["ptq"], ["repq"]])
+def test_a_vector_is_no_linear_layer(how: str, passes: list[str]) -> None:
+    model, x = randomise(Vector(how).eval()), image()
+    result = repfx.transform(model, passes, example=x)
+    if passes == ["repq"]:
+        result.train()(x).sum().backward()
+        result.eval()
+        assert_same(result, repfx.transform(result, ["fuse"], example=x), x, 1e-5)
+        return
+    if passes == ["ptq"]:
+        repfx.calibrate(result, [x])
+    assert_same(model, result, x, 1e-5 if passes == ["fuse"] else 0.05)

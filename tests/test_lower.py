@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -521,7 +522,6 @@ REFUSED = {
     r"the model gives no tensor, but \(5, 'a'\)": lambda y: (5, "a"),
     r"cannot export the model: .*No ONNX function found for .*linalg_svd": torch.linalg.svdvals,
     r"cannot export the model: .*data-dependent": lambda y: y if y.sum() > 0 else -y,
-    r"cannot export the model: it computes with a fixed batch size": lambda y: y.view(8, -1),
 }
 
 
@@ -535,6 +535,49 @@ def test_what_cannot_be_exported_says_why_in_one_line(said: str, tmp_path: Path)
         and len(message) < 500
         and not re.search("step|Next|more information|TORCH_LOGS", message)
     )
+
+
+BATCHES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether the batch is free
+    "a number": (lambda y: y.view(8, -1), False),
+    "an integer of a quotient": (lambda y: y.view(int(y.flatten().shape[0] / 3600), -1), False),
+    "a decision": (lambda y: y * 2 if y.shape[0] == 8 else y, False),
+    "a size": (lambda y: y.view(y.shape[0], -1), True),
+}
+
+
+@pytest.mark.parametrize("how", BATCHES)
+@pytest.mark.parametrize("passes", [None, ["fuse"], ["ptq"]])
+def test_a_model_that_fixes_the_batch_gives_a_file_for_that_batch(
+    how: str, passes: list[str] | None, tmp_path: Path
+) -> None:
+    then, free = BATCHES[how]
+    x = pictures()
+    model: Any = Odd(then).eval()
+    if passes is not None:
+        model = repfx.transform(model, passes, example=x)
+    if passes == ["ptq"]:
+        repfx.calibrate(model, [x])
+    found = repfx.lower(model, tmp_path / "model.onnx", example=x)
+    plain = how == "a decision" and passes is None  # torch.export takes it for a condition
+    if not plain:
+        assert found.batch == (None if free else 8)
+    sizes = onnx.load(found.onnx).graph.input[0].type.tensor_type.shape.dim
+    assert sizes[0].dim_value == (found.batch or 0) and sizes[1].dim_value == 3
+    (y,) = session("onnxruntime", found.onnx)([x])
+    assert difference(model(x), torch.as_tensor(y)).relative < 0.01
+    if not free and not plain:
+        with pytest.raises((repfx.InputError, repfx.CheckError)):
+            repfx.lower(model, tmp_path / "other.onnx", example=x, dynamic=True)
+        assert not (tmp_path / "other.onnx").exists()
+
+
+@pytest.mark.parametrize("float16", [False, True])
+def test_a_batch_of_one_that_is_fixed(float16: bool, tmp_path: Path) -> None:
+    x = pictures()[:1]
+    model = repfx.transform(Odd(lambda y: y.view(1, 784)).eval(), ["ptq"], example=x)
+    options: dict[str, Any] = {"float16": float16, "opset": 19 if float16 else 17}
+    found = repfx.lower(repfx.calibrate(model, [x]), tmp_path / "m.onnx", example=x, **options)
+    assert found.batch == 1 and found.parity.agrees
 
 
 @pytest.mark.parametrize("passes", [["fuse"], ["ptq"]])

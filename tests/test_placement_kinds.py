@@ -39,14 +39,19 @@ class Pooled(nn.Module):
 class Skipped(nn.Module):
     """A convolution with something after it, added to its input."""
 
-    def __init__(self, after: nn.Module) -> None:
+    def __init__(self, after: nn.Module, in_place: bool = False) -> None:
         super().__init__()
         self.stem, self.conv, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8))
-        self.after = after
+        self.after, self.in_place = after, in_place
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        return self.last(torch.relu(x + self.after(self.conv(x))))
+        if self.in_place:
+            y = self.after(self.conv(torch.sigmoid(x)))
+            y += x
+        else:
+            y = x + self.after(self.conv(x))
+        return self.last(torch.relu(y))
 
 
 class Resized(nn.Module):
@@ -96,6 +101,8 @@ KINDS: dict[str, nn.Module] = {
     "skip, dropout": Skipped(nn.Dropout(0.1)),
     "skip, dropout of channels": Skipped(nn.Dropout2d(0.1)),
     "skip, stochastic depth": Skipped(Drawn()),
+    "skip in place": Skipped(nn.Identity(), in_place=True),
+    "skip in place, stochastic depth": Skipped(Drawn(), in_place=True),
     "skip, two of them": Skipped(nn.Sequential(nn.Dropout(0.1), Drawn())),
     "resize": Resized(nn.Identity(), nn.Upsample(scale_factor=2)),
     "resize, leaky": Resized(nn.LeakyReLU(0.1), nn.UpsamplingNearest2d(scale_factor=2)),
@@ -140,6 +147,56 @@ def test_both_sides_of_a_resize_have_one_scale(name: str, target: str) -> None:
     (resize,) = (n for n in view.nodes if view.kind(n).name == "resize")
     before, (after,) = view.quantizer(resize.args[0]), (view.quantizer(n) for n in resize.users)
     assert before is not None and before is after
+
+
+class Written(nn.Module):
+    """Adds in place to a part of what others read, or of what only it reads."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8))
+        self.depth, self.read = Drawn(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        z = self.two(x)
+        y = self.depth(z)
+        y += x
+        return self.last(torch.relu(y) + torch.tanh(z) if self.read else torch.relu(y))
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_memory_that_others_read_is_written_as_it_was(read: bool, target: str) -> None:
+    torch.manual_seed(0)
+    model, x = Written(read).eval(), torch.randn(2, 3, 9, 9)
+    int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
+    assert repfx.verify(model, int8, x).sqnr > 25
+
+
+class Twice(nn.Module):
+    """A concatenation, moved and copied, that is an output of the model and read on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 3, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.cat([self.one(x), torch.sigmoid(self.two(x))], 1)
+        y = y.permute(0, 1, 3, 2).contiguous()
+        return y.view(y.shape), self.last(y[:, :, 1:])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_value_that_is_an_output_is_rounded_once(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 3, 9, 9)
+    int8 = repfx.calibrate(repfx.transform(model, ["ptq"], example=x, target=target), [x])
+    artifact = repfx.lower(int8, tmp_path / "int8.onnx", example=x, target=target)
+    assert "Q18" not in {f.rule for f in repfx.lint(artifact.onnx, target=target)}
+    outputs = session("onnxruntime", artifact.onnx)((x,))
+    for found, wanted in zip(outputs, int8(x), strict=True):
+        assert float((torch.as_tensor(found) - wanted).abs().max()) < 0.1
 
 
 def test_what_is_computed_from_sizes_is_no_value() -> None:

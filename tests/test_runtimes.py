@@ -222,6 +222,35 @@ def test_biases_that_products_cannot_reach(tiny: float, tmp_path: Path) -> None:
     )  # all but the last, whose output is the model's
 
 
+class Behind(nn.Module):
+    """Convolutions behind what runtimes do on integers: a pad, a max pool, a permutation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads, pools, turns = self.layers
+        x = pads(F.pad(F.relu(self.first(x)), (0, 1, 0, 1)))
+        x = pools(F.max_pool2d(F.relu(x), 2, 1))
+        return self.head(F.relu(turns(F.relu(x).permute(0, 1, 3, 2))))
+
+
+def test_biases_behind_pads_and_pools_are_integers_too(tmp_path: Path) -> None:
+    """The runtime rounds them; a comparison with others finds values that are off by one."""
+    torch.manual_seed(0)
+    net, x = Behind(), torch.randn(16, 3, 40, 40)
+    with torch.no_grad():  # products are coarse beside a step of the output
+        for layer in net.layers:
+            layer.weight *= 20
+    int8, file = made(net, x, "onnxruntime", tmp_path)
+    held = [m for m in reference(int8, "onnxruntime").modules() if isinstance(m, IntegerBias)]
+    assert len(held) == 5
+    found = deployed(int8, file, x, "onnxruntime")
+    assert found.agrees and found.sqnr > 60
+
+
 class Islands(nn.Module):
     """A layer in float between integers: a transposed convolution, and what `wide` leaves."""
 

@@ -81,7 +81,7 @@ def _why(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if "specialized it to be a constant" in str(cause):
+    if re.search(r"specialized it to be a constant|Constraints violated \(batch\)", str(cause)):
         return FIXED
     said = [
         re.sub(r"\x1b\[[0-9;]*m", "", str(e)).strip().partition("\n")[0] for e in (error, cause)
