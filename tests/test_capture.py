@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
@@ -369,3 +370,92 @@ def test_a_vector_is_no_linear_layer(how: str, passes: list[str]) -> None:
     if passes == ["ptq"]:
         repfx.calibrate(result, [x])
     assert_same(model, result, x, 1e-5 if passes == ["fuse"] else 0.05)
+
+
+def _choose(y: Tensor, number: Tensor) -> Tensor:
+    return y * 2 if number > 0 else y * 3
+
+
+def _by_view(y: Tensor) -> Tensor:
+    held = torch.empty(4)
+    held.view(2, 2).copy_(y[0, 0, :2, :2])
+    return _choose(y, held[0])
+
+
+def _by_a_view_before(y: Tensor) -> Tensor:
+    held = torch.zeros(4)
+    seen = held.view(2, 2)
+    held.copy_(y[0, 0, 0, :4])
+    return _choose(y, seen[0, 0])
+
+
+def _by_out(y: Tensor) -> Tensor:
+    held = torch.empty(2, 2)
+    torch.mul(y[0, 0, 0, :2], 2, out=held[0])
+    return _choose(y, held[0, 0])
+
+
+def _by_a_piece(y: Tensor) -> Tensor:
+    held = torch.empty(4)
+    held.chunk(2)[0].copy_(y[0, 0, 0, :2])
+    return _choose(y, held[0])
+
+
+def _by_detach(y: Tensor) -> Tensor:
+    held = torch.empty(2)
+    held.detach().copy_(y[0, 0, 0, :2])
+    return _choose(y, held[0])
+
+
+class Kept(nn.Module):
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.then = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.norm(self.conv(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("then", [_by_view, _by_a_view_before, _by_out, _by_a_piece, _by_detach])
+def test_data_that_is_written_through_another_view(then: Callable[[Tensor], Tensor]) -> None:
+    """Whoever shares the memory then holds data."""
+    model, x = randomise(Kept(then).eval()), image()
+    result = repfx.transform(model, ["fuse"], example=x)
+    for factor in (1, -1, 3, -3):
+        assert_same(model, result, factor * x, 1e-5)
+
+
+COUNTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "images in a range": lambda y: torch.cat(
+        [y[i : i + 1].mean((2, 3)) for i in range(y.shape[0])], 0
+    ),
+    "images of a tensor": lambda y: torch.stack([part.relu() for part in y]),
+    "rows": lambda y: sum(y.unbind(2)) / len(y.unbind(2)),  # type: ignore[return-value]
+    "parts": lambda y: sum(p.mean((2, 3)) for p in y.split(5, 2)),  # type: ignore[return-value]
+    "parts by name": lambda y: sum(  # type: ignore[return-value]
+        p.mean((2, 3)) for p in torch.split(y, split_size_or_sections=5, dim=-1)
+    ),
+    "copies of a list": lambda y: y * sum([1.0] * y.shape[2]),
+    "steps": lambda y: sum(y[:, :, i] for i in range(0, y.shape[2], 2)),  # type: ignore[return-value]
+    "channels": lambda y: y.split(2, 1)[0] + y.split(2, 1)[1],
+}
+
+
+@pytest.mark.parametrize("how", COUNTS)
+def test_how_often_a_loop_runs_is_a_fact(how: str) -> None:
+    """At each size the graph gives what the model gives, or refuses it."""
+    model, x = randomise(Kept(COUNTS[how]).eval()), image()
+    result = repfx.transform(model, ["fuse"], example=x)
+    assert_same(model, result, x, 1e-5)
+    refused = 0
+    for images, height, width in ((1, 10, 11), (5, 10, 11), (2, 20, 22), (2, 5, 6)):
+        other = torch.randn(images, 4, height, width)
+        try:
+            result(other)
+        except repfx.InputError:
+            refused += 1
+        else:
+            assert_same(model, result, other, 1e-5)
+    assert (refused > 0) == (how != "channels")
+    assert isinstance(range(3), range) and type(range(3)) is type(range(4))

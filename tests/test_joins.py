@@ -385,6 +385,58 @@ def test_tensorrt_stores_concatenations_before_norms(
     assert list(quantizers_of(int8, of_weight=False)) == list(kept)
 
 
+@pytest.mark.parametrize("by", [1.0, 200.0])
+def test_a_state_dict_says_which_stay(by: float, tmp_path: Path) -> None:
+    """It has no scale for one that was taken out, and the other model lowers without it."""
+    torch.manual_seed(0)
+    net, x = Ranges(by), torch.randn(8, 3, 32, 32)
+    net.train()(x)
+    first, second = (repfx.transform(net.eval(), ["ptq"], example=x) for _ in range(2))
+    repfx.calibrate(first, [x])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    assert repfx.sensitivity(first, [x]).rows == repfx.sensitivity(second, [x]).rows
+    files = [tmp_path / "first.onnx", tmp_path / "second.onnx"]
+    for model, file in zip((first, second), files, strict=True):
+        assert repfx.lower(model, file, example=x).parity.agrees
+    kinds = [[n.op_type for n in onnx.load(file).graph.node] for file in files]
+    assert kinds[0] == kinds[1]
+    repfx.reconstruct(second, [x], iterations=1, batch=8, progress=False)
+    assert len(quantizers_of(second)) == len(quantizers_of(first))
+
+
+class Direct(nn.Module):
+    """A norm that reads a part itself, so that its quantizer is named after the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)
+        self.conv, self.end = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(12, momentum=None)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, 300 * self.conv(torch.relu(self.norm(x)))], 1)
+        return self.last(torch.relu(self.end(x)))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_is_taken_out_leaves_nothing(learned: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Direct(), torch.randn(8, 3, 16, 16)
+    net.train()(x)
+    int8: Any = repfx.transform(net.eval(), ["ptq"], example=x)
+    (name,) = (path for path, quant in quantizers_of(int8).items() if quant.optional)
+    assert name == "norm.input_quant"
+    if learned:
+        repfx.reconstruct(int8, [x], iterations=1, batch=8, progress=False)
+    else:
+        repfx.calibrate(int8, [x])
+    assert name not in quantizers_of(int8) and f"{name}.scale" not in int8.state_dict()
+    assert type(int8.norm) is nn.BatchNorm2d and not list(int8.norm.children())
+    assert repfx.lower(int8, tmp_path / "int8.onnx", example=x).parity.agrees
+
+
 def test_who_has_no_quantizers_that_may_go() -> None:
     """Other targets, training, and learning without a calibration before."""
     torch.manual_seed(0)

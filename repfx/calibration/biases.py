@@ -38,7 +38,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> tuple[str, ...]:
     if there is no image, and for an image with NaN or of a shape that the model does not take."""
     name = input_of(model)
     assert isinstance(model, fx.GraphModule)
-    raw = [path for path, m in quantizers_of(model).items() if not m.calibrated]
+    raw = [path for path, m in quantizers_of(model).items() if m.missing]
     if raw:
         raise InputError(f"{raw[0]} is not calibrated: run repfx.calibrate first")
     inputs: list[tuple[Tensor]] = []

@@ -5,14 +5,13 @@ decide: what rounds too coarsely is taken out of the graph, and what stays is li
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from repfx.capture.model import graphs
-from repfx.graph.edit import take_out
 from repfx.graph.view import GraphView
-from repfx.placement.stored import uneven
+from repfx.placement.stored import leave_out, uneven
 from repfx.quant import FakeQuant, quantizers_of
 
 
@@ -28,12 +27,3 @@ def set_scales(model: nn.Module, scales: Mapping[FakeQuant, Tensor]) -> None:
     for quant, scale in scales.items():
         quant.set_scale(scale.to(quant.scale))
         quant.optional = False
-
-
-def leave_out(model: nn.Module, quants: Container[FakeQuant]) -> None:
-    """Takes these quantizers out of the model's graphs, in place."""
-    for _, graph in graphs(model):
-        view = GraphView(graph)
-        calls = [node for node in view.nodes if view.quantizer(node) in quants]
-        if calls:
-            take_out(graph, calls)

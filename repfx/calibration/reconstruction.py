@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from repfx.calibration.activations import Rows
 from repfx.calibration.blockwise import LOSSES, READING, ROUNDING, Options, Run, Split
 from repfx.calibration.feed import device_of
-from repfx.calibration.optional import leave_out
 from repfx.calibration.segments import inputs_of, segments
 from repfx.data.batches import Batches
 from repfx.data.preprocessing import preprocessing_of
@@ -33,6 +32,7 @@ from repfx.data.share import Share
 from repfx.errors import InputError, unknown
 from repfx.graph.inputs import note_preprocessing
 from repfx.memory import memory_kept
+from repfx.placement.stored import leave_out
 from repfx.processes import agreed, gathered
 from repfx.quant import Affine, FakeQuant, in_eval, quantizers_of
 

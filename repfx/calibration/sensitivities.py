@@ -71,7 +71,7 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
     quantizers or with one that is not calibrated, if there is no image, and for a batch that the
     model does not take or that gives NaN."""
     quants = quantizers_of(model)
-    raw = [name for name, m in quants.items() if not m.calibrated]
+    raw = [name for name, m in quants.items() if m.missing]
     if not quants or raw:
         raise InputError(
             f"{raw[0]} is not calibrated"

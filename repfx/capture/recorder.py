@@ -76,6 +76,9 @@ class Recorder(TorchFunctionMode):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._origins = Origins(self.shapes, lambda node: self.module_of(node))
         self.held: set[fx.Node] = set()  # nodes that may share memory with a tensor of the model
+        # The first node of the memory that a node may share, and what was written there.
+        self._memory: dict[fx.Node, fx.Node] = {}
+        self._written: dict[fx.Node, Depends] = {}
         self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
         self.answer: Callable[[ModeFlag], bool] = lambda flag: False
         self.paths: dict[int, str] = {}  # of the model's modules, by id
@@ -173,11 +176,26 @@ class Recorder(TorchFunctionMode):
         kind = kind_of(node)
         if Trait.RANDOM in kind.traits:
             self.depends[node] = Depends.DATA
+        if writes:
+            for t in tensors_in(kwargs.get("out", args[0] if args else None)):
+                memory = self._memory.get(self.node_of(t), self.node_of(t))
+                self._written[memory] = max(self._level(memory), self._level(node))
         # What is not fresh shares memory with its first argument: an index is not shared.
         shared = {self.node_of(t) for t in tensors_in(args[0])} if args else set()
         if Trait.FRESH not in kind.traits and self.held & shared:
             self.held.add(node)
+        if name in ("unbind", "split"):
+            self._count_pieces(name, args, kwargs)
         return self.bind(result if writes else fresh(result, (args, kwargs)), node)
+
+    def _count_pieces(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records as a fact how many pieces Python gets, where a size says it."""
+        rest = dict(zip(("dim",) if name == "unbind" else ("each", "dim"), args[1:], strict=False))
+        each = rest.get("each", kwargs.get("split_size_or_sections", kwargs.get("split_size", 1)))
+        count: Any = self._sizes(args[0])[self.bare(rest.get("dim", kwargs.get("dim", 0)))]
+        if isinstance(count, Integer) and isinstance(each, int):
+            count = count if each == 1 else (count + each - 1) // each
+            self.fact(count, "==", plain(count))
 
     def _refuse_writes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name != "__setitem__" and not writes_by_name(name, kwargs):
@@ -281,8 +299,11 @@ class Recorder(TorchFunctionMode):
 
     def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
-        levels = [self.depends.get(n, Depends.NOTHING) for n in node.all_input_nodes]
+        levels = [self._level(n) for n in node.all_input_nodes]
         data = op in ("placeholder", "call_module")
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and Trait.FRESH not in kind_of(node).traits:
+            self._memory[node] = self._memory.get(first, first)
         self.depends[node] = Depends.DATA if data else max(levels, default=Depends.NOTHING)
         if self.scope:
             node.meta["nn_module_stack"] = {path: (path, cls) for path, cls in self.scope}
@@ -336,7 +357,12 @@ class Recorder(TorchFunctionMode):
     def _of(self, value: Any) -> Depends:
         if not isinstance(value, Tensor):
             return Depends.NOTHING
-        return self.depends[self.node_of(value)]
+        return self._level(self.node_of(value))
+
+    def _level(self, node: fx.Node) -> Depends:
+        """What the value of a node depends on now; others may have written into its memory."""
+        written = self._written.get(self._memory.get(node, node), Depends.NOTHING)
+        return max(self.depends.get(node, Depends.NOTHING), written)
 
     def argument(self, value: Any) -> Any:
         """A value as an argument of a node. Raises Untraceable if a graph cannot hold it."""

@@ -6,15 +6,16 @@
 
 A symbol is an int or a float, so the model's Python runs as usual. What is computed from symbols is
 a symbol. A decision needs the number itself: then a fact is recorded, which the graph checks at
-every call.
+every call. Python's own `range` takes the number without asking, so a trace has one that asks.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import fx
@@ -63,6 +64,8 @@ def plain(value: Any) -> Any:
 def _binary(function: Callable[..., Any], reflected: bool = False) -> Any:
     def method(self: Any, other: Any) -> Any:
         if not isinstance(other, (int, float)):
+            if function is operator.mul and isinstance(other, (list, tuple, str, bytes)):
+                self.recorder.fact(self, "==", plain(self))  # so many copies of a list
             return NotImplemented
         pair = (other, self) if reflected else (self, other)
         return _computed(self, function, pair)
@@ -138,3 +141,32 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
 
 Integer: Any = type("Integer", (Symbol, int), {**_METHODS, "__index__": _fixed(int)})
 Real: Any = type("Real", (Symbol, float), dict(_METHODS))
+
+
+class _IsRange(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _RANGE)
+
+
+class _Range(metaclass=_IsRange):
+    """range, which records as facts the sizes that say how often a loop runs."""
+
+    def __new__(cls, *args: Any) -> Any:
+        for number in args:
+            if isinstance(number, Integer):
+                number.recorder.fact(number, "==", plain(number))
+        return _RANGE(*map(plain, args))
+
+
+_RANGE = range
+
+
+@contextlib.contextmanager
+def ranges_ask() -> Iterator[None]:
+    """Meanwhile a `range` of a size records what it rests on."""
+    before = builtins.range
+    builtins.range = _Range  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        builtins.range = before  # type: ignore[misc]

@@ -26,7 +26,7 @@ from repfx.capture.caches import uncached
 from repfx.capture.recorder import Recorder, Untraceable, fresh
 from repfx.capture.running import Attributes, PythonRandom, plain_modules, undone
 from repfx.capture.structures import Contents, leaves
-from repfx.capture.symbols import symbol
+from repfx.capture.symbols import ranges_ask, symbol
 from repfx.capture.two_modes import Comparison, Part, TooDifferent
 from repfx.errors import Declined
 from repfx.graph.guards import is_guard
@@ -112,7 +112,7 @@ class Tracer:
         numbers = PythonRandom()
         with self._prepared(root):
             given = self._placeholders(root, args)
-            with self.recorder:
+            with ranges_ask(), self.recorder:
                 mark = next(iter(reversed(self.recorder.graph.nodes)))
                 kept = State(root, given)
                 self.result = _CALL(root, *given)

@@ -24,6 +24,7 @@ from repfx.errors import InputError
 from repfx.files.store import write_whole
 from repfx.lowering.lint import findings
 from repfx.lowering.onnx.check import NAMES, How, checked, on_each, reference
+from repfx.lowering.onnx.lower import Artifact
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.isa import Isa, chosen
 from repfx.lowering.runtimes.layers import kernels
@@ -127,14 +128,7 @@ def lower(
     )
     say(f"ONNX Runtime against torch: {artifact.parity}")
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
-    if artifact.batch is not None:
-        say(
-            f"it takes {artifact.batch} at a time only, as the model computes with a fixed batch "
-            "size; x.shape[0], or -1 in a view, would leave it free"
-        )
-    if artifact.float32:
-        some = ", ".join(artifact.float32[:3]) + (", ..." if len(artifact.float32) > 3 else "")
-        say(f"in float32, since float16 does not hold their numbers: {some}")
+    _say_limits(artifact)
     written = _Written(file, net, example, target, float16)
     written.compare(runtime, artifact.there, stops)
     for finding in api.lint(file, target=target_named(target).runtime):
@@ -155,6 +149,18 @@ def lower(
         )
         say(f"wrote {engine.path} and {engine.metadata.name}, {engine}")
         _try(engine, file, example, profile.opt)
+
+
+def _say_limits(artifact: Artifact) -> None:
+    """Says where the file is not what was asked for."""
+    if artifact.batch is not None:
+        say(
+            f"it takes {artifact.batch} at a time only, as the model computes with a fixed batch "
+            "size; x.shape[0], or -1 in a view, would leave it free"
+        )
+    if artifact.float32:
+        some = ", ".join(artifact.float32[:3]) + (", ..." if len(artifact.float32) > 3 else "")
+        say(f"in float32, since float16 does not hold their numbers: {some}")
 
 
 def _try(engine: Engine, file: Path, example: tuple[Tensor, ...], images: int) -> None:

@@ -183,12 +183,15 @@ def references(graph: fx.Graph) -> set[str]:
 
 def take_out(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
     """Removes calls of layers with one input. What read them reads that input."""
-    before = references(module.graph)
+    paths = set()
     for node in nodes:
         (value,) = node.all_input_nodes
         node.replace_all_uses_with(value)
         module.graph.erase_node(node)
-    drop_unreferenced(module, before, [])
+        paths.add(str(node.target))
+    for path in paths - references(module.graph):
+        parent, _, name = path.rpartition(".")
+        del module.get_submodule(parent)._modules[name]
     module.recompile()
 
 

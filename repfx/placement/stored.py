@@ -12,12 +12,14 @@ are `optional`: `uneven` names those whose rounding, seen behind the norm, is to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from repfx.capture.model import graphs
 from repfx.graph.calls import call_of
+from repfx.graph.edit import take_out
 from repfx.graph.moves import joins, moves
 from repfx.graph.ops import Map, Sum
 from repfx.graph.traits import Trait
@@ -77,6 +79,15 @@ def uneven(view: GraphView, scales: Mapping[FakeQuant, Tensor]) -> set[FakeQuant
         if any(noise * _gain(view, norm) > WORST for norm in _norms(view, node)):
             found.add(quant)
     return found
+
+
+def leave_out(model: nn.Module, quants: Container[FakeQuant]) -> None:
+    """Takes these quantizers out of the model's graphs, in place."""
+    for _, graph in graphs(model):
+        view = GraphView(graph)
+        calls = [node for node in view.nodes if view.quantizer(node) in quants]
+        if calls:
+            take_out(graph, calls)
 
 
 def _norms(view: GraphView, value: fx.Node) -> set[fx.Node]:

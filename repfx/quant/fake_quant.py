@@ -56,7 +56,8 @@ class FakeQuant(nn.Module):
 
     is_graph_leaf = True
     scale: Tensor
-    # Whether calibration may find that the model is better off without it.
+    # Whether calibration may find that the model is better off without it. It is left out then, and
+    # as long as it has no scale it rounds nothing, without a warning.
     optional: bool = False
     more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
     # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
@@ -141,10 +142,15 @@ class FakeQuant(nn.Module):
         if self.learned and self.training and (self.more or not self.calibrated):
             self._begin(x)
         if not self.calibrated:
-            if not self.training and warns.get():
+            if self.missing and not self.training and warns.get():
                 warnings.warn(Unset(UNSET), stacklevel=2)
             return x
         return self.grid.quantize(x, self.step)
+
+    @property
+    def missing(self) -> bool:
+        """Whether it has no scale and needs one."""
+        return not self.calibrated and not self.optional
 
     @property
     def step(self) -> Tensor:
@@ -168,9 +174,12 @@ class FakeQuant(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        if self.optional and f"{prefix}scale" not in state_dict:
+            return  # calibration has left it out
         self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = _is_set(self.scale)
+        self.optional = self.optional and not self.calibrated
         self.more = 0 if self.calibrated else self.more
 
 

@@ -37,6 +37,7 @@ from repfx.lowering.onnx.exporter import FixedBatch, export
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.run import installed
 from repfx.placement.formats import has_offset
+from repfx.placement.stored import leave_out
 from repfx.quant import FakeQuant, Target, target_named
 
 OPSET = 20
@@ -95,6 +96,10 @@ def lower(
     if bare or isinstance(model, torch.export.ExportedProgram):
         model = capture(model, args).model
     _check_formats(model, target)
+    left = {m for m in model.modules() if isinstance(m, FakeQuant) and not m.calibrated}
+    if left:  # optional ones
+        model = copy.deepcopy(model)
+        leave_out(model, {m for m in model.modules() if isinstance(m, FakeQuant) and m.optional})
     _check_types(model)
     _check_outputs(model, args)
     if float16:
@@ -243,8 +248,10 @@ def _check_formats(model: nn.Module, target: str) -> None:
     for name, m in model.named_modules():
         if not isinstance(m, FakeQuant):
             continue
-        if not m.calibrated:
+        if m.missing:
             raw.append(name)
+        elif not m.calibrated:
+            continue
         elif not m.of_weight and m.grid.bits != 8:
             raise InputError(
                 f"{name} rounds activations to {m.grid.bits} bits, but integer layers in TensorRT "
