@@ -231,7 +231,7 @@ class Behind(nn.Module):
         self.layers = nn.ModuleList(nn.Conv2d(8, 8, 2) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        pads, pools, turns = self.layers
+        pads, pools, turns = self.layers[0], self.layers[1], self.layers[2]
         x = pads(F.pad(F.relu(self.first(x)), (0, 1, 0, 1)))
         x = pools(F.max_pool2d(F.relu(x), 2, 1))
         return self.head(F.relu(turns(F.relu(x).permute(0, 1, 3, 2))))
@@ -243,7 +243,7 @@ def test_biases_behind_pads_and_pools_are_integers_too(tmp_path: Path) -> None:
     net, x = Behind(), torch.randn(16, 3, 40, 40)
     with torch.no_grad():  # products are coarse beside a step of the output
         for layer in net.layers:
-            layer.weight *= 20
+            layer.weight.mul_(20)  # type: ignore[operator]
     int8, file = made(net, x, "onnxruntime", tmp_path)
     held = [m for m in reference(int8, "onnxruntime").modules() if isinstance(m, IntegerBias)]
     assert len(held) == 5
