@@ -435,7 +435,7 @@ COUNTS: dict[str, Callable[[Tensor], Any]] = {
     "rows": lambda y: sum(y.unbind(2)) / len(y.unbind(2)),
     "parts": lambda y: sum(p.mean((2, 3)) for p in y.split(5, 2)),
     "parts by name": lambda y: sum(
-        p.mean((2, 3)) for p in torch.split(y, split_size_or_sections=5, dim=-1)
+        p.mean((2, 3)) for p in torch.split(tensor=y, split_size_or_sections=5, dim=-1)
     ),
     "copies of a list": lambda y: y * sum([1.0] * y.shape[2]),
     "steps": lambda y: sum(y[:, :, i] for i in range(0, y.shape[2], 2)),

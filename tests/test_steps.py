@@ -383,6 +383,7 @@ def epochs(losses: list[float], rates: list[float] | None = None) -> list[Epoch]
         ([1.0, 1.7, 1.5, 1.3, 1.2], None, False, ""),
         ([1e-3, 1e-6, 1e-4, 2e-4], None, False, ""),  # little of what it was, though 200 times more
         ([math.nan, 0.8, 0.9, 1.0, 1.1], None, False, ""),
+        ([0.0, 1e-9, 2e-9, 3e-9, 4e-9], None, False, ""),
     ],
 )
 def test_a_loss_that_rises(

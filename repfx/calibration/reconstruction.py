@@ -94,23 +94,29 @@ def reconstruct(
     inputs = [str(n.target) for n in inputs_of(model)]
     if not quantizers_of(model):
         raise InputError("the model has no quantizers: run repfx.transform(model, ['ptq']) first")
-    leave_out(model, {quant for quant in quantizers_of(model).values() if quant.optional})
+    leave_out(model)
     with torch.inference_mode(False), torch.enable_grad(), in_eval(model), memory_kept():
-        found: list[tuple[int, int]] = []
-        share = Share(given)
-        with agreed():
-            rows = Rows(cache, device_of(model)).fill(_of_one_size(share, inputs, found))
-        share.check()
-        _check_sizes(rows)
+        rows, split = _read(given, inputs, Rows(cache, device_of(model)))
         one = next((one for one in gathered(_first(rows)) if one), ())
         one = tuple(x.to(device_of(model)) for x in one)
         net = segments(model, one, blocks)
         plain = segments(_in_float(model), one, blocks)
         run = Run(model, net, plain, options, checkpoint)
-        done = run.all(rows, Split.of(found), one, stages, progress)
+        done = run.all(rows, split, one, stages, progress)
     note_preprocessing(model, preprocessing_of(batches))
     model.meta = {**getattr(model, "meta", {}), "reconstruct": tuple(done)}  # type: ignore[assignment]
     return model
+
+
+def _read(given: Batches, inputs: list[str], rows: Rows) -> tuple[Rows, Split]:
+    """This process's share of the images, and how they are shared."""
+    found: list[tuple[int, int]] = []
+    share = Share(given)
+    with agreed():
+        rows.fill(_of_one_size(share, inputs, found))
+    share.check()
+    _check_sizes(rows)
+    return rows, Split.of(found)
 
 
 def _check(o: Options) -> None:

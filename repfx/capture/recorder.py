@@ -192,10 +192,11 @@ class Recorder(TorchFunctionMode):
         """Records as a fact how many pieces Python gets, where a size says it."""
         rest = dict(zip(("dim",) if name == "unbind" else ("each", "dim"), args[1:], strict=False))
         each = rest.get("each", kwargs.get("split_size_or_sections", kwargs.get("split_size", 1)))
-        axis = self.bare(rest.get("dim", kwargs.get("dim", 0))) % args[0].dim()
-        if axis == 1 and args[0].dim() > 3:
+        tensor: Any = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        axis = self.bare(rest.get("dim", kwargs.get("dim", 0))) % tensor.dim()
+        if axis == 1 and tensor.dim() > 3:
             return  # channels of images, as many as the weights say: nothing between layers asks
-        count: Any = self._sizes(args[0])[axis]
+        count: Any = self._sizes(tensor)[axis]
         if isinstance(count, Integer) and isinstance(each, int):
             count = count if each == 1 else (count + each - 1) // each
             self.fact(count, "==", plain(count))

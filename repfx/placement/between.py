@@ -33,7 +33,15 @@ from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
 from repfx.graph.vocabulary import kind_of
 from repfx.placement.formats import pads_average
-from repfx.placement.moved import Joint, Place, is_divided, moved_up, origins, takes_quantizer
+from repfx.placement.moved import (
+    Joint,
+    Place,
+    is_divided,
+    layers_ahead,
+    moved_up,
+    origins,
+    takes_quantizer,
+)
 from repfx.placement.stored import before_norms
 from repfx.quant import Target
 
@@ -99,13 +107,13 @@ def find_places(
     if not stored:
         return plain
     more = _placed(view, layers, target, others + stored, {value for _, value, _ in stored})
-    needed = {more.origins.get(value) for _, value, _ in plain.all}
-    new = [place for place in more.all if place not in set(plain.all)]
-    if needed & {more.origins[value] for _, value, _ in new} or len(new) + len(plain.all) > len(
-        more.all
-    ):
+    needed = set(plain.all)
+    shared = {more.origins.get(value) for _, value, _ in needed}
+    new = {more.origins[place[1]] for place in more.all if place not in needed}
+    # What is needed must stay as it is if the others are taken out.
+    if not needed.issubset(more.all) or new & shared:
         return plain
-    return replace(more, optional=frozenset(more.origins[value] for _, value, _ in new))
+    return replace(more, optional=frozenset(new))
 
 
 def _placed(
@@ -183,7 +191,7 @@ def _moved_sums(
 
     Only where every path from them leads into a layer."""
     found: list[Place] = []
-    ahead = _ahead(view, layers)
+    ahead = layers_ahead(view, layers)
     for node, _, layer in others:
         value = end = _given(view, node)
         while len(end.users) == 1 and moves(view, next(iter(end.users))):
@@ -192,16 +200,6 @@ def _moved_sums(
         sums = isinstance(view.ops[node], Sum) and value in ahead
         if sums and end is not value and after == ["norm"]:
             found.append((next(iter(value.users)), value, layer))
-    return found
-
-
-def _ahead(view: GraphView, layers: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """For each value from which every path leads into a layer: the first such layer."""
-    found: dict[fx.Node, fx.Node] = {}
-    for node in reversed(view.nodes):
-        goals = [u if u in layers else found.get(u) for u in node.users]
-        if goals and goals[0] is not None and None not in goals:
-            found[node] = goals[0]
     return found
 
 
@@ -223,7 +221,7 @@ def _joined(
     whole = {joined(view, value) for value in rounded}
     made = {moved_from(view, value) for value in rounded}
     found: list[Place] = []
-    ahead = _ahead(view, layers)
+    ahead = layers_ahead(view, layers)
     # The values that come from a layer; the model's inputs are in float anyway.
     behind: set[fx.Node] = set()
     for node in view.nodes:

@@ -100,6 +100,19 @@ def origins(view: GraphView, places: Iterable[Place], joint: Joint) -> dict[fx.N
     return {value: end(made) for value, made in found.items()}
 
 
+def layers_ahead(
+    view: GraphView, layers: Collection[fx.Node], every: bool = True
+) -> dict[fx.Node, fx.Node]:
+    """For each value the first layer that it leads into, on every path or else on any."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in reversed(view.nodes):
+        goals = [u if u in layers else found.get(u) for u in node.users]
+        reached = [goal for goal in goals if goal is not None]
+        if reached and (len(reached) == len(goals) or not every):
+            found[node] = reached[0]
+    return found
+
+
 def is_divided(view: GraphView, node: fx.Node) -> bool:
     """Whether the node returns several tensors."""
     return getattr(view.ops[node], "pieces", None) is not None

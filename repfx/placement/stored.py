@@ -13,6 +13,7 @@ are `optional`: `uneven` names those whose rounding, seen behind the norm, is to
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Mapping
+from functools import cache, partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +25,13 @@ from repfx.graph.moves import joins, moves
 from repfx.graph.ops import Map, Sum
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
-from repfx.placement.moved import Place, is_divided, takes_one_scale, takes_quantizer
+from repfx.placement.moved import (
+    Place,
+    is_divided,
+    layers_ahead,
+    takes_one_scale,
+    takes_quantizer,
+)
 from repfx.quant import FakeQuant, Target
 
 # 27 dB. Rounding to 8 bits leaves 1e-4 where the largest value is 4 standard deviations, but here
@@ -39,11 +46,7 @@ def before_norms(view: GraphView, layers: Collection[fx.Node], target: Target) -
     that nothing is stored twice, and one of them leads into a layer of `layers`."""
     if target.between != "sums":
         return []
-    ahead: dict[fx.Node, fx.Node] = {}
-    for node in reversed(view.nodes):
-        goals = [u if u in layers else ahead.get(u) for u in node.users]
-        if goal := next((g for g in goals if g is not None), None):
-            ahead[node] = goal
+    ahead = layers_ahead(view, layers, every=False)
     members = {n: (n, *view.data_inputs(n)) for n in view.nodes if _takes(view, n, target)}
 
     def lead(node: fx.Node) -> fx.Node | None:
@@ -71,39 +74,39 @@ def before_norms(view: GraphView, layers: Collection[fx.Node], target: Target) -
 def uneven(view: GraphView, scales: Mapping[FakeQuant, Tensor]) -> set[FakeQuant]:
     """The optional quantizers that round too coarsely for the norms that read them."""
     found: set[FakeQuant] = set()
+    gain = cache(partial(_gain, view))
     for node in view.nodes:
         quant = view.quantizer(node)
         if quant is None or quant not in scales or not quant.optional:
             continue
         noise = float(scales[quant].double().square().max()) / 12
-        if any(noise * _gain(view, norm) > WORST for norm in _norms(view, node)):
+        if any(noise * gain(norm) > WORST for norm in _norms(view, node)):
             found.add(quant)
     return found
 
 
-def leave_out(model: nn.Module, quants: Container[FakeQuant]) -> None:
-    """Takes these quantizers out of the model's graphs, in place."""
+def leave_out(model: nn.Module, quants: Container[FakeQuant] | None = None) -> None:
+    """Takes quantizers out of the model's graphs, in place: these, or else all optional ones."""
     for _, graph in graphs(model):
         view = GraphView(graph)
-        calls = [node for node in view.nodes if view.quantizer(node) in quants]
-        if calls:
-            take_out(graph, calls)
+        given = {node: quant for node in view.nodes if (quant := view.quantizer(node)) is not None}
+        take_out(
+            graph, [n for n, q in given.items() if (q.optional if quants is None else q in quants)]
+        )
 
 
 def _norms(view: GraphView, value: fx.Node) -> set[fx.Node]:
     """The batch norms that read a value, also after it was joined, moved, averaged or rounded."""
-    found: set[fx.Node] = set()
-    for reader in value.users:
-        if _is_norm(view, reader):
-            found.add(reader)
-        elif (
-            joins(view, reader)
-            or moves(view, reader)
-            or Trait.AVERAGES in view.traits(reader)
-            or view.quantizer(reader) is not None
-        ):
-            found |= _norms(view, reader)
-    return found
+    seen, todo = {value}, [value]
+    while todo:
+        for reader in todo.pop().users:
+            passes = joins(view, reader) or moves(view, reader)
+            passes = passes or Trait.AVERAGES in view.traits(reader)
+            passes = passes or view.quantizer(reader) is not None
+            if reader not in seen and (passes or _is_norm(view, reader)):
+                seen.add(reader)
+                todo += [reader] if passes else []
+    return {node for node in seen if _is_norm(view, node)}
 
 
 def _is_norm(view: GraphView, node: fx.Node) -> bool:

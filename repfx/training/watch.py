@@ -97,8 +97,10 @@ def ruined(now: Seen, before: Seen, first: float, rows: Sequence[Epoch], grids: 
 
 
 def worse(least: float, loss: float, first: float) -> bool:
-    """Whether a loss is above another by more than two batches may differ."""
-    return loss > least + WORSE * abs(first)
+    """Whether a loss is above another by more than two batches may differ.
+
+    A first loss of 0 says nothing of how much that is."""
+    return first != 0 and loss > least + WORSE * abs(first)
 
 
 def risen(first: float, rows: Sequence[Epoch]) -> tuple[str, ...]:

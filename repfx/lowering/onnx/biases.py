@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.capture.model import graphs
-from repfx.graph.moves import moves
-from repfx.graph.traits import Trait
+from repfx.graph.moves import moves, passes_codes
 from repfx.graph.view import GraphView
 from repfx.quant import FakeQuant
 
@@ -113,8 +112,7 @@ def _quantizer(view: GraphView, value: fx.Node | None) -> FakeQuant | None:
         if isinstance(module, FakeQuant):
             return module
         inputs = view.data_inputs(value)
-        traits = view.traits(value)
-        if len(inputs) != 1 or not (moves(view, value) or traits & (Trait.PADS | Trait.MAXIMUM)):
+        if len(inputs) != 1 or not (moves(view, value) or passes_codes(view.module, value)):
             return None
         (value,) = inputs
     return None

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from repfx.capture.model import capture, graphs
 from repfx.capture.running import as_args, describe, run_eval
+from repfx.data.preprocessing import Preprocessing
 from repfx.errors import CheckError, InputError
 from repfx.files.store import write_whole
 from repfx.graph.effects import is_dead
@@ -38,7 +39,7 @@ from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.run import installed
 from repfx.placement.formats import has_offset
 from repfx.placement.stored import leave_out
-from repfx.quant import FakeQuant, Target, target_named
+from repfx.quant import FakeQuant, Target, quantizers_of, target_named
 
 OPSET = 20
 PREPROCESSING = "repfx.preprocessing"  # the name of its JSON in the metadata of the file
@@ -96,10 +97,9 @@ def lower(
     if bare or isinstance(model, torch.export.ExportedProgram):
         model = capture(model, args).model
     _check_formats(model, target)
-    left = {m for m in model.modules() if isinstance(m, FakeQuant) and not m.calibrated}
-    if left:  # optional ones
+    if any(m.optional for m in quantizers_of(model).values()):
         model = copy.deepcopy(model)
-        leave_out(model, {m for m in model.modules() if isinstance(m, FakeQuant) and m.optional})
+        leave_out(model)
     _check_types(model)
     _check_outputs(model, args)
     if float16:
@@ -110,13 +110,8 @@ def lower(
     model = reference(model, target, float16)
     proto = _export(model, args, form)
     if images is not None:
-        if images.size is not None and args and args[0].dim() == 4:
-            images = replace(images, size=(args[0].shape[2], args[0].shape[3]))
-        onnx.helper.set_model_props(proto, {PREPROCESSING: images.json()})
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
+        _note(proto, images, args)
+    _check_valid(proto)
     how = How(float16)
     parity = checked("onnxruntime", model, proto, args, how)
     own = target_named(target).runtime
@@ -146,6 +141,20 @@ class _Form:
                 f"opset must be a whole number from {least} to "
                 f"23{' with float16' if self.float16 else ''}, not {self.opset!r}"
             )
+
+
+def _note(proto: onnx.ModelProto, images: Preprocessing, args: tuple[Tensor, ...]) -> None:
+    """Writes how images become inputs into the file, with the size that the file takes."""
+    if images.size is not None and args and args[0].dim() == 4:
+        images = replace(images, size=(args[0].shape[2], args[0].shape[3]))
+    onnx.helper.set_model_props(proto, {PREPROCESSING: images.json()})
+
+
+def _check_valid(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise CheckError(f"the exported graph is not valid ONNX: {error}") from error
 
 
 def _inputs(example: Any) -> tuple[Tensor, ...]:
