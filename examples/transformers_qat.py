@@ -22,6 +22,7 @@ from squares import COLORS, squares
 from torch import Tensor, nn
 
 import repfx
+from repfx.passes import RepQ
 
 SIZE = 128
 
@@ -88,8 +89,12 @@ def main() -> None:
     torch.manual_seed(0)
     train, valid = dataset(32, 0), dataset(8, 1)
     example = {"pixel_values": images(train[:2])}
-    net = repfx.transform(detector(), ["repq"], example=example, target="onnxruntime")
-    repfx.calibrate(net, [{"pixel_values": images(train)}])
+    # With random weights, running statistics are not those of the net yet: the norms take those of
+    # the batch, and the steps come from a batch in training mode.
+    repq = RepQ(bn="sampled")
+    net = repfx.transform(detector(), [repq], example=example, target="onnxruntime")
+    with torch.no_grad():
+        net.train()(images(train))
     with tempfile.TemporaryDirectory() as folder:
         options = library.TrainingArguments(
             folder,

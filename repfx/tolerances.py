@@ -19,9 +19,11 @@ SAME_CONSTANT = 1e-9
 TRACED = 1e-4
 TRACED_WIDE = 1e-9
 
-# A model's output before and after passes that must not change it, in float32 and in float64.
+# A model's output before and after passes that must not change it, in float32 and in float64. A
+# detector with random weights makes 5e-9 of rounding in float64. A computation that is wrong is off
+# by far more.
 KEPT = 1e-3
-KEPT_WIDE = 1e-9
+KEPT_WIDE = 1e-7
 
 
 @dataclass(frozen=True)

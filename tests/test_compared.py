@@ -175,3 +175,72 @@ class Spoiler(Pass):
 def test_a_broken_promise_is_found_behind_a_sort(kind: type[Head]) -> None:
     with pytest.raises(repfx.CheckError, match="pass 'spoiler' promised"):
         fused(head(kind, False), passes=[Spoiler()])
+
+
+class Steep(Ordered):
+    """Values that enlarge rounding by a factor of ten million, as deep detectors do."""
+
+    def choose(self, scores: Tensor, boxes: Tensor) -> Any:
+        return super().choose(scores, boxes + (scores[:, None] * 5e7).sin())
+
+
+def test_rounding_that_a_model_enlarges_does_not_undo_merges() -> None:
+    model = head(Steep)
+    report = fused(model)
+    assert len(report.merged) == 1
+    worst = next(c for c in report.compared if "all passes, in float64" in c)
+    assert 1e-9 < float(worst.rpartition(" ")[2]) < 1e-7
+
+
+RAN: list[type] = []  # A forward for each. What a model holds itself is put back after a trial.
+
+
+class Detector(nn.Module):
+    """A head with losses in training, behind code that no tracer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = head(Ordered)
+
+    def forward(self, x: Tensor) -> Any:
+        RAN.append(type(x))
+        found = self.head(x)
+        return {"loss": found["boxes"].sum()} if self.training else [found]
+
+
+def test_the_forward_of_a_detector_runs_at_most_fourteen_times() -> None:
+    RAN.clear()
+    report = fused(head(Detector))
+    assert len(report.merged) == 1 and any("in float64" in c for c in report.compared)
+    assert 6 <= len(RAN) <= 14
+
+
+class Boxed(nn.Module):
+    """The boxes of each image by a part that has losses in training."""
+
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head(Ordered, False)
+
+        def forward(self, images: list[Tensor]) -> Any:
+            found = [self.head(x)["boxes"] for x in images]
+            return {"loss": sum(f.sum() for f in found)} if self.training else found
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes = self.Boxes()
+
+    def forward(self, x: Tensor) -> Any:
+        if x.sum() == 0:
+            raise ValueError("empty")
+        return self.boxes(list(x.split(1)))
+
+
+def test_what_was_left_in_python_is_so_in_float64_too() -> None:
+    model, x = head(Boxed), picture()
+    result = repfx.transform(model, ["fuse"], example=x)
+    assert len(result.meta["repfx"].merged) == 1
+    assert any("in float64" in c for c in result.meta["repfx"].compared)
+    three = torch.cat([x, x[:1]])
+    assert len(result(three)) == len(model(three)) == 3

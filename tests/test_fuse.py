@@ -421,3 +421,40 @@ def test_random_graphs(part: int) -> None:
         assert all(m.macs_after <= m.macs_before for m in report.merged)
         assert not repfx.transform(result, ["fuse"], example=x).meta["repfx"].merged
     assert merged >= 10
+
+
+class Viewed(nn.Module):
+    """What is merged ends in another order of axes, and a view reads it, as in many detectors."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, n = self.norm(self.conv(x)), x.size(0)
+        if self.how == "contiguous":
+            return y.permute(0, 2, 3, 1).contiguous().view(n, -1)
+        if self.how == "moved":
+            return y.movedim((2, -1), (-3, -2)).contiguous().view(n, -1)
+        if self.how == "activation":
+            return torch.relu(y.permute(0, 2, 3, 1).contiguous()).view(-1)
+        if self.how == "scaled":
+            return (y.permute(0, 2, 3, 1).contiguous() * 2).unflatten(1, (2, -1)).view(-1)
+        if self.how == "linear":
+            return self.last(y.permute(0, 2, 3, 1)).view(n, -1)
+        if self.how == "tokens":
+            return self.last(y.flatten(2).transpose(1, 2)).view(n, -1, 10)
+        return y.transpose(1, 3).clone(memory_format=torch.contiguous_format).view(n, -1)
+
+
+@pytest.mark.parametrize(
+    "how", ["contiguous", "moved", "activation", "scaled", "linear", "tokens", "cloned"]
+)
+def test_a_view_may_read_what_is_merged(how: str) -> None:
+    model, x = randomise(Viewed(how).double().eval()), torch.randn(2, 3, 8, 8).double()
+    result = repfx.transform(model, ["fuse"], example=x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for images in (x, torch.randn(3, 3, 8, 8).double()):
+        torch.testing.assert_close(result(images), model(images), rtol=1e-9, atol=1e-9)
+    assert not repfx.transform(result, ["fuse"], example=x).meta["repfx"].merged

@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
+from repfx.lowering.onnx.choices import Choosing
 from repfx.lowering.onnx.finish import codes_name
-from repfx.lowering.onnx.parity import CodeDifference, Parity, Theirs, _exactly, compare
+from repfx.lowering.onnx.parity import (
+    CodeDifference,
+    Parity,
+    Theirs,
+    _exactly,
+    _forced,
+    compare,
+)
 from repfx.quant import FakeQuant, Grid
 from repfx.rewrite.difference import Difference, difference, differences
 from repfx.tolerances import LOWERED
@@ -192,6 +200,70 @@ def test_equal_scores_may_be_picked_either_way(how: str, tmp_path: Path) -> None
     (choice,) = artifact.parity.choices.values()
     assert artifact.parity.agrees and choice.wrong == 0
     assert "differ on equal inputs" in str(artifact.parity)
+
+
+class Threshold(nn.Module):
+    """Compares a convolution with the same one in two halves and a margin."""
+
+    def __init__(self, how: str, margin: float) -> None:
+        super().__init__()
+        self.how, self.margin = how, margin
+        self.one, self.last = nn.Conv2d(16, 8, 3, bias=False), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.one.weight
+        halves = F.conv2d(x[:, :8], w[:, :8]) + F.conv2d(x[:, 8:], w[:, 8:])
+        a, b = self.one(x), halves + self.margin
+        larger = {"lt": b < a, "gt": a.gt(b), "le": torch.le(b, a), "ge": a >= b}[self.how]
+        return self.last(larger.to(x.dtype))
+
+
+COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+
+
+@pytest.mark.parametrize("margin", [2e-6, 0.1])
+@pytest.mark.parametrize("how", ["lt", "gt", "le", "ge"])
+def test_a_comparison_may_have_another_answer_only_for_equal_values(
+    how: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's comparison is turned round: it is wrong, but for values that are nearly equal."""
+    lowering = importlib.import_module("repfx.lowering.onnx.lower")
+    real, turned = lowering._export, []
+
+    def other(*args: object) -> onnx.ModelProto:
+        proto = real(*args)
+        for node in proto.graph.node:
+            if node.op_type in COMPARISONS:
+                node.input[0], node.input[1] = node.input[1], node.input[0]
+                turned.append(node.op_type)
+        return proto
+
+    monkeypatch.setattr(lowering, "_export", other)
+    model, x = Threshold(how, margin).eval(), torch.ones(2, 16, 24, 24)
+    if margin > 0.01:
+        with pytest.raises(repfx.CheckError, match="output 0"):
+            repfx.lower(model, tmp_path / "net.onnx", example=x)
+    else:
+        parity = repfx.lower(model, tmp_path / "net.onnx", example=x).parity
+        assert parity.agrees and parity.output.relative > 1e-3
+    assert len(turned) == 1
+
+
+def test_comparisons_are_found_in_the_order_of_the_graph() -> None:
+    """Those of constants are not in the file, and those of integers are never taken over."""
+    ones, near = torch.ones(3), torch.tensor([1.0, 1 + 1e-6, 2.0])
+    theirs = [("Less", torch.tensor([True, False, False])), ("Greater", torch.ones(2).bool())]
+    with Choosing(theirs, lambda *_: None, 1e-5):
+        constant = ones[:1] < 0.5
+        integers = ones.long() < near.long()
+        first = ones < near
+        second = torch.gt(ones[:2], near[:2])
+        third = ones < near
+    assert constant.tolist() == [False]
+    assert integers.tolist() == [False, False, True]
+    assert first.tolist() == [True, False, True]
+    assert second.tolist() == [True, True]
+    assert third.tolist() == [False, True, True]  # the file has one Less
 
 
 @pytest.mark.parametrize("how", ["topk", "argmax"])
@@ -518,3 +590,25 @@ def test_which_outputs_are_shares_of_one(tmp_path: Path) -> None:
     found = shares(onnx.load(file.onnx))
     assert found[1:] == (False, False, True)
     assert shares(onnx.load(file.onnx))[0] is False  # a maximum is computed since
+
+
+class Twice(nn.Module):
+    """Two quantizers on equal values, of which an exporter makes one."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.one, self.two = (FakeQuant(Grid(8, full=True), torch.tensor(s)) for s in (0.5, step))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.one(x), self.two(x.clone()), self.two(x.view(2, 4))
+
+
+@pytest.mark.parametrize("step", [0.5, 0.25])
+def test_a_quantizer_that_the_exporter_merged_into_an_equal_one_has_its_codes(step: float) -> None:
+    x = torch.arange(-4.0, 4.0)
+    codes = torch.arange(8)  # not those of x: whatever the file has is taken over
+    theirs = Theirs({codes_name("one"): codes}, [])
+    a, b, c = _forced(Twice(step).eval(), (x,), theirs, lambda *_: None, lambda *_: None)
+    assert torch.equal(a, codes * 0.5)
+    assert torch.equal(b, codes * 0.5 if step == 0.5 else x)
+    assert torch.equal(c, x.view(2, 4))  # of another shape it is another operator

@@ -34,6 +34,8 @@ def conv(
 class Ended(nn.Module):
     """A body of 8 channels, averaged and classified."""
 
+    gates = 0  # Of the layers, those of one position, which stay in float for TensorRT.
+
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.head = conv(3, 8), nn.Linear(8, 5)
@@ -83,7 +85,7 @@ class Split(Ended):
 class Gate(Ended):
     """Squeeze and excitation, leaky activations and dropout."""
 
-    layers = 6
+    layers, gates = 6, 2
 
     def __init__(self) -> None:
         super().__init__()

@@ -542,13 +542,18 @@ def alive() -> int:
 @pytest.mark.parametrize("method", ["max", "mse"])
 def test_memory_is_flat_in_the_number_of_batches(method: str) -> None:
     quantized, sizes = repfx.transform(model(), ["ptq"]), []
+    gc.collect()
+    gc.freeze()  # so that only new objects are looked through
 
     def batches() -> Iterator[Tensor]:
         for _ in range(12):
             sizes.append(alive())
             yield torch.randn(4, 3, 12, 12)
 
-    repfx.calibrate(quantized, batches(), method=method)
+    try:
+        repfx.calibrate(quantized, batches(), method=method)
+    finally:
+        gc.unfreeze()
     assert sizes[1] > 0 and max(sizes[2:]) <= sizes[1]
     assert all(m.observer is None for m in quantized.modules() if isinstance(m, FakeQuant))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import functools
 import inspect
 import io
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import repfx
+from repfx.capture.model import capture
 from repfx.capture.structures import tensors_in
 from repfx.graph.modes import TrainOnly
 from repfx.testing import assert_same, randomise
@@ -810,6 +813,72 @@ def test_a_head_with_two_outputs_has_a_graph_for_eval_mode() -> None:
     assert len(copy.deepcopy(result).train()(image())) == 2
 
 
+class Prompted(nn.Module):
+    """A head that runs some layers for another kind of input only, or by hand.
+
+    `other` shares its activation with the rest, takes two maps and has a list of parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), self.act)
+        self.other = Fusing(self.act)
+        self.sized = Sized()
+        self.shared = nn.Sequential(self.first[0], nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, mode: str = "image") -> Any:
+        y = self.first(x)
+        if mode == "two":
+            return self.other(x, y)
+        if mode == "sized":
+            return self.sized(x)
+        if mode == "shared":
+            return self.shared(x)
+        return (y, y.mean()) if self.training else y
+
+
+class Fusing(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(n, 4, 3, padding=1), nn.BatchNorm2d(4), act) for n in (3, 4)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.parts[0](x)[:, :, 1:-1, 1:-1] + self.parts[1](y)
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y * 2 if x.shape[-1] > 20 else y
+
+
+def test_parts_that_never_run_are_merged_where_any_input_will_do(tmp_path: Path) -> None:
+    head = randomise(Prompted().eval())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), head)
+    fused: Any = repfx.transform(model, ["fuse"], example=image())
+    norms = {n for n, m in fused.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    # `shared` has a convolution that runs, and `sized` is right for one side of 20 only.
+    assert norms == {"2.shared.1", "2.sized.norm"}
+    for size in (16, 24):
+        x = image(2, size)
+        assert_same(model, fused, x, 1e-5)
+        for mode in ("two", "sized", "shared"):
+            want, got = head(x, mode), fused.get_submodule("2")(x, mode)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    quantized = repfx.calibrate(repfx.transform(model, ["ptq"], example=image()), [image()])
+    assert sum(n.endswith("weight_quant") for n, _ in quantized.named_modules()) == 2
+    left = {d.where for d in quantized.meta["repfx"].declined if "does not run" in d.reason}
+    assert left == {"2.other.parts.0", "2.other.parts.1"}
+    file = repfx.lower(quantized, tmp_path / "int8.onnx", example=image()).onnx
+    assert [n.op_type for n in onnx.load(file).graph.node].count("Conv") == 2
+
+
 class TwoHeads(nn.Module):
     """A root with layers of its own that answers differently in training."""
 
@@ -839,6 +908,73 @@ def test_a_deployed_model_keeps_its_forward_in_eval_mode(inside: bool) -> None:
     trained = repfx.transform(model, ["repq"], example=image()).train()
     assert len(trained(image())) == 2
     assert "branches on self.training" in str(trained.meta["repfx"].untraced)
+
+
+@dataclasses.dataclass
+class Encoded:
+    last: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+
+
+class Careful(nn.Module):
+    """In training, its Python looks at the values, as layers of transformers do."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        y = torch.relu(self.norm(self.conv(x)))
+        if self.training and not (y.abs() < 1e4).all():
+            y = y.clamp(-1e4, 1e4)
+        return (F.dropout(y, 0.1, self.training),)
+
+
+class Encoder(nn.Module):
+    """Its branch for training does nothing, since no layer is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.dropped = nn.ModuleList([Careful(3), Careful(8)]), 0.0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Encoded:
+        if not mask.all():
+            x = x * mask
+        for layer in self.layers:
+            if self.training and self.dropped > 0 and float(torch.rand([])) < self.dropped:
+                continue
+            x = layer(x)[0]
+        return Encoded(x)
+
+
+class Encoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(x, torch.ones(x.shape[2:], dtype=torch.bool)).last)
+        return y
+
+
+def test_layers_that_look_at_values_in_training_only() -> None:
+    model = randomise(Encoding().eval())
+    fused = repfx.transform(model, ["fuse"], example=image())
+    assert not fused.meta["repfx"].untraced and not fused.meta["repfx"].declined
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    assert_same(model, fused, image(3, 9), 1e-5)
+    found = capture(model, (image(),))
+    found.separate()
+    trained: Any = found.model
+    assert {d.where for d in found.declined} == {"encoder.layers.0", "encoder.layers.1"}, "each layer, nothing around it"
+    assert_same(model, trained, image(3, 9), 1e-5)
+    for layer in trained.encoder.layers:
+        assert isinstance(layer, fx.GraphModule), "in eval mode a graph, which has no flag"
+        assert not any("training" in str(n.args) for n in layer.graph.nodes)
+    layer, huge = trained.encoder.layers[0], image() * 1e6
+    assert layer.eval()(huge)[0].max() > 1e4
+    layer.train().norm.eval()
+    assert layer(huge)[0].max() == 1e4 / 0.9, "its own forward runs in training"
 
 
 HOOKED: dict[str, Callable[[nn.Conv2d], Any]] = {
@@ -990,6 +1126,27 @@ def test_a_list_that_may_have_any_length_is_not_fixed_in_silence() -> None:
         torch.testing.assert_close(got, model(image(3)), rtol=1e-4, atol=1e-4)
 
 
+def test_nor_is_one_that_a_head_for_training_gets() -> None:
+    class Losses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Stem(8)
+
+        def forward(self, x: Tensor, boxes: list[Tensor]) -> Any:
+            y = self.stem(x)
+            rows = torch.cat([y[i].mean() * box for i, box in enumerate(boxes)])
+            return {"loss": rows.sum() * len(boxes)} if self.training else rows
+
+    model = randomise(Losses().eval())
+    result = repfx.transform(
+        model, ["fuse"], example=(torch.randn(2, 3, 9, 9), [torch.ones(3, 4)] * 2)
+    )
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    for n in (1, 2, 3):
+        given = torch.randn(n, 3, 9, 9), [torch.ones(3, 4) * i for i in range(n)]
+        torch.testing.assert_close(result(*given), model(*given), rtol=1e-4, atol=1e-4)
+
+
 def test_lists_of_features_have_one_length() -> None:
     heads, features = Heads().eval(), [torch.randn(2, 8, n, n) for n in (8, 4)]
     result = repfx.transform(heads, ["fuse"], example=(features,))
@@ -1086,3 +1243,39 @@ def test_leaves_of_a_given_graph_are_entered(last: nn.Module, tmp_path: Path) ->
         return  # stays as code of its own, which cannot be saved
     repfx.save(merged, tmp_path / "net.pt")
     assert repfx.verify(merged, repfx.load(tmp_path / "net.pt"), x).relative == 0
+
+
+class Level(enum.IntEnum):
+    TWO = 2
+
+
+class Way(enum.StrEnum):
+    NEAREST = "nearest"
+
+
+class Numbers(nn.Module):
+    """Its Python has numbers and strings of classes of their own."""
+
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.number, self.stem = number, Stem(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        if isinstance(self.number, str):
+            return F.interpolate(y, scale_factor=2.0, mode=self.number)
+        return y * self.number + self.number
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.float64(0.3), np.float32(0.5), np.int64(2), Level.TWO, Way.NEAREST, np.str_("bilinear")],
+    ids=lambda n: type(n).__name__,
+)
+def test_numbers_of_other_classes_are_numbers(number: Any, tmp_path: Path) -> None:
+    model = randomise(Numbers(number).eval())
+    result = repfx.transform(model, ["fuse"], example=image())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.modules())
+    assert_same(model, result, image(), 1e-5)
+    repfx.save(result, tmp_path / "net.pt")
+    assert_same(result, repfx.load(tmp_path / "net.pt"), image(), 0.0)

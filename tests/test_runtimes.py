@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.lowering.onnx.biases import IntegerBias
+from repfx.lowering.onnx.biases import IntegerBias, RoundedBias
 from repfx.lowering.onnx.check import reference
 from repfx.lowering.onnx.parity import Parity, as_deployed, compare
 from repfx.lowering.runtimes.isa import Isa, chosen, isas, running
@@ -249,6 +249,39 @@ def test_biases_behind_pads_and_pools_are_integers_too(tmp_path: Path) -> None:
     assert len(held) == 5
     found = deployed(int8, file, x, "onnxruntime")
     assert found.agrees and found.sqnr > 60
+
+
+class Tokens(nn.Module):
+    """Linear layers between convolutions: of rows, and of tokens of a fixed number of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        for layer, shape in zip(self.layers, [(-1, 8), (16, -1, 8)], strict=True):
+            tokens = layer(y.permute(0, 2, 3, 1).reshape(shape))
+            y = tokens.view(16, 38, 38, 8).permute(0, 3, 1, 2)
+        return self.head(y)
+
+
+def test_biases_of_linear_layers_are_what_the_runtime_rounds_them_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Tokens(), torch.randn(16, 3, 40, 40)
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.weight.mul_(20)  # type: ignore[operator]
+    int8, file = made(net, x, "onnxruntime", tmp_path)
+    held = [m for m in reference(int8, "onnxruntime").modules() if isinstance(m, RoundedBias)]
+    assert len(held) == 2
+    for bias, layer in zip(held, net.layers, strict=True):
+        assert not torch.equal(bias(), layer.bias)  # type: ignore[arg-type]
+        torch.testing.assert_close(bias(), layer.bias, rtol=0, atol=0.02)
+    found = deployed(int8, file, x, "onnxruntime")
+    assert found.agrees and found.sqnr > 60
+    assert kernels("onnxruntime", file).integers == 3  # all but the head
 
 
 class Islands(nn.Module):

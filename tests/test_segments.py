@@ -170,7 +170,7 @@ def test_random_graphs() -> None:
         block, x = random_block(seed)
         if not any(isinstance(m, nn.Conv2d) for m in block.modules()):
             continue
-        model = repfx.transform(block, ["ptq"], example=x)
+        model = repfx.transform(block, ["ptq"], example=x, target="onnxruntime")
         if not isinstance(model, torch.fx.GraphModule):
             continue
         repfx.calibrate(model, [x])

@@ -64,6 +64,70 @@ def test_steps_stay_alive_in_any_loop(kind: str, lr: float) -> None:
     assert seen == Seen()
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+def zeros(kind: str) -> Any:
+    """A net that starts with zeros: its last layer, a channel of it, or the norm before a sum."""
+    model: Any = net()
+    model.insert(2, Residual())
+    with torch.no_grad():
+        if kind == "layer":
+            model[-1].weight.zero_()
+        elif kind == "channel":
+            model[-1].weight[1].zero_()
+        else:
+            model[2].norm.weight.zero_()
+    return repfx.transform(model.eval(), ["repq"], example=task()[0][:2])
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "channel", "norm"])
+def test_what_starts_with_zeros_is_trained(kind: str, saved: bool) -> None:
+    """In any loop, calibrated before it: a step that is chosen for zeros is far too small."""
+    model, (x, y) = zeros(kind), task()
+    repfx.calibrate(model, [x])
+    if saved:
+        state, model = model.state_dict(), zeros(kind)
+        model.load_state_dict(state)
+    sgd = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(x), y)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    with watching(model) as seen, torch.no_grad():
+        model.eval()(x)
+    assert seen == Seen()
+    assert all(bool((q.step > 1e-6).all()) for q in quantizers_of(model).values())
+
+
+def test_an_activation_of_zeros_has_a_step_as_soon_as_it_is_not() -> None:
+    x, zero = torch.linspace(-2, 2, 64), torch.zeros(64)
+    first, second = (FakeQuant(Grid(8), learned=True).train() for _ in range(2))
+    for _ in range(2):
+        assert torch.equal(first(zero), zero) and first.empty
+    second.load_state_dict(first.state_dict())
+    assert second.empty and second.calibrated
+    for quant in (first, second):
+        quant.eval()(x)
+        assert quant.empty  # only training sets a step
+        out = quant.train()(x)
+        assert not quant.empty and float((out - x).abs().max()) <= float(quant.step) / 2
+        before = float(quant.step)
+        quant(4 * x)
+        assert float(quant.step) == before
+
+
 def test_a_step_moves_by_a_share_of_itself() -> None:
     """Adam moves a small step no further, for its size, than a large one."""
     for scale in (1e-5, 1.0):

@@ -50,6 +50,31 @@ from repfx.tolerances import TRACED, TRACED_WIDE
 
 
 @dataclass
+class Known:
+    """What a capture found out about modules, by path, and another of the same model need not.
+
+    `alike`: whether the training branch of a module computes what its eval branch computes.
+    `refused`: why there is no graph of a module. `eval_graphs`: which ones have a graph for eval
+    mode."""
+
+    alike: dict[str, bool] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    eval_graphs: set[str] = field(default_factory=set)
+
+    def inside(self, path: str) -> dict[str, bool]:
+        """`alike` with the paths that modules have inside the one of this path."""
+        return {
+            name.removeprefix(path).strip("."): alike
+            for name, alike in self.alike.items()
+            if not path or f"{name}.".startswith(f"{path}.")
+        }
+
+    def note(self, path: str, found: dict[str, bool]) -> None:
+        """Adds what was found out inside the module of this path."""
+        self.alike |= {f"{path}.{name}".strip("."): alike for name, alike in found.items()}
+
+
+@dataclass
 class Captured:
     """A captured model, with the example that it was checked on and that example's output.
 
@@ -65,6 +90,9 @@ class Captured:
     sure: bool = False  # whether its number of dimensions is certain: given by the user, or images
     enter_opaque: bool = True
     deploy: bool = False  # whether the result is for eval mode
+    idle: set[nn.Module] = field(default_factory=set)  # graphs that never run on the example
+    known: Known = field(default_factory=Known)
+    again: bool = False  # whether an earlier capture of the same model checked the facts
     copy: Copy = field(default_factory=lambda: Copy(nn.Module(), set()))
 
     @property
@@ -84,11 +112,13 @@ def capture(
     example: tuple[Any, ...] | None = None,
     enter_opaque: bool = True,
     deploy: bool = False,
+    known: Known | None = None,
 ) -> Captured:
     """Traces a private copy of the model as in eval mode, but keeps the mode of each module.
 
     With `enter_opaque`, the children of a module that cannot be traced are traced one by one. With
-    `deploy`, a module that does something else in training may lose that.
+    `deploy`, a module that does something else in training may lose that. `known` is what an
+    earlier capture of the same model found out.
 
     `example` is the tuple of positional arguments of the forward. Without one, an image or a batch
     of features is guessed from the first layer. Raises InputError if `model` is not a model, has no
@@ -118,6 +148,8 @@ def capture(
         sure,
         enter_opaque=enter_opaque,
         deploy=deploy,
+        known=known or Known(),
+        again=known is not None,
         copy=twin,
     )
     captured.model = _capture(skeleton, "", example, expected, captured)
@@ -183,12 +215,15 @@ def _capture(
             run_eval(Noting(module, captured.sure, captured.given), example)
         return canonical(module)
     mark = len(captured.declined)
-    reason = "its forward cannot be run without an example: pass one that it accepts"
-    for given in () if example is None else others(example):
-        found = _attempt(module, path, given, example, expected, captured)
-        if not isinstance(found, str):
-            return found
-        reason = found
+    reason = captured.known.refused.get(path, "")
+    if not reason:
+        reason = "its forward cannot be run without an example: pass one that it accepts"
+        for given in () if example is None else others(example):
+            found = _attempt(module, path, given, example, expected, captured)
+            if not isinstance(found, str):
+                return found
+            reason = found
+    captured.known.refused[path] = reason
     where, cure = path or "the model", "its children are transformed on their own"
     captured.declined.append(Declined(where, reason, cure))
     swaps = _children(module, path, example, captured)
@@ -200,7 +235,7 @@ def _capture(
             )
         ]
     elif BRANCHES in reason:
-        return _eval_graph(module, example, expected, captured)
+        return _eval_graph(module, path, example, expected, captured)
     return module
 
 
@@ -217,13 +252,17 @@ def _attempt(
 
     If it is right for one size only, larger images are tried too: a model may hold what it made for
     the size that it saw last."""
+    known = captured.known.inside(path)
     try:
-        traced = _trace(module, given, captured.deploy)
+        traced = _trace(module, given, captured.deploy, known)
     except Exception as error:  # its forward can raise anything
+        if str(error) == BRANCHES:
+            captured.known.note(path, known)
         return f"its forward cannot be traced: {first_line(error)}"
+    captured.known.note(path, known)
     if _binding(traced[1]):
         try:
-            free = _trace(module, larger(given), captured.deploy)
+            free = _trace(module, larger(given), captured.deploy, known)
         except Exception:  # it takes images of one size only
             free = traced
         if _binding(free[1]) < _binding(traced[1]):
@@ -256,8 +295,9 @@ def _finished(
         noting = Noting(result, captured.sure, captured.given)
         if _agrees(noting, example, expected):
             noting.waive(module, example)
-            _check_lists(module, result, example, expected)
-            _pin(module, result, tracer, example)
+            if not captured.again:
+                _check_lists(module, result, example, expected)
+                _pin(module, result, tracer, example)
             return canonical(result)
         reason = "the traced graph does not compute what its forward computes"
     except Exception as error:
@@ -343,33 +383,33 @@ def _refuses(graph: nn.Module, given: tuple[Any, ...]) -> bool:
     return False
 
 
-def _trace(module: nn.Module, example: tuple[Any, ...], deploy: bool) -> tuple[Tracer, fx.Graph]:
+def _trace(
+    module: nn.Module, example: tuple[Any, ...], deploy: bool, known: dict[str, bool]
+) -> tuple[Tracer, fx.Graph]:
     """Traces a module and returns its graph.
 
     If a module inside branches on self.training, its training branch is taken, provided that this
     branch computes the same as the eval branch in eval mode. Then one graph is right in both modes.
-    """
-    asked: set[str] = set()
-    training: set[str] = set()
+    `known` says for which modules it does, and grows."""
     while True:
-        tracer = Tracer(training=frozenset(training), deploy=deploy)
+        training = frozenset(path for path, alike in known.items() if alike)
+        tracer = Tracer(training=training, deploy=deploy)
         failed: Exception | None = None
         try:
             graph = tracer.trace(module, example)
         except Exception as error:  # anything the forward raises, maybe because of its branch
             failed = error
-        branching = {path: module.get_submodule(path) for path in tracer.branching - asked}
-        asked |= set(branching)
-        seen = (
-            _record(module, [m for path, m in branching.items() if path], example)
-            if branching
-            else {}
-        )
-        inputs = {path: seen.get(id(m)) if path else example for path, m in branching.items()}
-        free = {path for path, m in branching.items() if _one_function(m, inputs[path])}
-        if not free:
+        known |= dict.fromkeys(tracer.unlike, False)
+        unknown = tracer.branching - set(known)
+        if "" in unknown:
+            known[""] = _one_function(module, example)
+        if str(failed) == BRANCHES and not known[""]:
+            break  # nothing inside changes that
+        branching = {path: module.get_submodule(path) for path in unknown - {""}}
+        seen = _record(module, list(branching.values()), example) if branching else {}
+        known |= {path: _one_function(m, seen.get(id(m))) for path, m in branching.items()}
+        if not any(known[path] for path in unknown):
             break
-        training |= free
     if failed is not None:
         raise failed
     return tracer, graph
@@ -390,18 +430,18 @@ def _one_function(module: nn.Module, inputs: tuple[Any, ...] | None) -> bool:
         try:
             twin = copy.deepcopy(module)
             twin = twin.double() if give is wide else twin
+            graph = (tracer := Tracer(training=frozenset({""}))).trace(twin, give)
             want = run_eval(twin, give)
-        except Exception:  # it does not run in float64, or does not run at all
+        except Exception:  # it does not run in float64, or the branch cannot be traced
             continue
         try:
-            graph = (tracer := Tracer(training=frozenset({""}))).trace(twin, give)
             if any(_is_random(n) for n in graph.nodes):
                 return False
             traced = graph_module(twin, graph, tracer)
             if not agree(run_eval(traced, give), want, tolerance):
                 return False
             return all(_agree_elsewhere(twin, traced, give, seed, tolerance) for seed in range(3))
-        except Exception:  # the branch cannot be traced, or does not run
+        except Exception:  # the branch does not run
             return False
     return False
 
@@ -479,7 +519,9 @@ def _inside_opaque(
             _undo(mine)
             continue
         swaps += mine
-        made = _eval_graph(leaf, inputs, expected, captured) if why.reason == BRANCHES else leaf
+        made = leaf
+        if why.reason == BRANCHES:
+            made = _eval_graph(leaf, full, inputs, expected, captured)
         if made is not leaf:
             parent = result.get_submodule(name.rpartition(".")[0])
             parent._modules[name.rpartition(".")[2]] = made
@@ -487,11 +529,15 @@ def _inside_opaque(
     return swaps
 
 
-def _eval_graph(module: nn.Module, example: Any, expected: Any, captured: Captured) -> nn.Module:
+def _eval_graph(
+    module: nn.Module, path: str, example: Any, expected: Any, captured: Captured
+) -> nn.Module:
     """A module that branches on self.training, with a graph of its forward in eval mode.
 
     Its children are captured already. In training its own forward runs. If it cannot be traced in
     eval mode either, it is returned as it is."""
+    if captured.again and path not in captured.known.eval_graphs:
+        return module
     for given in () if example is None else others(example):
         try:
             tracer = Tracer(eval_only=True)
@@ -503,7 +549,10 @@ def _eval_graph(module: nn.Module, example: Any, expected: Any, captured: Captur
             noting = Noting(made, captured.sure, captured.given)
             if _agrees(noting, example, expected):
                 noting.waive(module, example)
-                _pin(module, made, tracer, example)
+                if not captured.again:
+                    _check_lists(module, made, example, expected)
+                    _pin(module, made, tracer, example)
+                captured.known.eval_graphs.add(path)
                 return made
         except Exception:  # its forward can raise anything
             continue
@@ -515,19 +564,23 @@ def _children(
 ) -> list[Swap]:
     """Replaces each child that can be traced by its graph, and returns what was replaced.
 
-    Containers, such as a ModuleList, are entered."""
+    Containers, such as a ModuleList, are entered. A child that is never called on this example, as
+    that for another kind of prompt, is traced on a guess."""
     parts, seen = _called_parts(module, example) if captured.enter_opaque else ([], {})
     done: dict[int, nn.Module] = {}
     swaps: list[Swap] = []
     for holder, name, child in parts:
         full = ".".join(p for p in (path, _path_in(module, child)) if p)
         if id(child) not in done:
-            inputs = guess_example(child)[0] if example is None else seen.get(id(child))
-            done[id(child)] = child  # if it is never called, or in a way that no graph can follow
-            if inputs is not None:
+            called = example is not None and id(child) in seen
+            inputs = seen[id(child)] if called else guess_example(child)[0]
+            done[id(child)] = child  # if it is called in a way that no graph can follow
+            if inputs is not None and (called or example is None or _has_no_facts(child, inputs)):
                 done[id(child)] = _capture(child, full, inputs, run_eval(child, inputs), captured)
-            elif example is None:
+            elif not called:
                 swaps += _children(child, full, None, captured)
+            if example is not None and not called:
+                captured.idle |= {graph for _, graph in graphs(done[id(child)])}
         if done[id(child)] is not child:
             holder._modules[name] = done[id(child)]
             swaps.append((holder, name, child))
@@ -542,20 +595,30 @@ def _called_parts(
 ) -> tuple[list[Part], dict[int, tuple[Any, ...]]]:
     """The outermost modules inside that are called, with their holders, names and inputs.
 
-    A model may walk over its own Sequential: then the parts are what is inside that."""
+    A model may walk over its own Sequential: then the parts are what is inside that. Modules that
+    never run are parts without inputs."""
     found: list[Part] = []
     seen: dict[int, tuple[Any, ...]] = {}
+    runs: set[int] = set()
     todo = list(_parts(module))
     while todo:
-        now = _record(module, [child for _, _, child in todo], example)
+        now = _record(module, [child for _, _, child in todo], example, runs)
         seen |= now
         inner: list[Part] = []
         for part in todo:
-            called = example is None or id(part[2]) in now
-            found += [part] if called else []
-            inner += [] if called else list(_parts(part[2]))
+            enters = id(part[2]) not in now and any(id(m) in runs for m in part[2].modules())
+            inner += list(_parts(part[2])) if enters else []
+            found += [] if enters else [part]
         todo = inner
     return found, seen
+
+
+def _has_no_facts(module: nn.Module, example: tuple[Any, ...]) -> bool:
+    """Whether its graph takes any input, not only those of the example's size."""
+    try:
+        return not _binding(_trace(module, example, deploy=False, known={})[1])
+    except Exception:  # its forward can raise anything
+        return False
 
 
 def _parts(module: nn.Module) -> Iterator[Part]:
@@ -575,11 +638,16 @@ def _path_in(module: nn.Module, child: nn.Module) -> str:
 
 
 def _record(
-    module: nn.Module, children: list[nn.Module], example: tuple[Any, ...] | None
+    module: nn.Module,
+    children: list[nn.Module],
+    example: tuple[Any, ...] | None,
+    runs: set[int] | None = None,
 ) -> dict[int, tuple[Any, ...]]:
     """The arguments of each child's first call, by id, in the order of its forward.
 
-    Children that are called with arguments that have no such order are left out."""
+    Children that are called with arguments that have no such order are left out. Adds to `runs` the
+    ids of all modules inside that run and have parameters of their own: one activation without any
+    may be part of many modules."""
     seen: dict[int, tuple[Any, ...]] = {}
     if example is None:
         return seen
@@ -590,6 +658,9 @@ def _record(
             seen[id(child)] = tree_map_only(Tensor, lambda t: t.clone(), given)
 
     hooks = [child.register_forward_pre_hook(note, with_kwargs=True) for child in children]
+    if runs is not None:
+        inside = [m for m in module.modules() if m is not module and m._parameters]
+        hooks += [m.register_forward_pre_hook(lambda m, _: runs.add(id(m))) for m in inside]
     try:
         run_eval(module, example)
     finally:

@@ -58,6 +58,22 @@ _SIGNS |= {f"{name}_": getattr(operator, f"i{f.__name__}") for name, f in _SIGNS
 _LEAST = (type(None), bool, int, float, complex, str, type(Ellipsis), torch.layout)
 _PLAIN = (*_LEAST, torch.memory_format, torch.dtype, torch.device)
 
+_BASES: dict[type, Any] = {
+    int: int.__int__,
+    float: float.__float__,
+    complex: complex.__complex__,
+    str: str.__str__,
+}
+
+
+def _printed(value: Any) -> Any:
+    """A number or string as code can print it: one of a class of its own is of the class below.
+
+    Such as numpy's numbers of 64 bits and members of an IntEnum or StrEnum."""
+    if type(value) in _LEAST:
+        return value
+    return next((cut(value) for base, cut in _BASES.items() if isinstance(value, base)), value)
+
 
 class Recorder(TorchFunctionMode):
     """The graph of what runs while this mode is on.
@@ -79,7 +95,7 @@ class Recorder(TorchFunctionMode):
         # The first node of the memory that a node may share, and what was written there.
         self._memory: dict[fx.Node, fx.Node] = {}
         self._written: dict[fx.Node, Depends] = {}
-        self.mode_node: Callable[[ModeFlag], fx.Node] = lambda flag: NotImplemented
+        self.mode_node: Callable[[ModeFlag], fx.Node | bool] = lambda flag: NotImplemented
         self.answer: Callable[[ModeFlag], bool] = lambda flag: False
         self.paths: dict[int, str] = {}  # of the model's modules, by id
         self.module_of: Callable[[fx.Node], nn.Module | None] = lambda node: None
@@ -383,7 +399,7 @@ class Recorder(TorchFunctionMode):
             name = "dtype" if isinstance(value, torch.dtype) else "device"
             return self._described(asked[-1], name) if asked else value
         if isinstance(value, _PLAIN):
-            return value
+            return _printed(value)
         if (whole := self._whole(value)) is not None:
             return whole
         if isinstance(value, (list, tuple)):

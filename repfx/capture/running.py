@@ -70,6 +70,7 @@ class Noting(nn.Module):
                 result = super().run_node(n)
                 if isinstance(result, Tensor) and notes:
                     n.meta["dtype"], n.meta["shape"] = result.dtype, tuple(result.shape)
+                    n.meta["contiguous"] = result.is_contiguous()
                     n.meta["guessed"] = n.op == "placeholder" and not given
                     if sure:
                         n.meta["rank"] = result.dim()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map_only, tree_structure
 
 from repfx.capture.caches import uncached
 from repfx.capture.recorder import Recorder, Untraceable, fresh
@@ -70,7 +71,8 @@ class Tracer:
     """Traces one module.
 
     `opaque` collects the paths of modules that became leaves, with the reasons. `branching`
-    collects those that did so because of an `if self.training`, "" for the root. `training` lists
+    collects those that did so because of an `if self.training`, "" for the root; `unlike` those
+    whose training branch raises an error or returns values of another structure. `training` lists
     the paths of modules whose training branch is traced. `eval_only`: whether the root's own
     training branch does not matter. With `deploy`, the training branch of a module that calls
     layers itself is left out; `deployed` collects these modules."""
@@ -85,6 +87,7 @@ class Tracer:
         self.eval_only, self.deploy = eval_only, deploy
         self.deployed: set[str] = set()
         self.branching: set[str] = set()
+        self.unlike: set[str] = set()
         self.training = training
         self.opaque: dict[str, Declined] = {}
         self.train_only: set[str] = set()
@@ -121,7 +124,8 @@ class Tracer:
                 if self.asked.times and not self.eval_only:
                     try:
                         self.result = self._settled(mark, self.result, kept, tuple(given), {})
-                    except TooDifferent:
+                    except TooDifferent as error:
+                        self._note(error, "")
                         if not self._deploys(mark, ""):
                             raise Untraceable(BRANCHES) from None
                     self.asked.times = 0
@@ -172,7 +176,7 @@ class Tracer:
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         given: list[Any] = []
         for name, value in zip(names, args, strict=True):
-            copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
+            copied = tree_map_only(Tensor, lambda t: t.clone(), value)
             if name in defaults and value is defaults[name]:
                 given.append(value)
                 continue
@@ -230,7 +234,8 @@ class Tracer:
                 self.train_only.add(path)
                 return self._leaf(m, path, args, kwargs)
             return self._settled(mark, result, kept, args, kwargs)
-        except TooDifferent:
+        except TooDifferent as error:
+            self._note(error, path)
             if self._deploys(mark, path):
                 return result
             reason = BRANCHES
@@ -264,6 +269,10 @@ class Tracer:
         own = result if getattr(m, "inplace", False) else fresh(result, (args, kwargs))
         return recorder.bind_whole(own, node)
 
+    def _note(self, error: TooDifferent, path: str) -> None:
+        if error.__cause__ is not None:
+            self.unlike.add(path)
+
     def _deploys(self, mark: fx.Node | None, path: str) -> bool:
         """Whether the graph may leave out what this module does in training.
 
@@ -271,19 +280,23 @@ class Tracer:
         quantized otherwise."""
         if not self.deploy:
             return False
-        if type(self.root.get_submodule(path)).__module__.startswith("torch.nn.utils."):
-            self.deployed.add(path)
-            self.branching.add(path)
+        module = self.root.get_submodule(path)
+        if type(module).__module__.startswith("torch.nn.utils."):
+            self._deploy(module, path)
             return True
         nodes = list(self.recorder.graph.nodes)
         for node in nodes[nodes.index(mark) + 1 if mark else 0 :]:
             kind = kind_of(node, self._module_of(node))
             scope = list(node.meta.get("nn_module_stack", {"": ""}))[-1]
             if scope == path and (Trait.LAYER in kind.traits or kind.name == "bn"):
-                self.deployed.add(path)
-                self.branching.add(path)  # both branches may be one function
+                self._deploy(module, path)
                 return True
         return False
+
+    def _deploy(self, module: nn.Module, path: str) -> None:
+        self.deployed.add(path)
+        self.asked.deployed.add(id(module))
+        self.branching.add(path)  # both branches may be one function
 
     def _settled(
         self, mark: fx.Node | None, result: Any, before: State, args: Any, kwargs: Any
@@ -301,13 +314,16 @@ class Tracer:
             again = _CALL(before.module, *args, **kwargs)
             if numbers.drawn():  # the training branch is another one each time
                 raise TooDifferent
+            if type(result) is not type(again) or tree_structure(result) != tree_structure(again):
+                raise Untraceable("its training branch returns something else")
             nodes = list(graph.nodes)
             start, stop = nodes.index(mark) + 1 if mark else 0, nodes.index(end) + 1 if end else 0
             first = {n for n in nodes[start:stop] if not _shared(n)}
             second = {n for n in nodes[stop:] if not _shared(n)}
             found = Comparison(first, second, recorder.origin_of)
             found.match()
-            found.compare(recorder.argument(result), recorder.argument(again), None)
+            ends = ([recorder.argument(v) for v in leaves(r)] for r in (result, again))
+            found.compare(*ends, None)
             for part in found.parts():
                 result = self._cut_out(before.module, part, found.same, result)
         except TooDifferent:
@@ -353,7 +369,9 @@ class Tracer:
 
     # ---- modes and norms --------------------------------------------------------------------
 
-    def _mode_node(self, flag: ModeFlag) -> fx.Node:
+    def _mode_node(self, flag: ModeFlag) -> fx.Node | bool:
+        if self.eval_only and flag.owner is self.root:
+            return False  # the graph runs in eval mode only
         path = f"{self.paths[id(flag.owner)]}.{MODE}".lstrip(".")
         if path not in self.modes:
             graph = self.recorder.graph

@@ -155,8 +155,8 @@ def _say_limits(artifact: Artifact) -> None:
     """Says where the file is not what was asked for."""
     if artifact.batch is not None:
         say(
-            f"the file takes batches of {artifact.batch} only, because the model computes with a "
-            "fixed batch size; x.shape[0], or -1 in a view, would leave it free"
+            f"the file takes batches of {artifact.batch} only: the model computes with the batch "
+            "size, or ONNX needs it as a constant"
         )
     if artifact.float32:
         some = ", ".join(artifact.float32[:3]) + (", ..." if len(artifact.float32) > 3 else "")

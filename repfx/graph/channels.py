@@ -17,6 +17,7 @@ from torch import fx
 from repfx.algebra import Axis, Geometry
 from repfx.errors import Inexact
 from repfx.graph.ops import Constants, Op, Opaque, Sum
+from repfx.graph.wiring import moved_axes
 
 _END = 2**31  # where exported programs write 2**63 - 1 for "to the end"
 
@@ -154,6 +155,11 @@ def transpose(c: Constants, input: Any, *given: Any, **named: Any) -> Op:
     dim0, dim1 = (*given, *named.values())
     swaps = {dim0, dim1} in ({1, 2}, {1, -1}, {2, -2}, {-1, -2}) and c.rank(input) == 3
     return permute(c, input, 0, 2, 1) if swaps else Opaque()
+
+
+def movedim(c: Constants, input: Any, source: Any, destination: Any) -> Op:
+    rank = c.rank(input)
+    return Opaque() if rank is None else permute(c, input, *moved_axes(rank, source, destination))
 
 
 def _split(c: Constants, input: Any, dim: Any, size: Callable[[int], int]) -> Op:

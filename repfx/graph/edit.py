@@ -109,6 +109,10 @@ def replace_region(
             )
             merged.meta = {**sink.meta, **seen}
             merged = graph.call_function(torch.permute, (merged, list(g.turn)))
+            asked = any(n.target == "contiguous" for n in removed)
+            if sink.meta.get("contiguous", asked):  # which a view may need
+                merged.meta = {**sink.meta, "contiguous": False}
+                merged = graph.call_method("contiguous", (merged,))
     merged.meta = dict(sink.meta)
     sink.replace_all_uses_with(merged)
     for node in sorted(removed, reverse=True):

@@ -31,12 +31,13 @@ class Asked:
     """What a trace answers to `if self.training`, and how often it was asked.
 
     `training`: the ids of modules whose training branch is always taken, because it computes in
-    eval mode what their eval branch computes."""
+    eval mode what their eval branch computes. `deployed`: those whose training branch is left out."""
 
     def __init__(self, value: bool) -> None:
         self.value = value
         self.times = 0
         self.training: set[int] = set()
+        self.deployed: set[int] = set()
 
 
 class ModeFlag:
@@ -51,6 +52,8 @@ class ModeFlag:
     def __bool__(self) -> bool:
         if id(self.owner) in self.asked.training:
             return True
+        if id(self.owner) in self.asked.deployed:
+            return False
         self.asked.times += 1
         return self.asked.value
 

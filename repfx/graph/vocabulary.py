@@ -342,6 +342,7 @@ CHANNELS = (
         "transpose", _MOVED, "transpose swapaxes swapdims", rule=channels.transpose,
         wiring=wiring.transpose,
     ),
+    Kind("movedim", _MOVED, "movedim moveaxis", rule=channels.movedim, wiring=wiring.movedim),
 )  # fmt: skip
 
 SHAPES = (

@@ -133,6 +133,19 @@ def transpose(at: At, input: Any, *given: Any, **named: Any) -> Wiring:
     return permute(at, input, *order)
 
 
+def movedim(at: At, input: Any, source: Any, destination: Any) -> Wiring:
+    return permute(at, input, *moved_axes(at.rank, source, destination))
+
+
+def moved_axes(rank: int, source: Any, destination: Any) -> list[int]:
+    """The order of axes for `permute` that moves axes as `movedim` does."""
+    one = isinstance(source, int)
+    pairs = [(destination, source)] if one else zip(destination, source, strict=True)
+    moved = {to % rank: axis % rank for to, axis in pairs}
+    rest = iter(sorted(set(range(rank)) - set(moved.values())))
+    return [moved[to] if to in moved else next(rest) for to in range(rank)]
+
+
 def squeeze(at: At, input: Any, dim: Any) -> Wiring:
     gone = _axes(dim, at.rank)
     return Wiring(tuple((i,) for i in range(at.rank) if i not in gone), needs=gone)

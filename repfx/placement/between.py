@@ -69,11 +69,12 @@ class Layers:
     """The layers to be quantized: `inputs` maps each to its input.
 
     `convolutions` is a subset of them. `inside` maps nodes that become part of a layer to that
-    layer."""
+    layer. `gates` stay in float; what they average is rounded as that of the others is."""
 
     inputs: Mapping[fx.Node, fx.Node]
     convolutions: Collection[fx.Node]
     inside: Mapping[fx.Node, fx.Node]
+    gates: Collection[fx.Node] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def find_places(
 
     `optional`: also those that are left only if their rounding turns out to be fine."""
     inputs = layers.inputs
-    others = _skips_and_averages(view, inputs)
+    others = _skips_and_averages(view, inputs, {*inputs, *layers.gates})
     if target.between == "all":
         others += _stretches(view, layers.convolutions, inner)
     elif target.between == "joins":
@@ -170,14 +171,16 @@ def _without_float_averages(
     return [place for place in others if not stays_float(*place[:2])]
 
 
-def _skips_and_averages(view: GraphView, layers: Collection[fx.Node]) -> list[Place]:
+def _skips_and_averages(
+    view: GraphView, layers: Collection[fx.Node], readers: Collection[fx.Node]
+) -> list[Place]:
     found: list[Place] = []
     for node in view.nodes:
         op = view.ops[node]
         if isinstance(op, Sum):
             layer, value = _skip(view, op, layers)
         else:
-            layer = _reader(view, node, layers)
+            layer = _reader(view, node, readers)
             value = None if layer is None else _averaged(view, node)
         if layer is not None and value is not None:
             found.append((node, value, layer))

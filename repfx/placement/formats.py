@@ -51,22 +51,30 @@ def pads_average(op: Op) -> bool:
     return op.geometry(Geometry.identity(1, op.space[0])).pads
 
 
-def why_float(geometry: Geometry, signed: bool, target: Target) -> str:
-    """Why a layer of this geometry stays in float; empty if it does not.
+def why_float(geometry: Geometry, signed: bool, target: Target) -> tuple[str, str]:
+    """Why a layer of this geometry stays in float, and a hint; empty if it does not.
 
     `signed`: whether the layer reads signed values."""
     g = geometry
-    if target.runtime != "openvino" or not target.reduced or g.groups == 1:
-        return ""
+    if g.groups == 1:
+        return "", ""
+    width = g.inputs // g.groups
+    if target.runtime == "tensorrt" and width < 16 and g.outputs % 8:
+        return (
+            f"it has few channels a group, and {g.outputs} output channels, which 8 does not "
+            "divide; NVIDIA's own quantizer leaves such convolutions in float"
+        ), ""
+    if target.runtime != "openvino" or not target.reduced:
+        return "", ""
     if signed and len(g.axes) == 3:
         return (
             "on CPUs without VNNI, OpenVINO halves the weights of grouped 3-D convolutions "
             "that read signed values"
-        )
-    widths = g.inputs // g.groups, g.outputs // g.groups
+        ), VNNI
+    widths = width, g.outputs // g.groups
     if widths != (1, 1) and any(width % 4 for width in widths):
         return (
             "on CPUs without AVX2, OpenVINO crashes on grouped convolutions in integers "
             "if 4 does not divide the channels of a group"
-        )
-    return ""
+        ), VNNI
+    return "", ""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, fx, nn
 
 from repfx.algebra import Geometry
@@ -23,7 +24,9 @@ from repfx.graph.functional import call_layer
 from repfx.graph.signs import non_negative
 from repfx.graph.view import GraphView
 from repfx.placement.between import Layers, find_places
-from repfx.placement.formats import VNNI, why_float
+from repfx.placement.formats import why_float
+from repfx.placement.gates import WHY as GATE
+from repfx.placement.gates import gate_layers
 from repfx.quant import FakeQuant, Grid, Target, search_scale
 
 FLOAT = 32
@@ -92,6 +95,7 @@ class Quantizers:
     ) -> None:
         self.work, self.view, self.how = work, view, how
         self.layers = {layer.node: layer for layer in layers}
+        self._gates = self._find_gates()
         unfit = {node: why for node, layer in self.layers.items() if (why := self._unfit(layer))}
         self.declined = tuple(unfit.values())
         self._integer = {
@@ -150,6 +154,9 @@ class Quantizers:
             scale = grid.amax(value) / grid.high
         else:
             scale = search_scale(value, grid, power or 2.0)
+        if self.how.learned:  # zeros get the range of PyTorch's own initial weights
+            fresh = value[0].numel() ** -0.5 / grid.high
+            scale = torch.where(grid.amax(value) > 0, scale, fresh)
         quant = FakeQuant(grid, scale.detach(), of_weight=True, learned=self.how.learned)
         return self.work.insert(layer.node, weight, f"{layer.path}.weight_quant", quant)
 
@@ -175,8 +182,16 @@ class Quantizers:
             why = "what it reads is the same for every input, so runtimes compute it once, in float"
             return Declined(layer.path, why)
         signed = not non_negative(self.view, layer.source)
-        why = why_float(layer.geometry, signed, self.work.target)
-        return Declined(layer.path, why, VNNI) if why else None
+        if layer.node in self._gates:
+            return Declined(layer.path, GATE)
+        why, hint = why_float(layer.geometry, signed, self.work.target)
+        return Declined(layer.path, why, hint) if why else None
+
+    def _find_gates(self) -> set[fx.Node]:
+        if self.work.target.runtime != "tensorrt":
+            return set()
+        layers = {n: layer.geometry for n, layer in self.layers.items() if layer.bits != FLOAT}
+        return gate_layers(self.view, layers)
 
     def _find(self) -> dict[fx.Node, Grid]:
         """The number format of each value to quantize, with the most bits any reader asks for."""
@@ -185,7 +200,7 @@ class Quantizers:
             node for node, layer in self._integer.items() if layer.geometry.source_axis != -1
         }
         inside = {n: layer.node for layer in self.layers.values() for n in layer.inside}
-        layers = Layers(sources, convolutions, inside)
+        layers = Layers(sources, convolutions, inside, self._gates)
         places = find_places(
             self.view, layers, self.work.target, self.work.inner, optional=not self.how.learned
         )

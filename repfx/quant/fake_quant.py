@@ -24,6 +24,8 @@ from repfx.quant.observers import search_scale
 
 # A step is at most e^30 times, and at least e^-30 times, what it started from.
 FARTHEST = 30.0
+# No scale of values that are not all zero is this small.
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 UNSET = (
@@ -52,6 +54,8 @@ class FakeQuant(nn.Module):
     `learned`: `log_ratio`, of the same shape, is a parameter, and the step is scale
     exp(log_ratio). A scale that is not set yet is then set in training, from the first value seen,
     to the smallest squared error (MinError); if `more` values share it, to the largest of theirs.
+    Zeros have no scale: that of an activation that was zero so far (`empty`) is set in training
+    from the first values that are not.
     """
 
     is_graph_leaf = True
@@ -59,6 +63,7 @@ class FakeQuant(nn.Module):
     # Whether calibration may find that the model is better off without it. It is left out then, and
     # as long as it has no scale it rounds nothing, without a warning.
     optional: bool = False
+    empty: bool = False
     more: int = 0  # further calls, of a quantizer that several values share, that may set the scale
     # Temporary state, set for a while by `repfx.quant.switches`. It is not saved with the model.
     on: bool = True
@@ -83,12 +88,19 @@ class FakeQuant(nn.Module):
             self.set_scale(scale)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Sets the scale in place. A scale of 0 comes from zeros only; it becomes 1."""
+        """Sets the scale in place. A scale of 0 comes from zeros only.
+
+        It becomes 1, or the smallest number if it is learned, until training sets it."""
         with torch.no_grad():
-            self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+            least = SMALLEST if self.learned else 1.0
+            self.scale.copy_(torch.where(scale > SMALLEST, scale, least))
             if self.learned:
                 self.log_ratio.zero_()
         self.calibrated, self.more = True, 0
+        self._find_empty()
+
+    def _find_empty(self) -> None:
+        self.empty = self.learned and bool((self.scale <= SMALLEST).any()) and not self.of_weight
 
     def _begin(self, x: Tensor) -> None:
         """Sets the scale from the first values that are seen in training."""
@@ -103,10 +115,12 @@ class FakeQuant(nn.Module):
     def renew_steps(self, steps: Tensor) -> Tensor:
         """Sets those learned steps in place for which `steps` is above 0, and leaves the others.
 
-        Returns their `log_ratio`, NaN for the others."""
+        Steps that come from zeros only are left, too: training sets their scale. Returns
+        their `log_ratio`, NaN for the others."""
         with torch.no_grad():
             steps = steps.to(self.scale)
-            ratio = torch.where(steps > 0, (steps / self.scale).log(), math.nan)
+            found = (steps > 0) & (self.scale > SMALLEST)
+            ratio = torch.where(found, (steps / self.scale).log(), math.nan)
             self.log_ratio.copy_(torch.where(ratio.isnan(), self.log_ratio, ratio))
         return ratio
 
@@ -139,8 +153,12 @@ class FakeQuant(nn.Module):
             return x
         if not self.on:
             return x
-        if self.learned and self.training and (self.more or not self.calibrated):
-            self._begin(x)
+        if self.learned and self.training:
+            if self.empty and x.any():  # not in place, as in `_begin`
+                self.scale = search_scale(x.detach(), self.grid, 2.0).to(self.scale)
+                self._find_empty()
+            elif self.more or not self.calibrated:
+                self._begin(x)
         if not self.calibrated:
             if self.missing and not self.training and warns.get():
                 warnings.warn(Unset(UNSET), stacklevel=2)
@@ -181,6 +199,7 @@ class FakeQuant(nn.Module):
         self.calibrated = _is_set(self.scale)
         self.optional = self.optional and not self.calibrated
         self.more = 0 if self.calibrated else self.more
+        self._find_empty()
 
 
 def _is_set(scale: Tensor) -> bool:

@@ -58,12 +58,22 @@ def fold_programs(module: fx.GraphModule) -> tuple[Merged, ...]:
         if program is not None:
             done.append(_fold(module, program, replaced))
     if done:
-        for node in reversed(module.graph.nodes):
-            unread = not node.users and _calls(module, node, (KernelNorm, Moments, FakeQuant))
-            if is_dead(node) or unread:
-                module.graph.erase_node(node)
+        _drop_unread(module)
         drop_unreferenced(module, before, replaced)
     return tuple(done)
+
+
+def _drop_unread(module: fx.GraphModule) -> None:
+    """Removes what only the programs called. Moments may be inside a layer that stays."""
+    moments: set[str] = set()
+    for node in reversed(module.graph.nodes):
+        unread = not node.users and _calls(module, node, (KernelNorm, Moments, FakeQuant))
+        if is_dead(node) or unread:
+            moments |= {str(node.target)} if _calls(module, node, Moments) else set()
+            module.graph.erase_node(node)
+    for path in moments - references(module.graph):
+        owner, _, name = path.rpartition(".")
+        del module.get_submodule(owner)._modules[name]
 
 
 def _program(module: fx.GraphModule, call: fx.Node) -> _Program | None:

@@ -166,7 +166,8 @@ class _Cut:
         ops = [view.ops[node] for node in removed]
         if not any(isinstance(op, Map) and op.macs for op in ops) or not self.accept(ops):
             return None
-        left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + geometry.turned
+        turned = geometry.turned * (1 + any(n.target == "contiguous" for n in removed))
+        left = 1 + (len(geometry.pad_steps) if uneven(geometry) else 0) + turned
         rate = rates[region.source]
         before, merged = _macs(view, removed, rates), geometry.macs * rate
         params = _params(view, removed)

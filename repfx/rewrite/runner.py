@@ -23,6 +23,8 @@ from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Part, Work
 from repfx.tolerances import KEPT, KEPT_WIDE, MERGED
 
+_IDLE = "it does not run on the example, so it is merged only", "pass an example that runs it"
+
 
 def rewrite(
     model: Any, passes: Iterable[str | Pass], example: Any, target: str
@@ -100,7 +102,7 @@ def _in_float64(
     try:
         args = tree_map(_widened, captured.example)
         twin = copy.deepcopy(_module(model)).double()
-        wide = capture(twin, args, captured.enter_opaque, captured.deploy)
+        wide = capture(twin, args, captured.enter_opaque, captured.deploy, captured.known)
     except Exception:  # the model's forward can raise anything
         return None
     if [path for path, _ in graphs(wide.model)] != [path for path, _ in graphs(captured.model)]:
@@ -127,6 +129,9 @@ def _rewrite(captured: Captured, passes: list[Pass], formats: Target, judge: Jud
     report = Report(untraced=captured.declined, facts=captured.facts)
     for path, module in list(graphs(captured.model)):
         for p in passes:
+            if module in captured.idle and p.stage is not Stage.MERGE:
+                report.results.append(Result(p.name, declined=(Declined(path, *_IDLE),)))
+                continue
             promised = _Promised(p, captured, module, judge)
             inner = is_read_inside(captured.model, path)
             part = _part(captured.model, path)

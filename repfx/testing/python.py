@@ -88,7 +88,8 @@ def _sizes_checked(m: Written, x: Tensor) -> Tensor:
     assert c == m.channels, f"{m.channels} channels, not {c}"
     if x.dim() != m.axes + 2 or min(sizes) < 1:
         raise ValueError("not an image")
-    return m.first(x).reshape(n, c, *sizes)
+    rows = m.first(x).movedim(1, -1).contiguous().view(n, -1)  # a view reads the layout
+    return rows.view(n, -1, c).transpose(1, 2).reshape(n, c, *sizes)
 
 
 def _sizes_flattened(m: Written, x: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ def grouped_convs(index: Index) -> Iterator[Hit]:
     "write float types as FP16: scales, weights and biases (Q/DQ in FP16 needs opset 19)",
 )
 def float32_islands(index: Index) -> Iterator[Hit]:
-    """Layers without Q/DQ are FP16; a strongly typed engine runs FP32 layers in FP32."""
+    """A strongly typed engine runs FP32 layers in FP32, which only those of one position may be."""
     if not index.quantizes and not index.dequantizes:
         return
     if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & set(index.types.values()):
@@ -339,7 +339,9 @@ def float32_islands(index: Index) -> Iterator[Hit]:
     plain = [
         x
         for x in index.layers
-        if index.dq(x.x) is None and not (arg(x.node, 1) and index.dq(arg(x.node, 1)))
+        if index.dq(x.x) is None
+        and not (arg(x.node, 1) and index.dq(arg(x.node, 1)))
+        and not _has_one_position(index, x.node)
     ]
     if plain:
         first = plain[0].node.name or out(plain[0].node)
@@ -347,6 +349,11 @@ def float32_islands(index: Index) -> Iterator[Hit]:
             plain[0].node,
             f"{len(plain)} of {len(index.layers)} layers run in FP32, the first of them {first}",
         )
+
+
+def _has_one_position(index: Index, node: NodeProto) -> bool:
+    places = (index.shape(out(node)) or ())[2:]
+    return bool(places) and all(size == 1 for size in places)
 
 
 @rule("Q21", {TENSORRT: "W"}, "leave the graph's outputs in float")

@@ -1,11 +1,12 @@
-"""Integer biases, as ONNX Runtime's integer convolutions use them.
+"""Integer biases, as ONNX Runtime's integer layers use them.
 
     round(b / (s_x s_w)) s_x s_w
 
 They are 32-bit integers whose step is the product of the steps of the input and the weight. ONNX
 Runtime rounds float biases to these integers anyway. Where they are written as integers from the
 start, the runtime runs what the file says, and the torch model it is compared with has the same
-biases."""
+biases. Those of linear layers are written as the floats that these integers stand for: a linear
+layer of tokens is a product and a sum in the file, which the runtime fuses for a constant only."""
 
 from __future__ import annotations
 
@@ -46,8 +47,22 @@ class WrittenBias(IntegerBias):
         )
 
 
+class RoundedBias(nn.Module):
+    """The floats that such integers stand for."""
+
+    is_graph_leaf = True
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 def with_integer_biases(model: nn.Module) -> nn.Module:
-    """A copy whose quantized convolutions have integer biases, and steps large enough for them.
+    """A copy whose quantized layers have integer biases, and steps large enough for them.
 
     Where a channel's weights are tiny next to its bias, the step of its weights is made larger,
     because a 32-bit code reaches only 2^31 times the product of the two steps. A channel of zeros
@@ -61,11 +76,11 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
         for node, x, weight, bias, _ in found:
             scale = (x.step * weight.step).detach().expand(bias.shape).clone()
             name = f"{node.name}_integer_bias"
-            module.add_submodule(
-                name, IntegerBias(torch.round(bias / scale).to(torch.int32), scale)
-            )
             layer = view.layer(node)
             assert layer is not None and isinstance(layer.bias, fx.Node)
+            made = IntegerBias(torch.round(bias / scale).to(torch.int32), scale)
+            written = made if layer.kind.name == "conv" else RoundedBias(made().detach())
+            module.add_submodule(name, written)
             with module.graph.inserting_before(node):
                 node.replace_input_with(layer.bias, module.graph.call_module(name))
         module.recompile()
@@ -73,11 +88,11 @@ def with_integer_biases(model: nn.Module) -> nn.Module:
 
 
 def _parts(view: GraphView, node: fx.Node) -> tuple[FakeQuant, FakeQuant, Tensor, Tensor] | None:
-    """The parts of a quantized convolution with a bias; None for any other node.
+    """The parts of a quantized layer with a bias; None for any other node.
 
     The quantizers of its input and of its weight, the bias, and the weight's codes."""
     layer = view.layer(node)
-    if layer is None or layer.kind.name != "conv":
+    if layer is None or layer.kind.name not in ("conv", "linear"):
         return None
     given, coded, bias = (
         a if isinstance(a, fx.Node) else None for a in (layer.x, layer.weight, layer.bias)

@@ -22,8 +22,8 @@ FIXED = (
 )
 
 
-class FixedBatch(InputError):
-    """The model computes with the batch size of its example."""
+class ExportError(InputError):
+    """The exporter failed with these sizes free. With a fixed batch size it may not fail."""
 
 
 def export(
@@ -31,8 +31,8 @@ def export(
 ) -> onnx.ModelProto:
     """The graph of a model, with the sizes dynamic that are `free` (see `sizes`).
 
-    Raises FixedBatch where the model fixes the batch, and InputError where the exporter fails, an
-    operator has no form in the opset or the model fixes another size."""
+    Raises ExportError where the exporter fails or the model fixes a size, and InputError where an
+    operator has no form in the opset."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -53,9 +53,7 @@ def export(
             else ""
         )
         kind += " with dynamic sizes" if free == "all" else ""
-        why = _why(error)
-        fault = FixedBatch if why == FIXED else InputError
-        raise fault(f"torch.onnx cannot export the model{kind}: {why}") from error
+        raise ExportError(f"torch.onnx cannot export the model{kind}: {_why(error)}") from error
     finally:
         quiet.setLevel(level)
     assert program is not None

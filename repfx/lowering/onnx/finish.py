@@ -282,8 +282,10 @@ def narrow(proto: onnx.ModelProto, names: set[str]) -> None:
 
 
 def drop_unread(proto: onnx.ModelProto) -> None:
-    """Removes constants that no node reads."""
-    read = {i for node in proto.graph.node for i in node.input}
+    """Removes constants that no node reads, and that are no outputs."""
+    read = {output.name for output in proto.graph.output}
+    for node in proto.graph.node:
+        read.update(node.input, captured(node))
     kept = [t for t in proto.graph.initializer if t.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)

@@ -34,7 +34,7 @@ from repfx.graph.vocabulary import kind_of
 from repfx.lowering.onnx import finish, half, older, sizes, wide
 from repfx.lowering.onnx.biases import IntegerBias, WrittenBias
 from repfx.lowering.onnx.check import How, checked, reference
-from repfx.lowering.onnx.exporter import FixedBatch, export
+from repfx.lowering.onnx.exporter import ExportError, export
 from repfx.lowering.onnx.parity import Parity
 from repfx.lowering.runtimes.run import installed
 from repfx.placement.formats import has_offset
@@ -78,14 +78,14 @@ def lower(
 
     `example`: a tensor (N, ...), a tuple of them, or a dict of them by the names of the arguments,
     without NaN. The first dimension of each is dynamic in the file; where the model computes with
-    its size, it is that of the example (`Artifact.batch`). `target`: the one the model was
-    quantized for. `float16`: scales, biases and layers that are not quantized are float16 in the
-    file. Its inputs and outputs stay float32, and it is compared with the torch model rounded to
-    float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From 21 on, weights of
-    4 bits or fewer are int4, but not for TensorRT, which multiplies int8 by int8 only. `dynamic`:
-    the height and width of each input are dynamic too, and larger ones are compared as well. How
-    images become inputs, where the model records it, is JSON in the metadata `repfx.preprocessing`.
-    Numbers and texts that the model returns beside tensors are not in the file.
+    its size, or cannot be exported so, it is that of the example (`Artifact.batch`). `target`: the
+    one the model was quantized for. `float16`: scales, biases and layers that are not quantized are
+    float16 in the file. Its inputs and outputs stay float32, and it is compared with the torch
+    model rounded to float16 after each operator. `opset`: 13 to 23, with `float16` 19 to 23. From
+    21 on, weights of 4 bits or fewer are int4, but not for TensorRT, which multiplies int8 by int8
+    only. `dynamic`: the height and width of each input are dynamic too, and larger ones are
+    compared as well. How images become inputs, where the model records it, is JSON in the metadata
+    `repfx.preprocessing`. Numbers and texts that the model returns are not in the file.
 
     Raises InputError where quantizers are not calibrated, a format or an operator has no ONNX form,
     the model does not accept the example, the model fixes a size that `dynamic` frees, it returns
@@ -300,7 +300,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], form: _Form) -> onnx.ModelP
         if any(len(a) == 1 for a in args):  # torch.export takes a size of 1 for fixed
             _check_two(model, two)
         proto = export(symbolic, given, form.opset, "all" if form.dynamic else "batch")
-    except FixedBatch:
+    except ExportError:
         if form.dynamic:
             raise
         given = tuple(new[: len(a)] for new, a in zip(given, args, strict=True))
@@ -328,7 +328,7 @@ def _check_two(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     try:
         run_eval(model, args)
     except Exception as error:
-        raise FixedBatch(f"the model takes batches of one size only: {error}") from error
+        raise ExportError(f"the model takes batches of one size only: {error}") from error
 
 
 def _in_half(model: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ The choices of the file, such as those of a top-k, are taken over in the same wa
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from repfx.capture.running import run_eval
 from repfx.errors import CheckError, InputError, RepfxError
 from repfx.graph.traits import Trait
 from repfx.graph.view import GraphView
-from repfx.lowering.onnx.choices import Choosing, See, picked_in
+from repfx.lowering.onnx.choices import Choosing, See, picked_in, value_info
 from repfx.lowering.onnx.finish import codes_name
 from repfx.lowering.onnx.shares import shares
 from repfx.lowering.runtimes.run import session
@@ -161,11 +162,14 @@ class Parity:
 
 @dataclass(frozen=True)
 class Theirs:
-    """What a file computed: codes by name, the indices of choices, and quantizers of a softmax."""
+    """What a file computed: codes by name, the indices of choices, and quantizers of a softmax.
+
+    `near`: how far values may be apart, relative to the largest, that are equal up to rounding."""
 
     codes: dict[str, Tensor]
     choices: Sequence[tuple[str, Tensor]]
     softmax: frozenset[str] = frozenset()
+    near: float = 0.0
 
 
 def compare(
@@ -194,9 +198,11 @@ def compare(
     }
     coarse = runtime == "onnxruntime" and run is not None
     softmax = _after_softmax(model) if coarse else frozenset[str]()
-    theirs = Theirs(codes, [(kind, named[name]) for name, kind in picked.items()], softmax)
+    limits = LOWERED[rounded is not None]
+    near = limits.spread * limits.rounding
+    theirs = Theirs(codes, [(kind, named[name]) for name, kind in picked.items()], softmax, near)
     in_precision, inputs = _in_precision(rounded or model, args, theirs)
-    exact, found, choices = _exactly(model, args, theirs, inputs, LOWERED[rounded is not None])
+    exact, found, choices = _exactly(model, args, theirs, inputs, limits)
     free = run_eval(rounded or model, args)
     before, after = _against_float(model, args, free, deployed)
     return Parity(
@@ -340,9 +346,7 @@ def expose(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float], d
             )
     picked, given = picked_in(proto), {o.name for o in proto.graph.output}
     exposed.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)
-        for name in picked
-        if name not in given
+        value_info(name, operator) for name, operator in picked.items() if name not in given
     )
     return exposed, steps, picked
 
@@ -359,9 +363,10 @@ def _forced(
     Choices are those of the file, too, and `picked` is called with each. `see` is called with the
     name of each call, the quantizer, its input and the file's codes."""
 
+    seen: dict[Any, Tensor] = {}  # codes by step, shape and values
+
     def force(name: str) -> Any:
         calls = itertools.count()
-        seen: list[tuple[Tensor, Tensor]] = []
 
         def hook(m: Any, inputs: tuple[Any, ...], result: Tensor) -> Tensor | None:
             x, call = inputs[0], next(calls)
@@ -370,12 +375,12 @@ def _forced(
                     f"{name} is given NaN, which no code can represent: file and model cannot be "
                     "compared on this example"
                 )
-            codes = theirs.codes.get(codes_name(name, call))
-            if codes is None:  # the exporter merges two calls on equal values into one
-                codes = next((c for other, c in seen if torch.equal(other, x)), None)
+            # The exporter merges calls on equal values into one, also of two equal quantizers.
+            same = float(m.step), x.shape, _digest(x)
+            codes = theirs.codes.get(codes_name(name, call), seen.get(same))
             if codes is None:
                 return None
-            seen.append((x, codes))
+            seen[same] = codes
             see(f"{name}, call {call + 1}" if call else name, m, x, codes.to(x))
             forced: Tensor = codes.to(result) * m.step.to(result)
             return forced
@@ -387,7 +392,7 @@ def _forced(
     }
     hooks = [quant.register_forward_hook(force(n)) for n, quant in quants.items()]
     try:
-        with Choosing(theirs.choices, picked):
+        with Choosing(theirs.choices, picked, theirs.near):
             return run_eval(model, args)
     finally:
         for hook in hooks:
@@ -407,6 +412,10 @@ def _double(model: nn.Module) -> nn.Module:
         if isinstance(m, FakeQuant) and m.of_weight:
             m.register_forward_hook(same_codes)
     return model
+
+
+def _digest(values: Tensor) -> bytes:
+    return hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
 
 
 def _largest(values: Tensor) -> float:
