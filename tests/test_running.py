@@ -966,7 +966,8 @@ def test_layers_that_look_at_values_in_training_only() -> None:
     found = capture(model, (image(),))
     found.separate()
     trained: Any = found.model
-    assert {d.where for d in found.declined} == {"encoder.layers.0", "encoder.layers.1"}, "each layer, nothing around it"
+    layers = {"encoder.layers.0", "encoder.layers.1"}
+    assert {d.where for d in found.declined} == layers, "each layer, nothing around it"
     assert_same(model, trained, image(3, 9), 1e-5)
     for layer in trained.encoder.layers:
         assert isinstance(layer, fx.GraphModule), "in eval mode a graph, which has no flag"

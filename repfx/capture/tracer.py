@@ -322,8 +322,8 @@ class Tracer:
             second = {n for n in nodes[stop:] if not _shared(n)}
             found = Comparison(first, second, recorder.origin_of)
             found.match()
-            ends = ([recorder.argument(v) for v in leaves(r)] for r in (result, again))
-            found.compare(*ends, None)
+            one, other = ([recorder.argument(v) for v in leaves(r)] for r in (result, again))
+            found.compare(one, other, None)
             for part in found.parts():
                 result = self._cut_out(before.module, part, found.same, result)
         except TooDifferent:

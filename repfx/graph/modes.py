@@ -31,7 +31,8 @@ class Asked:
     """What a trace answers to `if self.training`, and how often it was asked.
 
     `training`: the ids of modules whose training branch is always taken, because it computes in
-    eval mode what their eval branch computes. `deployed`: those whose training branch is left out."""
+    eval mode what their eval branch computes. `deployed`: those whose training branch is left out.
+    """
 
     def __init__(self, value: bool) -> None:
         self.value = value
