@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,27 +35,52 @@ def provide() -> None:
 def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """The boxes that no box of a higher score overlaps by more than the threshold; (N, 4), (N,)."""
     order = scores.argsort(descending=True, stable=True)
-    area = (dets[:, 2] - dets[:, 0]) * (dets[:, 3] - dets[:, 1])
-    keep = []
-    while order.numel():
-        best, rest = order[0], order[1:]
-        keep.append(best)
-        low, high = (
-            torch.max(dets[best, :2], dets[rest, :2]),
-            torch.min(dets[best, 2:], dets[rest, 2:]),
-        )
-        common = (high - low).clamp(min=0).prod(1)
-        order = rest[common / (area[best] + area[rest] - common) <= iou_threshold]
-    return torch.stack(keep) if keep else order
+    left, top, right, bottom = dets[order].numpy().T
+    area = (right - left) * (bottom - top)
+    wide = np.minimum(right[:, None], right) - np.maximum(left[:, None], left)
+    high = np.minimum(bottom[:, None], bottom) - np.maximum(top[:, None], top)
+    common = np.maximum(wide, 0) * np.maximum(high, 0)
+    over = common / (area[:, None] + area - common) > iou_threshold
+    keep = np.ones(len(order), dtype=bool)
+    for i in range(len(order)):
+        if keep[i]:
+            keep[i + 1 :] &= ~over[i, i + 1 :]
+    return order[torch.from_numpy(keep)]
 
 
 def roi_align(
     input: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool
 ) -> Tensor:
-    if not len(rois):
-        return input.new_zeros(0, input.shape[1], height, width)
-    slow: Any = importlib.import_module("torchvision.ops.roi_align")
-    return slow._roi_align(input, rois, scale, height, width, ratio, aligned)
+    """The mean of bilinear samples in each cell of each box: (K, 5), (N, C, H, W) -> (K, C, h, w).
+
+    A sample is a product of a row's weights and a column's, and so is the mean of a cell."""
+    out = input.new_zeros(len(rois), input.shape[1], height, width)
+    low, high = rois[:, 1:3] * scale - aligned / 2, rois[:, 3:] * scale - aligned / 2
+    size = high - low if aligned else (high - low).clamp(min=1)
+    columns = _cell_weights(low[:, 0], size[:, 0], width, ratio, input.shape[3])
+    rows = _cell_weights(low[:, 1], size[:, 1], height, ratio, input.shape[2])
+    for start in range(0, len(rois), 64):  # a limit for memory
+        for n, image in enumerate(input):
+            some = start + torch.nonzero(rois[start : start + 64, 0] == n)[:, 0]
+            if len(some):
+                seen = torch.einsum("khy,cyx->kchx", rows[some], image)
+                out[some] = seen @ columns[some][:, None].mT
+    return out
+
+
+def _cell_weights(start: Tensor, size: Tensor, cells: int, ratio: int, pixels: int) -> Tensor:
+    """What each pixel of an axis counts in each cell of each box: (K, cells, pixels)."""
+    counts = (size / cells).ceil() if ratio <= 0 else torch.full_like(size, ratio)
+    top = max(1, int(counts.max())) if len(counts) else 1
+    sample = torch.arange(top, dtype=size.dtype)
+    step = (sample + 0.5) / counts.clamp(min=1)[:, None]
+    place = start[:, None, None] + (torch.arange(cells)[:, None] + step[:, None]) * (
+        size[:, None, None] / cells
+    )
+    used = (sample < counts[:, None])[:, None] & (place >= -1) & (place <= pixels)
+    place = place.clamp(0, pixels - 1)[..., None]
+    weight = (1 - (place - torch.arange(pixels)).abs()).clamp(min=0) * used[..., None]
+    return weight.sum(2) / counts.clamp(min=1)[:, None, None]
 
 
 def deform_conv2d(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from repfx.capture.assemble import graph_module
 from repfx.capture.canonical import canonical
@@ -38,7 +38,7 @@ from repfx.capture.running import (
     run_eval,
 )
 from repfx.capture.structures import tensors_in
-from repfx.capture.tracer import BRANCHES, Tracer, first_line, is_leaf, is_mode
+from repfx.capture.tracer import BRANCHES, KNOWN, Tracer, first_line, is_leaf, is_mode
 from repfx.errors import Declined, InputError
 from repfx.graph.effects import is_foreign
 from repfx.graph.guards import facts_of, holds, is_guard
@@ -407,7 +407,7 @@ def _trace(
             break  # nothing inside changes that
         branching = {path: module.get_submodule(path) for path in unknown - {""}}
         seen = _record(module, list(branching.values()), example) if branching else {}
-        known |= {path: _one_function(m, seen.get(id(m))) for path, m in branching.items()}
+        known |= {path: _one_function(m, _inputs(seen, m)) for path, m in branching.items()}
         if not any(known[path] for path in unknown):
             break
     if failed is not None:
@@ -512,8 +512,8 @@ def _inside_opaque(
         captured.declined.append(
             Declined(full, why.reason, "its children are transformed on their own")
         )
-        inputs = seen.get(id(leaf))
-        expected = None if inputs is None else run_eval(leaf, inputs)
+        inputs = _inputs(seen, leaf)
+        expected = None if inputs is None else seen[id(leaf)].output(leaf)
         mine = _children(leaf, full, inputs, captured)
         if not _agrees(leaf, inputs, expected):
             _undo(mine)
@@ -543,7 +543,7 @@ def _eval_graph(
             tracer = Tracer(eval_only=True)
             graph = tracer.trace(module, given)
             normalise(graph)
-            if tracer.opaque or tracer.modes or tracer.parts or tracer.plain_norms:
+            if tracer.modes or tracer.parts or tracer.plain_norms:
                 return module
             made = in_eval_mode(module, graph, tracer.inputs)
             noting = Noting(made, captured.sure, captured.given)
@@ -572,11 +572,12 @@ def _children(
     for holder, name, child in parts:
         full = ".".join(p for p in (path, _path_in(module, child)) if p)
         if id(child) not in done:
-            called = example is not None and id(child) in seen
-            inputs = seen[id(child)] if called else guess_example(child)[0]
+            called = seen.get(id(child))
+            call = called or _guessed(child)
             done[id(child)] = child  # if it is called in a way that no graph can follow
-            if inputs is not None and (called or example is None or _has_no_facts(child, inputs)):
-                done[id(child)] = _capture(child, full, inputs, run_eval(child, inputs), captured)
+            if call and (called or example is None or _has_no_facts(child, call.inputs)):
+                given, output = call.inputs, call.output(child)
+                done[id(child)] = _capture(child, full, given, output, captured)
             elif not called:
                 swaps += _children(child, full, None, captured)
             if example is not None and not called:
@@ -590,15 +591,36 @@ def _children(
 Part = tuple[nn.Module, str, nn.Module]
 
 
+@dataclass
+class Call:
+    """The first call of a module while another one runs: its arguments, and what it returned."""
+
+    inputs: tuple[Any, ...]
+    returned: list[Any] = field(default_factory=list)
+
+    def output(self, module: nn.Module) -> Any:
+        """What the module returns for these inputs."""
+        return self.returned[0] if self.returned else run_eval(module, self.inputs)
+
+
+def _inputs(seen: dict[int, Call], module: nn.Module) -> tuple[Any, ...] | None:
+    return seen[id(module)].inputs if id(module) in seen else None
+
+
+def _guessed(module: nn.Module) -> Call | None:
+    example, output = guess_example(module)
+    return None if example is None else Call(example, [output])
+
+
 def _called_parts(
     module: nn.Module, example: tuple[Any, ...] | None
-) -> tuple[list[Part], dict[int, tuple[Any, ...]]]:
-    """The outermost modules inside that are called, with their holders, names and inputs.
+) -> tuple[list[Part], dict[int, Call]]:
+    """The outermost modules inside that are called, with their holders, names and calls.
 
     A model may walk over its own Sequential: then the parts are what is inside that. Modules that
     never run are parts without inputs."""
     found: list[Part] = []
-    seen: dict[int, tuple[Any, ...]] = {}
+    seen: dict[int, Call] = {}
     runs: set[int] = set()
     todo = list(_parts(module))
     while todo:
@@ -642,22 +664,32 @@ def _record(
     children: list[nn.Module],
     example: tuple[Any, ...] | None,
     runs: set[int] | None = None,
-) -> dict[int, tuple[Any, ...]]:
-    """The arguments of each child's first call, by id, in the order of its forward.
+) -> dict[int, Call]:
+    """The first call of each child, by id, with the arguments in the order of its forward.
 
     Children that are called with arguments that have no such order are left out. Adds to `runs` the
     ids of all modules inside that run and have parameters of their own: one activation without any
     may be part of many modules."""
-    seen: dict[int, tuple[Any, ...]] = {}
+    seen: dict[int, Call] = {}
     if example is None:
         return seen
+    first: set[int] = set()
+    random = torch.get_rng_state()
 
     def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = in_order(child, args, kwargs)
         if given is not None and id(child) not in seen:
-            seen[id(child)] = tree_map_only(Tensor, lambda t: t.clone(), given)
+            seen[id(child)] = Call(tree_map_only(Tensor, lambda t: t.clone(), given))
+            # Alone, the child would draw other numbers if some were drawn before.
+            first.update({id(child)} if torch.equal(random, torch.get_rng_state()) else ())
+
+    def note_output(child: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if id(child) in first and all(isinstance(v, KNOWN) for v in tree_leaves(result)):
+            seen[id(child)].returned.append(tree_map_only(Tensor, lambda t: t.clone(), result))
+        first.discard(id(child))
 
     hooks = [child.register_forward_pre_hook(note, with_kwargs=True) for child in children]
+    hooks += [child.register_forward_hook(note_output, with_kwargs=True) for child in children]
     if runs is not None:
         inside = [m for m in module.modules() if m is not module and m._parameters]
         hooks += [m.register_forward_pre_hook(lambda m, _: runs.add(id(m))) for m in inside]

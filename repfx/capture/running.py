@@ -335,10 +335,11 @@ def one_more(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def larger(example: tuple[Any, ...], double: bool = False) -> tuple[Any, ...]:
     """The example with larger images, (N, C, ...) with 32 pixels more along each axis.
 
-    `double`: with twice as many."""
+    `double`, or where that is less: with twice as many. Small features stay small."""
 
     def grown(t: Tensor) -> Tensor:
-        sides = [v for n in reversed(t.shape[2:]) for v in (0, n if double else 32)]
+        more = [n if double else min(n, 32) for n in reversed(t.shape[2:])]
+        sides = [v for n in more for v in (0, n)]
         return nn.functional.pad(t, sides) if t.dim() > 2 and t.is_floating_point() else t
 
     return tuple(tree_map_only(Tensor, grown, list(example)))

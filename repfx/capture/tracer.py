@@ -38,7 +38,7 @@ from repfx.graph.vocabulary import kind_of
 MODE, PART = "_mode", "_train_only"
 BRANCHES = "its forward branches on self.training"
 _CALL = nn.Module.__call__
-_KNOWN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+KNOWN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -181,7 +181,7 @@ class Tracer:
                 given.append(value)
                 continue
             for leaf in leaves(value):
-                if not isinstance(leaf, _KNOWN):  # what is read from it would be fixed for good
+                if not isinstance(leaf, KNOWN):  # what is read from it would be fixed for good
                     raise Untraceable(f"it is given a {type(leaf).__name__}")
             node = self.recorder.add("placeholder", name, (), {})
             self.inputs[name] = isinstance(value, Tensor)
@@ -249,6 +249,8 @@ class Tracer:
             del self.stack[depth - 1 :], recorder.scope[opened - 1 :]
         kept.restore()
         self.opaque[path] = Declined(path, reason)
+        if self.eval_only:
+            raise Untraceable(reason)  # a graph with such a leaf is no use, so end it here
         recorder.forget_after(mark)
         return self._leaf(m, path, args, kwargs)
 
