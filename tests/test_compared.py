@@ -14,6 +14,7 @@ import repfx
 from repfx.rewrite.contract import Pass, Promise, Stage
 from repfx.rewrite.results import Report, Result
 from repfx.rewrite.work import Work
+from repfx.testing import randomise
 
 
 class Head(nn.Module):
@@ -244,3 +245,49 @@ def test_what_was_left_in_python_is_so_in_float64_too() -> None:
     assert any("in float64" in c for c in result.meta["repfx"].compared)
     three = torch.cat([x, x[:1]])
     assert len(result(three)) == len(model(three)) == 3
+
+
+class Drawing(nn.Module):
+    """A layer with noise in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, 1, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.norm(self.conv(x)), 0.5, training=True)
+
+
+class Around(nn.Module):
+    """Code that no tracer follows, and layers inside; `how` their values are used."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.second = Drawing() if how == "noise" else nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() == 0:
+            raise ValueError("empty")
+        if self.how == "noise":
+            x = x + torch.rand(())
+        y = self.first(x)
+        if self.how == "in place":
+            y += 1
+            y.clamp_(-1, 1)
+        return self.second(self.first(y) if self.how == "twice" else y)
+
+
+@pytest.mark.parametrize("how", ["noise", "in place", "twice"])
+def test_parts_are_compared_with_what_they_return(how: str) -> None:
+    """What a part returned while the whole ran is right, whatever was done to it afterwards."""
+    model, x = randomise(Around(how).eval()), torch.randn(2, 3, 6, 6)
+    merged: Any = repfx.transform(model, ["fuse"], example=(x,))
+    report = merged.meta["repfx"]
+    assert [d.where for d in report.untraced] == ["the model"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    torch.manual_seed(1)
+    before = model(x)
+    torch.manual_seed(1)
+    assert torch.allclose(merged(x), before, atol=1e-5)

@@ -92,3 +92,21 @@ def test_operators_of_torchvision() -> None:
     moved = zoo_operators.deform_conv2d(x, weight, still + 1, full, bias, *more)
     right = nn.functional.conv2d(x.roll((-1, -1), (2, 3)), weight, bias, 2, 1, 1, 2)
     assert torch.allclose(moved[:, :, 1:-1, 1:-1], right[:, :, 1:-1, 1:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, -1])
+def test_cells_of_boxes(ratio: int, aligned: bool) -> None:
+    """On a plane, the mean of a cell is the value at its centre; outside of the image it is 0."""
+    rows, columns = torch.arange(20.0)[:, None], torch.arange(16.0)
+    plane = torch.stack([rows + 0 * columns, 3 * columns - rows])
+    images = torch.stack([plane, 2 * plane])
+    boxes = torch.tensor([[1.0, 8, 4, 40, 60], [0, 12, 12, 30, 20], [0, 200, 4, 240, 40]])
+    found = zoo_operators.roi_align(images, boxes, 0.25, 4, 3, ratio, aligned)
+    for box, cells in zip(boxes[:2], found, strict=False):
+        left, top, right, bottom = (box[1:] / 4 - aligned / 2).tolist()
+        y = top + (torch.arange(4) + 0.5)[:, None] * (bottom - top) / 4
+        x = left + (torch.arange(3) + 0.5) * (right - left) / 3
+        right_values = torch.stack([y + 0 * x, 3 * x - y]) * (1 + box[0])
+        assert torch.allclose(cells, right_values, atol=1e-4)
+    assert not found[2].any()
