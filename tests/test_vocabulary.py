@@ -239,6 +239,7 @@ REST: dict[str, list[tuple[Any, ...]]] = {
     "adaptive_max_pool": [(1,)],
     "transpose": [(1, 2)],
     "permute": [([0, 2, 1],)],
+    "movedim": [(1, -1)],
     "flip": [([1],)],
     "chunk": [(2, 1)],
     "split": [(2, 1), ([2, 2], 1)],
