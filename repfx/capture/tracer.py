@@ -324,7 +324,10 @@ class Tracer:
             second = {n for n in nodes[stop:] if not _shared(n)}
             found = Comparison(first, second, recorder.origin_of)
             found.match()
-            one, other = ([recorder.argument(v) for v in leaves(r)] for r in (result, again))
+            # The root's own forward stays for training where it makes an object: a trainer may call
+            # it with more arguments, such as labels, and get another one.
+            split = list if before.module is self.root else leaves
+            one, other = (recorder.argument(split([r])) for r in (result, again))
             found.compare(one, other, None)
             for part in found.parts():
                 result = self._cut_out(before.module, part, found.same, result)
